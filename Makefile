@@ -1,0 +1,31 @@
+# Everything needed is set up in .venv on first use; `make clean` removes it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+
+demo: .venv/ready-run
+	$(BIN)/python -m mergelab method=ties task=rte
+
+test: .venv/ready-dev check
+	$(BIN)/python -m pytest
+
+check: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# A new environment is made of exactly the versions in constraints.txt.
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/ready-run: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/ready-dev: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ .venv/ready-run
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,105 @@
+"""The command line: ``python -m mergelab method=ties task=rte``."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mergelab.config import CONF_DIR
+from mergelab.errors import MergelabError, did_you_mean
+
+_FULL_ERROR = "HYDRA_FULL_ERROR"
+# Keys that a ready config need not have: a method's parameters and experts of the user's own. What is unknown there
+# is found out, with a better message, when the method and the models are checked.
+_OPEN_KEYS = re.compile(r"^(method\.[\w.]+|models\.experts\.[\w.\-]+)=")
+
+
+def main() -> None:
+    """Run what the command line asks for; bad input is one line and exit code 2."""
+    sys.argv[1:] = [f"++{argument}" if _OPEN_KEYS.match(argument) else argument for argument in sys.argv[1:]]
+    traceback_wanted = os.environ.get(_FULL_ERROR) == "1"
+    os.environ[_FULL_ERROR] = "1"  # Hydra then lets its errors through instead of printing them over many lines
+    try:
+        _compose_and_run()
+    except KeyboardInterrupt:
+        _close_grid("KILLED")
+        sys.exit(_fail("interrupted", code=130))
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        _close_grid("FAILED")
+        line = _one_line(error)
+        if traceback_wanted or line is None:
+            raise
+        sys.exit(_fail(line))
+
+
+def _compose_and_run() -> None:
+    import hydra
+
+    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(_job)()
+
+
+def _job(config: Any) -> float | None:
+    from mergelab.experiment import run_experiment
+
+    return run_experiment(config)
+
+
+def _fail(line: str, code: int = 2) -> int:
+    sys.stderr.write(f"error: {line}\n")
+    return code
+
+
+def _close_grid(status: str) -> None:
+    """Do not leave a grid's parent run open; without a grid there is nothing to close, and nothing to import."""
+    if (tracking := sys.modules.get("mergelab.tracking")) is not None:
+        tracking.close_open_parents(status)
+
+
+def _one_line(error: BaseException) -> str | None:
+    """Say in one line what the user can mend; ``None`` for errors that are nobody's input."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, MergelabError):
+        return " ".join(str(error).split())
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        options = [option for option in error.options if not option.startswith("_")]
+        return f"{group}={name}: no such option{did_you_mean(name, options)} (there are {', '.join(options)})"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        text = str(error)
+        if unknown := re.match(r"Could not override '([^']+)'", text):
+            return f"{unknown[1]}: no such key{did_you_mean(unknown[1].lstrip('+'), _known_keys())}"
+        return " ".join(text.split())
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def _known_keys() -> list[str]:
+    """List every key and group of the default configuration."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import DictConfig
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = compose("config")
+
+    def walk(node: DictConfig, prefix: str) -> Sequence[str]:
+        names = [f"{prefix}{key}" for key in node]
+        inner = [
+            walk(node._get_node(key), f"{prefix}{key}.") for key in node if isinstance(node._get_node(key), DictConfig)
+        ]
+        return [*names, *(name for part in inner for name in part)]
+
+    return [*walk(config, ""), "experiment"]
+
+
+if __name__ == "__main__":
+    main()

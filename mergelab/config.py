@@ -1,0 +1,171 @@
+"""The typed configuration: where its files live, what each key may hold, and one clear line when it does not."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mergelab.errors import ConfigError, did_you_mean, listed
+
+_PACKAGE = Path(__file__).resolve().parent
+# A wheel carries the configs inside the package; in a checkout they stand beside it.
+CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+
+HEAD_POLICIES = ("average", "base", "per_task", "expert:<name>")
+
+
+def cache_dir() -> Path:
+    """Answer the folder for what can be made again: ``MERGELAB_CACHE``, else ``mergelab`` in the user's cache folder."""
+    if folder := os.environ.get("MERGELAB_CACHE"):
+        return Path(folder).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "mergelab"
+
+
+class Schema(BaseModel):
+    """A part of the configuration: frozen, no unknown keys, no silent conversion (``"0.3"`` is not a number)."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, populate_by_name=True, protected_namespaces=()
+    )
+
+
+class ExpertConfig(Schema):
+    """One expert: where it is, its weight in the merge, and what it was made for."""
+
+    reference: str
+    weight: float = 1.0
+    task: str | None = None
+    """The task that its head serves; by default the expert's name where that is a task's name."""
+    labels: list[str] | None = None
+    """The task's label names in the order of the model's outputs, where its own ``id2label`` does not tell."""
+
+
+class ModelsConfig(Schema):
+    """What is merged."""
+
+    name: str
+    base: str | None = None
+    experts: dict[str, ExpertConfig] = Field(min_length=1)
+    head: str = "average"
+    passthrough: list[str] = []
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _named(cls, experts: object) -> object:
+        if isinstance(experts, Sequence) and not isinstance(experts, str):
+            experts = _names(experts)
+        if isinstance(experts, Mapping):
+            return {
+                str(name): {"reference": value} if isinstance(value, str) else value
+                for name, value in experts.items()
+                if value is not None  # `models.experts.NAME=null` leaves an expert of a ready set out
+            }
+        return experts
+
+    @field_validator("head")
+    @classmethod
+    def _known_policy(cls, head: str) -> str:
+        if head not in HEAD_POLICIES[:3] and not head.startswith("expert:"):
+            raise ValueError(f"must be one of {', '.join(HEAD_POLICIES)}")
+        return head
+
+
+def _names(references: Sequence[object]) -> dict[str, object]:
+    """Name the experts of a plain list after the last part of their references, numbered where that repeats."""
+    named: dict[str, object] = {}
+    for entry in references:
+        text = entry.get("reference", "") if isinstance(entry, Mapping) else entry
+        stem = re.sub(r"@.*$", "", str(text)).rstrip("/").rsplit("/", 1)[-1] or "expert"
+        name, number = stem, 2
+        while name in named:
+            name, number = f"{stem}-{number}", number + 1
+        named[name] = entry
+    return named
+
+
+class EvalConfig(Schema):
+    """How scores are obtained."""
+
+    protocol: Literal["full", "holdout", "oracle"] = "full"
+    holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_length: Annotated[int, Field(ge=8)] | None = None
+    batch_tokens: Annotated[int, Field(ge=1)] = 4096
+    bootstrap: Annotated[int, Field(ge=1)] = 1000
+    preflight: bool = True
+    cache: bool = True
+
+
+class ExperimentConfig(Schema):
+    """One experiment. ``method``, ``task`` and ``tracking`` are checked by the part of mergelab that owns each."""
+
+    models: ModelsConfig
+    method: dict[str, Any]
+    task: dict[str, Any]
+    eval: EvalConfig
+    tracking: dict[str, Any]
+    source: Literal["auto", "hub", "mini"] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    seed: Annotated[int, Field(ge=0)] = 0
+    evaluate: bool = True
+    output: str | None = None
+
+
+SchemaT = TypeVar("SchemaT", bound=BaseModel)
+
+
+def check(schema: type[SchemaT], values: Mapping[str, Any], where: str = "") -> SchemaT:
+    """Build ``schema`` from ``values``, whose place in the whole configuration is ``where`` (such as ``"method"``).
+
+    Raises:
+        ConfigError: a key is unknown, missing, of the wrong type or out of range. One line, all problems in it.
+    """
+    try:
+        return schema.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_line(schema, where, problem) for problem in error.errors())) from None
+
+
+def _line(schema: type[BaseModel], where: str, problem: Any) -> str:
+    """Say one of pydantic's problems as ``method.density=0: must be greater than 0``."""
+    path = ".".join(str(part) for part in (*filter(None, [where]), *problem["loc"]) if part != "[key]")
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        known = [field.alias or name for name, field in _schema_at(schema, problem["loc"][:-1]).model_fields.items()]
+        return f"{path}: no such key{did_you_mean(problem['loc'][-1], known)} (there are {listed(known, 20)})"
+    if kind == "missing":
+        return f"{path}: needs a value"
+    value = problem["input"]
+    said = {
+        "greater_than": "must be greater than {gt}",
+        "greater_than_equal": "must be at least {ge}",
+        "less_than": "must be less than {lt}",
+        "less_than_equal": "must be at most {le}",
+        "literal_error": "must be one of {expected}",
+        "float_type": "must be a number",
+        "int_type": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "bool_type": "must be true or false",
+        "string_type": "must be text",
+        "finite_number": "must be a finite number",
+        "string_pattern_mismatch": "must match {pattern}",
+        "value_error": "{error}",
+    }.get(kind, problem["msg"])
+    return f"{path}={value!r}: {said.format(**context)}"
+
+
+def _schema_at(schema: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:
+    """Find the schema of the node at ``path`` below ``schema``."""
+    for part in path:
+        field = schema.model_fields.get(str(part))
+        inner = getattr(field, "annotation", None)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            schema = inner
+        elif field is not None and field.annotation == dict[str, ExpertConfig]:
+            schema = ExpertConfig
+    return schema

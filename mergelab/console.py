@@ -1,0 +1,147 @@
+"""What the user sees: a short plan, progress on long steps, and one table at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mergelab.experiment import ExperimentResult, ModelResult
+
+Progress = Callable[[str, float], None]
+
+
+def console(*, error: bool = False) -> Console:
+    """Open standard output (or standard error) for writing; wide enough for the table where it is not a terminal."""
+    from rich.console import Console
+
+    stream = sys.stderr if error else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else 120, highlight=False, soft_wrap=not stream.isatty())
+
+
+def say(text: str) -> None:
+    """Write a line."""
+    console().print(text, markup=False)
+
+
+def warn(text: str) -> None:
+    """Write a warning that cannot be overlooked, to standard error."""
+    from rich.panel import Panel
+    from rich.text import Text
+
+    console(error=True).print(Panel(Text(text), title="warning", border_style="yellow", title_align="left"))
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Progress]:
+    """Show a bar that the yielded function moves: ``advance("reading", 0.3)``. Nothing where output is not a terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    shown = console(error=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bars:
+        task = bars.add_task("", total=1.0)
+
+        def advance(message: str, done: float) -> None:
+            bars.update(task, description=message, completed=done)
+
+        yield advance
+
+
+def result_table(result: ExperimentResult) -> None:
+    """Print base, experts and merged model with their scores; the best score of each column is marked."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=f"{result.title}", title_justify="left", title_style="bold", caption=_caption(result))
+    table.caption_justify = "left"
+    table.add_column("model", overflow="fold")
+    columns = _columns(result)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("p vs best expert",) * (len(result.tasks) == 1) + ("merge s", "eval s", "peak MB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    best = {
+        name: max((cell[0] for m in result.models if (cell := read(m))), default=None) for name, read in columns.items()
+    }
+    for model in result.models:
+        row: list[Text | str] = [Text(model.label, style="bold" if model.role == "merged" else "")]
+        for name, read in columns.items():
+            cell = read(model)
+            mark = " *" if cell and cell[0] == best[name] else ""
+            row.append(Text(cell[1] + mark, style="bold green" if mark else "") if cell else "")
+        if len(result.tasks) == 1:
+            row.append("" if model.p_value is None else f"{model.p_value:.3f}")
+        row += [
+            _number(model.merge_seconds),
+            _number(model.eval_seconds, cached=model.cached),
+            _number(model.peak_mb, 0),
+        ]
+        table.add_row(*row)
+    console().print(table)
+
+
+Cell = tuple[float, str]
+
+
+def _columns(result: ExperimentResult) -> Mapping[str, Callable[[ModelResult], Cell | None]]:
+    """Name the score columns: every metric of a single task, else each task's primary metric and the averages."""
+    columns: dict[str, Callable[[ModelResult], Cell | None]] = {}
+
+    def metric(task: str, name: str) -> Callable[[ModelResult], Cell | None]:
+        def read(model: ModelResult) -> Cell | None:
+            if task not in model.results:
+                return None
+            score = model.results[task].report[name]
+            return score.value, f"{score.value:.4f} [{score.low:.3f}, {score.high:.3f}]"
+
+        return read
+
+    def single(value: Callable[[ModelResult], float | None]) -> Callable[[ModelResult], Cell | None]:
+        return lambda model: None if (found := value(model)) is None else (found, f"{found:.4f}")
+
+    if len(result.tasks) == 1:
+        task = result.tasks[0]
+        names = next((list(m.results[task].report) for m in result.models if task in m.results), [])
+        for name in names:
+            columns[name] = metric(task, name)
+        if any(m.select_score is not None for m in result.models):
+            columns["select"] = single(lambda model: model.select_score)
+        return columns
+    for task in result.tasks:
+        primary = next((m.results[task].primary for m in result.models if task in m.results), "")
+        columns[f"{task} {primary}"] = metric(task, primary)
+    columns["average"] = single(lambda model: model.average)
+    columns["normalised"] = single(lambda model: model.normalised)
+    return columns
+
+
+def _caption(result: ExperimentResult) -> str:
+    return f"{result.note}\n* best of its column; intervals are 95 % bootstrap; times marked c come from the cache of scores"
+
+
+def _number(value: float | None, digits: int = 2, *, cached: bool = False) -> str:
+    return "" if value is None else f"{value:.{digits}f}{'c' if cached else ''}"
+
+
+def grid_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Print a grid's jobs, best first."""
+    from rich.table import Table
+
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name in ("job", "status") else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in row.values()))
+    console().print(table)

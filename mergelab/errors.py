@@ -1,0 +1,55 @@
+"""The errors that mergelab raises for its user: each carries one line that names what is wrong and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MergelabError(Exception):
+    """Something the user can mend; the command line prints the message as one line and exits with 2."""
+
+
+class ConfigError(MergelabError):
+    """A configuration key, value or combination is not usable."""
+
+
+class ModelError(MergelabError):
+    """A model reference, folder or checkpoint cannot be used."""
+
+
+class KeyMismatch(ModelError):
+    """Models do not have the same tensor names."""
+
+
+class ShapeMismatch(ModelError):
+    """A tensor's shape or dtype differs between models."""
+
+
+class NonFinite(ModelError):
+    """A tensor holds NaN or infinity."""
+
+
+class DataError(MergelabError):
+    """Evaluation data, its columns or its labels cannot be used."""
+
+
+class HubError(MergelabError):
+    """The model hub cannot be reached, or does not have what was asked for."""
+
+
+class TrackingError(MergelabError):
+    """The tracking store cannot be used."""
+
+
+def did_you_mean(name: str, options: Iterable[str]) -> str:
+    """Answer ``"; did you mean 'ties'?"`` for the option nearest to ``name``, or an empty string when none is near."""
+    near = difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    """Join ``names`` with commas, the first ``limit`` of them, and say how many more there are."""
+    names = list(names)
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

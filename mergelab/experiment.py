@@ -1,0 +1,261 @@
+"""One experiment: load → merge → evaluate → record."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergelab import console, recording
+from mergelab.config import ExperimentConfig, check
+from mergelab.errors import ConfigError
+from mergelab.models.source import LocatedModels, Source, locate
+from mergelab.models.source import decide_source as _decide
+from mergelab.results import ExperimentResult, peak_memory_mb
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from torch import Tensor
+
+    from mergelab.measuring import Bench
+    from mergelab.methods.registry import MergeMethod
+    from mergelab.session import Session
+    from mergelab.tasks.data import TaskData
+    from mergelab.tasks.spec import TaskSpec
+    from mergelab.tracking import Run, Tracker, TrackingConfig
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment whose every setting has been checked; nothing is loaded yet."""
+
+    config: ExperimentConfig
+    resolved: Mapping[str, Any]
+    method: MergeMethod
+    parameters: Any
+    task_name: str
+    tasks: tuple[TaskSpec, ...]
+    data_dir: str | None
+    limit: int | None
+    tracking: TrackingConfig
+
+    @property
+    def source(self) -> Source:
+        """Decide where models and data come from."""
+        names = [task.name for task in self.tasks]
+        local = self.data_dir is not None or not self.config.evaluate
+        return _decide(self.config.source, self.config.models, names, data_is_local=local)
+
+
+def run_experiment(config: DictConfig) -> float | None:
+    """Run the experiment that ``config`` composes and answer its objective: what a sweep would select on.
+
+    Raises:
+        MergelabError: something in the configuration, the models or the data is not usable.
+    """
+    plan = plan_experiment(config)
+    from mergelab.tracking import open_tracking
+
+    tracker = open_tracking(plan.tracking)
+    parent = tracker.grid_parent(sweep) if (sweep := _sweep_dir()) else None
+    source: Any = parent.source if parent else None
+    if source is None:
+        source = plan.source
+        _warn_if_mini(plan, source)
+    mini = "mini/" if source == "mini" else ""
+    console.say(_announcement(plan, mini))
+    experiment = parent.experiment if parent else (plan.tracking.experiment or f"{mini}{plan.task_name}")
+    with (
+        tracker.start_run(
+            f"{mini}{plan.task_name} {plan.method.name}",
+            experiment=experiment,
+            params=plan.resolved,
+            tags=_tags(plan, source),
+            parent=parent.id if parent else None,
+        ) as run,
+        console.progress() as progress,
+    ):
+        result = _execute(plan, source, tracker, run, progress)
+    if result is not None:
+        console.result_table(result)
+    if run.id:
+        console.say(f"run {run.id}\ncompare runs in the MLflow UI: {tracker.ui_command()}")
+    return None if result is None else result.objective
+
+
+def decide_source(config: DictConfig) -> str:
+    """Decide for a whole grid where its models come from, and say so once."""
+    plan = plan_experiment(config)
+    source = plan.source
+    _warn_if_mini(plan, source)
+    return source
+
+
+def plan_experiment(config: DictConfig) -> Plan:
+    """Check every setting of ``config``, the method's and the tasks' included, without loading anything.
+
+    Raises:
+        ConfigError, DataError: a key, a value or a combination is not usable.
+    """
+    from omegaconf import OmegaConf
+
+    from mergelab.methods.registry import check_capabilities, method_from_config
+    from mergelab.tasks.spec import tasks_from_config
+    from mergelab.tracking import tracking_config
+
+    resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    resolved.pop("experiment", None)
+    checked = check(ExperimentConfig, resolved)
+    method, parameters = method_from_config(checked.method)
+    check_capabilities(method, has_base=checked.models.base is not None, experts=len(checked.models.experts))
+    suite = tasks_from_config(checked.task)
+    if not checked.evaluate and checked.output is None:
+        raise ConfigError("evaluate=false: nothing would be made; say where the merged model goes with output=<folder>")
+    return Plan(
+        checked,
+        resolved,
+        method,
+        parameters,
+        suite.name,
+        suite.tasks,
+        suite.data_dir,
+        suite.limit,
+        tracking_config(checked.tracking),
+    )
+
+
+def _execute(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: Progress) -> ExperimentResult | None:
+    """Load, measure the models that are merged, merge, measure the result, and record all of it."""
+    from mergelab.measuring import Bench
+    from mergelab.session import Session
+
+    located = locate(plan.config.models, source, [task.name for task in plan.tasks], progress)
+    session = Session(located, plan.tasks, plan.config)
+    run.set_tags(recording.model_tags(located, session))
+    if not plan.config.evaluate:
+        backbone, seconds = _merge(plan, session, progress)
+        _keep(plan, session, backbone, run)
+        run.log_metrics({"time/merge_s": seconds, "memory/peak_mb": peak_memory_mb()})
+        return None
+    bench = Bench(plan.config, session, _load_data(plan, located), progress)
+    for data in bench.data.values():
+        recording.log_dataset(run, data)
+    baselines = bench.baselines()
+    if plan.config.eval.preflight:
+        bench.preflight(baselines)
+    for baseline in baselines:
+        recording.record_baseline(tracker, run.experiment, baseline, bench, _tags(plan, source))
+    backbone, seconds = _merge(plan, session, progress)
+    merged = bench.merged(backbone, f"{plan.method.name} of {len(located.experts)}", baselines)
+    merged = replace(merged, merge_seconds=seconds, peak_mb=peak_memory_mb())
+    result = ExperimentResult(
+        f"{plan.method.name} on {located.name}", _note(plan, bench), tuple(bench.data), (*baselines, merged)
+    )
+    recording.record_result(run, result, bench)
+    _keep(plan, session, backbone, run)
+    return result
+
+
+def _load_data(plan: Plan, located: LocatedModels) -> dict[str, TaskData]:
+    from mergelab.tasks.data import load_data
+
+    loaded = {}
+    for task in plan.tasks:
+        folder = located.mini_data[task.name] if located.source == "mini" else plan.data_dir
+        origin = "mini" if located.source == "mini" else None
+        loaded[task.name] = load_data(task, data_dir=folder, origin=origin, limit=plan.limit, seed=plan.config.seed)
+    return loaded
+
+
+def _merge(plan: Plan, session: Session, progress: Progress) -> tuple[dict[str, Tensor], float]:
+    """Merge the backbone; answer its tensors and the seconds that took, reading included."""
+    from mergelab.methods.engine import merge
+
+    started = time.perf_counter()
+    total = max(len(session.aligned.names), 1)
+    merged = dict(session.passed_through)
+    weights = [expert.weight for expert in session.located.experts]
+    steps = merge(
+        plan.method, plan.parameters, session.aligned, weights=weights, seed=plan.config.seed, device=session.device
+    )
+    for count, (name, tensor) in enumerate(steps):
+        merged[name] = tensor
+        progress(f"merging with {plan.method.name}", min(count / total, 1.0))
+    return merged, time.perf_counter() - started
+
+
+def _keep(plan: Plan, session: Session, backbone: Mapping[str, Tensor], run: Run) -> None:
+    """Save the merged model where it was asked for: in a folder, or with the run."""
+    if plan.config.output is not None:
+        session.save(backbone, Path(plan.config.output).expanduser())
+    if run.id and plan.tracking.log_model == "all":
+        with tempfile.TemporaryDirectory() as folder:
+            session.save(backbone, Path(folder) / "model")
+            run.log_artifacts(Path(folder) / "model", "model")
+
+
+def _announcement(plan: Plan, mini: str) -> str:
+    """Say in a few lines what is about to happen."""
+    models, evaluation = plan.config.models, plan.config.eval
+    settings = ", ".join(f"{key}={value}" for key, value in plan.parameters.model_dump(by_alias=True).items())
+    lines = [
+        f"merge     {plan.method.name}({settings})",
+        f"models    {mini + plan.task_name if mini else models.name}: "
+        f"{'base + ' if models.base else ''}{len(models.experts)} experts, head {models.head}",
+    ]
+    if plan.config.evaluate:
+        tasks = ", ".join(f"{mini}{task.name}" for task in plan.tasks)
+        lines.append(f"evaluate  {tasks}: protocol {evaluation.protocol}, {evaluation.dtype}")
+    if plan.config.output:
+        lines.append(f"save      {plan.config.output}")
+    return "\n".join(lines)
+
+
+def _warn_if_mini(plan: Plan, source: str) -> None:
+    if source == "mini" and plan.config.source == "auto":
+        console.warn(
+            "The model hub cannot be reached and its cache does not have these models. This run uses mergelab's "
+            "embedded miniature instead: small transformers trained here on generated text. Its scores are not GLUE "
+            "scores. source=mini asks for it without this warning, source=hub makes it an error."
+        )
+
+
+def _note(plan: Plan, bench: Bench) -> str:
+    """Say what was measured on, and how."""
+    parts = []
+    for name, data in bench.data.items():
+        examples = bench.examples[name]
+        label = f"mini/{name} (generated, not GLUE)" if data.origin == "mini" else name
+        parts.append(f"{label}: {len(examples.report)} {data.split} examples report")
+    protocol = {
+        "full": "whole split",
+        "holdout": "other examples select than report",
+        "oracle": "ORACLE: the same examples select and report",
+    }[plan.config.eval.protocol]
+    return f"{'; '.join(parts)}; protocol {plan.config.eval.protocol} ({protocol})"
+
+
+def _sweep_dir() -> str | None:
+    """Answer the sweep folder of the grid that this job belongs to; ``None`` for a single run."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return str(Path(HydraConfig.get().runtime.cwd) / HydraConfig.get().sweep.dir)
+
+
+def _tags(plan: Plan, source: str) -> dict[str, Any]:
+    return {
+        "mergelab.kind": "merge",
+        "mergelab.method": plan.method.name,
+        "mergelab.source": source,
+        "mergelab.seed": plan.config.seed,
+        "mergelab.protocol": plan.config.eval.protocol,
+        "mergelab.config_hash": recording.config_hash(plan.resolved),
+    }

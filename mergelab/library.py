@@ -1,0 +1,243 @@
+"""Merging from Python: every method as a function, and the decorators that lift a user's own function to models.
+
+Usage:
+    pipe = ml.ties([base, expert_a, expert_b], task="text-classification", base_index=0, density=0.2)
+
+    @ml.layer_merge
+    def median(models: list[Tensor], **kw) -> Tensor:
+        return torch.stack(models).median(dim=0).values
+
+    median([...hub ids, local folders, modules, pipelines or state dicts...], task="text-classification")
+"""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mergelab.errors import ConfigError, ModelError, did_you_mean
+from mergelab.methods.engine import merge
+from mergelab.methods.registry import check_parameters, get_method, method_names
+from mergelab.models import hub
+from mergelab.models.architecture import pour, quiet_transformers
+from mergelab.models.heads import mean_tensor
+from mergelab.models.references import parse_reference
+from mergelab.weights.align import AlignedModels, align
+from mergelab.weights.checkpoint import open_checkpoint
+from mergelab.weights.source import DictSource, TensorSource
+from mergelab.weights.state_dict import StateDict, dict_map
+
+if TYPE_CHECKING:
+    from mergelab.methods.registry import MergeMethod
+
+# Names of the library that mergelab grew from.
+_OLD_FUNCTIONS = {"task": "task_arithmetic", "stock": "model_stock"}
+_OLD_PARAMETERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
+    "k": ("density", lambda k: k),
+    "p": ("density", lambda p: 1 - p),
+    "tau": ("t", lambda tau: tau),
+    "signs": ("weights", lambda signs: signs),
+}
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model as it was given, and its tensors."""
+
+    given: Any
+    source: TensorSource
+    folder: Path | None = None
+
+
+def function_names() -> list[str]:
+    """List the functions that ``mergelab.<name>`` answers: the methods, and their names in the seed library."""
+    return [*(name for name in method_names() if name != "custom"), *_OLD_FUNCTIONS]
+
+
+@functools.cache
+def method_function(name: str) -> Callable[..., Any]:
+    """Make the function of a registered method: ``ties(models, *, task, base_index, passthrough, seed, **parameters)``."""
+    method = get_method(_OLD_FUNCTIONS.get(name, name))
+
+    def merged(
+        models: Sequence[Any],
+        *,
+        task: str | None = None,
+        base_index: int | None = 0 if method.needs_base else None,
+        passthrough: Sequence[str] = (),
+        seed: int = 0,
+        **parameters: Any,
+    ) -> Any:
+        parameters = {key: value for key, value in parameters.items() if key != "verbose"}
+        passthrough = [*passthrough, *parameters.pop("passthrough_layers", ())]
+        checked = check_parameters(method, _new_spelling(method, parameters))
+
+        def combine(aligned: AlignedModels) -> dict[str, Tensor]:
+            return dict(merge(method, checked, aligned, seed=seed))
+
+        return _merge_models(models, combine, task, base_index, passthrough)
+
+    merged.__name__ = merged.__qualname__ = name
+    merged.__doc__ = (
+        f"{inspect.getdoc(method.function)}\n\n"
+        "``models`` are hub ids, local folders, modules, pipelines or state dicts, ``base_index`` says which is the\n"
+        "base; the result is of the last one's kind (a pipeline of ``task`` for ids and folders). Tensors that match\n"
+        "``passthrough`` skip the merge: the experts' mean is taken."
+    )
+    return merged
+
+
+def _new_spelling(method: MergeMethod, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    known = method.parameters.model_fields
+    spelled = {}
+    for key, value in parameters.items():
+        new, convert = _OLD_PARAMETERS.get(key, (key, lambda same: same))
+        spelled[key if key in known or new not in known else new] = value if key in known else convert(value)
+    return spelled
+
+
+def model_merge(function: Callable[..., Mapping[str, Tensor]]) -> Callable[..., Any]:
+    """Lift a function of state dicts to models.
+
+    ``function(models: list[StateDict], **parameters) -> StateDict``. The lifted function takes hub ids, local folders,
+    modules, pipelines or dicts and answers the kind of the last one. ``base_index`` is handed on where ``function``
+    takes it; that model is then left out of the mean that ``passthrough`` tensors get.
+
+    Raises:
+        KeyMismatch, ShapeMismatch: the models do not have the same tensors.
+        ModelError: a model cannot be opened.
+    """
+
+    @functools.wraps(function)
+    def merged(
+        models: Sequence[Any],
+        passthrough: Sequence[str] = (),
+        verbose: bool = False,
+        *,
+        task: str | None = None,
+        base_index: int | None = None,
+        passthrough_layers: Sequence[str] = (),
+        **parameters: Any,
+    ) -> Any:
+        if base_index is not None and _accepts(function, "base_index"):
+            parameters["base_index"] = base_index
+
+        def combine(aligned: AlignedModels) -> dict[str, Tensor]:
+            dicts = [_state_dict(source, aligned) for source in aligned.experts]
+            if aligned.base is not None and base_index is not None:
+                dicts.insert(base_index % (len(dicts) + 1), _state_dict(aligned.base, aligned))
+            return dict(function(dicts, **parameters))
+
+        return _merge_models(models, combine, task, base_index, [*passthrough, *passthrough_layers])
+
+    merged.model_function = function  # type: ignore[attr-defined]
+    return merged
+
+
+def layer_merge(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Lift a function of one tensor of every model, ``function(models: list[Tensor], **parameters)``, to models."""
+    merged = model_merge(dict_map(function))
+    merged.layer_function = function  # type: ignore[attr-defined]
+    return merged
+
+
+def _state_dict(source: TensorSource, aligned: AlignedModels) -> StateDict:
+    return StateDict({name: source.get(name) for name in aligned.names})
+
+
+def _accepts(function: Callable[..., Any], name: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _merge_models(
+    models: Sequence[Any],
+    combine: Callable[[AlignedModels], dict[str, Tensor]],
+    task: str | None,
+    base_index: int | None,
+    passthrough: Sequence[str],
+) -> Any:
+    """Open ``models``, combine what they share, average what skips the merge, and give back the last one's kind."""
+    if not models:
+        raise ConfigError("there are no models to merge")
+    if base_index is not None and not -len(models) <= base_index < len(models):
+        raise ConfigError(f"base_index={base_index}: there are {len(models)} models")
+    opened = [_open(model, index) for index, model in enumerate(models)]
+    template = opened[-1]
+    experts = list(opened)
+    base = experts.pop(base_index) if base_index is not None else None
+    if base is template and experts:
+        template = experts[-1]
+    if not experts:
+        raise ConfigError("there is no expert beside the base")
+    names = template.source.keys()
+    for pattern in passthrough:
+        if not fnmatch.filter(names, pattern):
+            raise ConfigError(f"passthrough: no tensor matches {pattern!r}{did_you_mean(pattern, names)}")
+    aligned = align(base.source if base else None, [expert.source for expert in experts], ignore=list(passthrough))
+    with torch.no_grad():
+        merged = combine(aligned)
+        skipped = {name for pattern in passthrough for name in fnmatch.filter(names, pattern)} | set(
+            aligned.experts_only
+        )
+        for name in sorted(skipped):
+            merged[name] = mean_tensor([expert.get(name) for expert in aligned.experts])
+    for name in aligned.integers:
+        merged.setdefault(name, (aligned.base or aligned.experts[0]).get(name))
+    return _same_kind(template, merged, task)
+
+
+def _open(model: Any, index: int) -> _Opened:
+    name = f"models[{index}]"
+    if isinstance(model, str | Path):
+        reference = parse_reference(str(model))
+        folder = reference.folder
+        if folder is None:
+            assert reference.repository is not None
+            repository, revision = reference.repository, reference.revision
+            folder = hub.cached(repository, revision) or hub.fetch(repository, revision)
+        return _Opened(model, open_checkpoint(folder, reference.text), folder)
+    if isinstance(model, nn.Module):
+        return _Opened(model, DictSource(name, _parameters(model)))
+    if isinstance(getattr(model, "model", None), nn.Module):
+        return _Opened(model, DictSource(name, _parameters(model.model)))
+    if isinstance(model, Mapping):
+        return _Opened(model, DictSource(name, dict(model)))
+    raise ModelError(
+        f"{name} is a {type(model).__name__}; it must be a hub id, a local folder, a module, a pipeline or a state dict"
+    )
+
+
+def _parameters(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def _same_kind(template: _Opened, merged: dict[str, Tensor], task: str | None) -> Any:
+    given = template.given
+    if isinstance(given, Mapping):
+        return StateDict(merged)
+    if isinstance(given, nn.Module):
+        module = copy.deepcopy(given)
+        pour(module, merged, "merged")
+        return module
+    from transformers import pipeline
+
+    with quiet_transformers():
+        if template.folder is None:
+            module = copy.deepcopy(given.model)
+            pour(module, merged, "merged")
+            return pipeline(given.task, model=module, tokenizer=given.tokenizer)
+        if task is None:
+            raise ConfigError("merging hub ids or folders makes a pipeline: say which with task='text-classification'")
+        pipe = pipeline(task, model=str(template.folder), dtype=torch.float32, device="cpu")
+    pour(pipe.model, merged, "merged")
+    return pipe

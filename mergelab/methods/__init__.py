@@ -1,0 +1,1 @@
+"""How weights are combined: a file per family, small pure functions on tensors, one registry and one engine."""

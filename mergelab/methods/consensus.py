@@ -1,0 +1,155 @@
+"""Preparing passes of methods that trim task vectors or elect signs: statistics over whole models, read in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mergelab.errors import ConfigError, listed
+from mergelab.methods.blocks import blocks
+from mergelab.methods.order import Array, Open, kth_largest
+from mergelab.methods.task_vectors import Election, elect, scaled, task_vectors, trim
+from mergelab.weights.align import AlignedModels
+
+Scope = Literal["model", "tensor", "pooled"]
+ZeroSign = Literal["majority", "positive", "zero"]
+WeightsAt = Literal["after", "before"]
+# Answers the T task vectors' entries in a slice of a tensor: differences, or what a method makes of them first.
+Vectors = Callable[[slice], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Consensus:
+    """What merging one tensor needs to know of the whole.
+
+    Attributes:
+        thresholds: per expert, the magnitude below which an entry is dropped.
+        tie_sign: −1, 0 or 1: the sign of entries whose votes cancel.
+    """
+
+    thresholds: tuple[float, ...]
+    tie_sign: float = 0.0
+
+
+def open_task_vectors(models: AlignedModels, name: str) -> Vectors:
+    """Answer access to the experts' task vectors in tensor ``name``, on the CPU."""
+    assert models.base is not None
+    base = models.base.get(name).reshape(-1)
+    experts = [expert.get(name).reshape(-1) for expert in models.experts]
+
+    def read(part: slice) -> list[Tensor]:
+        return task_vectors(base[part].cpu(), [expert[part].cpu() for expert in experts])
+
+    return read
+
+
+def prepare_consensus(
+    models: AlignedModels,
+    open_vectors: Callable[[str], Vectors],
+    *,
+    weights: Sequence[float],
+    density: float | None,
+    scope: Scope,
+    election: Election,
+    zero_sign: ZeroSign,
+    weights_at: WeightsAt,
+) -> Mapping[str, Consensus]:
+    """Find each tensor's trimming thresholds and the sign of its ties.
+
+    Args:
+        models: base and experts.
+        open_vectors: access to the task vectors of a tensor.
+        weights: one factor per expert.
+        density: fraction of entries to keep; None: no trimming.
+        scope: what the fraction is of, and over what the majority is counted.
+        election, zero_sign, weights_at: as for the method.
+
+    Returns:
+        One `Consensus` for every name in ``models.names``.
+    """
+    assert models.base is not None
+    sizes = {name: _entries(models.base.shape(name)) for name in models.names}
+    thresholds = find_thresholds(open_vectors, sizes, density, scope, models)
+    signs = dict.fromkeys(sizes, 1.0 if zero_sign == "positive" else 0.0)
+    if zero_sign == "majority":
+        surplus = {
+            name: _surplus(open_vectors(name), size, thresholds[name], election_factors(weights, weights_at), election)
+            for name, size in sizes.items()
+        }
+        whole = sum(surplus.values())
+        signs = {name: _sign(count if scope == "tensor" else whole) for name, count in surplus.items()}
+    return {name: Consensus(thresholds[name], signs[name]) for name in sizes}
+
+
+def find_thresholds(
+    open_vectors: Callable[[str], Vectors],
+    sizes: Mapping[str, int],
+    density: float | None,
+    scope: Scope,
+    models: AlignedModels,
+) -> dict[str, tuple[float, ...]]:
+    """Answer for each tensor the experts' thresholds: the k-th largest magnitudes, k = max(1, int(density · n)).
+
+    n counts the entries of an expert's task vector over all tensors, those of one tensor, or those of all experts.
+    """
+    count = len(models.experts)
+    if density is None or density >= 1:
+        return dict.fromkeys(sizes, (0.0,) * count)
+    # Ranks are compared across tensors, so all magnitudes are in one dtype.
+    double = any(s.dtype(n) == torch.float64 for s in (models.base, *models.experts) if s is not None for n in sizes)
+    magnitudes = _magnitudes(open_vectors, torch.float64 if double else torch.float32)
+    if scope == "tensor":
+        return {name: kth_largest(magnitudes, {name: size}, density, count) for name, size in sizes.items()}
+    return dict.fromkeys(sizes, kth_largest(magnitudes, sizes, density, count, pooled=scope == "pooled"))
+
+
+def election_factors(weights: Sequence[float], weights_at: WeightsAt) -> tuple[float, ...]:
+    """Answer the factors that task vectors are multiplied by before they vote."""
+    return tuple(weights) if weights_at == "before" else (1.0,) * len(weights)
+
+
+def elected(trimmed: Sequence[Tensor], weights: Sequence[float], election: Election) -> Tensor:
+    """Elect signs by the votes of ``weights · trimmed``; 0 where they cancel."""
+    return elect([scaled(vector, weight) for vector, weight in zip(trimmed, weights, strict=True)], election)
+
+
+def check_weights(weights: Sequence[float]) -> None:
+    """Raise `ConfigError` for weights that a weighted mean cannot take: negative ones, or none above 0."""
+    if negative := [f"{weight:g}" for weight in weights if weight < 0]:
+        raise ConfigError(
+            f"method.weights: must be at least 0 for a mean over agreeing experts, not {listed(negative)} "
+            "(task_arithmetic negates)"
+        )
+    if not any(weights):
+        raise ConfigError("method.weights: at least one must be above 0")
+
+
+def _entries(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _magnitudes(open_vectors: Callable[[str], Vectors], dtype: torch.dtype) -> Open:
+    def open_(name: str) -> Callable[[slice], list[Array]]:
+        read = open_vectors(name)
+        return lambda part: [vector.abs_().to(dtype).numpy() for vector in read(part)]
+
+    return open_
+
+
+def _surplus(
+    read: Vectors, size: int, thresholds: Sequence[float], weights: Sequence[float], election: Election
+) -> int:
+    """Answer how many more entries of a tensor are elected positive than negative."""
+    surplus = 0
+    for part in blocks(size):
+        trimmed = [trim(vector, threshold) for vector, threshold in zip(read(part), thresholds, strict=True)]
+        surplus += int(elected(trimmed, weights, election).sum())  # exact: a block has fewer than 2^24 entries
+    return surplus
+
+
+def _sign(count: int) -> float:
+    return float((count > 0) - (count < 0))

@@ -1,0 +1,199 @@
+"""DARE: drop entries of the task vectors at random and rescale the rest; alone, or before TIES' election."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergelab.methods.blocks import working
+from mergelab.methods.consensus import (
+    Consensus,
+    Scope,
+    Vectors,
+    WeightsAt,
+    ZeroSign,
+    check_weights,
+    elected,
+    election_factors,
+    open_task_vectors,
+    prepare_consensus,
+)
+from mergelab.methods.parameters import Density, Lambda, Site, Weights
+from mergelab.methods.random import bernoulli, stream_key
+from mergelab.methods.registry import merge_method
+from mergelab.methods.task_vectors import (
+    Election,
+    Reduce,
+    disjoint_reduce,
+    factors,
+    resolve_zeros,
+    task_vectors,
+    trim,
+    weighted_sum,
+)
+from mergelab.weights.align import AlignedModels
+
+
+def drop(vectors: Sequence[Tensor], site: Site, density: float, rescale: bool) -> list[Tensor]:
+    """Keep each entry with probability ``density``, and divide what is kept by it when ``rescale``.
+
+    Whether an entry is kept depends on the seed, the expert's name, the tensor's name and the entry's place in the
+    whole tensor, and on nothing else.
+
+    Args:
+        vectors: flat parts of the experts' task vectors, from entry ``site.offset`` on.
+        site: names the experts and the tensor.
+        density: probability of keeping an entry.
+        rescale: divide by ``density``, so that the expected value stays.
+    """
+    if density >= 1:
+        return list(vectors)
+    kept = []
+    for vector, expert in zip(vectors, site.experts, strict=True):
+        mask = bernoulli(stream_key(site.seed, expert, site.name), site.offset, vector.numel(), density)
+        factor = torch.from_numpy(mask.astype(np.float32)).to(vector.device, vector.dtype).view(vector.shape)
+        kept.append((vector * factor).div_(density) if rescale else vector * factor)
+    return kept
+
+
+@merge_method(
+    needs_base=True,
+    elementwise=True,
+    identical_at=None,
+    family="task vectors",
+    paper="Yu et al. 2024, arXiv:2311.03099",
+)
+def dare(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    site: Site,
+    density: Density = 0.5,
+    lambda_: Lambda = 1.0,
+    weights: Weights = None,
+    rescale: bool = True,
+) -> Tensor:
+    """Add up task vectors of which a random part was dropped and the rest rescaled.
+
+    θ0 + λ·Σ w_t τ̂_t with τ̂_t = m_t·τ_t / density and m_t ~ Bernoulli(density), independent for each entry and expert
+    (Yu et al. 2024, arXiv:2311.03099; their drop rate p is 1 − density). Divided by the density, not by the number of
+    experts or of survivors. Departures: none; masks come from a counter-based generator (`mergelab.methods.random`).
+
+    Args:
+        base: parameter of the pretrained model or a part of it, any float dtype.
+        experts: T tensors of the base's shape.
+        site: keys the masks.
+        density: probability of keeping an entry.
+        lambda_: scale of the summed task vectors.
+        weights: per expert, any sign; default 1.
+        rescale: divide the kept entries by the density.
+
+    Returns:
+        Tensor of the base's shape, float32 (float64 for float64 inputs).
+    """
+    kept = drop(task_vectors(base, experts), site, density, rescale)
+    return working(base) + lambda_ * weighted_sum(kept, factors(weights, len(experts)))
+
+
+def dare_consensus(
+    models: AlignedModels,
+    *,
+    seed: int,
+    weights: Sequence[float],
+    density: float,
+    trim_density: float | None,
+    rescale: bool,
+    scope: Scope,
+    election: Election,
+    zero_sign: ZeroSign,
+    weights_at: WeightsAt,
+) -> Mapping[str, Consensus]:
+    """Find thresholds (where a second trim is asked for) and majority signs of the dropped and rescaled vectors."""
+    experts = tuple(expert.name for expert in models.experts)
+
+    def open_vectors(name: str) -> Vectors:
+        whole = open_task_vectors(models, name)
+        assert models.base is not None
+        site = Site(name, experts, models.base.shape(name), seed=seed)
+
+        def read(part: slice) -> list[Tensor]:
+            # The masks of a strided sample are drawn for all that the stride passes over.
+            dense = whole(slice(part.start, part.stop))
+            return [kept[:: part.step] for kept in drop(dense, replace(site, offset=part.start), density, rescale)]
+
+        return read
+
+    return prepare_consensus(
+        models,
+        open_vectors,
+        weights=weights,
+        density=trim_density,
+        scope=scope,
+        election=election,
+        zero_sign=zero_sign,
+        weights_at=weights_at,
+    )
+
+
+@merge_method(
+    needs_base=True,
+    elementwise=True,
+    prepare=dare_consensus,
+    check=check_weights,
+    identical_at={"density": 1.0},
+    family="task vectors",
+    paper="Yu et al. 2024, arXiv:2311.03099, with Yadav et al. 2023, arXiv:2306.01708",
+)
+def dare_ties(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    site: Site,
+    prepared: Mapping[str, Consensus],
+    density: Density = 0.5,
+    trim_density: Density | None = None,
+    lambda_: Lambda = 1.0,
+    weights: Weights = None,
+    rescale: bool = True,
+    scope: Scope = "model",
+    election: Election = "mass",
+    reduce: Reduce = "mean",
+    zero_sign: ZeroSign = "majority",
+    weights_at: WeightsAt = "after",
+) -> Tensor:
+    """Drop and rescale task vectors as DARE does, then elect signs and merge what agrees as TIES does.
+
+    θ0 + λ·τ_m with τ̂_t = m_t·τ_t / density, m_t ~ Bernoulli(density), and τ_m the disjoint mean of the τ̂_t under the
+    elected signs (Yu et al. 2024, arXiv:2311.03099, with Yadav et al. 2023, arXiv:2306.01708). Dropped entries neither
+    vote nor count in the mean. Departure: TIES' own trim is left out unless ``trim_density`` asks for it; it then keeps
+    that fraction of all entries, by magnitude, of what DARE left. Ties and weights as in `ties`.
+
+    Args:
+        base: parameter of the pretrained model or a part of it, any float dtype.
+        experts: T tensors of the base's shape.
+        site: keys the masks, and names the tensor in ``prepared``.
+        prepared: thresholds and tie sign by tensor name.
+        density: probability of keeping an entry.
+        trim_density: fraction of entries kept by the second trim; None for no such trim.
+        lambda_: scale of the merged task vector.
+        weights: per expert, at least 0; default 1.
+        rescale: divide the kept entries by the density.
+        scope, election, reduce, zero_sign, weights_at: as in `ties`; ``scope`` is that of the second trim and of the
+            majority.
+
+    Returns:
+        Tensor of the base's shape, float32 (float64 for float64 inputs).
+
+    Raises:
+        ConfigError: a weight is negative, or none is above 0.
+    """
+    shares = factors(weights, len(experts))
+    here = prepared[site.name]
+    kept = zip(drop(task_vectors(base, experts), site, density, rescale), here.thresholds, strict=True)
+    trimmed = [trim(vector, threshold) for vector, threshold in kept]
+    signs = resolve_zeros(elected(trimmed, election_factors(shares, weights_at), election), here.tie_sign)
+    return working(base) + lambda_ * disjoint_reduce(trimmed, signs, shares, reduce)

@@ -1,0 +1,96 @@
+"""Model Stock: how far to go from the base to the experts' mean, judged by the angle between their task vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations_with_replacement
+from typing import Literal
+
+from torch import Tensor
+
+from mergelab.methods.blocks import blocks, blockwise
+from mergelab.methods.registry import merge_method
+from mergelab.methods.task_vectors import task_vectors, weighted_sum
+from mergelab.weights.align import AlignedModels
+from mergelab.weights.numerics import dot
+
+Products = dict[tuple[int, int], list[float]]
+
+
+def products(base: Tensor, experts: Sequence[Tensor]) -> Products:
+    """Answer τ_i·τ_j for every pair of task vectors (i ≤ j), in float64, as summands over blocks of the tensor."""
+    start = base.reshape(-1)
+    ends = [expert.reshape(-1) for expert in experts]
+    sums: Products = {pair: [] for pair in combinations_with_replacement(range(len(experts)), 2)}
+    for part in blocks(start.numel()):
+        vectors = task_vectors(start[part], [end[part] for end in ends])
+        for (i, j), summands in sums.items():
+            summands.append(dot(vectors[i], vectors[j]))
+    return sums
+
+
+def interpolation_ratio(sums: Products) -> float:
+    """Answer r = T·c / (1 + (T−1)·c), c the mean cosine over pairs of task vectors, clamped to [0, 1].
+
+    A pair of which one is zero counts as orthogonal, so that experts equal to the base stay there.
+    """
+    gram = {pair: math.fsum(summands) for pair, summands in sums.items()}
+    count = max(i for i, _ in gram) + 1
+    cosines = []
+    for (i, j), product in gram.items():
+        if i != j:
+            lengths = math.sqrt(gram[i, i]) * math.sqrt(gram[j, j])
+            cosines.append(product / lengths if lengths else 0.0)
+    cosine = min(1.0, max(0.0, math.fsum(cosines) / len(cosines)))
+    return count * cosine / (1 + (count - 1) * cosine)
+
+
+def model_ratio(models: AlignedModels, *, scope: Literal["tensor", "model"]) -> float | None:
+    """Answer the ratio over all tensors together, or None where each has its own."""
+    if scope == "tensor" or models.base is None:
+        return None
+    whole: Products = {}
+    for name in models.names:
+        for pair, summands in products(models.base.get(name), [e.get(name) for e in models.experts]).items():
+            whole.setdefault(pair, []).extend(summands)
+    return interpolation_ratio(whole)
+
+
+@merge_method(
+    needs_base=True,
+    experts=(2, None),
+    prepare=model_ratio,
+    family="averages",
+    paper="Jang et al. 2024, arXiv:2403.19522",
+)
+def model_stock(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    prepared: float | None = None,
+    scope: Literal["tensor", "model"] = "tensor",
+) -> Tensor:
+    """Interpolate between the base and the experts' mean, the closer to the mean the more the experts agree.
+
+    r·mean(θ_t) + (1−r)·θ0 with r = T·c / (1 + (T−1)·c), c the mean cosine between the task vectors τ_t = θ_t − θ0 of
+    that tensor, clamped to [0, 1] (Jang et al. 2024, arXiv:2403.19522, equation 3 and its extension to T models).
+    Departures: the clamp; a zero task vector counts as orthogonal to the others; ``scope="model"`` takes one c over all
+    tensors. Cosines are accumulated in float64.
+
+    Args:
+        base: parameter of the pretrained model, any float dtype; a whole tensor, not a part.
+        experts: T ≥ 2 tensors of the base's shape.
+        prepared: the ratio r where it is the same for all tensors.
+        scope: over what the cosine is taken.
+
+    Returns:
+        Tensor of the base's shape, float32 (float64 for float64 inputs).
+    """
+    ratio = interpolation_ratio(products(base, experts)) if prepared is None else prepared
+    each = (1 / len(experts),) * len(experts)
+
+    def interpolate(start: Tensor, *ends: Tensor) -> Tensor:
+        return ratio * weighted_sum(ends, each) + (1 - ratio) * start
+
+    return blockwise(interpolate, base, *experts)

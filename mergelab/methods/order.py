@@ -1,0 +1,203 @@
+"""The exact k-th largest entry of vectors that are too long to sort and that are read in pieces.
+
+A strided sample brackets the wanted rank within a percent of the entries; one pass counts what lies above the bracket
+and gathers what lies in it, where the entry is then selected. The sample decides only how much is gathered, never the
+answer: where the rank turns out to lie outside the bracket, the answer is found from histograms of the floats' digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergelab.methods.blocks import blocks
+
+Array = NDArray[np.floating[Any]]
+# Answers a tensor's part of every vector, for any slice of the flattened tensor; entries are not negative.
+Read = Callable[[slice], Sequence[Array]]
+# Opens a tensor by name.
+Open = Callable[[str], Read]
+
+SAMPLE = 1 << 15  # entries sampled per vector, or a 512th of it if that is more
+STRETCH = 1 << 20  # entries that a strided read may span
+GATHER = 16  # a bracket that holds this many times what was expected is given up
+
+
+def rank_of(density: float, length: int) -> int:
+    """Answer how many entries ``density`` keeps: ``int(density · length)``, at least one."""
+    return max(1, int(density * length))
+
+
+def kth_largest(
+    open_: Open, sizes: Mapping[str, int], density: float, vectors: int, *, pooled: bool = False
+) -> tuple[float, ...]:
+    """Select the smallest of the entries that ``density`` keeps, of each of T vectors or of all T together.
+
+    Args:
+        open_: gives access to the T vectors' parts in a tensor; they are float32 throughout, or float64 throughout.
+        sizes: the length of each tensor; a vector is the concatenation of its parts.
+        density: fraction of entries to keep; k is ``int(density · length)``, at least 1.
+        vectors: T.
+        pooled: whether the T vectors count as one.
+
+    Returns:
+        T entries. Those at least as large as it are k in number in each vector, or more where several equal it.
+    """
+    sizes = {name: size for name, size in sizes.items() if size}
+    if not sizes:
+        return (0.0,) * vectors
+    length = sum(sizes.values()) * (vectors if pooled else 1)
+    rank = rank_of(density, length)
+    data = _Data(open_, sizes, pooled)
+    step = _stride(sum(sizes.values()))
+    samples = [np.concatenate(parts) for parts in data.sampled(step)]
+    if step == 1:
+        found = [_ranked(sample, rank) for sample in samples]
+    else:
+        brackets = [_bracket(np.sort(sample)[::-1], rank / length) for sample in samples]
+        within = _within(data, brackets, rank, length)
+        found = [_by_digits(data, i, rank) if value is None else value for i, value in enumerate(within)]
+    return tuple(found) * (vectors if pooled else 1)
+
+
+def _ranked(entries: Array, rank: int) -> float:
+    """Answer the entry of ``rank``, counted from the largest, which has rank 1."""
+    return float(np.partition(entries, len(entries) - rank)[len(entries) - rank])
+
+
+@dataclass(frozen=True)
+class _Data:
+    open_: Open
+    sizes: Mapping[str, int]
+    pooled: bool
+
+    def reads(self) -> Iterator[tuple[int, Array]]:
+        """Go through all vectors in blocks, each with the group it counts for: its vector's index, 0 if pooled."""
+        for name, size in self.sizes.items():
+            read = self.open_(name)
+            for part in blocks(size):
+                for index, entries in enumerate(read(part)):
+                    yield (0 if self.pooled else index), entries
+
+    def sampled(self, step: int) -> list[list[Array]]:
+        """Read every ``step``-th entry of each group."""
+        groups: list[list[Array]] = []
+        passed = 0  # entries of earlier tensors: the stride goes on across the borders of tensors
+        for name, size in self.sizes.items():
+            read = self.open_(name)
+            first = -passed % step
+            span = max(step, STRETCH // step * step)
+            for start in range(first, size, span):
+                parts = read(slice(start, min(start + span, size), step))
+                groups = groups or [[] for _ in (range(1) if self.pooled else parts)]
+                for index, entries in enumerate(parts):
+                    groups[0 if self.pooled else index].append(entries.copy())
+            passed += size
+        return groups
+
+
+@dataclass(frozen=True)
+class _Bracket:
+    low: float
+    high: float
+    share: float  # of the sample that lies between
+
+
+def _stride(length: int) -> int:
+    """Choose the sample's stride: 1 for short vectors, else without small factors, so as not to follow rows."""
+    rough = length // max(SAMPLE, length >> 9)
+    if rough <= 1:
+        return 1
+    return next(step for step in count(rough) if all(step % prime for prime in (2, 3, 5, 7, 11, 13) if prime < step))
+
+
+def _bracket(sample: Array, share: float) -> _Bracket:
+    """Bracket the entry below which all but ``share`` of the entries lie; six standard deviations to either side."""
+    size = len(sample)
+    margin = 6 * math.sqrt(size * share * (1 - share)) + 16
+    upper, lower = math.floor(share * size - margin), math.ceil(share * size + margin)
+    high = float(sample[upper]) if upper >= 0 else math.inf
+    low = float(sample[lower]) if lower < size else -1.0
+    return _Bracket(low, high, (min(lower, size) - max(upper, 0)) / size)
+
+
+def _within(data: _Data, brackets: Sequence[_Bracket], rank: int, length: int) -> list[float | None]:
+    """Select within the brackets in one pass; None where the wanted entry is in none of them."""
+    above = [0] * len(brackets)
+    gathered: list[list[Array]] = [[] for _ in brackets]
+    held = [0] * len(brackets)
+    limits = [GATHER * max(bracket.share * length, 4096.0) for bracket in brackets]
+    for group, entries in data.reads():
+        bracket = brackets[group]
+        above[group] += int(np.count_nonzero(entries >= entries.dtype.type(bracket.high)))
+        if held[group] <= limits[group]:
+            inside = entries[_between(entries, bracket)]
+            held[group] += len(inside)
+            gathered[group].append(inside)
+    found: list[float | None] = []
+    for group, bracket in enumerate(brackets):
+        place = rank - above[group]
+        if held[group] > limits[group]:
+            found.append(None)
+        elif 1 <= place <= held[group]:
+            found.append(_ranked(np.concatenate(gathered[group]), place))
+        else:  # where many entries are equal, the bracket's end itself is often the answer
+            end = bracket.high if place < 1 else bracket.low
+            found.append(end if _is_at(data, group, end, rank) else None)
+    return found
+
+
+def _between(entries: Array, bracket: _Bracket) -> NDArray[np.bool_]:
+    """Mark the entries strictly inside: one comparison of the bit patterns, which order as non-negative floats do."""
+    if bracket.low < 0:
+        return np.less(entries, entries.dtype.type(bracket.high))
+    signed: Any = np.int32 if entries.itemsize == 4 else np.int64
+    unsigned: Any = np.uint32 if entries.itemsize == 4 else np.uint64
+    low, high = (int(entries.dtype.type(end).view(signed)) for end in (bracket.low, bracket.high))
+    if high - low < 2:
+        return np.zeros(entries.shape, dtype=bool)
+    inside: NDArray[np.bool_] = (entries.view(signed) - signed(low + 1)).view(unsigned) < unsigned(high - low - 1)
+    return inside
+
+
+def _is_at(data: _Data, group: int, value: float, rank: int) -> bool:
+    """Tell whether the entry of ``rank`` equals ``value``."""
+    larger = at_least = 0
+    for index, entries in data.reads():
+        if index == group:
+            larger += int(np.count_nonzero(entries > entries.dtype.type(value)))
+            at_least += int(np.count_nonzero(entries >= entries.dtype.type(value)))
+    return larger < rank <= at_least
+
+
+def _by_digits(data: _Data, group: int, rank: int) -> float:
+    """Select digit by digit, from the most significant bits down: a histogram in each pass, no gathering at all."""
+    bits = 0
+    settled = 0  # how many of the leading bits are known
+    while True:
+        histogram = np.zeros(1 << 11, dtype=np.int64)
+        width = 0
+        for index, entries in data.reads():
+            if index != group:
+                continue
+            length = 8 * entries.itemsize
+            dtype = entries.dtype
+            pattern = entries.view(np.uint32 if length == 32 else np.uint64).astype(np.int64)
+            width = min(11, length - settled)
+            if settled:
+                pattern = pattern[pattern >> (length - settled) == bits]
+            digit = (pattern >> (length - settled - width)) & ((1 << width) - 1)
+            histogram += np.bincount(digit, minlength=1 << 11)
+        from_top = np.cumsum(histogram[::-1])
+        place = int(np.searchsorted(from_top, rank))
+        rank -= int(from_top[place - 1]) if place else 0
+        bits = bits << width | (len(histogram) - 1 - place)
+        settled += width
+        if settled == length:
+            return float(np.array(bits, dtype=np.uint32 if length == 32 else np.uint64).view(dtype))

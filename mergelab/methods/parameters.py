@@ -1,0 +1,199 @@
+"""What a method can be told: parameter types, the checked models made from signatures, and the messages they give."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    PydanticSchemaGenerationError,
+    ValidationError,
+    create_model,
+)
+
+from mergelab.errors import ConfigError, did_you_mean, listed
+
+# Arguments that the engine supplies; no parameter of a method can have these names.
+INJECTED = ("base", "experts", "site", "prepared")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where in the models a method is working.
+
+    Attributes:
+        name: the tensor's name.
+        experts: the experts' names, in the order of the ``experts`` argument.
+        shape: the whole tensor's shape, also when the method is given a part of it.
+        offset: index of the part's first entry in the flattened tensor.
+        seed: the run's seed.
+    """
+
+    name: str
+    experts: tuple[str, ...]
+    shape: tuple[int, ...]
+    offset: int = 0
+    seed: int = 0
+
+
+def _weights(value: object) -> object:
+    """Take one finite number per expert, in a list or by name; a tuple or a dict comes out."""
+    numbers = value.values() if isinstance(value, Mapping) else value
+    if value is None:
+        return None
+    if isinstance(numbers, str) or not isinstance(numbers, typing.Iterable):
+        raise ValueError
+    taken = list(numbers)
+    if not all(is_number(number) and math.isfinite(number) for number in taken):
+        raise ValueError
+    if isinstance(value, Mapping):
+        return {str(name): float(number) for name, number in value.items()}
+    return tuple(float(number) for number in taken)
+
+
+Density = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Lambda = Annotated[float, Field()]
+Weights = Annotated[Sequence[float] | Mapping[str, float] | None, PlainValidator(_weights)]
+
+
+class Parameters(BaseModel):
+    """The checked, frozen parameters of one method; fields are made from its signature."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        validate_default=False,
+        populate_by_name=True,
+        protected_namespaces=(),
+        arbitrary_types_allowed=True,
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """Answer the values by the names that the function's signature uses (``lambda_``)."""
+        return {name: getattr(self, name) for name in type(self).model_fields} | dict(self.model_extra or {})
+
+    def by_key(self) -> dict[str, Any]:
+        """Answer the values by the names that configs use (``lambda``)."""
+        return {key_of(name): value for name, value in self.arguments().items()}
+
+
+class OpenParameters(Parameters):
+    """Parameters of a function with ``**kwargs``: further ones pass as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def key_of(name: str) -> str:
+    """Answer the config key of a Python parameter: ``lambda_`` → ``lambda``."""
+    return name.removesuffix("_")
+
+
+def is_number(value: object) -> bool:
+    """Tell whether ``value`` is an int or a float; a bool is neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def parameters_of(function: Callable[..., Any], skip: Sequence[str] = INJECTED) -> type[Parameters]:
+    """Make the parameter model of ``function`` from its signature, leaving out the parameters named in ``skip``.
+
+    An annotation that cannot be resolved or checked counts as "anything".
+    """
+    fields: dict[str, Any] = {}
+    extra = False
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            extra = True
+        elif parameter.name not in skip and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            default = ... if parameter.default is parameter.empty else parameter.default
+            annotation = _checkable(_resolved(parameter.annotation, function))
+            fields[parameter.name] = (annotation, Field(default, alias=key_of(parameter.name)))
+    name = "".join(word.title() for word in getattr(function, "__name__", "custom").split("_"))
+    return create_model(f"{name}Parameters", __base__=OpenParameters if extra else Parameters, **fields)
+
+
+def _resolved(annotation: Any, function: Callable[..., Any]) -> Any:
+    if annotation is inspect.Parameter.empty:
+        return Any
+    if not isinstance(annotation, str):
+        return annotation
+    scope = getattr(inspect.unwrap(function), "__globals__", {})
+    try:
+        return eval(annotation, scope)  # what typing.get_type_hints does, one annotation at a time
+    except Exception:  # names that only a type checker imports
+        return Any
+
+
+def _checkable(annotation: Any) -> Any:
+    try:
+        create_model("Trial", __base__=Parameters, value=(annotation, ...))
+    except (PydanticSchemaGenerationError, TypeError):
+        return Any
+    return annotation
+
+
+def validated(model: type[Parameters], values: Mapping[str, Any], method: str) -> Parameters:
+    """Check ``values`` (by config key or Python name) against a parameter model.
+
+    Raises:
+        ConfigError: one line with the key, the value and what is allowed, or the nearest name for an unknown key.
+    """
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        if key_of(str(name)) in given:
+            raise ConfigError(f"method.{key_of(str(name))}: given twice, also as {name!r}")
+        given[key_of(str(name))] = value
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+        raise ConfigError(_message(model, given, first["type"], str(first["loc"][0]), method)) from None
+
+
+def _message(model: type[Parameters], given: Mapping[str, Any], problem: str, key: str, method: str) -> str:
+    fields = {key_of(name): field for name, field in model.model_fields.items()}
+    if problem == "extra_forbidden":
+        hint = did_you_mean(key, fields) or f"; it has {listed(fields)}"
+        return f"method.{key}: {method} has no such parameter{hint if fields else '; it has none'}"
+    field = fields[key]
+    allowed = allowed_values(field.annotation, field.metadata)
+    if problem == "missing":
+        return f"method.{key}: {method} needs it" + (f"; {allowed}" if allowed else "")
+    if problem.startswith(("greater_than", "less_than")):
+        allowed = _ranges(field.metadata)
+    return f"method.{key}={given[key]!r}: must be {allowed or 'another value'}"
+
+
+def allowed_values(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """Say in words which values a parameter takes: ``a number greater than 0 and at most 1``."""
+    if any(isinstance(mark, PlainValidator) and mark.func is _weights for mark in metadata):
+        return "one number per expert, as a list or by the expert's name"
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return allowed_values(arguments[0], [*arguments[1:], *metadata])
+    if origin is Literal:
+        *others, last = (repr(choice) for choice in arguments)
+        return f"{', '.join(others)} or {last}" if others else last
+    if origin in (Union, types.UnionType):
+        words = (("null" if each is type(None) else allowed_values(each, metadata)) for each in arguments)
+        return " or ".join(word for word in words if word)
+    noun = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}.get(annotation, "")
+    return " ".join(part for part in (noun, _ranges(metadata)) if part)
+
+
+def _ranges(metadata: Sequence[Any]) -> str:
+    words = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+    flat = [inner for mark in metadata for inner in (getattr(mark, "metadata", None) or [mark])]
+    limits = [f"{text} {getattr(mark, name):g}" for name, text in words.items() for mark in flat if hasattr(mark, name)]
+    return " and ".join(limits)

@@ -1,0 +1,111 @@
+"""TIES: trim, elect signs, merge what agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from mergelab.methods.blocks import working
+from mergelab.methods.consensus import (
+    Consensus,
+    Scope,
+    WeightsAt,
+    ZeroSign,
+    check_weights,
+    elected,
+    election_factors,
+    open_task_vectors,
+    prepare_consensus,
+)
+from mergelab.methods.parameters import Density, Lambda, Site, Weights
+from mergelab.methods.registry import merge_method
+from mergelab.methods.task_vectors import Election, Reduce, disjoint_reduce, factors, resolve_zeros, task_vectors, trim
+from mergelab.weights.align import AlignedModels
+
+
+def ties_consensus(
+    models: AlignedModels,
+    *,
+    weights: Sequence[float],
+    density: float,
+    scope: Scope,
+    election: Election,
+    zero_sign: ZeroSign,
+    weights_at: WeightsAt,
+) -> Mapping[str, Consensus]:
+    """Find thresholds and majority signs of the plain task vectors."""
+    return prepare_consensus(
+        models,
+        lambda name: open_task_vectors(models, name),
+        weights=weights,
+        density=density,
+        scope=scope,
+        election=election,
+        zero_sign=zero_sign,
+        weights_at=weights_at,
+    )
+
+
+@merge_method(
+    needs_base=True,
+    elementwise=True,
+    prepare=ties_consensus,
+    check=check_weights,
+    identical_at={"density": 1.0},
+    family="task vectors",
+    paper="Yadav et al. 2023, arXiv:2306.01708",
+)
+def ties(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    site: Site,
+    prepared: Mapping[str, Consensus],
+    density: Density = 0.2,
+    lambda_: Lambda = 1.0,
+    weights: Weights = None,
+    scope: Scope = "model",
+    election: Election = "mass",
+    reduce: Reduce = "mean",
+    zero_sign: ZeroSign = "majority",
+    weights_at: WeightsAt = "after",
+) -> Tensor:
+    """Merge task vectors after trimming small entries and resolving sign conflicts.
+
+    θ0 + λ·τ_m with τ̂_t = τ_t where \\|τ_t\\| ≥ the k-th largest magnitude, else 0; γ = sgn(Σ τ̂_t);
+    τ_m = Σ w_t τ̂_t / Σ w_t over the experts whose τ̂_t has the sign γ, entry by entry (Yadav et al. 2023,
+    arXiv:2306.01708).
+
+    Departures from the paper, which leaves them open: entries that equal the k-th magnitude all stay, and k is at least
+    1. An entry whose votes cancel exactly takes the sign that was elected at more entries (``zero_sign="majority"``),
+    as the authors' code does; where these are equally many, it is 0, as the paper's formula says (their code takes the
+    negative entries then). ``zero_sign="positive"`` is what PEFT and mergekit do. Weights are an addition: the paper's
+    are 1. ``scope="tensor"`` with ``weights_at="before"`` and ``zero_sign="positive"`` is mergekit's TIES.
+
+    Args:
+        base: parameter of the pretrained model or a part of it, any float dtype.
+        experts: T tensors of the base's shape.
+        site: whose ``name`` is looked up in ``prepared``.
+        prepared: thresholds and tie sign by tensor name.
+        density: fraction of entries kept.
+        lambda_: scale of the merged task vector.
+        weights: per expert, at least 0; default 1.
+        scope: what the fraction is of: an expert's whole task vector, each tensor of it, or all experts' together.
+        election: by total magnitude or by number of entries.
+        reduce: what is made of the entries that agree: weighted mean, weighted sum, or the largest w·τ̂.
+        zero_sign: the sign of entries whose votes cancel.
+        weights_at: whether weights count from the mean on, or multiply the task vectors before they vote.
+
+    Returns:
+        Tensor of the base's shape, float32 (float64 for float64 inputs).
+
+    Raises:
+        ConfigError: a weight is negative, or none is above 0.
+    """
+    shares = factors(weights, len(experts))
+    here = prepared[site.name]
+    vectors = zip(task_vectors(base, experts), here.thresholds, strict=True)
+    trimmed = [trim(vector, threshold) for vector, threshold in vectors]
+    signs = resolve_zeros(elected(trimmed, election_factors(shares, weights_at), election), here.tie_sign)
+    return working(base) + lambda_ * disjoint_reduce(trimmed, signs, shares, reduce)

@@ -1,0 +1,149 @@
+"""What kind of model a folder holds, and the one resident model that weights are poured into for evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice", "ForQuestionAnswering")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "tokenizer.model",
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's class, the prefix of its backbone's tensor names, and what its outputs mean."""
+
+    name: str
+    prefix: str
+    is_classifier: bool
+    id2label: Mapping[int, str]
+
+
+def read_config(folder: Path, model: str) -> dict[str, Any]:
+    """Read ``config.json``.
+
+    Raises:
+        ModelError: there is none, or it is not JSON.
+    """
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"model {model}: no config.json in {folder}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {model}: {file} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"model {model}: {file} does not hold a JSON object")
+    return config
+
+
+def architecture(folder: Path, model: str) -> Architecture:
+    """Find out what the folder's ``config.json`` describes.
+
+    Raises:
+        ModelError: the configuration is missing or names no class that transformers has.
+    """
+    import transformers
+
+    config = read_config(folder, model)
+    name = str((config.get("architectures") or [""])[0])
+    cls = getattr(transformers, name, None)
+    if cls is None or not hasattr(cls, "base_model_prefix"):
+        raise ModelError(
+            f"model {model}: its config.json names no model class that transformers has (architectures={name!r})"
+        )
+    labels = {int(index): str(label) for index, label in (config.get("id2label") or {}).items()}
+    if not labels and name.endswith(_CLASSIFIERS):
+        labels = {index: f"LABEL_{index}" for index in range(int(config.get("num_labels", 2)))}
+    return Architecture(name, cls.base_model_prefix, name.endswith(_CLASSIFIERS), labels)
+
+
+def head_names(names: Iterable[str], kind: Architecture) -> tuple[str, ...]:
+    """Pick the tensors of a classifier's head: those outside its backbone. Models without such a head have none."""
+    if not kind.is_classifier:
+        return ()
+    return tuple(name for name in names if not name.startswith(f"{kind.prefix}."))
+
+
+def tokenizer_folder(folders: Iterable[Path]) -> Path | None:
+    """Find the first of ``folders`` that has a tokenizer."""
+    return next((folder for folder in folders if any((folder / file).exists() for file in _TOKENIZER_FILES)), None)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from printing progress bars and advice while a model is opened."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def open_classifier(folder: Path, model: str, num_labels: int) -> nn.Module:
+    """Open a sequence classifier with ``num_labels`` outputs, float32, in evaluation mode, to pour weights into.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        with quiet_transformers():
+            module: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+                folder, num_labels=num_labels, dtype=torch.float32, ignore_mismatched_sizes=True, local_files_only=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model {model}: transformers cannot open it: {' '.join(str(error).split())[:300]}") from error
+    return module.eval()
+
+
+def pour(module: nn.Module, tensors: Mapping[str, Tensor], model: str) -> None:
+    """Copy ``tensors`` into the parameters of ``module``, in place, in the parameters' own dtype and device.
+
+    Raises:
+        KeyMismatch: parameters without a tensor, or tensors without a parameter.
+        ShapeMismatch: a tensor does not have its parameter's shape.
+    """
+    import torch
+
+    parameters = dict(module.named_parameters())
+    every_name = dict(module.named_parameters(remove_duplicate=False))
+    buffers = dict(module.named_buffers())
+    missing = [name for name in parameters if name not in tensors]
+    unknown = [name for name in tensors if name not in every_name and name not in buffers]
+    if missing or unknown:
+        said = [f"lacks {listed(missing, 4)}"] * bool(missing) + [f"has unknown {listed(unknown, 4)}"] * bool(unknown)
+        raise KeyMismatch(f"model {model}: for a {type(module).__name__} it {' and '.join(said)}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            tensor = tensors[name]
+            if tensor.shape != parameter.shape:
+                raise ShapeMismatch(
+                    f"model {model}: {name} is {tuple(tensor.shape)}, a {type(module).__name__} of this configuration "
+                    f"needs {tuple(parameter.shape)}"
+                )
+            parameter.copy_(tensor)

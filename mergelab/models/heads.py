@@ -1,0 +1,92 @@
+"""Task heads: which tensors they are, whose head a merged model gets, and their rows in the task's order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mergelab.errors import ConfigError, KeyMismatch, ModelError, ShapeMismatch, did_you_mean, listed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergelab.weights.source import TensorSource
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head's tensors with its output rows in the task's label order, and whose it is."""
+
+    tensors: dict[str, Tensor]
+    owner: str
+
+    @property
+    def outputs(self) -> int:
+        """The number of outputs."""
+        return next(iter(self.tensors.values())).shape[0] if self.tensors else 0
+
+
+def read_head(source: TensorSource, names: Sequence[str], order: Sequence[int]) -> Head:
+    """Read a head and put its output rows into the task's order: row ``order[j]`` becomes row ``j``.
+
+    Raises:
+        ModelError: no tensor of the head has as many rows as the model has labels.
+    """
+    import torch
+
+    tensors = {name: source.get(name) for name in names}
+    if list(order) != list(range(len(order))):
+        index = torch.tensor(list(order))
+        tensors = {n: t.index_select(0, index) if t.shape[:1] == (len(order),) else t for n, t in tensors.items()}
+    if not any(tensor.shape[:1] == (len(order),) for tensor in tensors.values()):
+        raise ModelError(f"model {source.name}: no tensor of its head ({listed(names)}) has {len(order)} rows")
+    return Head(tensors, source.name)
+
+
+def mean_head(heads: Sequence[Head]) -> Head:
+    """Average heads tensor by tensor, in float32, cast back to the first one's dtype.
+
+    Raises:
+        KeyMismatch: they do not have the same tensors.
+        ShapeMismatch: a tensor's shape differs, as between tasks with different numbers of labels.
+    """
+    first = heads[0]
+    for other in heads[1:]:
+        if other.tensors.keys() != first.tensors.keys():
+            odd = sorted(other.tensors.keys() ^ first.tensors.keys())
+            raise KeyMismatch(f"the heads of {first.owner} and {other.owner} differ in {listed(odd)}")
+        for name, tensor in other.tensors.items():
+            if tensor.shape != first.tensors[name].shape:
+                raise ShapeMismatch(
+                    f"the heads cannot be averaged: {name} is {tuple(first.tensors[name].shape)} in {first.owner} and "
+                    f"{tuple(tensor.shape)} in {other.owner}; use models.head=per_task or models.head=expert:<name>"
+                )
+    return Head(
+        {name: mean_tensor([head.tensors[name] for head in heads]) for name in first.tensors},
+        "mean of " + ", ".join(head.owner for head in heads),
+    )
+
+
+def mean_tensor(tensors: Sequence[Tensor]) -> Tensor:
+    """Average tensors of one shape in float32, cast back to the first one's dtype."""
+    total = tensors[0].float().clone()
+    for tensor in tensors[1:]:
+        total += tensor.float()
+    return (total / len(tensors)).to(tensors[0].dtype)
+
+
+def expert_of_policy(policy: str, names: Sequence[str]) -> str | None:
+    """Answer the expert that ``expert:<name>`` names, ``None`` for other policies.
+
+    Raises:
+        ConfigError: no expert has that name.
+    """
+    if not policy.startswith("expert:"):
+        return None
+    name = policy.removeprefix("expert:")
+    if name not in names:
+        raise ConfigError(
+            f"models.head={policy!r}: no expert {name!r}{did_you_mean(name, names)} (there are {listed(names)})"
+        )
+    return name

@@ -1,0 +1,229 @@
+"""Train the miniature's models: masked, swapped and following text for the base, labelled examples for the experts.
+
+Everything random comes from generators seeded by the recipe. The number of threads is pinned (`pinned`) because sums over a batch
+are split by it and would otherwise round differently.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mergelab.models.mini.recipe import Expert, Recipe
+from mergelab.models.mini.tokenizer import MASK, MAX_LENGTH, PAD
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import BertConfig, BertForPreTraining, BertForSequenceClassification
+
+IGNORED = -100
+Progress = Callable[[float], None]
+
+
+@contextmanager
+def pinned(threads: int, seed: int) -> Iterator[None]:
+    """Run with ``threads`` threads and a freshly seeded global generator; put both back at the end."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised texts: (n, longest) int64 ids, padded, and segment numbers, and the length of each row."""
+
+    ids: Tensor
+    segments: Tensor
+    lengths: tuple[int, ...]
+
+    def batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Answer the ids and segments of ``rows``, cut to the longest of them."""
+        longest = max(self.lengths[row] for row in rows)
+        at = torch.tensor(rows)
+        return self.ids[at, :longest], self.segments[at, :longest]
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[tuple[str, ...]]) -> Encoded:
+    """Tokenise sentences and pairs of sentences."""
+    encodings = tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
+    lengths = tuple(len(encoding.ids) for encoding in encodings)
+    ids = torch.full((len(texts), max(lengths)), PAD)
+    segments = torch.zeros_like(ids)
+    for row, (encoding, length) in enumerate(zip(encodings, lengths, strict=True)):
+        ids[row, :length] = torch.tensor(encoding.ids)
+        segments[row, :length] = torch.tensor(encoding.type_ids)
+    return Encoded(ids, segments, lengths)
+
+
+def batches(lengths: Sequence[int], size: int, generator: torch.Generator, pool: int = 32) -> list[list[int]]:
+    """Cut a shuffled pass over the rows into batches of ``size`` rows whose lengths are close to each other."""
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    cut: list[list[int]] = []
+    for start in range(0, len(order), size * pool):
+        near = sorted(order[start : start + size * pool], key=lambda row: lengths[row])
+        cut += [near[at : at + size] for at in range(0, len(near), size)]
+    return [cut[at] for at in torch.randperm(len(cut), generator=generator).tolist()]
+
+
+def fit(
+    parameters: Sequence[Tensor],
+    loss_of: Callable[[list[int]], Tensor],
+    plan: Sequence[list[int]],
+    *,
+    peak: float,
+    progress: Progress,
+) -> None:
+    """Take one AdamW step per batch of ``plan``: the rate rises to ``peak`` over a tenth of the steps, then falls to zero."""
+    optimiser = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    rise = max(1, math.ceil(0.1 * len(plan)))
+    for step, rows in enumerate(plan):
+        optimiser.param_groups[0]["lr"] = peak * min((step + 1) / rise, (len(plan) - step) / max(1, len(plan) - rise))
+        optimiser.zero_grad()
+        loss_of(rows).backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        progress((step + 1) / len(plan))
+
+
+def start_alike(model: BertForPreTraining, recipe: Recipe) -> None:
+    """Scale a fresh model's weights for its small width and let each word first attend to the words like it.
+
+    Queries and keys start equal, so that a word of the second sentence finds its twin in the first one; learning that from nothing would
+    take longer than the whole training here. (Mimetic initialisation, Trockman & Kolter 2023, arXiv:2305.09828.)
+    """
+    spread = model.config.initializer_range
+    with torch.no_grad():
+        words = model.bert.embeddings
+        words.word_embeddings.weight.mul_(recipe.word_spread / spread)
+        words.token_type_embeddings.weight.mul_(recipe.word_spread / spread)
+        words.position_embeddings.weight.mul_(recipe.position_spread / spread)
+        for layer in model.bert.encoder.layer:
+            attention = layer.attention.self
+            attention.query.weight.mul_(recipe.match_spread / spread)
+            attention.key.weight.copy_(attention.query.weight)
+
+
+@dataclass(frozen=True)
+class Followers:
+    """Which words follow which in a corpus: the bigram model that proposes the swaps."""
+
+    words: Tensor
+    start: Tensor
+    count: Tensor
+
+    def draw(self, ids: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw for each place of ``ids`` (n, s) a word that the corpus has after the word on its left; 0 where there is none."""
+        left = ids.roll(1, dims=1)
+        number = (torch.rand(ids.shape, generator=generator) * self.count[left]).long()
+        drawn = self.words[(self.start[left] + number).clamp(max=len(self.words) - 1)]
+        return torch.where(self.count[left] > 0, drawn, PAD)
+
+
+def followers(encoded: Encoded, vocabulary: int) -> Followers:
+    """Count which words follow which in ``encoded``."""
+    left, right = encoded.ids[:, :-1].reshape(-1), encoded.ids[:, 1:].reshape(-1)
+    left, right = left[right > MASK], right[right > MASK]
+    order = left.argsort(stable=True)
+    count = torch.bincount(left, minlength=vocabulary)
+    return Followers(right[order], count.cumsum(0) - count, count)
+
+
+def make_config(recipe: Recipe, vocabulary: int, **more: Any) -> BertConfig:
+    """Describe the miniature's BERT."""
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=recipe.hidden,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        intermediate_size=recipe.feed_forward,
+        max_position_embeddings=MAX_LENGTH,
+        hidden_act="relu",
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=recipe.spread,
+        pad_token_id=PAD,
+        **more,
+    )
+
+
+def pretrain(
+    encoded: Encoded, follows: Tensor, vocabulary: int, recipe: Recipe, progress: Progress
+) -> BertForPreTraining:
+    """Train the base on unlabelled text.
+
+    The loss is the sum of BERT's two (masked words; whether the second sentence follows) and of a third, after ELECTRA (Clark et al.
+    2020, arXiv:2003.10555): some words are swapped for others that a bigram model proposes, and each word is asked whether it was. The
+    third teaches from every word instead of the masked few, and its head is thrown away.
+
+    Args:
+        follows: (n,) int64, 1 where the second sentence is a stranger, `IGNORED` where there is none.
+    """
+    from transformers import BertForPreTraining
+
+    model = BertForPreTraining(make_config(recipe, vocabulary))
+    start_alike(model, recipe)
+    swapped_head = torch.nn.Linear(recipe.hidden, 1)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    bigrams = followers(encoded, vocabulary)
+
+    def loss_of(rows: list[int]) -> Tensor:
+        ids, segments = encoded.batch(rows)
+        dice = torch.rand(ids.shape, generator=generator)
+        word = ids > MASK
+        masked = word & (dice < recipe.masked)
+        proposed = bigrams.draw(ids, generator)
+        swap = word & (dice > 1 - recipe.swapped) & (proposed != PAD)
+        seen = torch.where(masked, MASK, torch.where(swap, proposed, ids))
+        hidden, pooled = model.bert(seen, attention_mask=(ids != PAD).long(), token_type_ids=segments)[:2]
+        asked = word & ~masked
+        return (
+            functional.cross_entropy(model.cls.predictions(hidden[masked]), ids[masked])
+            + functional.cross_entropy(model.cls.seq_relationship(pooled), follows[torch.tensor(rows)], ignore_index=IGNORED)
+            + recipe.swapped_weight
+            * functional.binary_cross_entropy_with_logits(
+                swapped_head(hidden[asked])[:, 0], (seen != ids)[asked].to(hidden.dtype)
+            )
+        )
+
+    model.train()
+    plan = batches(encoded.lengths, recipe.pretrain_batch, generator)
+    fit([*model.parameters(), *swapped_head.parameters()], loss_of, plan, peak=recipe.pretrain_rate, progress=progress)
+    return model.eval()
+
+
+def finetune(
+    base: BertForPreTraining, encoded: Encoded, labels: Tensor, expert: Expert, config: BertConfig, progress: Progress
+) -> BertForSequenceClassification:
+    """Train a classifier, or for one label a regression, that starts from ``base``."""
+    from transformers import BertForSequenceClassification
+
+    model = BertForSequenceClassification(config)
+    model.bert.load_state_dict(base.bert.state_dict())
+    generator = torch.Generator().manual_seed(expert.seed)
+
+    def loss_of(rows: list[int]) -> Tensor:
+        ids, segments = encoded.batch(rows)
+        logits = model(ids, attention_mask=(ids != PAD).long(), token_type_ids=segments).logits
+        wanted = labels[torch.tensor(rows)]
+        if logits.shape[1] == 1:
+            return functional.mse_loss(logits[:, 0], wanted)
+        return functional.cross_entropy(logits, wanted)
+
+    model.train()
+    plan = [rows for _ in range(expert.epochs) for rows in batches(encoded.lengths, expert.batch, generator)]
+    fit(list(model.parameters()), loss_of, plan, peak=expert.rate, progress=progress)
+    return model.eval()

@@ -1,0 +1,149 @@
+"""Decide where models and data come from, and bring every model of an experiment into a local folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mergelab.config import ModelsConfig
+from mergelab.errors import ConfigError, HubError, listed
+from mergelab.models import hub, mini
+from mergelab.models.references import Reference, parse_reference
+
+Source = Literal["hub", "mini", "local"]
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class LocatedModel:
+    """A model in a local folder, with the name and the label by which tables and tags call it."""
+
+    name: str
+    label: str
+    folder: Path
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class LocatedExpert(LocatedModel):
+    """An expert: a located model with its weight, the task of its head, and its labels where the user gave them."""
+
+    weight: float = 1.0
+    task: str | None = None
+    labels: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class LocatedModels:
+    """All models of one experiment, and for the miniature the folder of each task's data."""
+
+    name: str
+    source: Source
+    base: LocatedModel | None
+    experts: tuple[LocatedExpert, ...]
+    mini_data: Mapping[str, Path]
+
+
+def decide_source(wanted: str, models: ModelsConfig, tasks: Sequence[str], *, data_is_local: bool) -> Source:
+    """Decide between hub, miniature and local folders; takes at most three seconds.
+
+    ``wanted`` is ``auto``, ``hub`` or ``mini``. With ``auto`` the hub's local cache comes first, then the hub itself,
+    then the miniature; models and data that are all local need none of them.
+
+    Raises:
+        HubError: ``hub`` was wanted, or is the only possibility, and neither it nor its cache can serve.
+        ModelError: a reference cannot be read.
+    """
+    if wanted == "mini":
+        return "mini"
+    remote = [reference for reference in _references(models) if reference.repository]
+    if not remote and data_is_local:
+        return "local"
+    missing = [r.text for r in remote if r.repository and hub.cached(r.repository, r.revision) is None]
+    data_cached = data_is_local or all(hub.dataset_cached(task) for task in tasks)
+    if (not missing and data_cached) or hub.reachable():
+        return "hub" if remote else "local"
+    lacking = [*missing, *([] if data_cached else [f"the data of {listed(tasks)}"])]
+    if wanted == "auto" and len(remote) == len(_references(models)) and not data_is_local:
+        return "mini"
+    raise HubError(
+        f"the hub at {hub.endpoint()} cannot be reached and its cache lacks {listed(lacking, 3)}; "
+        "give local folders and task.data_dir, or source=mini for the embedded miniature"
+    )
+
+
+def locate(
+    models: ModelsConfig, source: Source, tasks: Sequence[str], progress: Progress = lambda _message, _done: None
+) -> LocatedModels:
+    """Bring every model into a local folder: download it, find it, or build its miniature.
+
+    Raises:
+        HubError, ModelError: a model cannot be had.
+        ConfigError: the miniature does not have what was asked for.
+    """
+    if source == "mini":
+        return _locate_mini(models, tasks, progress)
+    base = None
+    if models.base is not None:
+        reference = parse_reference(models.base)
+        folder = _folder(reference)
+        base = LocatedModel("base", reference.text, folder, hub.commit(folder))
+    experts = []
+    for count, (name, expert) in enumerate(models.experts.items()):
+        progress(f"reading {expert.reference}", count / len(models.experts))
+        reference = parse_reference(expert.reference)
+        folder = _folder(reference)
+        labels = tuple(expert.labels) if expert.labels else None
+        experts.append(
+            LocatedExpert(name, reference.text, folder, hub.commit(folder), expert.weight, expert.task or name, labels)
+        )
+    return LocatedModels(models.name, source, base, tuple(experts), {})
+
+
+def _references(models: ModelsConfig) -> list[Reference]:
+    texts = [*([models.base] if models.base else []), *(expert.reference for expert in models.experts.values())]
+    return [parse_reference(text) for text in texts]
+
+
+def _folder(reference: Reference) -> Path:
+    if reference.folder is not None:
+        return reference.folder
+    assert reference.repository is not None
+    return hub.cached(reference.repository, reference.revision) or hub.fetch(reference.repository, reference.revision)
+
+
+def _locate_mini(models: ModelsConfig, tasks: Sequence[str], progress: Progress) -> LocatedModels:
+    """Put a miniature expert in the place of each expert, of the task that it serves or else of the measured one."""
+    served = {
+        name: next((task for task in (expert.task, name) if task in mini.TASKS), None if len(tasks) > 1 else tasks[0])
+        for name, expert in models.experts.items()
+    }
+    unknown = [task for task in tasks if task not in mini.TASKS]
+    unknown += [name for name, task in served.items() if task not in mini.TASKS and name not in unknown]
+    if unknown:
+        raise ConfigError(
+            f"the embedded miniature has nothing for {listed(unknown)} (it has {', '.join(mini.TASKS)}); "
+            "choose among those, or give local folders and task.data_dir"
+        )
+    sets = {
+        task: mini.build(task, progress=progress) for task in dict.fromkeys([*tasks, *filter(None, served.values())])
+    }
+    taken: Counter[str] = Counter()
+    experts = []
+    for name, expert in models.experts.items():
+        task = served[name]
+        assert task is not None
+        folders = list(sets[task].experts.items())
+        if taken[task] == len(folders):
+            raise ConfigError(f"the embedded miniature has {len(folders)} experts for {task}; {models.name} names more")
+        mini_name, folder = folders[taken[task]]
+        taken[task] += 1
+        named = mini_name if len(sets) == 1 else name
+        experts.append(LocatedExpert(named, f"mini/{task}/{mini_name}", folder, None, expert.weight, task))
+    some = next(iter(sets.values()))
+    base = LocatedModel("base", "mini/base", some.base) if models.base is not None else None
+    what = tasks[0] if len(tasks) == 1 else "+".join(tasks)
+    return LocatedModels(f"mini/{what}", "mini", base, tuple(experts), {task: made.data for task, made in sets.items()})

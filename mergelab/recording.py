@@ -1,0 +1,150 @@
+"""Record an experiment in the tracking store: parameters, scores, tags, data, predictions, and the baseline runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergelab.tracking import BASELINE_KEY, PRIMARY
+
+if TYPE_CHECKING:
+    from mergelab.measuring import Bench
+    from mergelab.models.source import LocatedModels
+    from mergelab.results import ExperimentResult, ModelResult
+    from mergelab.session import Session
+    from mergelab.tasks.data import TaskData
+    from mergelab.tracking import Run, Tracker
+
+
+def config_hash(resolved: Mapping[str, Any]) -> str:
+    """Hash what determines a run's result: the resolved configuration but for where it is recorded and saved."""
+    kept = {key: value for key, value in resolved.items() if key not in ("tracking", "output")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def model_tags(located: LocatedModels, session: Session) -> dict[str, str]:
+    """Name every model with its revision and the hash of its weights."""
+    tags = {"mergelab.models": located.name}
+    for model in (*([located.base] if located.base else []), *located.experts):
+        revision = f"@{model.revision}" if model.revision and "@" not in model.label else ""
+        tags[f"model.{model.name}"] = f"{model.label}{revision}"
+        tags[f"model.{model.name}.sha256"] = session.content(model.name)
+    return tags
+
+
+def log_dataset(run: Run, data: TaskData) -> None:
+    """Record which examples of which dataset were used."""
+    spec = data.spec
+    run.log_dataset(
+        f"mini/{spec.name}" if data.origin == "mini" else spec.name,
+        origin=data.origin,
+        location=data.location,
+        fingerprint=data.fingerprint,
+        rows=len(data.labels),
+        split=data.split,
+        config=spec.name,
+    )
+
+
+def result_metrics(model: ModelResult) -> dict[str, float]:
+    """Flatten a model's scores: ``report/accuracy`` with its bounds, ``select/accuracy``; in suites below the task."""
+    metrics: dict[str, float] = {}
+    for name, result in model.results.items():
+        below = f"{name}/" if len(model.results) > 1 else ""
+        for metric, score in result.report.items():
+            metrics[f"report/{below}{metric}"] = score.value
+            metrics[f"report/{below}{metric}_low"] = score.low
+            metrics[f"report/{below}{metric}_high"] = score.high
+        metrics |= {f"select/{below}{metric}": value for metric, value in result.select.items()}
+    others = {
+        "report/average": model.average,
+        "report/normalised_average": model.normalised,
+        "report/p_vs_best_expert": model.p_value,
+        "time/merge_s": model.merge_seconds,
+        "time/eval_s": model.eval_seconds,
+        "memory/peak_mb": model.peak_mb,
+    }
+    return metrics | {name: value for name, value in others.items() if value is not None}
+
+
+def primary_metric(model: ModelResult) -> str:
+    """Name the metric that a run is judged by."""
+    if len(model.results) > 1:
+        return "report/average"
+    return f"report/{next(iter(model.results.values())).primary}"
+
+
+def record_result(run: Run, result: ExperimentResult, bench: Bench) -> None:
+    """Record the merged model's scores, the table, and the predictions of every example."""
+    merged = result.merged
+    run.log_metrics(result_metrics(merged))
+    run.set_tags(
+        {PRIMARY: primary_metric(merged), "mergelab.task": ",".join(result.tasks), "mergelab.note": result.note}
+    )
+    run.log_table([_row(model) for model in result.models], "table.csv")
+    _log_predictions(run, merged, bench)
+
+
+def record_baseline(
+    tracker: Tracker, experiment: str, model: ModelResult, bench: Bench, tags: Mapping[str, Any]
+) -> None:
+    """Give the base or an expert a run of its own beside the merges, once for the same weights, data and protocol."""
+    key = _baseline_key(model, bench)
+    if not model.results or tracker.find_run({BASELINE_KEY: key}, experiment=experiment) is not None:
+        return
+    name = f"{model.role} {model.label}"
+    task = ",".join(model.results)
+    own = {
+        **tags,
+        BASELINE_KEY: key,
+        "mergelab.kind": model.role,
+        PRIMARY: primary_metric(model),
+        "mergelab.task": task,
+    }
+    params = {"models.name": model.label, "role": model.role, "task.name": task, "eval": bench.config.eval.model_dump()}
+    with tracker.start_run(name, experiment=experiment, tags=own, params=params) as run:
+        for task_name in model.results:
+            log_dataset(run, bench.data[task_name])
+        run.log_metrics(result_metrics(model))
+        _log_predictions(run, model, bench)
+
+
+def _baseline_key(model: ModelResult, bench: Bench) -> str:
+    """Hash what a baseline's scores depend on: weights, examples, protocol and seed."""
+    parts = {
+        "weights": model.contents,
+        "role": model.role,
+        "data": [data.fingerprint for data in bench.data.values()],
+        "eval": {k: v for k, v in bench.config.eval.model_dump().items() if k not in ("cache", "preflight")},
+        "seed": bench.config.seed,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _row(model: ModelResult) -> dict[str, Any]:
+    return {"model": model.label, "role": model.role, **result_metrics(model), "cached": model.cached}
+
+
+def _log_predictions(run: Run, model: ModelResult, bench: Bench) -> None:
+    """Write a Parquet file per task: the example's index, label, outputs, and whether it selects or reports."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name, prediction in model.predictions.items():
+        data, examples = bench.data[name], bench.examples[name]
+        columns: dict[str, Any] = {"idx": data.idx, "label": data.labels}
+        for output in range(prediction.logits.shape[1]):
+            columns[f"output_{output}"] = prediction.logits[:, output]
+        if prediction.logits.shape[1] > 1:
+            columns["prediction"] = prediction.logits.argmax(axis=1)
+        columns["selects"] = np.isin(np.arange(len(data.labels)), examples.select)
+        columns["reports"] = np.isin(np.arange(len(data.labels)), examples.report)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"{name}.parquet"
+            pq.write_table(pa.table(columns), file)
+            run.log_artifact(file, "predictions")

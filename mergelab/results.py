@@ -1,0 +1,83 @@
+"""What an experiment found: a record for each model, and for the whole."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from mergelab.session import Prediction
+    from mergelab.tasks.measure import TaskResult
+
+Role = Literal["base", "expert", "merged"]
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """What one model got on each task it was measured on, and what that cost.
+
+    Times in seconds, memory in MB. ``contents`` names what its weights are made of, by hash, where these are on disk.
+    ``p_value`` is that of the paired test against the best expert; ``average`` and
+    ``normalised`` are means over a suite's primary metrics, the latter divided by each task's own expert's.
+    """
+
+    label: str
+    role: Role
+    results: Mapping[str, TaskResult]
+    predictions: Mapping[str, Prediction] = field(default_factory=dict, repr=False)
+    contents: tuple[str, ...] = ()
+    merge_seconds: float | None = None
+    peak_mb: float | None = None
+    p_value: float | None = None
+    average: float | None = None
+    normalised: float | None = None
+
+    @property
+    def eval_seconds(self) -> float:
+        """The seconds that all its predictions took when they were made."""
+        return sum(prediction.seconds for prediction in self.predictions.values())
+
+    @property
+    def cached(self) -> bool:
+        """Whether its predictions came from the cache."""
+        return bool(self.predictions) and all(prediction.cached for prediction in self.predictions.values())
+
+    @property
+    def score(self) -> float:
+        """Its primary score: of its one task, or the mean over its tasks."""
+        return sum(result.score.value for result in self.results.values()) / len(self.results)
+
+    @property
+    def select_score(self) -> float | None:
+        """Its primary score on the selecting examples, where the protocol has such."""
+        scores = [result.select[result.primary] for result in self.results.values() if result.select]
+        return sum(scores) / len(scores) if scores else None
+
+
+@dataclass(frozen=True)
+class ExperimentResult:
+    """Everything that the table shows: base, experts, and last the merged model."""
+
+    title: str
+    note: str
+    tasks: tuple[str, ...]
+    models: tuple[ModelResult, ...]
+
+    @property
+    def merged(self) -> ModelResult:
+        """The merged model's result."""
+        return self.models[-1]
+
+    @property
+    def objective(self) -> float:
+        """What a sweep selects on: the selection score where the protocol has one, else the reported one."""
+        return self.merged.score if self.merged.select_score is None else self.merged.select_score
+
+
+def peak_memory_mb() -> float:
+    """Answer this process's peak resident memory so far, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,305 @@
+"""The opened models of one experiment: aligned weights, heads, tokenizer, data, and resident models to measure in."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergelab.config import ExperimentConfig
+from mergelab.errors import ConfigError, ModelError, did_you_mean, listed
+from mergelab.models.architecture import (
+    Architecture,
+    architecture,
+    head_names,
+    open_classifier,
+    pour,
+    quiet_transformers,
+    tokenizer_folder,
+)
+from mergelab.models.heads import Head, expert_of_policy, mean_head, mean_tensor, read_head
+from mergelab.tasks.labels import label_order
+from mergelab.tasks.measure import PredictionCache, prediction_key
+from mergelab.weights.align import AlignedModels, align
+from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
+from mergelab.weights.source import TensorInfo
+from mergelab.weights.writer import save_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from mergelab.models.source import LocatedExpert, LocatedModels
+    from mergelab.tasks.data import TaskData
+    from mergelab.tasks.evaluate import Encoded
+    from mergelab.tasks.measure import Array
+    from mergelab.tasks.spec import TaskSpec
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model's outputs (n, C) for a task's examples, the seconds they took, and whether they came from the cache."""
+
+    logits: Array
+    seconds: float
+    cached: bool
+
+
+class Session:
+    """Open the models once; then any number of weights can be measured without loading anything again.
+
+    Raises:
+        ModelError, KeyMismatch, ShapeMismatch: the models cannot be opened or do not fit together.
+        ConfigError: the head policy or a pass-through pattern does not fit the models.
+        DataError: an expert's labels cannot be aligned with a task's.
+    """
+
+    def __init__(self, located: LocatedModels, tasks: Sequence[TaskSpec], config: ExperimentConfig) -> None:
+        self.located, self.tasks, self.config = located, tuple(tasks), config
+        self.cache = PredictionCache()
+        self.kind = self._kind()
+        self._checkpoints: dict[str, Checkpoint] = {
+            expert.name: open_checkpoint(expert.folder, expert.name) for expert in located.experts
+        }
+        if located.base is not None:
+            self._checkpoints["base"] = open_checkpoint(located.base.folder, "base")
+        base = self._checkpoints.get("base")
+        experts = [self._checkpoints[expert.name] for expert in located.experts]
+        self.head_names = head_names(experts[0].keys(), self.kind)
+        self.aligned: AlignedModels = align(
+            base,
+            experts,
+            ignore=[*self.head_names, *config.models.passthrough],
+            backbone_prefix=f"{self.kind.prefix}." if self.kind.is_classifier else None,
+        )
+        self.passed_through = self._passed_through(experts[0].keys())
+        self._tokenizer: Any = None
+        self._modules: dict[int, nn.Module] = {}
+        self._encoded: dict[str, Encoded] = {}
+        self.heads = {task.name: self._merged_head(task) for task in self.tasks} if self.head_names else {}
+
+    # ------------------------------------------------------------------------------------------------ what is opened
+
+    def _kind(self) -> Architecture:
+        kinds = {expert.name: architecture(expert.folder, expert.label) for expert in self.located.experts}
+        first = next(iter(kinds.values()))
+        odd = [f"{name} is a {kind.name}" for name, kind in kinds.items() if kind.name != first.name]
+        if odd:
+            raise ModelError(
+                f"experts must be of one architecture: {next(iter(kinds))} is a {first.name}, {listed(odd)}"
+            )
+        self._kinds = kinds
+        return first
+
+    def _passed_through(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Average, over the experts, the tensors that skip the merge or that the base does not have."""
+        for pattern in self.config.models.passthrough:
+            if not fnmatch.filter(names, pattern):
+                raise ConfigError(f"models.passthrough: no tensor matches {pattern!r}{did_you_mean(pattern, names)}")
+        chosen = {name for pattern in self.config.models.passthrough for name in fnmatch.filter(names, pattern)}
+        chosen = (chosen | set(self.aligned.experts_only)) - set(self.head_names)
+        return {name: mean_tensor([expert.get(name) for expert in self.aligned.experts]) for name in sorted(chosen)}
+
+    def expert_serves(self, expert: LocatedExpert, task: TaskSpec) -> bool:
+        """Say whether an expert's own head is for ``task``."""
+        return self.config.models.head != "per_task" or expert.task == task.name
+
+    def expert_head(self, index: int, task: TaskSpec) -> Head:
+        """Read an expert's head with its outputs in the order of ``task``'s labels."""
+        expert = self.located.experts[index]
+        labels = self._kinds[expert.name].id2label
+        order = label_order(task, labels, model=expert.label, override=expert.labels)
+        return read_head(self.aligned.experts[index], self.head_names, order)
+
+    def _merged_head(self, task: TaskSpec) -> Head:
+        policy = self.config.models.head
+        names = [expert.name for expert in self.located.experts]
+        if policy == "base":
+            if self.located.base is None or self.aligned.base is None:
+                raise ConfigError("models.head=base: there is no base model (models.base is null)")
+            kind = architecture(self.located.base.folder, self.located.base.label)
+            lacking = sorted(set(self.head_names) - set(self.aligned.base.keys()))
+            if lacking:
+                raise ConfigError(f"models.head=base: the base {self.located.base.label} has no {listed(lacking)}")
+            order = label_order(task, kind.id2label, model=self.located.base.label)
+            return read_head(self.aligned.base, self.head_names, order)
+        if (chosen := expert_of_policy(policy, names)) is not None:
+            return self.expert_head(names.index(chosen), task)
+        if policy == "per_task":
+            serving = [index for index, expert in enumerate(self.located.experts) if expert.task == task.name]
+            if not serving:
+                raise ConfigError(
+                    f"models.head=per_task: no expert's head is for {task.name!r} (experts serve "
+                    f"{listed(str(expert.task) for expert in self.located.experts)}); set models.experts.<name>.task"
+                )
+            return self.expert_head(serving[0], task)
+        return mean_head([self.expert_head(index, task) for index in range(len(names))])
+
+    # -------------------------------------------------------------------------------------------- weights to measure
+
+    def base_backbone(self) -> dict[str, Tensor]:
+        """Collect the base's tensors; what it does not have is the experts' mean, as in the merged model."""
+        base = self.aligned.base
+        assert base is not None
+        return {**self.passed_through, **{name: base.get(name) for name in self._backbone_names(base.keys())}}
+
+    def expert_backbone(self, index: int) -> dict[str, Tensor]:
+        """Collect an expert's own tensors, heads aside."""
+        source = self.aligned.experts[index]
+        return {name: source.get(name) for name in self._backbone_names(source.keys())}
+
+    def _backbone_names(self, available: Sequence[str]) -> list[str]:
+        wanted = dict.fromkeys([*self.aligned.names, *self.aligned.aliases, *self.passed_through])
+        have = set(available)
+        return [name for name in wanted if name in have and name not in self.head_names]
+
+    def content(self, name: str) -> str:
+        """Answer the content hash of an opened model's weights (``base`` or an expert's name)."""
+        return self._checkpoints[name].content_hash()
+
+    def save(self, backbone: Mapping[str, Tensor], folder: Path) -> None:
+        """Write merged weights as a model folder; with a head per task, as a folder for each task below it.
+
+        Raises:
+            ModelError: the folder is in use or cannot be written.
+        """
+        if not self.heads:
+            self._save_one(backbone, folder, {})
+        elif self.config.models.head != "per_task" or len(self.tasks) == 1:
+            self._save_one({**backbone, **self.heads[self.tasks[0].name].tensors}, folder, label_config(self.tasks[0]))
+        else:
+            for task in self.tasks:
+                tensors = {**backbone, **self.heads[task.name].tensors}
+                self._save_one(tensors, folder / task.name, label_config(task))
+
+    def _save_one(self, tensors: Mapping[str, Tensor], folder: Path, updates: dict[str, Any]) -> None:
+        like = tokenizer_folder(expert.folder for expert in self.located.experts) or self.located.experts[0].folder
+        save_folder(
+            tensors.items(),
+            folder,
+            like=like,
+            config_updates=updates,
+            aliases=self.aligned.aliases,
+            layout=[TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()],
+            inputs=self._folders(),
+        )
+
+    # ------------------------------------------------------------------------------------------------------ measuring
+
+    @property
+    def tokenizer(self) -> Any:
+        """The one tokenizer that all models are measured with: the base's, or the first expert's that has one."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self._folders(), self.located.name)
+        return self._tokenizer
+
+    def _folders(self) -> list[Path]:
+        base = [self.located.base.folder] if self.located.base else []
+        return [*base, *(expert.folder for expert in self.located.experts)]
+
+    def module(self, outputs: int) -> nn.Module:
+        """The resident model with ``outputs`` outputs; opened at first use."""
+        if outputs not in self._modules:
+            if not self.kind.is_classifier:
+                raise ModelError(f"{self.located.name}: a {self.kind.name} cannot be measured on a classification task")
+            expert = self.located.experts[0]
+            self._modules[outputs] = open_classifier(expert.folder, expert.label, outputs).to(self.device)
+        return self._modules[outputs]
+
+    @property
+    def device(self) -> Any:
+        """The device that models are measured on."""
+        from mergelab.tasks.evaluate import best_device
+
+        return best_device(self.config.device)
+
+    def predict(
+        self,
+        data: TaskData,
+        backbone: Callable[[], Mapping[str, Tensor]],
+        head: Head,
+        model: str,
+        *,
+        key: Sequence[str] | None = None,
+        progress: Progress = lambda _message, _done: None,
+    ) -> Prediction:
+        """Measure weights on a task's examples.
+
+        ``backbone`` is called only where the predictions are not in the cache; ``key`` names the content of the
+        weights, without it nothing is cached.
+        """
+        from mergelab.tasks.evaluate import encode, max_input_length, predict
+
+        name = self._key(data, key) if key is not None and self.config.eval.cache else None
+        if name is not None and (kept := self.cache.get(name)) is not None:
+            return Prediction(*kept, cached=True)
+        module = self.module(head.outputs)
+        if data.spec.name not in self._encoded:
+            longest = max_input_length(module.config, self.tokenizer, self.config.eval.max_length)
+            self._encoded[data.spec.name] = encode(data, self.tokenizer, longest)
+        pour(module, {**backbone(), **head.tensors}, model)
+        started = time.perf_counter()
+        logits = predict(
+            module,
+            self._encoded[data.spec.name],
+            device=self.device,
+            dtype=self.config.eval.dtype,
+            batch_tokens=self.config.eval.batch_tokens,
+            progress=lambda done: progress(f"evaluating {model} on {data.spec.name}", done),
+        )
+        seconds = time.perf_counter() - started
+        if name is not None:
+            self.cache.put(name, logits, seconds)
+        return Prediction(logits, seconds, cached=False)
+
+    def _key(self, data: TaskData, content: Sequence[str]) -> str:
+        from importlib.metadata import version
+
+        folder = tokenizer_folder(self._folders())
+        assert folder is not None
+        files = sorted(file for file in folder.iterdir() if "token" in file.name or "vocab" in file.name)
+        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+        evaluation = self.config.eval
+        parts = {
+            "weights": list(content),
+            "data": data.fingerprint,
+            "tokenizer": digest,
+            "max_length": evaluation.max_length,
+            "dtype": evaluation.dtype,
+            "device": self.device.type,
+            "versions": [version("torch"), version("transformers"), version("mergelab")],
+        }
+        return prediction_key(parts)
+
+
+def label_config(task: TaskSpec) -> dict[str, Any]:
+    """Answer the keys of ``config.json`` that say what a head's outputs mean, in the task's order."""
+    names = list(task.labels) if task.labels else ["LABEL_0"]
+    return {
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
+        "num_labels": len(names),
+    }
+
+
+def load_tokenizer(folders: Sequence[Path], model: str) -> Any:
+    """Load the first tokenizer that one of ``folders`` has.
+
+    Raises:
+        ModelError: none has one, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    folder = tokenizer_folder(folders)
+    if folder is None:
+        raise ModelError(f"models {model}: none of the folders has a tokenizer")
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"models {model}: the tokenizer in {folder} cannot be read: {error}") from error

@@ -1,0 +1,201 @@
+"""A grid (``-m method=soup,ties``) as one parent run: opened before its jobs, closed with a summary after them."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from mergelab.errors import MergelabError
+from mergelab.tracking import interrupts
+from mergelab.tracking.config import experiment_name, tracking_config
+from mergelab.tracking.run import Run, Status
+from mergelab.tracking.tracker import PARENT, SOURCE, SWEEP_DIR, RunRecord, Tracker, open_tracking
+
+log = logging.getLogger(__name__)
+
+PRIMARY = "mergelab.primary_metric"  # a child's tag: the metric that it is judged by, say report/accuracy
+DIRECTION = "mergelab.direction"  # a child's tag: "minimize" where less is better
+
+_BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+_SETTLE_S = 3.0  # for killed workers to be gone
+
+
+@dataclass(frozen=True)
+class _Grid:
+    run: Run
+    tracker: Tracker
+    swept: tuple[str, ...]
+    jobs: int
+    pid: int
+
+
+_open_grids: list[_Grid] = []
+
+
+class GridCallback(Callback):
+    """Hydra callback that gives each grid its parent run; does nothing for single runs and for other sweepers.
+
+    Args:
+        decide_source: dotted path of a function of the whole config that decides once, for all jobs, where models come
+            from (``hub`` or ``mini``); the parent's tag tells the jobs.
+    """
+
+    def __init__(self, decide_source: str | None = None) -> None:
+        self.decide_source = decide_source
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Open the parent run."""
+        if OmegaConf.select(config, "hydra.sweeper._target_") != _BASIC_SWEEPER:
+            return
+        try:
+            open_grid(config, self._decide())
+        except MergelabError as error:
+            # Hydra turns a callback's exceptions into warnings; only an exit stops the jobs from starting.
+            sys.stderr.write(f"error: {error}\n")
+            raise SystemExit(2) from error
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Close the parent run with its summary."""
+        close_open_parents("FINISHED")
+
+    def _decide(self) -> Callable[[DictConfig], str | None]:
+        if self.decide_source is None:
+            return lambda _config: None
+        from hydra.utils import get_method
+
+        return get_method(self.decide_source)
+
+
+def open_grid(config: DictConfig, decide_source: Callable[[DictConfig], str | None]) -> None:
+    """Open the parent run of the grid that ``config`` (Hydra's own node included) is about to run.
+
+    Raises:
+        TrackingError: the store cannot be used.
+    """
+    settings = tracking_config(config.tracking)
+    if not settings.enabled:
+        return
+    sweeps = _sweeps(config)
+    source = decide_source(config)
+    tasks = sweeps.get("task") or [str(OmegaConf.select(config, "task.name", default="default"))]
+    varied = [f"{key}={','.join(values)}" for key, values in sweeps.items()]
+    name = " ".join(["grid:", *(varied or config.hydra.overrides.task)])
+    if source == "mini":
+        name += f" (mini/{','.join(tasks)})"
+    tracker = open_tracking(settings)
+    jobs = math.prod(len(values) for values in sweeps.values())
+    sweep_dir = os.path.abspath(config.hydra.sweep.dir)
+    run = tracker.start_run(
+        name,
+        experiment=experiment_name(settings, ",".join(tasks), mini=source == "mini"),
+        tags={"mergelab.kind": "grid", SWEEP_DIR: sweep_dir, SOURCE: source},
+        params={"overrides": " ".join(config.hydra.overrides.task), "jobs": jobs},
+    )
+    if not _open_grids:
+        atexit.register(close_open_parents)
+    _open_grids.append(_Grid(run, tracker, tuple(sweeps), jobs, os.getpid()))
+
+
+def _sweeps(config: DictConfig) -> dict[str, list[str]]:
+    """List what the grid varies and the values it takes, from the command line and ``hydra.sweeper.params``."""
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    lines = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
+    parser = OverridesParser.create()
+    sweeps: dict[str, list[str]] = {}
+    for override in parser.parse_overrides(lines):
+        if override.is_discrete_sweep():
+            sweeps[str(override.key_or_group)] = [str(value) for value in override.sweep_string_iterator()]
+    return sweeps
+
+
+def close_open_parents(status: Status | None = None) -> None:
+    """Close every parent run that this process has open, with the summary of its jobs.
+
+    Hydra does not tell callbacks of a failure: whoever catches what a multirun raises calls this, and the process's
+    exit does. ``FINISHED`` becomes ``FAILED`` where a job did not finish; without ``status`` it is found from what
+    ended the process.
+    """
+    while _open_grids:
+        grid = _open_grids.pop()
+        if grid.pid == os.getpid():
+            _close(grid, status or _status_at_exit())
+
+
+def _status_at_exit() -> Status:
+    error = sys.exc_info()[1] or getattr(sys, "last_value", None)
+    return "KILLED" if isinstance(error, KeyboardInterrupt) or interrupts.terminated() else "FAILED"
+
+
+def _close(grid: _Grid, status: Status) -> None:
+    reason = "interrupted" if status == "KILLED" else None
+    try:
+        children = _settled_children(grid, wait=status != "FINISHED")
+        if status != "KILLED" and (status == "FAILED" or any(child.status != "FINISHED" for child in children)):
+            status, reason = "FAILED", _failure(grid, children)
+        _summarise(grid, children)
+    except (MergelabError, RuntimeError) as error:  # a dying process cannot do everything; its own error is the news
+        log.warning("no summary of %s: %s", grid.run.name, error)
+    try:
+        grid.run.end(status, reason)
+    except MergelabError as error:
+        log.warning("%s", error)
+
+
+def _failure(grid: _Grid, children: Sequence[RunRecord]) -> str:
+    finished = sum(child.status == "FINISHED" for child in children)
+    errors = [f"; {child.name}: {child.tags['error']}" for child in children if "error" in child.tags]
+    return f"{finished} of {grid.jobs} jobs finished" + "".join(errors[:1])
+
+
+def _settled_children(grid: _Grid, *, wait: bool) -> list[RunRecord]:
+    """Answer the grid's children, oldest first, once those whose process was killed are marked so."""
+    deadline = time.monotonic() + _SETTLE_S
+    while True:
+        grid.tracker.reconcile()
+        children = grid.tracker.runs({PARENT: str(grid.run.id)}, experiment=grid.run.experiment)
+        if not wait or time.monotonic() > deadline or all(child.status != "RUNNING" for child in children):
+            return children[::-1]
+        time.sleep(0.1)
+
+
+def _summarise(grid: _Grid, children: Sequence[RunRecord]) -> None:
+    best = best_child(children)
+    rows = [_row(child, grid.swept, best is not None and child.id == best.id) for child in children]
+    if rows:
+        grid.run.log_table(rows, "summary.csv")
+        grid.run.log_table(rows, "summary.json")
+    if best is not None:
+        name = best.tags[PRIMARY]
+        chosen = {key: best.metrics[key] for key in (name, f"{name}_low", f"{name}_high") if key in best.metrics}
+        # Under their own name: the best of several is not one more measurement to be compared with them.
+        grid.run.log_metrics({f"best/{key}": value for key, value in chosen.items()})
+        grid.run.set_tags({"mergelab.best_run_id": best.id, "mergelab.best_run_name": best.name})
+
+
+def best_child(children: Sequence[RunRecord]) -> RunRecord | None:
+    """Answer the finished run that is best by the metric that all of them are judged by; None without a common one."""
+    judged = [child for child in children if child.status == "FINISHED" and child.tags.get(PRIMARY) in child.metrics]
+    if len({(child.tags[PRIMARY], child.tags.get("mergelab.task")) for child in judged}) != 1:
+        return None
+    sign = -1.0 if judged[0].tags.get(DIRECTION) == "minimize" else 1.0
+    return max(judged, key=lambda child: sign * child.metrics[child.tags[PRIMARY]])
+
+
+def _row(child: RunRecord, swept: Sequence[str], best: bool) -> Mapping[str, Any]:
+    values = {key: child.params.get(key, child.params.get(f"{key}.name", "")) for key in swept}
+    primary = child.tags.get(PRIMARY, "")
+    first = {key: child.metrics[key] for key in (primary, f"{primary}_low", f"{primary}_high") if key in child.metrics}
+    rest = {key: child.metrics[key] for key in sorted(child.metrics) if key not in first}
+    ending = {"error": child.tags.get("error", ""), "run_id": child.id}
+    return {"run": child.name, **values, "status": child.status, "best": "*" if best else "", **first, **rest, **ending}

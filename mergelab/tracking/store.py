@@ -1,0 +1,259 @@
+"""Where runs are kept: the default SQLite file, a database or a server; reached quickly or refused in one line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from mergelab.errors import TrackingError
+from mergelab.tracking.config import TrackingConfig
+from mergelab.tracking.values import one_line, without_password
+
+log = logging.getLogger(__name__)
+
+_PROBE_S = 3.0  # to connect
+_ANSWER_S = 5.0  # to answer once connected
+_LOCK_S = 120.0  # longer than creating the tables takes on a slow disk
+_LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
+_DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+# MLflow's own defaults phone home, retry for minutes and write links to standard output.
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+@dataclass(frozen=True)
+class Store:
+    """A tracking store's address, and where its artifacts go (None: the server decides)."""
+
+    uri: str
+    artifact_root: Path | None
+
+    @property
+    def shown(self) -> str:
+        """The address without a password, files relative to the working folder where that is shorter."""
+        return without_password(_relative_sqlite(self.uri))
+
+
+def locate(config: TrackingConfig) -> Store:
+    """Answer the store: ``tracking.uri``, else ``MLFLOW_TRACKING_URI``, else ``outputs/mlflow.db``."""
+    outputs = _launch_folder() / "outputs"
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{outputs / 'mlflow.db'}"
+    scheme = urlsplit(uri).scheme
+    if (path := sqlite_path(uri)) is not None:
+        whole = _launch_folder() / path
+        return Store(uri.replace(f":///{path}", f":///{whole}", 1), whole.parent / "mlartifacts")
+    if scheme.partition("+")[0] in _DATABASE_PORTS:
+        return Store(uri, outputs / "mlartifacts")
+    if scheme in ("", "file"):
+        folder = uri.removeprefix("file://").rstrip("/")
+        raise TrackingError(
+            f"tracking.uri={uri}: a folder is not a tracking store; use sqlite:///{folder}/mlflow.db or a server"
+        )
+    return Store(uri.rstrip("/") if scheme in ("http", "https") else uri, None)
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """Answer the file of an SQLite store, None for other stores."""
+    scheme, found, path = uri.partition(":///")
+    return Path(path.partition("?")[0]) if found and scheme.partition("+")[0] == "sqlite" else None
+
+
+def _launch_folder() -> Path:
+    from hydra.core.hydra_config import HydraConfig
+
+    # A job may run in its own folder (hydra.job.chdir); the store is where the user started.
+    return Path(HydraConfig.get().runtime.cwd if HydraConfig.initialized() else os.getcwd())
+
+
+def connect(store: Store) -> Any:
+    """Open an MLflow client on ``store``, creating the tables at first use.
+
+    Raises:
+        TrackingError: the store cannot be reached within seconds, or is not a tracking store.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    _probe(store)
+    with mlflow_calls(f"open the tracking store {store.shown}"):
+        from mlflow import MlflowClient
+
+        _hush_mlflow()
+        _create_file(store)
+        client = MlflowClient(tracking_uri=store.uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def _create_file(store: Store) -> None:
+    """Make a missing SQLite store: one process does it, in a file that gets its name when its tables are whole."""
+    path = sqlite_path(store.uri)
+    if path is None or path.exists():
+        return
+    import sqlalchemy
+    from filelock import FileLock, Timeout
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    fresh = path.with_name(f".{path.name}.creating")
+    try:
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_S):
+            if path.exists():
+                return
+            log.info("creating the tracking store %s (a few seconds, once)", store.shown)
+            fresh.unlink(missing_ok=True)
+            # Fifty migrations that each wait for the disk; nothing is lost if power fails before the renaming.
+            sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _do_not_wait_for_disk)
+            try:
+                SqlAlchemyStore(f"sqlite:///{fresh}", str(store.artifact_root)).engine.dispose()
+            finally:
+                sqlalchemy.event.remove(sqlalchemy.Engine, "connect", _do_not_wait_for_disk)
+            fresh.replace(path)
+    except Timeout as error:
+        raise TrackingError(f"cannot create the tracking store {store.shown}: another process has its lock") from error
+
+
+def _do_not_wait_for_disk(connection: Any, record: Any) -> None:
+    connection.execute("PRAGMA synchronous = OFF")
+
+
+def _probe(store: Store) -> None:
+    parts = urlsplit(store.uri)
+    scheme = parts.scheme.partition("+")[0]
+    try:
+        if scheme == "sqlite":
+            _probe_file(Path(str(sqlite_path(store.uri))))
+        elif scheme in ("http", "https"):
+            _probe_server(store.uri)
+        elif scheme in _DATABASE_PORTS:
+            _probe_database(store.uri, parts.hostname or "localhost", parts.port or _DATABASE_PORTS[scheme])
+    except Exception as error:
+        raise TrackingError(
+            f"cannot reach the tracking store {store.shown} ({one_line(str(error) or error)}); "
+            "check tracking.uri and MLFLOW_TRACKING_URI, or set tracking=none"
+        ) from error
+
+
+def _probe_file(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        tempfile.TemporaryFile(dir=path.parent).close()  # fails here where nothing can be written
+        return
+    with path.open("r+b") as file:
+        start = file.read(15)
+    if start and start != b"SQLite format 3":
+        raise ValueError("not an SQLite database")
+
+
+def _probe_server(uri: str) -> None:
+    import requests
+
+    try:
+        # Any answer will do: a proxy may well hide /health.
+        requests.get(f"{uri}/health", timeout=(_PROBE_S, _ANSWER_S))
+    except requests.exceptions.SSLError:
+        return  # reached; whether the certificate is good enough is for MLflow's own settings to say
+    except requests.exceptions.Timeout as error:
+        raise TimeoutError(f"no answer within {_ANSWER_S:.0f} seconds") from error
+    except requests.exceptions.RequestException as error:
+        raise ConnectionError("connection refused or host unknown") from error
+
+
+def _probe_database(uri: str, host: str, port: int) -> None:
+    # MLflow tries ten times, for over a minute, before it says what a first attempt says.
+    if not host.startswith("/"):
+        socket.create_connection((host, port), timeout=_PROBE_S).close()
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool)
+    engine.connect().close()
+
+
+_quiet = threading.local()
+
+
+class _Hush(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not getattr(_quiet, "depth", 0)
+
+
+def _hush_mlflow() -> None:
+    for handler in logging.getLogger("mlflow").handlers:
+        if not any(isinstance(present, _Hush) for present in handler.filters):
+            handler.addFilter(_Hush())
+
+
+@contextmanager
+def mlflow_calls(purpose: str) -> Iterator[None]:
+    """Keep MLflow's log lines off the console, and turn its errors into one line: ``cannot <purpose>: <why>``."""
+    _quiet.depth = getattr(_quiet, "depth", 0) + 1
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, TrackingError) or not _is_storage_error(error):
+            raise
+        raise TrackingError(f"cannot {purpose}: {one_line(str(error) or error)}") from error
+    finally:
+        _quiet.depth -= 1
+
+
+def _is_storage_error(error: Exception) -> bool:
+    package = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError) or package in ("mlflow", "sqlalchemy", "requests", "urllib3", "alembic")
+
+
+def ui_command(store: Store) -> str:
+    """Answer the command, for the working folder, that opens the UI on ``store``; for a server its address."""
+    if urlsplit(store.uri).scheme in ("http", "https"):
+        return without_password(store.uri)
+    if store.artifact_root is None:
+        return f"the MLflow UI of {without_password(store.uri)}"
+    uri = _relative_sqlite(store.uri)
+    # A password is not for the console; the shell knows it where the address came from the environment.
+    if without_password(uri) != uri and os.environ.get("MLFLOW_TRACKING_URI") == uri:
+        return f'{_mlflow()} ui --backend-store-uri "$MLFLOW_TRACKING_URI"'
+    return f"{_mlflow()} ui --backend-store-uri {shlex.quote(without_password(uri))}"
+
+
+def ui_page(store: Store, experiment_id: str, run_ids: Sequence[str] = ()) -> str:
+    """Answer the page of the running UI that lists an experiment's runs, or that compares the named ones."""
+    server = store.uri if urlsplit(store.uri).scheme in ("http", "https") else _LOCAL_UI
+    page = f"experiments/{experiment_id}/runs?"
+    if run_ids:
+        runs, experiments = (quote(json.dumps(ids, separators=(",", ":"))) for ids in (list(run_ids), [experiment_id]))
+        page = f"compare-runs?runs={runs}&experiments={experiments}&"
+    # Without it MLflow shows its pages for language-model applications.
+    return without_password(f"{server}/#/{page}workflowType=machine_learning")
+
+
+def _relative_sqlite(uri: str) -> str:
+    path = sqlite_path(uri)
+    if path is None or not path.is_relative_to(Path.cwd()):
+        return uri
+    return uri.replace(str(path), str(path.relative_to(Path.cwd())), 1)
+
+
+def _mlflow() -> str:
+    """Answer the ``mlflow`` of this Python: by name where the shell finds the same one."""
+    beside = Path(sys.executable).with_name("mlflow")
+    if not beside.exists():
+        return f"{shlex.quote(sys.executable)} -m mlflow"
+    found = shutil.which("mlflow")
+    if found is not None and Path(found) == beside:
+        return "mlflow"
+    return shlex.quote(str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside))

@@ -1,0 +1,277 @@
+"""The tracking store as the rest of mergelab sees it: experiments, runs, and finding them again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mergelab.errors import TrackingError
+from mergelab.tracking import processes
+from mergelab.tracking.config import TrackingConfig
+from mergelab.tracking.run import Run, Status, outcome, tag_values
+from mergelab.tracking.store import Store, connect, locate, mlflow_calls, sqlite_path, ui_command, ui_page
+
+BASELINE_KEY = "mergelab.baseline_key"
+PARENT = "mlflow.parentRunId"
+SOURCE = "mergelab.source"
+SWEEP_DIR = "mergelab.sweep_dir"
+_OURS = "mergelab"  # tags the experiments that mergelab writes to: no others are searched
+# An experiment of models, not of language-model applications: it changes what the UI shows first.
+_MODEL_VIEW = {"mlflow.experimentKind": "custom_model_development"}
+
+_PAGE = 1000
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as the store has it; times in seconds since the epoch, ``ended`` None while it runs."""
+
+    id: str
+    name: str
+    experiment: str
+    status: str
+    started: float
+    ended: float | None
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class GridParent:
+    """The run that a grid's jobs belong under: they log to its experiment and take models from its source."""
+
+    id: str
+    experiment: str
+    source: str | None
+
+
+class Tracker:
+    """An open tracking store; with tracking off, one that records and finds nothing."""
+
+    def __init__(self, client: Any, store: Store | None) -> None:
+        self.client = client
+        self.store = store
+        self._experiments: dict[str, str] = {}
+        self._parents: dict[str, GridParent] = {}
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is recorded."""
+        return self.client is not None
+
+    def experiment(self, name: str) -> str:
+        """Answer the id of an experiment, creating it at first use; processes may do so at the same time.
+
+        Raises:
+            TrackingError: an experiment of that name was deleted, or the name is not allowed.
+        """
+        if self.client is None:
+            return ""
+        if name not in self._experiments:
+            with mlflow_calls(f"open experiment {name}"):
+                found = self.client.get_experiment_by_name(name) or self._create(name)
+            if found.lifecycle_stage == "deleted":
+                restore = f"mlflow experiments restore -x {found.experiment_id}"
+                raise TrackingError(
+                    f"experiment {name} was deleted; restore it with `{restore}` or set tracking.experiment"
+                )
+            if _OURS not in found.tags:
+                with mlflow_calls(f"tag experiment {name}"):
+                    self.client.set_experiment_tag(found.experiment_id, _OURS, "true")
+            self._experiments[name] = found.experiment_id
+        return self._experiments[name]
+
+    def _create(self, name: str) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        root = self.store.artifact_root if self.store else None
+        folder = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+        location = (root / folder).as_uri() if root else None
+        try:
+            self.client.create_experiment(name, artifact_location=location, tags={_OURS: "true", **_MODEL_VIEW})
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        return self.client.get_experiment_by_name(name)
+
+    def start_run(
+        self,
+        name: str,
+        *,
+        experiment: str,
+        tags: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None,
+        parent: str | None = None,
+    ) -> Run:
+        """Open a run, tagged with its environment; ``parent`` is the id of the run that it is shown under.
+
+        Raises:
+            TrackingError: the store does not take it.
+        """
+        if self.client is None:
+            return Run(None, None, name, experiment)
+        experiment_id = self.experiment(experiment)
+        all_tags = processes.environment_tags() | tag_values(tags or {}) | ({PARENT: parent} if parent else {})
+        with mlflow_calls(f"start run {name}"):
+            created = self.client.create_run(experiment_id, tags=all_tags, run_name=name)
+        run = Run(self.client, created.info.run_id, name, experiment)
+        try:
+            if params:
+                run.log_params(params)
+        except BaseException as error:
+            run.end(*outcome(error))
+            raise
+        return run
+
+    def resume_run(self, run_id: str) -> Run:
+        """Open again a run that has ended, as this process's own."""
+        if self.client is None:
+            return Run(None, None, run_id, "")
+        with mlflow_calls(f"resume run {run_id}"):
+            info = self.client.get_run(run_id).info
+            for name, value in processes.process_tags().items():
+                self.client.set_tag(run_id, name, value)
+            self.client.update_run(run_id, status="RUNNING")
+            return Run(self.client, run_id, info.run_name, self.client.get_experiment(info.experiment_id).name)
+
+    def runs(
+        self, tags: Mapping[str, str] | None = None, *, experiment: str | None = None, status: str | None = None
+    ) -> list[RunRecord]:
+        """Find the runs that have all of ``tags``, newest first, in one experiment or in all that mergelab wrote to."""
+        if self.client is None:
+            return []
+        with mlflow_calls("search runs"):
+            experiments = {
+                found.experiment_id: found.name
+                for found in _pages(self.client.search_experiments, f"tags.{_OURS} = 'true'")
+            }
+            ids = [key for key, name in experiments.items() if experiment in (None, name)]
+            if not ids:
+                return []
+            found = _pages(
+                self.client.search_runs,
+                _filter(tags or {}, status),
+                experiment_ids=ids,
+                order_by=["attributes.start_time DESC"],
+            )
+            records = [_record(run, experiments) for run in found]
+        return [
+            record for record in records if all(record.tags.get(key) == value for key, value in (tags or {}).items())
+        ]
+
+    def find_run(
+        self, tags: Mapping[str, str], *, experiment: str | None = None, status: str | None = "FINISHED"
+    ) -> str | None:
+        """Answer the id of the newest run that has all of ``tags`` (a baseline by its key, say), or None."""
+        return next((record.id for record in self.runs(tags, experiment=experiment, status=status)), None)
+
+    def grid_parent(self, sweep_dir: str | os.PathLike[str]) -> GridParent | None:
+        """Find the grid that a job of the sweep folder ``sweep_dir`` belongs to; None when there is none."""
+        folder = os.path.abspath(sweep_dir)
+        if folder not in self._parents:
+            found = self.runs({SWEEP_DIR: folder, "mergelab.kind": "grid"})
+            if not found:
+                return None
+            self._parents[folder] = GridParent(found[0].id, found[0].experiment, found[0].tags.get(SOURCE))
+        return self._parents[folder]
+
+    def reconcile(self) -> list[str]:
+        """Close as killed the runs whose process ended here without closing them; answer their ids.
+
+        Runs of other hosts and of living processes are left alone.
+        """
+        ended = [
+            run for run in self.runs({processes.HOST: _this_host()}, status="RUNNING") if processes.has_ended(run.tags)
+        ]
+        for run in ended:
+            self.close(run.id, "KILLED", f"process {run.tags[processes.PID]} ended without closing the run")
+        return [run.id for run in ended]
+
+    def close(self, run_id: str, status: Status, error: str | None = None) -> None:
+        """Give a run that another process opened its final status."""
+        with mlflow_calls(f"close run {run_id}"):
+            run = self.client.get_run(run_id)
+            # Its last sign of life, so that a run that died last week does not seem to have taken a week.
+            last = max([run.info.start_time, *self._metric_times(run)])
+            if error:
+                self.client.set_tag(run_id, "error", error)
+            self.client.set_terminated(run_id, status, end_time=last)
+
+    def _metric_times(self, run: Any) -> list[int]:
+        names = list(run.data.metrics)[:1]
+        return [metric.timestamp for name in names for metric in self.client.get_metric_history(run.info.run_id, name)]
+
+    def ui_command(self) -> str:
+        """Answer the command that opens the UI, to be typed in the working folder; for a server its address."""
+        return ui_command(self.store) if self.store else ""
+
+    def ui_page(self, experiment: str, run_ids: Sequence[str] = ()) -> str:
+        """Answer the address, in the UI that ``ui_command`` opens, of an experiment's runs or of their comparison."""
+        return ui_page(self.store, self.experiment(experiment), run_ids) if self.store else ""
+
+
+def _this_host() -> str:
+    return processes.process_tags()[processes.HOST]
+
+
+def _filter(tags: Mapping[str, str], status: str | None) -> str:
+    # MLflow's filter has no escapes: a value with both kinds of quotes is compared afterwards only.
+    parts = [f"attributes.status = '{status}'"] if status else []
+    for name, value in tags.items():
+        quote = next((mark for mark in ("'", '"') if mark not in value), None)
+        if quote:
+            parts.append(f"tags.`{name}` = {quote}{value}{quote}")
+    return " and ".join(parts)
+
+
+def _pages(search: Any, filter_string: str, **arguments: Any) -> Iterator[Any]:
+    token = None
+    while True:
+        page = search(filter_string=filter_string, max_results=_PAGE, page_token=token, **arguments)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _record(run: Any, experiments: Mapping[str, str]) -> RunRecord:
+    info = run.info
+    return RunRecord(
+        id=info.run_id,
+        name=info.run_name,
+        experiment=experiments[info.experiment_id],
+        status=info.status,
+        started=info.start_time / 1000,
+        ended=info.end_time / 1000 if info.end_time else None,
+        params=dict(run.data.params),
+        metrics=dict(run.data.metrics),
+        tags=dict(run.data.tags),
+    )
+
+
+_trackers: dict[tuple[int, str], Tracker] = {}
+
+
+def open_tracking(config: TrackingConfig) -> Tracker:
+    """Open the store that ``config`` means, once per process; runs that died here unclosed are closed as killed.
+
+    ``tracking.uri``, else ``MLFLOW_TRACKING_URI``, else SQLite under ``outputs/`` of the folder where the user started.
+
+    Raises:
+        TrackingError: the store cannot be reached or used.
+    """
+    if not config.enabled:
+        return Tracker(None, None)
+    store = locate(config)
+    key = (os.getpid(), store.uri)
+    if key not in _trackers:
+        tracker = Tracker(connect(store), store)
+        tracker.reconcile()
+        _trackers[key] = tracker
+    elif (path := sqlite_path(store.uri)) is not None and not path.exists():
+        # What is written through the open connection would be lost without a word.
+        raise TrackingError(f"{path} was deleted while this process had it open; start again")
+    return _trackers[key]

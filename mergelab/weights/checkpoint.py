@@ -1,0 +1,293 @@
+"""A model folder in Hugging Face layout, read tensor by tensor.
+
+Safetensors files are memory-mapped: listing reads headers only, and ``get`` answers a view of the file's pages.
+``.bin`` files go through ``torch.load(weights_only=True)``, mapped too where their format allows it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mergelab.errors import KeyMismatch, ModelError, listed
+from mergelab.weights.hashing import file_sha256, joint_sha256
+from mergelab.weights.source import TensorInfo, tied_names
+
+CONFIG = "config.json"
+# Tried in this order, as transformers does.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+
+
+# Python 3.11 does not name Linux's flag.
+_MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+
+class _WeightFile(Protocol):
+    infos: dict[str, TensorInfo]
+    ties: dict[str, str]
+
+    def get(self, key: str) -> Tensor: ...
+
+
+class Checkpoint:
+    """A `TensorSource` over the weight files of one folder; made by `open_checkpoint`.
+
+    Attributes:
+        name: what errors call the model.
+        folder: where it lies.
+        config: the parsed ``config.json``.
+        files: its weight files, in name order.
+    """
+
+    def __init__(self, name: str, folder: Path, config: dict[str, Any], shards: Mapping[Path, _WeightFile]) -> None:
+        self.name = name
+        self.folder = folder
+        self.config = config
+        self.files = tuple(sorted(shards))
+        self._home = {key: shards[path] for path in self.files for key in shards[path].infos}
+        self._aliases = {
+            alias: key
+            for path in self.files
+            for alias, key in shards[path].ties.items()
+            if key in self._home and alias not in self._home
+        }
+
+    def keys(self) -> list[str]:
+        """List the stored tensors in the order of the files, one name for each tied group."""
+        return list(self._home)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Answer the shape of ``key``, from the header."""
+        return self._info(key).shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Answer the dtype of ``key``, from the header."""
+        return self._info(key).dtype
+
+    def get(self, key: str) -> Tensor:
+        """Read ``key``; a view of the mapped file, which must not be written to."""
+        info = self._info(key)
+        return self._home[info.name].get(info.name)
+
+    def aliases(self) -> dict[str, str]:
+        """Answer the further names of tied tensors, as far as the files tell."""
+        return dict(self._aliases)
+
+    def content_hash(self) -> str:
+        """Answer a SHA-256 that names the weights' content, wherever the folder lies.
+
+        One weight file: the SHA-256 of its bytes (what the hub shows for it). Several: the SHA-256 of their digests
+        in the order of the files' names. Digests are remembered in the cache folder by path, size and time of change.
+        """
+        return joint_sha256([file_sha256(path) for path in self.files])
+
+    def _info(self, key: str) -> TensorInfo:
+        stored = self._aliases.get(key, key)
+        if stored not in self._home:
+            raise KeyMismatch(f"{self.name}: has no tensor {key!r} in {self.folder}")
+        return self._home[stored].infos[stored]
+
+
+def open_checkpoint(folder: Path | str, name: str | None = None) -> Checkpoint:
+    """Open a model folder; read its config, its index and the headers of its weight files, but no weights.
+
+    Args:
+        folder: ``config.json`` with ``model.safetensors`` or ``pytorch_model.bin``, whole or in shards with an index.
+        name: what errors call the model; default the folder as given.
+
+    Raises:
+        ModelError: the folder, its config or its weights are missing; a file is truncated, is not what its name says,
+            or needs arbitrary unpickling; the index and the shards do not agree.
+    """
+    folder = Path(folder)
+    name = name if name is not None else str(folder)
+    if not folder.exists():
+        raise ModelError(f"{name}: no such folder: {folder}")
+    if not folder.is_dir():
+        raise ModelError(f"{name}: {folder} is a file; a model folder with {CONFIG} and weights is needed")
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"{name}: {folder} has no {CONFIG}")
+    config = _read_json(folder / CONFIG, name)
+    main = next((folder / file for file in WEIGHT_FILES if (folder / file).is_file()), None)
+    if main is None:
+        raise ModelError(f"{name}: {folder} has no weights; looked for {', '.join(WEIGHT_FILES)}")
+    if main.suffix != ".json":
+        return Checkpoint(name, folder, config, {main: _open_file(main, name)})
+    return Checkpoint(name, folder, config, _open_shards(main, name))
+
+
+def _open_shards(index: Path, name: str) -> dict[Path, _WeightFile]:
+    """Open every shard that ``index`` names and check that each holds exactly the tensors it should."""
+    weight_map = _read_json(index, name).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise ModelError(f"{name}: {index} has no weight_map from tensor names to files")
+    promised: dict[str, set[str]] = {}
+    for key, file in weight_map.items():
+        promised.setdefault(file, set()).add(key)
+    if outside := [file for file in promised if Path(file).name != file]:
+        raise ModelError(f"{name}: {index} names files outside its folder: {listed(outside)}")
+    if absent := [file for file in sorted(promised) if not (index.parent / file).is_file()]:
+        raise ModelError(f"{name}: {index.name} names files that are not in {index.parent}: {listed(absent)}")
+    _check_shard_count(index, set(promised), name)
+    shards: dict[Path, _WeightFile] = {}
+    for file, keys in promised.items():
+        shard = shards[index.parent / file] = _open_file(index.parent / file, name)
+        if lost := sorted(keys - shard.infos.keys() - shard.ties.keys()):
+            raise ModelError(f"{name}: {index.name} names tensors that {file} does not hold: {listed(lost)}")
+        if extra := sorted(shard.infos.keys() - keys):
+            raise ModelError(f"{name}: {file} holds tensors that {index.name} does not place there: {listed(extra)}")
+    return shards
+
+
+def _check_shard_count(index: Path, files: set[str], name: str) -> None:
+    """Raise `ModelError` when the files' own names (``-00001-of-00003``) say that the index leaves one out."""
+    counts = {int(match[1]) for file in files if (match := re.search(r"-\d+-of-(\d+)\.", file))}
+    if len(counts) == 1 and (count := counts.pop()) != len(files):
+        raise ModelError(f"{name}: {index} names {len(files)} of {count} shards")
+
+
+def _open_file(path: Path, name: str) -> _WeightFile:
+    try:
+        return _SafetensorsFile(path, name) if path.suffix == ".safetensors" else _TorchFile(path, name)
+    except OSError as error:
+        raise ModelError(f"{name}: cannot read {path}: {error.strerror or _first_line(error)}") from error
+
+
+class _SafetensorsFile:
+    """One safetensors file: header read and checked, data mapped."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        try:
+            metadata = _checked_metadata(path)
+        except SafetensorError as error:
+            raise ModelError(f"{name}: {path} {_damage(path, error)}") from error
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(length))
+            # Private, so that a stray write cannot reach the file; without reserve, so that it may exceed the memory.
+            flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+            self._data = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        header.pop("__metadata__", None)
+        self.infos: dict[str, TensorInfo] = {}
+        self._offsets: dict[str, int] = {}
+        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+            if dtype is None:
+                raise ModelError(f"{name}: {path}: tensor {key} has dtype {entry['dtype']}, which cannot be merged")
+            self.infos[key] = TensorInfo(key, tuple(entry["shape"]), dtype)
+            self._offsets[key] = 8 + length + entry["data_offsets"][0]
+        # Writers that leave tied copies out say so in the metadata: {"lm_head.weight": "transformer.wte.weight"}.
+        self.ties = {alias: key for alias, key in metadata.items() if key in self.infos and alias not in self.infos}
+
+    def get(self, key: str) -> Tensor:
+        _, shape, dtype = self.infos[key]
+        count = math.prod(shape)
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._data, dtype=dtype, count=count, offset=self._offsets[key]).view(shape)
+
+
+def _checked_metadata(path: Path) -> dict[str, str]:
+    """Let the safetensors library check the whole header, and answer the file's own metadata."""
+    with safe_open(path, framework="numpy") as file:
+        return dict(file.metadata() or {})
+
+
+class _TorchFile:
+    """One ``.bin`` file; a tensor stored under several names counts once."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        content = _load_without_code(path, name)
+        if not isinstance(content, Mapping):
+            raise ModelError(f"{name}: {path} holds a {type(content).__name__}, not tensors by name")
+        if others := [str(key) for key, value in content.items() if not isinstance(value, Tensor)]:
+            raise ModelError(f"{name}: {path} holds values that are not tensors: {listed(others)}")
+        self._tensors: dict[str, Tensor] = {str(key): value.detach() for key, value in content.items()}
+        self.ties = tied_names(self._tensors)
+        self.infos = {
+            key: TensorInfo(key, tuple(value.shape), value.dtype)
+            for key, value in self._tensors.items()
+            if key not in self.ties
+        }
+
+    def get(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+
+def _load_without_code(path: Path, name: str) -> object:
+    """Run ``torch.load`` with ``weights_only``; map the file where it is a zip, read it where it is the old format."""
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"
+        content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return content
+    except OSError:
+        raise
+    except Exception as error:  # a file that is no pickle makes torch's reader fail in any way
+        if match := re.search(r"GLOBAL (\S+)|Unsupported (?:global|class)[^\n]*", str(error)):
+            what = match[1] or match[0]
+            raise ModelError(
+                f"{name}: {path} needs arbitrary unpickling ({what}), which can run any code; "
+                "save it as safetensors from a program that trusts it"
+            ) from error
+        raise ModelError(f"{name}: {path} {_damage(path, error)}") from error
+
+
+def _damage(path: Path, error: Exception) -> str:
+    """Say in a few words what is wrong with a file that its library refuses."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the weights; fetch them with `git lfs pull`"
+    if "not fully covered" in str(error) or "central directory" in str(error):
+        return f"is truncated or damaged ({path.stat().st_size} bytes)"
+    kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
+    return f"is not a {kind} file, or is damaged ({_first_line(error)})"
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name}: {path} is not readable JSON ({_first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{name}: {path} must hold a JSON object")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,88 @@
+"""Whole models through transformers: loading by hub id or folder, and pipelines with exchanged weights."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mergelab.errors import ConfigError, HubError, ModelError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import Pipeline, PreTrainedModel
+
+# Tasks that transformers 5 no longer has a pipeline for, but still a model class.
+_SEQ2SEQ_TASKS = ("text2text-generation", "summarization", "translation")
+
+
+def load_model(name: str | Path, task: str, **kwargs: Any) -> PreTrainedModel:
+    """Load a model for ``task`` from a hub id or a local folder, in its stored dtype.
+
+    Weights that the checkpoint lacks (the head of a base model) are initialised the same way on every call.
+
+    Args:
+        name: hub id or folder.
+        task: a transformers pipeline task, e.g. ``text-classification``.
+        kwargs: passed to ``from_pretrained`` (``revision``, ``dtype``, …); ``device`` says where the model goes.
+
+    Raises:
+        ConfigError: no such task.
+        ModelError: a local folder that cannot be loaded for the task.
+        HubError: anything else that cannot be found or reached.
+    """
+    if kwargs.pop("framework", "pt") != "pt":
+        raise ConfigError("framework: only 'pt' is supported")
+    device = kwargs.pop("device", None)
+    kwargs.setdefault("dtype", kwargs.pop("torch_dtype", "auto"))
+    failure: Exception | None = None
+    for auto_class in _auto_classes(task):
+        try:
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(0)
+                model: PreTrainedModel = auto_class.from_pretrained(str(name), **kwargs)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            failure = failure or error
+        else:
+            return model if device is None else model.to(device)
+    reason = (str(failure).splitlines() or [""])[0]
+    kind = ModelError if Path(name).exists() else HubError
+    raise kind(f"{name}: cannot be loaded for {task}: {reason}") from failure
+
+
+def load_pipeline(name: str | Path, task: str, **kwargs: Any) -> Pipeline:
+    """Build a pipeline of ``task`` on the CPU from a hub id or a local folder; see `load_model` for the errors."""
+    from transformers import pipeline
+
+    model = load_model(name, task, **kwargs)
+    try:
+        return pipeline(task, model=model, tokenizer=str(name), device=model.device)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ModelError(f"{name}: no pipeline for {task}: {reason}") from error
+
+
+def pipeline_with(base: Pipeline, model: nn.Module) -> Pipeline:
+    """Answer a pipeline like ``base`` (task, tokenizer, every setting) that runs ``model``; ``base`` stays as it is."""
+    clone: Pipeline = copy.copy(base)
+    clone.model = model
+    for setting in ("_preprocess_params", "_forward_params", "_postprocess_params", "generation_config"):
+        if hasattr(base, setting):
+            setattr(clone, setting, copy.deepcopy(getattr(base, setting)))
+    return clone
+
+
+def _auto_classes(task: str) -> tuple[Any, ...]:
+    """Answer the classes that may load a model for ``task``, the most fitting first."""
+    import transformers
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    if task in PIPELINE_REGISTRY.get_supported_tasks():
+        classes: tuple[Any, ...] = PIPELINE_REGISTRY.check_task(task)[1]["pt"]
+        return classes
+    if task in _SEQ2SEQ_TASKS or task.startswith("translation_"):
+        return (transformers.AutoModelForSeq2SeqLM,)
+    known = [*PIPELINE_REGISTRY.get_supported_tasks(), *_SEQ2SEQ_TASKS]
+    raise ConfigError(f"task={task!r}: transformers has no such task{did_you_mean(task, known)}")

@@ -1,0 +1,77 @@
+"""PyTorch modules as containers of named tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
+from mergelab.weights.agreement import described, joined
+from mergelab.weights.source import tied_names
+
+
+def module_of(model: object) -> nn.Module | None:
+    """Answer the module itself, or the one inside a transformers pipeline; None for anything else."""
+    if isinstance(model, nn.Module):
+        return model
+    inner = getattr(model, "model", None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def copy_module(module: nn.Module) -> nn.Module:
+    """Copy a module with its weights; tied parameters stay tied."""
+    with torch.no_grad():
+        return copy.deepcopy(module)
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Answer every parameter and buffer by name, a tied one under each of its names."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> nn.Module:
+    """Copy ``tensors`` into the module's own memory, in its own dtypes, and answer it.
+
+    A tied tensor may be given under any of its names. Nothing is written unless everything fits.
+
+    Args:
+        module: written into.
+        tensors: parameters and, if wanted, buffers by name.
+        strict: every parameter must be given.
+
+    Raises:
+        KeyMismatch: names that the module does not have, or, when ``strict``, parameters that are not given.
+        ShapeMismatch: lists tensors whose shapes differ, or that are floating point in one and integer in the other.
+        ModelError: two names of one tied tensor are given different values.
+    """
+    label = type(module).__name__
+    own = named_tensors(module)
+    if unknown := [key for key in tensors if key not in own]:
+        raise KeyMismatch(f"{label} has no tensor {listed(unknown)}")
+    ties = tied_names(own)
+    chosen: dict[str, str] = {}
+    for key, value in tensors.items():
+        first = chosen.setdefault(ties.get(key, key), key)
+        if first != key and not torch.equal(tensors[first], value):
+            raise ModelError(f"{first} and {key} are one tied tensor in {label}, but are given different values")
+    parameters = (name for name, _ in module.named_parameters())
+    if strict and (missing := [name for name in parameters if ties.get(name, name) not in chosen]):
+        raise KeyMismatch(f"the tensors for {label} lack {listed(missing)}")
+    clashes = [
+        f"{key} is {described(own[key].shape, own[key].dtype)} in {label} but "
+        f"{described(value.shape, value.dtype)} is given"
+        for key, value in tensors.items()
+        if own[key].shape != value.shape or own[key].is_floating_point() != value.is_floating_point()
+    ]
+    if clashes:
+        raise ShapeMismatch(joined(clashes))
+    with torch.no_grad():
+        for key in chosen.values():
+            own[key].copy_(tensors[key])
+    return module

@@ -1,0 +1,71 @@
+"""What every test may use: a fresh folder to work in, the command line in this process, the real data where it is."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["tests.hub_fixtures"]
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL_DATA = ROOT.parent / "shared" / "data"
+
+# The tests never ask the public hub; those that need one start it on loopback.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "HYDRA_FULL_ERROR"):
+    os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def glue_data() -> Path:
+    """The folder of real GLUE data, a folder per task."""
+    if not (REAL_DATA / "glue").is_dir():
+        pytest.skip("needs the GLUE data in ../shared/data")
+    return REAL_DATA / "glue"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh folder that is the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def mergelab_command(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Outcome]]:
+    """``python -m mergelab ARGUMENTS`` in a fresh folder, in this process so that imports are paid once."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from mergelab.__main__ import main
+
+    def run(*arguments: str) -> Outcome:
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["mergelab", *arguments])
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    yield run
+    GlobalHydra.instance().clear()
