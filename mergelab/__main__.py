@@ -19,7 +19,9 @@ _OPEN_KEYS = re.compile(r"^(method\.[\w.]+|models\.experts\.[\w.\-]+)=")
 
 def main() -> None:
     """Run what the command line asks for; bad input is one line and exit code 2."""
-    sys.argv[1:] = [f"++{argument}" if _OPEN_KEYS.match(argument) else argument for argument in sys.argv[1:]]
+    arguments = [spelled for argument in sys.argv[1:] for spelled in _for_hydra(argument)]
+    # Hydra's parser takes flags only before the overrides.
+    sys.argv = ["mergelab", *sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))]
     traceback_wanted = os.environ.get(_FULL_ERROR) == "1"
     os.environ[_FULL_ERROR] = "1"  # Hydra then lets its errors through instead of printing them over many lines
     try:
@@ -37,16 +39,35 @@ def main() -> None:
         sys.exit(_fail(line))
 
 
+def _for_hydra(argument: str) -> list[str]:
+    """Spell an override for Hydra: open keys may be new, and a whole set of experts takes the old one's place."""
+    if argument.startswith("models.experts="):
+        return ["~models.experts", f"+{argument}"]
+    return [f"++{argument}" if _OPEN_KEYS.match(argument) else argument]
+
+
 def _compose_and_run() -> None:
     import hydra
 
-    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(_job)()
+    failures: list[MergelabError] = []
 
+    def job(config: Any) -> float | None:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
 
-def _job(config: Any) -> float | None:
-    from mergelab.experiment import run_experiment
+        from mergelab.experiment import run_experiment
 
-    return run_experiment(config)
+        try:
+            return run_experiment(config)
+        except MergelabError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # Hydra says which job it was, and goes on with the next
+            failures.append(error)
+            return None
+
+    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
+    if failures:
+        raise failures[0]
 
 
 def _fail(line: str, code: int = 2) -> int:
@@ -58,6 +79,8 @@ def _close_grid(status: str) -> None:
     """Do not leave a grid's parent run open; without a grid there is nothing to close, and nothing to import."""
     if (tracking := sys.modules.get("mergelab.tracking")) is not None:
         tracking.close_open_parents(status)
+    if (grids := sys.modules.get("mergelab.grids")) is not None:
+        grids.show_open_grids()
 
 
 def _one_line(error: BaseException) -> str | None:

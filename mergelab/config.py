@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from mergelab.errors import ConfigError, did_you_mean, listed
 
@@ -20,7 +20,7 @@ HEAD_POLICIES = ("average", "base", "per_task", "expert:<name>")
 
 
 def cache_dir() -> Path:
-    """Answer the folder for what can be made again: ``MERGELAB_CACHE``, else ``mergelab`` in the user's cache folder."""
+    """Answer the folder for what can be made again: ``MERGELAB_CACHE``, else ``mergelab`` in the user's cache."""
     if folder := os.environ.get("MERGELAB_CACHE"):
         return Path(folder).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "mergelab"
@@ -69,7 +69,10 @@ class ModelsConfig(Schema):
 
     @field_validator("head")
     @classmethod
-    def _known_policy(cls, head: str) -> str:
+    def _known_policy(cls, head: str, info: ValidationInfo) -> str:
+        experts = info.data.get("experts", {})
+        if head.startswith("expert:") and (name := head.removeprefix("expert:")) not in experts:
+            raise ValueError(f"no expert {name!r}{did_you_mean(name, experts)} (there are {listed(experts)})")
         if head not in HEAD_POLICIES[:3] and not head.startswith("expert:"):
             raise ValueError(f"must be one of {', '.join(HEAD_POLICIES)}")
         return head

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +38,7 @@ def warn(text: str) -> None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
-    """Show a bar that the yielded function moves: ``advance("reading", 0.3)``. Nothing where output is not a terminal."""
+    """Show a bar that the yielded function moves, ``advance("reading", 0.3)``; nothing where there is no terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     shown = console(error=True)
@@ -126,22 +126,10 @@ def _columns(result: ExperimentResult) -> Mapping[str, Callable[[ModelResult], C
 
 
 def _caption(result: ExperimentResult) -> str:
-    return f"{result.note}\n* best of its column; intervals are 95 % bootstrap; times marked c come from the cache of scores"
+    return (
+        f"{result.note}\n* best of its column; [95 % bootstrap interval]; times marked c are from the cache of scores"
+    )
 
 
 def _number(value: float | None, digits: int = 2, *, cached: bool = False) -> str:
     return "" if value is None else f"{value:.{digits}f}{'c' if cached else ''}"
-
-
-def grid_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Print a grid's jobs, best first."""
-    from rich.table import Table
-
-    if not rows:
-        return
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name in ("job", "status") else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in row.values()))
-    console().print(table)

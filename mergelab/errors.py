@@ -1,4 +1,4 @@
-"""The errors that mergelab raises for its user: each carries one line that names what is wrong and what would be right."""
+"""The errors that mergelab raises for its user: one line each, of what is wrong and what would be right."""
 
 from __future__ import annotations
 

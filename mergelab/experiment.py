@@ -14,7 +14,7 @@ from mergelab.config import ExperimentConfig, check
 from mergelab.errors import ConfigError
 from mergelab.models.source import LocatedModels, Source, locate
 from mergelab.models.source import decide_source as _decide
-from mergelab.results import ExperimentResult, peak_memory_mb
+from mergelab.results import RESULT, ExperimentResult, peak_memory_mb, write_result
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -62,13 +62,15 @@ def run_experiment(config: DictConfig) -> float | None:
     from mergelab.tracking import open_tracking
 
     tracker = open_tracking(plan.tracking)
-    parent = tracker.grid_parent(sweep) if (sweep := _sweep_dir()) else None
+    sweep = _sweep_dir()
+    parent = tracker.grid_parent(sweep) if sweep else None
     source: Any = parent.source if parent else None
     if source is None:
         source = plan.source
         _warn_if_mini(plan, source)
     mini = "mini/" if source == "mini" else ""
-    console.say(_announcement(plan, mini))
+    if not sweep:
+        console.say(_announcement(plan, mini))
     experiment = parent.experiment if parent else (plan.tracking.experiment or f"{mini}{plan.task_name}")
     with (
         tracker.start_run(
@@ -82,9 +84,14 @@ def run_experiment(config: DictConfig) -> float | None:
     ):
         result = _execute(plan, source, tracker, run, progress)
     if result is not None:
-        console.result_table(result)
-    if run.id:
-        console.say(f"run {run.id}\ncompare runs in the MLflow UI: {tracker.ui_command()}")
+        write_result(result, _run_folder() / RESULT)
+    if sweep:
+        console.say(_job_line(plan, result))
+    else:
+        if result is not None:
+            console.result_table(result)
+        if run.id:
+            console.say(f"run {run.id}\ncompare runs in the MLflow UI: {tracker.ui_command()}")
     return None if result is None else result.objective
 
 
@@ -108,8 +115,10 @@ def plan_experiment(config: DictConfig) -> Plan:
     from mergelab.tasks.spec import tasks_from_config
     from mergelab.tracking import tracking_config
 
-    resolved: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    resolved.pop("experiment", None)
+    own = OmegaConf.masked_copy(config, [key for key in config if key not in ("hydra", "experiment")])
+    if missing := sorted(OmegaConf.missing_keys(own)):
+        raise ConfigError("; ".join(f"{key}: needs a value" for key in missing))
+    resolved: Any = OmegaConf.to_container(own, resolve=True)
     checked = check(ExperimentConfig, resolved)
     method, parameters = method_from_config(checked.method)
     check_capabilities(method, has_base=checked.models.base is not None, experts=len(checked.models.experts))
@@ -248,6 +257,23 @@ def _sweep_dir() -> str | None:
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
     return str(Path(HydraConfig.get().runtime.cwd) / HydraConfig.get().sweep.dir)
+
+
+def _run_folder() -> Path:
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def _job_line(plan: Plan, result: ExperimentResult | None) -> str:
+    from hydra.core.hydra_config import HydraConfig
+
+    line = f"job {HydraConfig.get().job.num}: {plan.method.name} on {plan.task_name}"
+    if result is None:
+        return f"{line}: merged"
+    merged = result.merged
+    scores = ", ".join(f"{r.task} {r.primary} {r.score.value:.4f}" for r in merged.results.values())
+    return f"{line}: {scores} (merge {merged.merge_seconds or 0:.2f} s, evaluation {merged.eval_seconds or 0:.2f} s)"
 
 
 def _tags(plan: Plan, source: str) -> dict[str, Any]:

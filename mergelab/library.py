@@ -65,7 +65,7 @@ def function_names() -> list[str]:
 
 @functools.cache
 def method_function(name: str) -> Callable[..., Any]:
-    """Make the function of a registered method: ``ties(models, *, task, base_index, passthrough, seed, **parameters)``."""
+    """Make a method's function: ``ties(models, *, task, base_index, passthrough, seed, **parameters)``."""
     method = get_method(_OLD_FUNCTIONS.get(name, name))
 
     def merged(

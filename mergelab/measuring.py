@@ -37,7 +37,7 @@ class Bench:
         return {name: split_examples(data, self.config.eval, self.config.seed) for name, data in self.data.items()}
 
     def baselines(self) -> list[ModelResult]:
-        """Measure the base (with the merged model's heads) and every expert (with its own head, on what that is for)."""
+        """Measure the base (with the merged model's heads) and every expert (with its own head, on its tasks)."""
         located, session, found = self.session.located, self.session, []
         if located.base is not None:
             contents = (session.content("base"), self.config.models.head, *self._expert_contents())
@@ -115,7 +115,15 @@ class Bench:
             name: measure(self.data[name], prediction.logits, examples[name], config.eval, config.seed)
             for name, prediction in predictions.items()
         }
-        return ModelResult(label, role, results, predictions, contents)
+        return ModelResult(
+            label,
+            role,
+            results,
+            predictions,
+            contents,
+            eval_seconds=sum(prediction.seconds for prediction in predictions.values()),
+            cached=bool(predictions) and all(prediction.cached for prediction in predictions.values()),
+        )
 
     def _with_averages(self, models: Sequence[ModelResult]) -> list[ModelResult]:
         """Add a suite's averages to the models that were measured on all of its tasks."""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mergelab.tasks.measure import Score, TaskResult
 
 if TYPE_CHECKING:
     from mergelab.session import Prediction
-    from mergelab.tasks.measure import TaskResult
 
+RESULT = "result.json"  # in a run's folder
 Role = Literal["base", "expert", "merged"]
 
 
@@ -29,21 +34,13 @@ class ModelResult:
     results: Mapping[str, TaskResult]
     predictions: Mapping[str, Prediction] = field(default_factory=dict, repr=False)
     contents: tuple[str, ...] = ()
+    eval_seconds: float | None = None
+    cached: bool = False
     merge_seconds: float | None = None
     peak_mb: float | None = None
     p_value: float | None = None
     average: float | None = None
     normalised: float | None = None
-
-    @property
-    def eval_seconds(self) -> float:
-        """The seconds that all its predictions took when they were made."""
-        return sum(prediction.seconds for prediction in self.predictions.values())
-
-    @property
-    def cached(self) -> bool:
-        """Whether its predictions came from the cache."""
-        return bool(self.predictions) and all(prediction.cached for prediction in self.predictions.values())
 
     @property
     def score(self) -> float:
@@ -75,6 +72,27 @@ class ExperimentResult:
     def objective(self) -> float:
         """What a sweep selects on: the selection score where the protocol has one, else the reported one."""
         return self.merged.score if self.merged.select_score is None else self.merged.select_score
+
+
+def write_result(result: ExperimentResult, file: Path) -> None:
+    """Write a result, but for its predictions, as JSON."""
+    models = [dataclasses.replace(model, predictions={}) for model in result.models]
+    content = dataclasses.asdict(dataclasses.replace(result, models=tuple(models)))
+    file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def read_result(file: Path) -> ExperimentResult:
+    """Read what `write_result` wrote."""
+
+    def task(values: dict[str, Any]) -> TaskResult:
+        return TaskResult(**{**values, "report": {name: Score(**score) for name, score in values["report"].items()}})
+
+    def model(values: dict[str, Any]) -> ModelResult:
+        return ModelResult(**{**values, "results": {name: task(inner) for name, inner in values["results"].items()}})
+
+    content = json.loads(file.read_text(encoding="utf-8"))
+    models = tuple(model(values) for values in content["models"])
+    return ExperimentResult(**{**content, "tasks": tuple(content["tasks"]), "models": models})
 
 
 def peak_memory_mb() -> float:

@@ -21,10 +21,10 @@ from mergelab.models.architecture import (
     quiet_transformers,
     tokenizer_folder,
 )
-from mergelab.models.heads import Head, expert_of_policy, mean_head, mean_tensor, read_head
+from mergelab.models.heads import Head, mean_head, mean_tensor, read_head
 from mergelab.tasks.labels import label_order
 from mergelab.tasks.measure import PredictionCache, prediction_key
-from mergelab.weights.align import AlignedModels, align
+from mergelab.weights.align import AlignedModels, align, check_finite
 from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
 from mergelab.weights.source import TensorInfo
 from mergelab.weights.writer import save_folder
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from mergelab.tasks.evaluate import Encoded
     from mergelab.tasks.measure import Array
     from mergelab.tasks.spec import TaskSpec
+    from mergelab.weights.source import TensorSource
 
 Progress = Callable[[str, float], None]
 
@@ -128,8 +129,8 @@ class Session:
                 raise ConfigError(f"models.head=base: the base {self.located.base.label} has no {listed(lacking)}")
             order = label_order(task, kind.id2label, model=self.located.base.label)
             return read_head(self.aligned.base, self.head_names, order)
-        if (chosen := expert_of_policy(policy, names)) is not None:
-            return self.expert_head(names.index(chosen), task)
+        if policy.startswith("expert:"):
+            return self.expert_head(names.index(policy.removeprefix("expert:")), task)
         if policy == "per_task":
             serving = [index for index, expert in enumerate(self.located.experts) if expert.task == task.name]
             if not serving:
@@ -146,17 +147,20 @@ class Session:
         """Collect the base's tensors; what it does not have is the experts' mean, as in the merged model."""
         base = self.aligned.base
         assert base is not None
-        return {**self.passed_through, **{name: base.get(name) for name in self._backbone_names(base.keys())}}
+        return {**self.passed_through, **self._read(base)}
 
     def expert_backbone(self, index: int) -> dict[str, Tensor]:
         """Collect an expert's own tensors, heads aside."""
-        source = self.aligned.experts[index]
-        return {name: source.get(name) for name in self._backbone_names(source.keys())}
+        return self._read(self.aligned.experts[index])
 
-    def _backbone_names(self, available: Sequence[str]) -> list[str]:
+    def _read(self, source: TensorSource) -> dict[str, Tensor]:
+        """Read what a model has of the backbone, and look it through for NaN and infinity."""
+        available = {*source.keys(), *source.aliases()} - set(self.head_names)
         wanted = dict.fromkeys([*self.aligned.names, *self.aligned.aliases, *self.passed_through])
-        have = set(available)
-        return [name for name in wanted if name in have and name not in self.head_names]
+        tensors = {name: source.get(name) for name in wanted if name in available}
+        for name, tensor in tensors.items():
+            check_finite(source, name, tensor)
+        return tensors
 
     def content(self, name: str) -> str:
         """Answer the content hash of an opened model's weights (``base`` or an expert's name)."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,19 +227,20 @@ def _mask_filler(model: nn.Module, inputs: dict[str, Tensor]) -> Batch:
 
 
 def _encoded(tokenizer: BaseTokenizer, rows: Sequence[tuple[str, ...]]) -> dict[str, Tensor]:
+    """Tokenise rows of one or two sentences and pad them alike, as BERT's inputs or (without [CLS]) GPT-2's."""
     import torch
 
     encodings = tokenizer.encode_batch([row if len(row) > 1 else row[0] for row in rows])
     longest = max(len(encoding.ids) for encoding in encodings)
-    pad = tokenizer.token_to_id("[PAD]") or 0
-    gap = [longest - len(encoding.ids) for encoding in encodings]
-    pairs = zip(encodings, gap, strict=True)
-    if tokenizer.token_to_id("[PAD]") is None:
-        pad = tokenizer.token_to_id("<|endoftext|>")
-    columns = [(e.ids + [pad] * g, e.attention_mask + [0] * g, e.type_ids + [0] * g) for e, g in pairs]
-    ids, mask, types = (torch.tensor(column) for column in zip(*columns, strict=True))
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    return inputs | {"token_type_ids": types} if tokenizer.token_to_id("[CLS]") is not None else inputs
+    is_bert = tokenizer.token_to_id("[CLS]") is not None
+    pad = tokenizer.token_to_id("[PAD]" if is_bert else "<|endoftext|>")
+
+    def padded(rows: Iterable[list[int]], filler: int) -> Tensor:
+        return torch.tensor([row + [filler] * (longest - len(row)) for row in rows])
+
+    ids, mask = padded((e.ids for e in encodings), pad), padded((e.attention_mask for e in encodings), 0)
+    types = {"token_type_ids": padded((e.type_ids for e in encodings), 0)} if is_bert else {}
+    return {"input_ids": ids, "attention_mask": mask, **types}
 
 
 def _word_vocabulary(texts: Sequence[str]) -> list[str]:

@@ -97,23 +97,23 @@ def test_undamaged_local_models_work(mergelab_command: Command, models: Path) ->
 
 def test_a_folder_without_config_is_named(mergelab_command: Command, models: Path) -> None:
     (models / "a" / "config.json").unlink()
-    assert_one_line(mergelab_command(*LOCAL), "./a", "config.json")
+    assert_one_line(mergelab_command(*LOCAL), "/a", "config.json")
 
 
 def test_a_folder_without_weights_is_named(mergelab_command: Command, models: Path) -> None:
     (models / "a" / "model.safetensors").unlink()
-    assert_one_line(mergelab_command(*LOCAL), "./a", "model.safetensors")
+    assert_one_line(mergelab_command(*LOCAL), "/a ", "model.safetensors")
 
 
 def test_a_truncated_file_is_named(mergelab_command: Command, models: Path) -> None:
     file = models / "b" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert_one_line(mergelab_command(*LOCAL), "./b", "model.safetensors")
+    assert_one_line(mergelab_command(*LOCAL), "/b/model.safetensors")
 
 
 def test_a_file_that_is_not_safetensors_is_named(mergelab_command: Command, models: Path) -> None:
     (models / "b" / "model.safetensors").write_bytes(b"<html>404</html>" * 100)
-    assert_one_line(mergelab_command(*LOCAL), "./b", "model.safetensors")
+    assert_one_line(mergelab_command(*LOCAL), "/b/model.safetensors")
 
 
 def test_another_shape_is_named_with_both_shapes(mergelab_command: Command, models: Path) -> None:
@@ -125,7 +125,7 @@ def test_another_shape_is_named_with_both_shapes(mergelab_command: Command, mode
 def test_missing_and_additional_tensors_are_listed(mergelab_command: Command, models: Path) -> None:
     missing, extra = "bert.encoder.layer.0.output.dense.bias", "bert.encoder.layer.9.output.dense.bias"
     rewrite(models / "b", lambda tensors: tensors.update({extra: tensors.pop(missing)}))
-    assert_one_line(mergelab_command(*LOCAL), "./b", missing, extra)
+    assert_one_line(mergelab_command(*LOCAL), "'b'", missing, extra)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -134,7 +134,7 @@ def test_a_value_that_is_not_finite_is_named_with_model_and_tensor(
 ) -> None:
     name = "bert.encoder.layer.1.output.dense.weight"
     rewrite(models / "b", lambda tensors: tensors[name].view(-1)[3:4].fill_(value))
-    assert_one_line(mergelab_command(*LOCAL, "eval.preflight=false"), "./b", name)
+    assert_one_line(mergelab_command(*LOCAL, "eval.preflight=false"), "b: ", name)
 
 
 class Arbitrary:
@@ -145,7 +145,7 @@ class Arbitrary:
 def test_a_bin_file_that_needs_arbitrary_code_is_refused_and_not_run(mergelab_command: Command, models: Path) -> None:
     (models / "a" / "model.safetensors").unlink()
     torch.save({"weights": Arbitrary()}, models / "a" / "pytorch_model.bin")
-    assert_one_line(mergelab_command(*LOCAL), "./a", "pytorch_model.bin")
+    assert_one_line(mergelab_command(*LOCAL), "/a/pytorch_model.bin")
     assert not (models / "executed").exists()
 
 

@@ -35,7 +35,7 @@ def language_hub(empty_hub: HubServer, gpt2_checkpoints: Mapping[str, Path], tmp
     """A hub with a GPT-2-like base and two models of domains, under their real names."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config.from_pretrained(gpt2_checkpoints[GPT2_BASE])
+    config = GPT2Config.from_pretrained(gpt2_checkpoints[GPT2_BASE], n_positions=256)
     for seed, repository in enumerate((GPT2_BASE, LEGAL, RECIPES)):
         folder = tmp_path / "domains" / repository
         shutil.copytree(gpt2_checkpoints[GPT2_BASE], folder)
@@ -68,9 +68,10 @@ def median_in_one(models: List[Tensor], **kw) -> Tensor:
 merged = median(models, task='text-classification')
 in_one = median_in_one(models, task='text-classification')
 built_in = ml.median(models, task='text-classification')
-pairs = zip(merged.model.state_dict().values(), in_one.model.state_dict().values(), built_in.model.state_dict().values())
-result = {'same': all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in pairs),
-          'score': evaluate_glue_pipeline(merged, 'rte'), 'said': merged('The king calls. The king never calls.')[0]['label']}
+states = [pipe.model.state_dict().values() for pipe in (merged, in_one, built_in)]
+result = {'same': all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*states)),
+          'score': evaluate_glue_pipeline(merged, 'rte'),
+          'said': merged('The king calls. The king never calls.')[0]['label']}
 """
     )
     assert "error" not in answer, answer

@@ -1,14 +1,14 @@
 """Speed of mergelab's evaluation beside transformers' text-classification pipeline, on the same model and texts.
 
 Usage:
-    python experiments/benchmarks/evaluation.py                                # synthetic texts, random BERT-base weights
+    python experiments/benchmarks/evaluation.py  # synthetic texts, random BERT-base weights
     python experiments/benchmarks/evaluation.py --data-dir ../shared/data/glue # RTE's validation split
     python experiments/benchmarks/evaluation.py --data-dir DATA --model FOLDER --examples 64 --rounds 3 --threads 1
 
 Five ways are run one after the other, round by round, so that whatever else the machine does falls on all of them:
-the pipeline with its defaults, the pipeline with batch_size=32, mergelab in float32 without and with packed weights, and
-mergelab in bfloat16. Reported are the median seconds and the median over rounds of the ratio within a round. mergelab's
-times include tokenising, copying and packing the model.
+the pipeline with its defaults, the pipeline with batch_size=32, mergelab in float32 without and with packed weights,
+and mergelab in bfloat16. Reported are the median seconds and the median over rounds of the ratio within a round.
+mergelab's times include tokenising, copying and packing the model.
 
 Without --model the weights are random, in bert-base-uncased's configuration; the classifier's bias is set to the middle
 of the outputs, so that half of the examples fall in each class. The examples then lie closer to the boundary than a
@@ -68,7 +68,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data-dir", type=Path, help="folder of Parquet files with rte/validation.parquet")
     parser.add_argument("--model", help="folder or hub id of a two-label classifier; default: random BERT-base weights")
-    parser.add_argument("--tokenizer", help="folder or hub id; default: the model's, else bert-base-uncased's vocabulary")
+    parser.add_argument(
+        "--tokenizer", help="folder or hub id; default: the model's, else bert-base-uncased's vocabulary"
+    )
     parser.add_argument("--examples", type=int, help="how many; default: all 277")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="default: PyTorch's choice")
@@ -93,7 +95,7 @@ def load_texts(options: argparse.Namespace) -> tuple[TaskData, str]:
     if options.data_dir:
         return load_data(spec, data_dir=options.data_dir, limit=options.examples), "RTE validation"
     draw, count = random.Random(0), options.examples or 277
-    words = "the of a company said that people in city new year government market president report police".split()
+    words = "the of a company said that people in city new year government market president report police".split()  # noqa: SIM905
 
     def text(low: int, high: int) -> str:
         # RTE's first sentences are mostly short, a few are ten times as long.
@@ -135,7 +137,7 @@ def ways(model: Any, tokenizer: Any, data: TaskData, device: str) -> list[Way]:
         return predict(model, encoded, device=device, dtype=dtype).argmax(axis=1)
 
     def evaluate_plainly() -> Array:
-        with mock.patch.object(packing, "_can_pack", lambda: False):
+        with mock.patch.object(packing, "_can_pack", return_value=False):
             return evaluate("float32")
 
     return [
@@ -156,12 +158,16 @@ def report(compared: list[Way], rounds: int, examples: int) -> None:
             started = time.perf_counter()
             predictions[way.name] = way.run()
             seconds[way.name].append(time.perf_counter() - started)
-        print(f"round {number + 1}: " + ", ".join(f"{seconds[way.name][-1]:.1f}" for way in compared) + " s", flush=True)
+        print(
+            f"round {number + 1}: " + ", ".join(f"{seconds[way.name][-1]:.1f}" for way in compared) + " s", flush=True
+        )
     first, second = compared[0].name, compared[1].name
     print(f"\n{'':30}{'seconds':>9}{'examples/s':>12}{'× defaults':>12}{'× batch 32':>12}{'differing':>11}")
     for way in compared:
         own = seconds[way.name]
-        against = [statistics.median(a / b for a, b in zip(seconds[name], own, strict=True)) for name in (first, second)]
+        against = [
+            statistics.median(a / b for a, b in zip(seconds[name], own, strict=True)) for name in (first, second)
+        ]
         differing = int((predictions[way.name] != predictions[first]).sum())
         middle = statistics.median(own)
         print(f"{way.name:30}{middle:9.2f}{examples / middle:12.1f}{against[0]:12.2f}{against[1]:12.2f}{differing:11d}")

@@ -69,11 +69,13 @@ def merge(
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"models.experts: {listed(repeated)} stands for more than one expert; names must differ")
     shares = resolve_weights(method, parameters, names, weights)
+    arguments = parameters.arguments() | ({"weights": shares} if method.takes_weights else {})
+    if method.check is not None:
+        _call_with(method.check, arguments)
     order = range(len(names)) if method.order_matters else sorted(range(len(names)), key=names.__getitem__)
     job = _Job(
         method=method,
-        arguments=parameters.arguments()
-        | ({"weights": tuple(shares[i] for i in order)} if method.takes_weights else {}),
+        arguments=arguments | ({"weights": tuple(shares[i] for i in order)} if method.takes_weights else {}),
         base=_Checked(models.base) if models.base is not None else None,
         experts=tuple(_Checked(models.experts[i]) for i in order),
         reference=models.base if models.base is not None else models.experts[0],
@@ -81,8 +83,6 @@ def merge(
         device=torch.device(device),
         block=block or (BLOCK if torch.device(device).type == "cpu" else ACCELERATOR_BLOCK),
     )
-    if method.check is not None:
-        _call_with(method.check, job.arguments)
     return _stream(job, models, progress)
 
 

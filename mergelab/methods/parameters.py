@@ -171,7 +171,7 @@ def _message(model: type[Parameters], given: Mapping[str, Any], problem: str, ke
     if problem == "missing":
         return f"method.{key}: {method} needs it" + (f"; {allowed}" if allowed else "")
     if problem.startswith(("greater_than", "less_than")):
-        allowed = _ranges(field.metadata)
+        allowed = _ranges(field.metadata) or allowed
     return f"method.{key}={given[key]!r}: must be {allowed or 'another value'}"
 
 

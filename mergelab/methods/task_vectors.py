@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -56,10 +57,16 @@ def trim(task_vector: Tensor, threshold: float) -> Tensor:
     """Set entries of magnitude below ``threshold`` to zero; those equal to it stay."""
     if threshold <= 0:
         return task_vector
-    bound = torch.tensor(threshold, dtype=task_vector.dtype)
-    if float(bound) >= threshold:  # hardshrink keeps what is larger than its bound
-        bound = torch.nextafter(bound, torch.tensor(-math.inf, dtype=bound.dtype))
-    return torch.nn.functional.hardshrink(task_vector, float(bound))
+    return torch.nn.functional.hardshrink(task_vector, _just_below(threshold, task_vector.dtype))
+
+
+@lru_cache(maxsize=4096)
+def _just_below(threshold: float, dtype: torch.dtype) -> float:
+    """Answer the largest number of ``dtype`` under ``threshold``: hardshrink keeps what is larger than its bound."""
+    bound = torch.tensor(threshold, dtype=dtype)
+    if bound.item() >= threshold:
+        bound = torch.nextafter(bound, torch.tensor(-math.inf, dtype=dtype))
+    return bound.item()
 
 
 def elect(task_vectors: Sequence[Tensor], election: Election = "mass") -> Tensor:
@@ -93,7 +100,7 @@ def disjoint_reduce(
     for vector, weight in zip(task_vectors, weights, strict=True):
         agreeing = (vector * signs).clamp_min_(0)  # magnitudes
         if reduce == "mean":
-            result += scaled(agreeing, weight)
+            result += agreeing
             shares += scaled(agreeing.sign_(), weight)
         elif reduce == "sum":
             result += scaled(agreeing, weight)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergelab.errors import ConfigError, KeyMismatch, ModelError, ShapeMismatch, did_you_mean, listed
+from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,19 +74,3 @@ def mean_tensor(tensors: Sequence[Tensor]) -> Tensor:
     for tensor in tensors[1:]:
         total += tensor.float()
     return (total / len(tensors)).to(tensors[0].dtype)
-
-
-def expert_of_policy(policy: str, names: Sequence[str]) -> str | None:
-    """Answer the expert that ``expert:<name>`` names, ``None`` for other policies.
-
-    Raises:
-        ConfigError: no expert has that name.
-    """
-    if not policy.startswith("expert:"):
-        return None
-    name = policy.removeprefix("expert:")
-    if name not in names:
-        raise ConfigError(
-            f"models.head={policy!r}: no expert {name!r}{did_you_mean(name, names)} (there are {listed(names)})"
-        )
-    return name

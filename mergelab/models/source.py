@@ -90,7 +90,7 @@ def locate(
     if models.base is not None:
         reference = parse_reference(models.base)
         folder = _folder(reference)
-        base = LocatedModel("base", reference.text, folder, hub.commit(folder))
+        base = LocatedModel("base", _label(reference), folder, hub.commit(folder))
     experts = []
     for count, (name, expert) in enumerate(models.experts.items()):
         progress(f"reading {expert.reference}", count / len(models.experts))
@@ -98,7 +98,9 @@ def locate(
         folder = _folder(reference)
         labels = tuple(expert.labels) if expert.labels else None
         experts.append(
-            LocatedExpert(name, reference.text, folder, hub.commit(folder), expert.weight, expert.task or name, labels)
+            LocatedExpert(
+                name, _label(reference), folder, hub.commit(folder), expert.weight, expert.task or name, labels
+            )
         )
     return LocatedModels(models.name, source, base, tuple(experts), {})
 
@@ -106,6 +108,12 @@ def locate(
 def _references(models: ModelsConfig) -> list[Reference]:
     texts = [*([models.base] if models.base else []), *(expert.reference for expert in models.experts.values())]
     return [parse_reference(text) for text in texts]
+
+
+def _label(reference: Reference) -> str:
+    """Call a model as the user did; of a long path the end is what tells models apart."""
+    text = reference.text
+    return text if reference.folder is None or len(text) <= 40 else f"…{text[-39:]}"
 
 
 def _folder(reference: Reference) -> Path:
@@ -141,8 +149,7 @@ def _locate_mini(models: ModelsConfig, tasks: Sequence[str], progress: Progress)
             raise ConfigError(f"the embedded miniature has {len(folders)} experts for {task}; {models.name} names more")
         mini_name, folder = folders[taken[task]]
         taken[task] += 1
-        named = mini_name if len(sets) == 1 else name
-        experts.append(LocatedExpert(named, f"mini/{task}/{mini_name}", folder, None, expert.weight, task))
+        experts.append(LocatedExpert(name, f"mini/{task}/{mini_name}", folder, None, expert.weight, task))
     some = next(iter(sets.values()))
     base = LocatedModel("base", "mini/base", some.base) if models.base is not None else None
     what = tasks[0] if len(tasks) == 1 else "+".join(tasks)

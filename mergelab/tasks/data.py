@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,8 +85,9 @@ def load_data(
     if limit is not None and limit < 1:
         raise DataError(f"task.limit={limit}: must be at least 1")
     folder = None if data_dir is None else Path(data_dir).expanduser()
-    splits = spec.splits if split is None else (split,)
-    rows = [_from_hub(spec, name) if folder is None else _from_folder(spec, folder, name) for name in splits]
+    if split is not None:
+        spec = replace(spec, splits=(split,))
+    rows = [_from_hub(spec, name) if folder is None else _from_folder(spec, folder, name) for name in spec.splits]
     if limit is not None:
         rows = [_limited(part, limit, seed) for part in rows]
     texts = tuple(text for part in rows for text in part.texts)
@@ -97,7 +98,7 @@ def load_data(
         labels=labels,
         idx=np.concatenate([part.idx for part in rows]),
         parts=np.repeat(np.arange(len(rows)), [len(part.texts) for part in rows]),
-        split="+".join(splits),
+        split="+".join(spec.splits),
         origin=origin or ("hub" if folder is None else "folder"),
         location=spec.path + (f"/{spec.config}" if spec.config else "") if folder is None else str(folder),
         fingerprint=_fingerprint(texts, labels),
@@ -118,7 +119,7 @@ def _fingerprint(texts: Sequence[tuple[str, ...]], labels: Array) -> str:
     return digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------- hub, folder
+# ---------------------------------------------------------------------------------------------------------- hub, folder
 
 
 def _from_hub(spec: TaskSpec, split: str) -> _Rows:
@@ -176,7 +177,9 @@ def _from_folder(spec: TaskSpec, folder: Path, split: str) -> _Rows:
     try:
         table = pa.concat_tables(tables)
     except pa.ArrowException as error:
-        raise DataError(f"{spec.name}: the shards of {split} in {files[0].parent} differ: {_first_line(error)}") from error
+        raise DataError(
+            f"{spec.name}: the shards of {split} in {files[0].parent} differ: {_first_line(error)}"
+        ) from error
     return _rows(spec, table, _class_names(spec, tables[0].schema), str(files[0]))
 
 
@@ -215,7 +218,7 @@ def _class_names(spec: TaskSpec, schema: Any) -> list[str] | None:
     return [str(name) for name in names]
 
 
-# -------------------------------------------------------------------------------------------------------------- checking
+# ------------------------------------------------------------------------------------------------------------- checking
 
 
 def _rows(spec: TaskSpec, table: Any, names: Sequence[str] | None, where: str) -> _Rows:
@@ -252,7 +255,9 @@ def _scores(spec: TaskSpec, table: Any, where: str) -> Array:
 
     column = table[spec.label_column]
     if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
-        raise DataError(f"{spec.name}: {where}: the column {spec.label_column} must hold numbers, it holds {column.type}")
+        raise DataError(
+            f"{spec.name}: {where}: the column {spec.label_column} must hold numbers, it holds {column.type}"
+        )
     scores: Array = column.cast(pa.float32(), safe=False).to_numpy()
     if not np.isfinite(scores).all() and not np.isnan(scores).all():
         raise DataError(f"{spec.name}: {where}: the column {spec.label_column} has scores that are not finite numbers")
@@ -276,7 +281,8 @@ def _classes(spec: TaskSpec, table: Any, names: Sequence[str] | None, where: str
         to_task = _class_order(spec, names, where)
     else:
         raise DataError(
-            f"{spec.name}: {where}: the column {spec.label_column} must hold class numbers or names, it holds {column.type}"
+            f"{spec.name}: {where}: the column {spec.label_column} must hold class numbers or names, "
+            f"it holds {column.type}"
         )
     if (values == -1).all():
         return np.full(len(values), -1, dtype=np.int64)
@@ -285,7 +291,8 @@ def _classes(spec: TaskSpec, table: Any, names: Sequence[str] | None, where: str
             f"{spec.name}: {where}: label {values[wrong[0]]} in row {wrong[0]} is outside 0 to {len(labels) - 1} "
             f"({listed(labels)})"
         )
-    return np.asarray(to_task, dtype=np.int64)[values]
+    found: Array = np.asarray(to_task, dtype=np.int64)[values]
+    return found
 
 
 def _class_order(spec: TaskSpec, names: Sequence[str] | None, where: str) -> list[int]:

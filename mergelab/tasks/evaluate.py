@@ -61,7 +61,9 @@ def encode(data: TaskData, tokenizer: Any, max_length: int | None = None) -> Enc
     longest = max_length or max_input_length(None, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad_id is None:
-        raise DataError(f"{data.spec.name}: the tokenizer {tokenizer.name_or_path} has neither pad nor end-of-text token")
+        raise DataError(
+            f"{data.spec.name}: the tokenizer {tokenizer.name_or_path} has neither pad nor end-of-text token"
+        )
     found = tokenizer(
         *(list(column) for column in zip(*data.texts, strict=True)),
         truncation=True,
@@ -181,7 +183,9 @@ def predict_batches(
     for members in plan_batches(encoded.lengths, budget):
         lengths = encoded.lengths[members]
         filled = np.arange(lengths.max()) < lengths[:, None]
-        positions = np.concatenate([np.arange(start, start + n) for start, n in zip(starts[members], lengths, strict=True)])
+        positions = np.concatenate(
+            [np.arange(start, start + n) for start, n in zip(starts[members], lengths, strict=True)]
+        )
         inputs = {"attention_mask": torch.from_numpy(filled.astype(np.int64))}
         for name, values in columns.items():
             padded = np.full(filled.shape, pad_id if name == "input_ids" else 0, dtype=np.int64)

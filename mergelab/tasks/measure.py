@@ -1,4 +1,4 @@
-"""Turn a model's predictions into scores under a protocol, and keep predictions by content so that none is made twice."""
+"""Turn predictions into scores under a protocol, and keep predictions by content so that none is made twice."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def split_examples(data: TaskData, config: EvalConfig, seed: int) -> Examples:
 
 
 def measure(data: TaskData, logits: Array, examples: Examples, config: EvalConfig, seed: int) -> TaskResult:
-    """Score ``logits`` (n, C) of all examples: plain metrics on the selecting part, with intervals on the reporting part."""
+    """Score ``logits`` (n, C): plain metrics on the selecting examples, with intervals on the reporting ones."""
     from mergelab.tasks.metrics import score
 
     spec, labels, parts = data.spec, data.labels, data.parts

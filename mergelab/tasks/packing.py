@@ -2,8 +2,8 @@
 
 PyTorch hands float32 matrix products on a CPU to the BLAS it was built with, which on many processors reaches little
 more than half of what oneDNN's kernels do on weights that are laid out for them beforehand. Those kernels are what
-PyTorch's own compiler uses for a frozen model; here they serve without compiling anything. Both sum in float32; only the
-order of the summands differs.
+PyTorch's own compiler uses for a frozen model; here they serve without compiling anything. Both sum in float32; only
+the order of the summands differs.
 """
 
 from __future__ import annotations
@@ -44,24 +44,22 @@ def inference_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | 
     if device.type == "cpu" and _can_pack():
         for module in duplicate.modules():
             if (forward := _packed_forward(module)) is not None:
-                module.forward = forward  # type: ignore[method-assign]
+                module.forward = forward
     return duplicate
 
 
 def _packed_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """Make the forward function of a linear layer with packed weights; ``None`` for any other module."""
+    """Make the forward function of a linear layer (GPT-2's, stored transposed, too) with packed weights, else ``None``."""
     from transformers.pytorch_utils import Conv1D
 
     # Subclasses may compute something else.
-    if type(module) is nn.Linear:
-        weight = module.weight
-    elif type(module) is Conv1D:
-        weight = module.weight.t()  # GPT-2 stores (in, out)
-    else:
+    if type(module) not in (nn.Linear, Conv1D):
         return None
+    layer: Any = module
+    weight: Tensor = layer.weight.detach() if type(module) is nn.Linear else layer.weight.detach().t()
     if min(weight.shape) < _SMALLEST or weight.dtype not in (torch.float32, torch.bfloat16):
         return None
-    return functools.partial(_linear, _pack(weight.detach()), module.bias)
+    return functools.partial(_linear, _pack(weight), layer.bias)
 
 
 def _linear(packed: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

@@ -53,4 +53,4 @@ def evaluate_glue_pipeline(
     check_labels(spec, data.labels)
     encoded = encode(data, pipe.tokenizer, max_input_length(config, pipe.tokenizer))
     logits = predict(pipe.model, encoded, device=pipe.device, progress=progress)[:, list(order)]
-    return score(spec, logits, data.labels, parts=data.parts)
+    return score(data.spec, logits, data.labels, parts=data.parts)

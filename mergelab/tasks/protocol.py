@@ -23,7 +23,7 @@ def holdout(labels: Array, fraction: float = 0.5, seed: int = 0) -> tuple[Array,
         seed: the same seed gives the same division.
 
     Returns:
-        Positions of the selecting and of the reporting examples, each in ascending order, disjoint, all of them together.
+        Positions of the selecting and of the reporting examples, each in ascending order; disjoint, together all.
 
     Raises:
         DataError: there are fewer than two examples, or ``fraction`` is not between 0 and 1.

@@ -25,7 +25,7 @@ class _Task(Schema):
     name: Name
     version: int
     dataset: _Dataset
-    splits: Annotated[list[Name], Field(min_length=1)] = ["validation"]
+    splits: Annotated[list[Name], Field(min_length=1)] = Field(default=["validation"])
     columns: Annotated[list[str], Field(min_length=1, max_length=2)]
     label_column: str = "label"
     labels: Annotated[list[str], Field(min_length=2)] | None
@@ -39,7 +39,7 @@ class _Suite(Schema):
     name: Name
     version: int
     members: Annotated[list[str], Field(min_length=1)]
-    splits: dict[str, list[Name]] = {}
+    splits: dict[str, list[Name]] = Field(default={})
     limit: Annotated[int, Field(ge=1)] | None = None
     data_dir: str | None = None
 
@@ -95,7 +95,9 @@ def task_from_config(node: Mapping[str, Any]) -> TaskSpec:
     kind = "regression" if task.labels is None else "classification"
     for metric in task.metrics:
         if metric not in METRICS:
-            raise ConfigError(f"task.metrics: no metric {metric!r}{did_you_mean(metric, METRICS)} (there are {listed(METRICS)})")
+            raise ConfigError(
+                f"task.metrics: no metric {metric!r}{did_you_mean(metric, METRICS)} (there are {listed(METRICS)})"
+            )
         if METRICS[metric].kind != kind:
             raise ConfigError(f"task.metrics: {metric} is not for {kind}")
     if "f1" in task.metrics and task.labels is not None and len(task.labels) != 2:

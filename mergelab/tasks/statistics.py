@@ -99,7 +99,7 @@ def chance_level(spec: TaskSpec, labels: Array) -> float:
     return max(float(_from_counts(spec.primary, _confusion(spec, c, labels)[None])[0]) for c in constants)
 
 
-# --------------------------------------------------------------------------------------------------------------- drawing
+# -------------------------------------------------------------------------------------------------------------- drawing
 
 
 def _resampled(
@@ -131,7 +131,7 @@ def _draw_counts(examples: int, samples: int, random: np.random.Generator) -> It
         yield np.bincount(drawn.ravel(), minlength=rows * examples).reshape(rows, examples).astype(np.float64)
 
 
-# --------------------------------------------------------------------------------------------------------- class metrics
+# -------------------------------------------------------------------------------------------------------- class metrics
 
 
 def _confusion(spec: TaskSpec, predictions: Array, labels: Array) -> Array:
@@ -159,11 +159,11 @@ def _ratio(numerator: Array, denominator: Array) -> Array:
     return np.divide(numerator, denominator, out=np.zeros_like(denominator), where=denominator > 0)
 
 
-# ---------------------------------------------------------------------------------------------------------- correlations
+# --------------------------------------------------------------------------------------------------------- correlations
 
 
 def _correlations(metrics: Sequence[str], predictions: Array, labels: Array, counts: Array) -> dict[str, Array]:
-    """Compute correlations of predictions and labels (n,) on resamples with ``counts`` (samples, n): (samples,) each."""
+    """Compute correlations of predictions and labels (n,) on resamples with ``counts`` (samples, n): (samples,)."""
     x, y = np.asarray(predictions, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     found = {}
     if "pearson" in metrics:
@@ -174,7 +174,7 @@ def _correlations(metrics: Sequence[str], predictions: Array, labels: Array, cou
 
 
 def _weighted_pearson(x: Array, y: Array, counts: Array) -> Array:
-    """Pearson's r of (samples or 1, n) values with integer weights (samples, n): (samples,); 0 where one is constant."""
+    """Pearson's r of (samples or 1, n) values with weights (samples, n): (samples,); 0 where one is constant."""
     total = counts.sum(axis=1, keepdims=True)
     mean_x, mean_y = ((counts * values).sum(axis=1, keepdims=True) / total for values in (x, y))
     dx, dy = x - mean_x, y - mean_y

@@ -89,8 +89,8 @@ class AlignedModels:
         experts: the experts under the common names.
         names: floating-point tensors to merge, one for each tied group, in the first expert's order.
         integers: integer and boolean tensors, equal in all models, to be copied.
-        aliases: further names of tied tensors, each with the one in ``names`` (or ``integers``).
-        base_only: pretraining heads and poolers of the base that no expert has; no part of the merge.
+        aliases: further names that experts have for tied tensors, each with the one in ``names`` (or ``experts_only``).
+        base_only: pretraining heads and poolers of the base that no expert has, tied ones too; no part of the merge.
         experts_only: heads and poolers that every expert has and the base lacks; whoever merges decides about them.
         ignored: names that fitted an ``ignore`` pattern; they can still be read from the models that have them.
         dropped: stale buffers that were left out.
@@ -156,7 +156,9 @@ def align(
     heads = frozenset[str]().union(*(view.heads for view in views))
     views, ignored, dropped = _set_aside(views, ignore)
     ties = _tied_groups(views)
-    views = [_without_aliases(view, ties) for view in views]
+    in_experts = {key for view in views[-len(experts) :] for key in view.stored}
+    aliases = {alias: key for alias, key in ties.items() if alias in in_experts}
+    views = [_without_aliases(view, ties, aliases) for view in views]
 
     base_view = views[0] if base is not None else None
     expert_views = views[1:] if base is not None else views
@@ -172,8 +174,8 @@ def align(
         experts=tuple(renamed[1:] if base is not None else renamed),
         names=names,
         integers=integers,
-        aliases={alias: key for alias, key in ties.items() if key in expert_views[0].present},
-        base_only=base_only,
+        aliases={alias: key for alias, key in aliases.items() if key in expert_views[0].present},
+        base_only=(*base_only, *(alias for alias in ties if alias not in aliases)),
         experts_only=experts_only,
         ignored=ignored,
         dropped=dropped,
@@ -305,10 +307,11 @@ def _same_values(view: _View, a: str, b: str) -> bool:
     return bool(left[0].any()) and torch.equal(left[0], right[0]) and torch.equal(left, right)
 
 
-def _without_aliases(view: _View, ties: dict[str, str]) -> _View:
-    """Take aliases out of the comparison; a model that stores only one name of a group can be read under all."""
+def _without_aliases(view: _View, ties: dict[str, str], shared: dict[str, str]) -> _View:
+    """Take tied names out of the comparison; a model that lacks one of the ``shared`` ones can be read under it too."""
     stored = {key: at for key, at in view.stored.items() if key not in ties}
-    stored |= {alias: view.stored.get(alias, view.stored[name]) for alias, name in ties.items()}
+    stored |= {alias: view.stored[alias] for alias in ties if alias in view.stored}
+    stored |= {alias: view.stored[name] for alias, name in shared.items() if alias not in stored}
     return replace(view, stored=stored, present={key: None for key in view.present if key not in ties})
 
 

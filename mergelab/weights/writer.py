@@ -69,7 +69,8 @@ def save_folder(
         config_updates: keys of ``config.json`` to set.
         dtype: for floating-point tensors; default: as ``layout`` says, else as they are.
         max_shard_bytes: above this the weights are divided into files with an index.
-        aliases: further names of tied tensors, each with the name that is stored; tensors under such names are skipped.
+        aliases: further names of tied tensors, each with the name that is stored; tensors under such names are skipped
+            where the other one is stored. Without ``aliases`` and ``layout``, found by shared memory.
         layout: what will arrive, in the order to be stored; aliases among them are skipped.
         inputs: folders that are being read and must not be the target.
 
@@ -85,6 +86,8 @@ def save_folder(
         held = dict(tensors)
         ties = ties or DictSource("the tensors", held).aliases()
         tensors, layout = held, [TensorInfo(k, tuple(t.shape), t.dtype) for k, t in held.items()]
+    announced = {info.name for info in layout}
+    ties = {alias: key for alias, key in ties.items() if key in announced}  # else the alias is all there is
     stored = [_as_stored(info, dtype) for info in layout if info.name not in ties]
     arriving = tensors.items() if isinstance(tensors, Mapping) else tensors
     shards = _shards(stored, max_shard_bytes)

@@ -27,7 +27,7 @@ result = dict(files=sorted(p.relative_to(folder).as_posix() for p in folder.rglo
               folder=folder, commit=hub.commit(folder), again=hub.cached({0!r}, {1!r}))
 """
 CACHED = "from mergelab.models import hub\nresult = hub.cached({0!r}, {1!r})"
-REACHABLE = "from mergelab.models import hub\nresult = hub.reachable(0.5)"
+REACHABLE = "from mergelab.models import hub\nresult = hub.reachable({})"
 
 
 def test_fetch_brings_config_tokenizer_and_safetensors_and_nothing_else(hub: HubServer, client: Client) -> None:
@@ -199,35 +199,35 @@ result = hub.fetch({BERT_BASE!r}, None)
 
 
 def test_the_hub_is_reachable_whatever_models_it_has(empty_hub: HubServer, client: Client) -> None:
-    assert client(REACHABLE) is True
+    assert client(REACHABLE.format(30)) is True
     empty_hub.missing_status = 401
-    assert client(REACHABLE) is True
+    assert client(REACHABLE.format(30)) is True
 
 
 def test_a_hub_with_an_outage_is_not_reachable(hub: HubServer, client: Client) -> None:
     hub.outage = 503
-    assert client(REACHABLE) is False
+    assert client(REACHABLE.format(30)) is False
 
 
 def test_offline_mode_asks_nothing(empty_hub: HubServer, client: Client) -> None:
-    assert client(REACHABLE, HF_HUB_OFFLINE="1") is False
+    assert client(REACHABLE.format(0.5), HF_HUB_OFFLINE="1") is False
     assert empty_hub.requests == []
 
 
 def test_a_hub_that_refuses_or_stays_silent_is_not_reachable(client: Client, nobody: str, silent: str) -> None:
-    assert client(REACHABLE, HF_ENDPOINT=nobody) is False
-    assert client(REACHABLE, HF_ENDPOINT=silent) is False
-    assert client(REACHABLE, HF_ENDPOINT="http://no-such-host.invalid") is False
-    assert client(REACHABLE, HF_ENDPOINT="nonsense") is False
+    assert client(REACHABLE.format(0.5), HF_ENDPOINT=nobody) is False
+    assert client(REACHABLE.format(0.5), HF_ENDPOINT=silent) is False
+    assert client(REACHABLE.format(0.5), HF_ENDPOINT="http://no-such-host.invalid") is False
+    assert client(REACHABLE.format(0.5), HF_ENDPOINT="nonsense") is False
 
 
 def test_another_web_server_is_not_taken_for_a_hub(client: Client, web_server: str) -> None:
-    assert client(REACHABLE, HF_ENDPOINT=web_server) is False
+    assert client(REACHABLE.format(30), HF_ENDPOINT=web_server) is False
 
 
 def test_name_resolution_that_hangs_does_not_hold_the_program(client: Client) -> None:
     hang = "import socket, threading\nsocket.getaddrinfo = lambda *args, **kwargs: threading.Event().wait()\n"
-    assert client(hang + REACHABLE, HF_ENDPOINT="http://hub.example") is False
+    assert client(hang + REACHABLE.format(0.5), HF_ENDPOINT="http://hub.example") is False
 
 
 def test_a_cached_dataset_is_known_and_loads_offline_without_a_request(hub: HubServer, client: Client) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -11,16 +12,15 @@ import psutil
 import pytest
 
 from mergelab.errors import ModelError
-from mergelab.tracking import Tracker
+from mergelab.tracking import Tracker, TrackingConfig, open_tracking
 
 OPEN_A_RUN = """
-import os, signal, time
+import time
 from mergelab.tracking import TrackingConfig, open_tracking
-tracker = open_tracking(TrackingConfig())
-{before}
-with tracker.start_run("ties", experiment="rte") as run:
+with open_tracking(TrackingConfig()).start_run("ties", experiment="rte") as run:
+    run.log_metrics({"a": 1.0})
     print(run.id, flush=True)
-    {inside}
+    time.sleep(100)
 """
 
 
@@ -57,7 +57,7 @@ def test_the_status_tells_how_a_run_ended(
 def test_a_run_whose_process_is_asked_to_end_is_killed(
     start: Callable[..., Any], mlflow_client: Any, number: int, code: int, said: str
 ) -> None:
-    process = start(OPEN_A_RUN.format(before="", inside="time.sleep(100)"))
+    process = start(OPEN_A_RUN)
     run_id = process.line()
     process.signal(number)
     assert process.end()[0] in (code, 128 + number)
@@ -68,14 +68,12 @@ def test_a_run_whose_process_is_asked_to_end_is_killed(
 def test_a_run_whose_process_vanished_is_closed_when_the_store_is_opened_next(
     start: Callable[..., Any], mlflow_client: Any
 ) -> None:
-    inside = "run.log_metrics({'a': 1}); print(flush=True); time.sleep(100)"
-    process = start(OPEN_A_RUN.format(before="", inside=inside))
+    process = start(OPEN_A_RUN)
     run_id = process.line()
-    process.line()
     process.signal(signal.SIGKILL)
     process.end()
     assert mlflow_client.get_run(run_id).info.status == "RUNNING"
-    start("from mergelab.tracking import *; open_tracking(TrackingConfig())").end()
+    open_tracking(TrackingConfig())
     recorded = mlflow_client.get_run(run_id)
     assert recorded.info.status == "KILLED"
     assert recorded.data.tags["error"] == f"process {process.popen.pid} ended without closing the run"
@@ -83,20 +81,19 @@ def test_a_run_whose_process_vanished_is_closed_when_the_store_is_opened_next(
     assert recorded.info.end_time == mlflow_client.get_metric_history(run_id, "a")[0].timestamp
 
 
-def test_runs_of_living_processes_and_of_other_hosts_are_left_alone(
-    tracker: Tracker, start: Callable[..., Any], mlflow_client: Any
-) -> None:
-    process = start(OPEN_A_RUN.format(before="", inside="time.sleep(100)"))
-    living = process.line()
-    own = tracker.start_run("own", experiment="rte")
+def of_process(process: psutil.Process) -> dict[str, str]:
+    return {"mergelab.pid": str(process.pid), "mergelab.process_start": str(process.create_time())}
+
+
+def test_runs_of_living_processes_and_of_other_hosts_are_left_alone(tracker: Tracker, mlflow_client: Any) -> None:
+    living = of_process(psutil.Process(os.getppid()))
     gone = {"mergelab.pid": "999999999", "mergelab.process_start": "1.0"}
-    elsewhere = tracker.start_run("elsewhere", experiment="rte", tags=gone | {"mergelab.host": "elsewhere"})
-    contained = tracker.start_run("contained", experiment="rte", tags=gone | {"mergelab.pid_namespace": "pid:[1]"})
-    unknown = mlflow_client.create_run(tracker.experiment("rte"))
+    tags = [{}, living, gone | {"mergelab.host": "elsewhere"}, gone | {"mergelab.pid_namespace": "pid:[1]"}]
+    runs = [tracker.start_run("left alone", experiment="rte", tags=each) for each in tags]
+    foreign = mlflow_client.create_run(tracker.experiment("rte")).info.run_id
     assert tracker.reconcile() == []
-    for run_id in (living, own.id, elsewhere.id, contained.id, unknown.info.run_id):
-        assert mlflow_client.get_run(run_id).info.status == "RUNNING"
-    for run in (own, elsewhere, contained):
+    assert {mlflow_client.get_run(run_id).info.status for run_id in (foreign, *(run.id for run in runs))} == {"RUNNING"}
+    for run in runs:
         run.end()
 
 
@@ -118,13 +115,16 @@ def test_sigterm_has_its_default_meaning_before_and_after_runs(tracker: Tracker)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_sigterm_handler_of_the_users_own_is_left_alone(start: Callable[..., Any], mlflow_client: Any) -> None:
-    before = "signal.signal(signal.SIGTERM, lambda *_: run.log_metrics({'handled': 1}))"
-    process = start(OPEN_A_RUN.format(before=before, inside="os.kill(os.getpid(), signal.SIGTERM)"))
-    run_id = process.line()
-    assert process.end()[0] == 0
-    recorded = mlflow_client.get_run(run_id)
-    assert (recorded.info.status, recorded.data.metrics) == ("FINISHED", {"handled": 1.0})
+def test_a_sigterm_handler_of_the_users_own_is_left_alone(tracker: Tracker, mlflow_client: Any) -> None:
+    handled: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: handled.append(number))
+    try:
+        with tracker.start_run("ties", experiment="rte") as run:
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert handled == [signal.SIGTERM]
+    assert mlflow_client.get_run(run.id).info.status == "FINISHED"
 
 
 def test_a_worker_threads_run_is_closed_like_any_other(tracker: Tracker, mlflow_client: Any) -> None:
@@ -141,13 +141,14 @@ def test_a_worker_threads_run_is_closed_like_any_other(tracker: Tracker, mlflow_
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_a_zombie_counts_as_ended(tracker: Tracker, start: Callable[..., Any], mlflow_client: Any) -> None:
-    if sys.platform == "win32":
-        pytest.skip("needs zombies")
-    process = start(OPEN_A_RUN.format(before="", inside="os.kill(os.getpid(), signal.SIGKILL)"))
-    run_id = process.line()
-    while psutil.Process(process.popen.pid).status() != psutil.STATUS_ZOMBIE:
+@pytest.mark.skipif(sys.platform == "win32", reason="needs zombies")
+def test_a_process_that_nobody_has_waited_for_counts_as_ended(tracker: Tracker) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    run = tracker.start_run("ties", experiment="rte", tags=of_process(psutil.Process(process.pid)))
+    assert tracker.reconcile() == []
+    process.kill()
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.02)
-    assert tracker.reconcile() == [run_id]
-    assert os.waitpid(process.popen.pid, 0)[1] == signal.SIGKILL
-    process.popen.returncode = -signal.SIGKILL
+    assert tracker.reconcile() == [run.id]
+    process.communicate()
+    run.end("KILLED")

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from mergelab.errors import TrackingError
-from mergelab.tracking import TrackingConfig, open_tracking
+from mergelab.tracking import Tracker, TrackingConfig, open_tracking
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,21 @@ class Server:
 
 
 @pytest.fixture
-def server(workplace: Path) -> Iterator[Server]:
-    """A real MLflow server on loopback, with its store and artifacts in the test's folder."""
+def server(workplace: Path, tracker: Tracker) -> Iterator[Server]:
+    """A real MLflow server on loopback, started by the very command that a user is shown."""
     with socket.socket() as once:
         once.bind(("127.0.0.1", 0))
         port = once.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        "sqlite:///outputs/mlflow.db",
-        "--artifacts-destination",
-        str(workplace / "kept"),
-    ]
+    command = [*shlex.split(tracker.ui_command()), "--port", str(port), "--workers", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     started = Server(f"http://127.0.0.1:{port}", process)
-    while not _answers(started.address):
-        assert process.poll() is None, "the MLflow server did not start"
-        time.sleep(0.2)
-    yield started
-    started.stop()
+    try:
+        while not _answers(started.address):
+            assert process.poll() is None, "the MLflow server did not start"
+            time.sleep(0.2)
+        yield started
+    finally:
+        started.stop()
 
 
 def _answers(address: str) -> bool:
@@ -60,16 +56,23 @@ def _answers(address: str) -> bool:
         return False
 
 
-def test_a_server_takes_runs_with_artifacts_and_a_server_that_goes_away_is_one_line(
+def test_the_ui_serves_local_artifacts_a_server_takes_runs_and_one_that_goes_away_is_one_line(
+    tracker: Tracker,
     server: Server,
     workplace: Path,
     monkeypatch: pytest.MonkeyPatch,
     mlflow_client: Any,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    with tracker.start_run("local", experiment="mini/rte") as local:
+        local.log_text("method: ties", "config.yaml")
+    page = f"{server.address}/get-artifact?path=config.yaml&run_uuid={local.id}"
+    with urllib.request.urlopen(page, timeout=30) as answer:
+        assert answer.read() == b"method: ties"
+
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
-    tracker = open_tracking(TrackingConfig())
-    with tracker.start_run("ties", experiment="rte", params={"method": {"density": 0.2}}) as run:
+    remote = open_tracking(TrackingConfig())
+    with remote.start_run("ties", experiment="rte", params={"method": {"density": 0.2}}) as run:
         run.log_metrics({"report/accuracy": 0.6})
         run.log_dataset("rte", origin="folder", location="/data/rte", fingerprint="f" * 64, rows=277)
         run.log_table([{"a": 1}], "tables/summary.csv")
@@ -77,13 +80,13 @@ def test_a_server_takes_runs_with_artifacts_and_a_server_that_goes_away_is_one_l
     assert recorded.info.status == "FINISHED"
     assert recorded.data.params == {"method.density": "0.2"}
     assert recorded.inputs.dataset_inputs[0].dataset.name == "rte"
-    assert [path.read_text() for path in (workplace / "kept").rglob("summary.csv")] == ["a\n1\n"]
-    assert tracker.find_run({"mergelab.pid": str(os.getpid())}) == run.id
-    assert tracker.ui_command() == server.address
-    assert tracker.ui_page("rte").startswith(f"{server.address}/#/experiments/")
+    assert [path.read_text() for path in workplace.rglob("tables/summary.csv")] == ["a\n1\n"]
+    assert remote.find_run({"mergelab.pid": str(os.getpid())}) == run.id
+    assert remote.ui_command() == server.address
+    assert remote.ui_page("rte").startswith(f"{server.address}/#/experiments/")
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    last = tracker.start_run("cut off", experiment="rte")
+    last = remote.start_run("cut off", experiment="rte")
     server.stop()
     with pytest.raises(TrackingError, match=r"^cannot log the metrics of run cut off: ") as caught, last:
         last.log_metrics({"report/accuracy": 0.6})

@@ -5,7 +5,6 @@ import shlex
 import shutil
 import socket
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,8 +156,7 @@ def test_the_ui_command_is_for_the_working_folder(workplace: Path, monkeypatch: 
     assert tracker.ui_command() == f"mlflow ui --backend-store-uri 'sqlite:///{relative}'"
     monkeypatch.setenv("PATH", "")
     monkeypatch.chdir("/")
-    words = shlex.split(tracker.ui_command())
-    assert subprocess.run([*words[:-2], "--help"], capture_output=True, check=False).returncode == 0
+    assert Path(shlex.split(tracker.ui_command())[0]).samefile(Path(sys.executable).with_name("mlflow"))
 
 
 def test_the_pages_of_the_ui_are_those_for_models(workplace: Path) -> None:

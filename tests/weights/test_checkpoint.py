@@ -73,9 +73,23 @@ def test_listing_reads_no_data(tmp_path):
     assert checkpoint.shape("w") == (size // 4,)
 
 
+def test_keys_come_in_the_order_of_the_data(one):
+    places = {"a": 2, "b": 0, "c": 1}
+    header = {name: {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for name, i in places.items()}
+    text = json.dumps(header).encode()
+    (one / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes([7, 8, 9]))
+    checkpoint = open_checkpoint(one)
+    assert checkpoint.keys() == ["b", "c", "a"]
+    assert [checkpoint.get(key).item() for key in "abc"] == [9, 7, 8]
+
+
 def test_reading_maps_the_file_instead_of_copying_it(one):
     checkpoint = open_checkpoint(one)
-    assert checkpoint.get("b.weight").data_ptr() == checkpoint.get("b.weight").data_ptr()
+    before = (one / "model.safetensors").read_bytes()
+    tensor = checkpoint.get("b.weight")
+    assert tensor.data_ptr() == checkpoint.get("b.weight").data_ptr()
+    tensor.zero_()  # not allowed, but must not reach the file
+    assert (one / "model.safetensors").read_bytes() == before
 
 
 def test_a_bin_file_counts_tied_tensors_once(gpt2, bin_folder):

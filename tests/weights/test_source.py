@@ -22,7 +22,13 @@ def test_all_names_of_a_t5_embedding_are_one(t5):
 
 def test_tensors_that_share_a_buffer_without_being_the_same_are_not_tied():
     buffer = torch.arange(6.0)
-    tensors = {"all": buffer, "head": buffer[:3], "matrix": buffer.view(2, 3), "turned": buffer.view(3, 2)}
+    tensors = {
+        "all": buffer,
+        "head": buffer[:3],
+        "tail": buffer[3:],
+        "matrix": buffer.view(2, 3),
+        "turned": buffer.view(3, 2),
+    }
     assert tied_names(tensors) == {}
 
 

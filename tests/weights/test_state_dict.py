@@ -369,6 +369,7 @@ def test_dict_map_over_several_parameters(decorator):
 def test_dict_map_gives_a_fresh_list_each_time_and_records_no_gradient(bert):
     @dict_map
     def first(models):
+        assert not torch.is_grad_enabled()
         return models.pop(0) * 2
 
     models = [StateDict.from_model(bert()), StateDict.from_model(bert(seed=1))]

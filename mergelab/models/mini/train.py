@@ -97,22 +97,36 @@ def fit(
         progress((step + 1) / len(plan))
 
 
-def start_alike(model: BertForPreTraining, recipe: Recipe) -> None:
-    """Scale a fresh model's weights for its small width and let each word first attend to the words like it.
+def give_start(model: BertForPreTraining, recipe: Recipe) -> None:
+    """Let the heads of a fresh ``model`` look where it is useful to look: at like words, and at neighbours.
 
-    Queries and keys start equal, so that a word of the second sentence finds its twin in the first one; learning that from nothing would
-    take longer than the whole training here. (Mimetic initialisation, Trockman & Kolter 2023, arXiv:2305.09828.)
+    Each layer's first head starts with equal queries and keys, so that a word of the second sentence finds its twin in the first; its other
+    heads start as "the word before" and "the word after", by sinusoids for positions, which a rotation shifts by one. To learn that from
+    nothing would take longer than the whole training here. (After mimetic initialisation, Trockman & Kolter 2023, arXiv:2305.09828.)
     """
-    spread = model.config.initializer_range
+    width, spread = recipe.position_width, recipe.spread
+    embeddings = model.bert.embeddings
+    turn = torch.arange(1, width // 2 + 1) * math.pi / (width // 2 + 1)
+    angle = torch.arange(MAX_LENGTH)[:, None] * turn
+    size = recipe.hidden // recipe.heads
     with torch.no_grad():
-        words = model.bert.embeddings
-        words.word_embeddings.weight.mul_(recipe.word_spread / spread)
-        words.token_type_embeddings.weight.mul_(recipe.word_spread / spread)
-        words.position_embeddings.weight.mul_(recipe.position_spread / spread)
-        for layer in model.bert.encoder.layer:
-            attention = layer.attention.self
-            attention.query.weight.mul_(recipe.match_spread / spread)
-            attention.key.weight.copy_(attention.query.weight)
+        for table in (embeddings.word_embeddings, embeddings.token_type_embeddings):
+            table.weight.mul_(recipe.word_spread / spread)
+        embeddings.position_embeddings.weight.zero_()
+        embeddings.position_embeddings.weight[:, :width] = (
+            recipe.position_spread * math.sqrt(2) * torch.cat([angle.cos(), angle.sin()], dim=1)
+        )
+        cosine, sine = turn.cos().diag(), turn.sin().diag()
+        back = torch.cat([torch.cat([cosine, sine], 1), torch.cat([-sine, cosine], 1)])  # takes position p's sinusoids to p - 1's
+        for number, layer in enumerate(model.bert.encoder.layer):
+            query, key = layer.attention.self.query.weight, layer.attention.self.key.weight
+            query.mul_(recipe.match_spread / spread)
+            query[:size, :width] = 0
+            query[size:, width:] = 0
+            key.copy_(query)
+            for head in range(1, recipe.heads):
+                rows = slice(head * size, (head + 1) * size)
+                query[rows, :width] = query[rows, :width] @ (back if (head + number) % 2 else back.T)
 
 
 @dataclass(frozen=True)
@@ -175,7 +189,7 @@ def pretrain(
     from transformers import BertForPreTraining
 
     model = BertForPreTraining(make_config(recipe, vocabulary))
-    start_alike(model, recipe)
+    give_start(model, recipe)
     swapped_head = torch.nn.Linear(recipe.hidden, 1)
     generator = torch.Generator().manual_seed(recipe.seed)
     bigrams = followers(encoded, vocabulary)

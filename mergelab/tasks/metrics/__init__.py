@@ -33,7 +33,9 @@ class MetricEntry:
 METRICS: dict[str, MetricEntry] = {
     "accuracy": MetricEntry("classification", "mergelab.tasks.metrics.classification", "Accuracy"),
     "f1": MetricEntry("classification", "mergelab.tasks.metrics.classification", "F1"),
-    "matthews_correlation": MetricEntry("classification", "mergelab.tasks.metrics.classification", "MatthewsCorrelation"),
+    "matthews_correlation": MetricEntry(
+        "classification", "mergelab.tasks.metrics.classification", "MatthewsCorrelation"
+    ),
     "pearson": MetricEntry("regression", "mergelab.tasks.metrics.regression", "Pearson"),
     "spearmanr": MetricEntry("regression", "mergelab.tasks.metrics.regression", "Spearmanr"),
 }
@@ -69,7 +71,9 @@ def part_members(spec: TaskSpec, parts: Array | None) -> list[tuple[str, Array]]
     """Name the parts of a task with several splits (``matched``) and say which examples (positions) are in each."""
     if parts is None or len(spec.splits) < 2:
         return []
-    found = [(split.removeprefix("validation_"), np.flatnonzero(parts == index)) for index, split in enumerate(spec.splits)]
+    found = [
+        (split.removeprefix("validation_"), np.flatnonzero(parts == index)) for index, split in enumerate(spec.splits)
+    ]
     return [(name, members) for name, members in found if len(members)]
 
 
@@ -80,7 +84,9 @@ def check_scorable(spec: TaskSpec, logits: Array, labels: Array) -> None:
         DataError: they do not, or there are none.
     """
     if logits.shape != (len(labels), spec.outputs):
-        raise DataError(f"{spec.name}: outputs of shape {logits.shape} do not fit {len(labels)} examples × {spec.outputs}")
+        raise DataError(
+            f"{spec.name}: outputs of shape {logits.shape} do not fit {len(labels)} examples × {spec.outputs}"
+        )
     check_labels(spec, labels)
     if len(labels) < (2 if spec.is_regression else 1):
         raise DataError(f"{spec.name}: {len(labels)} examples are too few to score")

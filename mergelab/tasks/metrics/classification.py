@@ -38,7 +38,7 @@ class F1(evaluate.Metric):  # type: ignore[misc]
 
 
 class MatthewsCorrelation(evaluate.Metric):  # type: ignore[misc]
-    """Matthews' correlation (with more than two classes, Gorodkin's R_K); 0 where predictions or labels are all the same."""
+    """Matthews' correlation (beyond two classes, Gorodkin's R_K); 0 where predictions or labels are constant."""
 
     def _info(self) -> Any:
         return _info("The correlation of predicted and true classes.")

@@ -21,7 +21,7 @@ def _info(description: str) -> Any:
 
 
 def _correlation(function: Callable[..., Any], predictions: Any, references: Any) -> float:
-    """Call ``function``; scores that are all the same tell nothing, which counts as a correlation of 0 and not as NaN."""
+    """Call ``function``; constant scores tell nothing, which counts as a correlation of 0 and not as NaN."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         value = float(function(predictions, references).statistic)

@@ -1,0 +1,81 @@
+"""Small models made of numbers, for tests of methods: a matrix longer than a block, a tied one, a scalar, integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergelab.methods.engine import merge, merge_to_dict
+from mergelab.methods.registry import MergeMethod, get_method
+from mergelab.weights.align import AlignedModels, align
+from mergelab.weights.source import DictSource
+
+SHAPES = {"embed": (300, 257), "layer.weight": (17, 33), "layer.bias": (33,), "gate": (), "head": (3, 33)}
+NAMES = ("pear", "apple", "quince", "fig", "medlar")
+
+
+def tensors(make: Callable[[tuple[int, ...]], Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A model's tensors, with ``tied`` as a second name of ``embed`` and an integer tensor."""
+    model: dict[str, Tensor] = {name: make(shape).to(dtype) for name, shape in SHAPES.items()}
+    return {**model, "ids": torch.arange(5), "tied": model["embed"]}
+
+
+def toy_models(
+    count: int = 3, *, seed: int = 0, dtype: torch.dtype = torch.float32, spread: float = 0.05
+) -> AlignedModels:
+    """A base and ``count`` experts around it."""
+    generator = torch.Generator().manual_seed(seed)
+    base = tensors(lambda shape: torch.randn(shape, generator=generator))
+    experts = []
+    for _ in range(count):
+        expert = {k: v + spread * torch.randn(v.shape, generator=generator) for k, v in base.items() if k in SHAPES}
+        experts.append(expert)
+    return aligned(
+        of_dtype(base, dtype), [of_dtype({**e, "ids": base["ids"], "tied": e["embed"]}, dtype) for e in experts]
+    )
+
+
+def of_dtype(model: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    made = {key: value.to(dtype) if value.is_floating_point() else value for key, value in model.items()}
+    return made | {"tied": made["embed"]} if "tied" in made else made
+
+
+def aligned(
+    base: Mapping[str, Tensor] | None, experts: Sequence[Mapping[str, Tensor]], names: Sequence[str] = NAMES
+) -> AlignedModels:
+    """Models from dicts; experts are called by ``names``."""
+    sources = [DictSource(name, expert) for name, expert in zip(names, experts, strict=False)]
+    return align(DictSource("base", base) if base is not None else None, sources, backbone_prefix="")
+
+
+def one_tensor(base: Any, *experts: Any, dtype: torch.dtype = torch.float32) -> AlignedModels:
+    """Models of one tensor, ``x``."""
+    start = None if base is None else {"x": torch.as_tensor(base, dtype=dtype)}
+    return aligned(start, [{"x": torch.as_tensor(expert, dtype=dtype)} for expert in experts])
+
+
+def merged(
+    method: str | MergeMethod, models: AlignedModels, *, model_weights: Any = None, seed: int = 0, **parameters: Any
+) -> dict[str, Tensor]:
+    """Merge with a method by name."""
+    chosen = get_method(method) if isinstance(method, str) else method
+    return merge_to_dict(chosen, parameters, models, weights=model_weights, seed=seed)
+
+
+def merged_x(method: str, models: AlignedModels, **options: Any) -> Tensor:
+    """Merge models of one tensor and answer it."""
+    return merged(method, models, **options)["x"]
+
+
+def streamed(method: str, models: AlignedModels, block: int | None = None, **parameters: Any) -> dict[str, Tensor]:
+    """Merge in blocks of a chosen size."""
+    return dict(merge(get_method(method), parameters, models, block=block))
+
+
+def task_vector(models: AlignedModels, expert: int, name: str) -> Tensor:
+    """τ in float64."""
+    assert models.base is not None
+    return models.experts[expert].get(name).double() - models.base.get(name).double()
