@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from mergelab.config import ExperimentConfig, check
 from mergelab.errors import ConfigError
 from mergelab.models.source import LocatedModels, Source, locate
 from mergelab.models.source import decide_source as _decide
-from mergelab.results import RESULT, ExperimentResult, peak_memory_mb, write_result
+from mergelab.results import MODEL, RESULT, ExperimentResult, peak_memory_mb, write_result
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -111,7 +112,7 @@ def plan_experiment(config: DictConfig) -> Plan:
     """
     from omegaconf import OmegaConf
 
-    from mergelab.methods.registry import check_capabilities, method_from_config
+    from mergelab.methods.registry import check_capabilities, method_from_config, resolve_weights
     from mergelab.tasks.spec import tasks_from_config
     from mergelab.tracking import tracking_config
 
@@ -122,9 +123,13 @@ def plan_experiment(config: DictConfig) -> Plan:
     checked = check(ExperimentConfig, resolved)
     method, parameters = method_from_config(checked.method)
     check_capabilities(method, has_base=checked.models.base is not None, experts=len(checked.models.experts))
+    weights = [expert.weight for expert in checked.models.experts.values()]
+    resolve_weights(method, parameters, tuple(checked.models.experts), weights)
     suite = tasks_from_config(checked.task)
     if not checked.evaluate and checked.output is None:
         raise ConfigError("evaluate=false: nothing would be made; say where the merged model goes with output=<folder>")
+    if checked.output is not None:
+        check_output(checked.output)
     return Plan(
         checked,
         resolved,
@@ -138,6 +143,22 @@ def plan_experiment(config: DictConfig) -> Plan:
     )
 
 
+def check_output(output: str) -> None:
+    """Check, before any work is done, that a merged model can be written to ``output``.
+
+    Raises:
+        ConfigError: it is a file, a folder in use, or inside something that is no folder.
+    """
+    folder = Path(output).expanduser()
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"output={output}: {existing} is a file; a folder that does not exist yet is needed")
+    if existing == folder and any(folder.iterdir()):
+        raise ConfigError(f"output={output}: the folder is not empty; choose another one or remove it")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"output={output}: {existing} cannot be written to")
+
+
 def _execute(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: Progress) -> ExperimentResult | None:
     """Load, measure the models that are merged, merge, measure the result, and record all of it."""
     from mergelab.measuring import Bench
@@ -146,6 +167,7 @@ def _execute(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: P
     located = locate(plan.config.models, source, [task.name for task in plan.tasks], progress)
     session = Session(located, plan.tasks, plan.config)
     run.set_tags(recording.model_tags(located, session))
+    run.log_dict(dict(plan.resolved), "config.yaml")
     if not plan.config.evaluate:
         backbone, seconds = _merge(plan, session, progress)
         _keep(plan, session, backbone, run)
@@ -158,7 +180,7 @@ def _execute(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: P
     if plan.config.eval.preflight:
         bench.preflight(baselines)
     for baseline in baselines:
-        recording.record_baseline(tracker, run.experiment, baseline, bench, _tags(plan, source))
+        recording.record_baseline(tracker, run.experiment, baseline, bench, source)
     backbone, seconds = _merge(plan, session, progress)
     merged = bench.merged(backbone, f"{plan.method.name} of {len(located.experts)}", baselines)
     merged = replace(merged, merge_seconds=seconds, peak_mb=peak_memory_mb())
@@ -202,10 +224,13 @@ def _keep(plan: Plan, session: Session, backbone: Mapping[str, Tensor], run: Run
     """Save the merged model where it was asked for: in a folder, or with the run."""
     if plan.config.output is not None:
         session.save(backbone, Path(plan.config.output).expanduser())
-    if run.id and plan.tracking.log_model == "all":
+    wanted = plan.tracking.log_model
+    if run.id and wanted == "best" and _sweep_dir():
+        session.save(backbone, _run_folder() / MODEL)  # the grid's end knows which one is logged
+    elif run.id and wanted != "none":
         with tempfile.TemporaryDirectory() as folder:
-            session.save(backbone, Path(folder) / "model")
-            run.log_artifacts(Path(folder) / "model", "model")
+            session.save(backbone, Path(folder) / MODEL)
+            run.log_artifacts(Path(folder) / MODEL, MODEL)
 
 
 def _announcement(plan: Plan, mini: str) -> str:
@@ -279,6 +304,7 @@ def _job_line(plan: Plan, result: ExperimentResult | None) -> str:
 def _tags(plan: Plan, source: str) -> dict[str, Any]:
     return {
         "mergelab.kind": "merge",
+        "mergelab.run_folder": _run_folder(),
         "mergelab.method": plan.method.name,
         "mergelab.source": source,
         "mergelab.seed": plan.config.seed,

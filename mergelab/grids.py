@@ -11,7 +11,10 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-_open: list[Path] = []
+from mergelab import console
+from mergelab.tracking import TrackingConfig, open_tracking, tracking_config
+
+_open: list[tuple[Path, TrackingConfig]] = []
 
 
 class GridTable(Callback):
@@ -19,7 +22,7 @@ class GridTable(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Remember where the jobs write."""
-        _open.append(Path(config.hydra.sweep.dir).absolute())
+        _open.append((Path(config.hydra.sweep.dir).absolute(), tracking_config(config.tracking)))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Show the table."""
@@ -29,11 +32,13 @@ class GridTable(Callback):
 def show_open_grids() -> None:
     """Show the table of every grid that this process has open; Hydra does not tell callbacks of a failed job."""
     while _open:
-        _show(_open.pop())
+        folder, tracking = _open.pop()
+        _show(folder)
+        if command := open_tracking(tracking).ui_command():
+            console.say(f"compare runs in the MLflow UI: {command}")
 
 
 def _show(folder: Path) -> None:
-    from mergelab import console
     from mergelab.results import RESULT, ExperimentResult, ModelResult, read_result
 
     files = sorted(folder.glob(f"*/{RESULT}"), key=_job_number)

@@ -12,7 +12,6 @@ Usage:
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import functools
 import inspect
@@ -28,11 +27,13 @@ from mergelab.errors import ConfigError, ModelError, did_you_mean
 from mergelab.methods.engine import merge
 from mergelab.methods.registry import check_parameters, get_method, method_names
 from mergelab.models import hub
-from mergelab.models.architecture import pour, quiet_transformers
+from mergelab.models.architecture import quiet_transformers
 from mergelab.models.heads import mean_tensor
 from mergelab.models.references import parse_reference
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.checkpoint import open_checkpoint
+from mergelab.weights.module import copy_module, load_into, module_of
+from mergelab.weights.pretrained import load_pipeline, pipeline_with
 from mergelab.weights.source import DictSource, TensorSource
 from mergelab.weights.state_dict import StateDict, dict_map
 
@@ -206,10 +207,8 @@ def _open(model: Any, index: int) -> _Opened:
             repository, revision = reference.repository, reference.revision
             folder = hub.cached(repository, revision) or hub.fetch(repository, revision)
         return _Opened(model, open_checkpoint(folder, reference.text), folder)
-    if isinstance(model, nn.Module):
-        return _Opened(model, DictSource(name, _parameters(model)))
-    if isinstance(getattr(model, "model", None), nn.Module):
-        return _Opened(model, DictSource(name, _parameters(model.model)))
+    if (module := module_of(model)) is not None:
+        return _Opened(model, DictSource(name, dict(module.named_parameters())))
     if isinstance(model, Mapping):
         return _Opened(model, DictSource(name, dict(model)))
     raise ModelError(
@@ -217,27 +216,17 @@ def _open(model: Any, index: int) -> _Opened:
     )
 
 
-def _parameters(module: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
-
-
 def _same_kind(template: _Opened, merged: dict[str, Tensor], task: str | None) -> Any:
     given = template.given
     if isinstance(given, Mapping):
         return StateDict(merged)
     if isinstance(given, nn.Module):
-        module = copy.deepcopy(given)
-        pour(module, merged, "merged")
-        return module
-    from transformers import pipeline
-
+        return load_into(copy_module(given), merged)
+    if template.folder is None:
+        return pipeline_with(given, load_into(copy_module(given.model), merged))
+    if task is None:
+        raise ConfigError("merging hub ids or folders makes a pipeline: say which with task='text-classification'")
     with quiet_transformers():
-        if template.folder is None:
-            module = copy.deepcopy(given.model)
-            pour(module, merged, "merged")
-            return pipeline(given.task, model=module, tokenizer=given.tokenizer)
-        if task is None:
-            raise ConfigError("merging hub ids or folders makes a pipeline: say which with task='text-classification'")
-        pipe = pipeline(task, model=str(template.folder), dtype=torch.float32, device="cpu")
-    pour(pipe.model, merged, "merged")
+        pipe = load_pipeline(template.folder, task)
+    load_into(pipe.model, merged)
     return pipe

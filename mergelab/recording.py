@@ -89,24 +89,24 @@ def record_result(run: Run, result: ExperimentResult, bench: Bench) -> None:
     _log_predictions(run, merged, bench)
 
 
-def record_baseline(
-    tracker: Tracker, experiment: str, model: ModelResult, bench: Bench, tags: Mapping[str, Any]
-) -> None:
+def record_baseline(tracker: Tracker, experiment: str, model: ModelResult, bench: Bench, source: str) -> None:
     """Give the base or an expert a run of its own beside the merges, once for the same weights, data and protocol."""
     key = _baseline_key(model, bench)
     if not model.results or tracker.find_run({BASELINE_KEY: key}, experiment=experiment) is not None:
         return
     name = f"{model.role} {model.label}"
     task = ",".join(model.results)
-    own = {
-        **tags,
+    tags = {
         BASELINE_KEY: key,
         "mergelab.kind": model.role,
-        PRIMARY: primary_metric(model),
+        "mergelab.source": source,
+        "mergelab.protocol": bench.config.eval.protocol,
+        "mergelab.seed": bench.config.seed,
         "mergelab.task": task,
+        PRIMARY: primary_metric(model),
     }
     params = {"models.name": model.label, "role": model.role, "task.name": task, "eval": bench.config.eval.model_dump()}
-    with tracker.start_run(name, experiment=experiment, tags=own, params=params) as run:
+    with tracker.start_run(name, experiment=experiment, tags=tags, params=params) as run:
         for task_name in model.results:
             log_dataset(run, bench.data[task_name])
         run.log_metrics(result_metrics(model))

@@ -17,7 +17,6 @@ from mergelab.models.architecture import (
     architecture,
     head_names,
     open_classifier,
-    pour,
     quiet_transformers,
     tokenizer_folder,
 )
@@ -26,6 +25,7 @@ from mergelab.tasks.labels import label_order
 from mergelab.tasks.measure import PredictionCache, prediction_key
 from mergelab.weights.align import AlignedModels, align, check_finite
 from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
+from mergelab.weights.module import load_into
 from mergelab.weights.source import TensorInfo
 from mergelab.weights.writer import save_folder
 
@@ -246,7 +246,7 @@ class Session:
         if data.spec.name not in self._encoded:
             longest = max_input_length(module.config, self.tokenizer, self.config.eval.max_length)
             self._encoded[data.spec.name] = encode(data, self.tokenizer, longest)
-        pour(module, {**backbone(), **head.tensors}, model)
+        load_into(module, {**backbone(), **head.tensors})
         started = time.perf_counter()
         logits = predict(
             module,

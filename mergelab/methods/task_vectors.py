@@ -100,7 +100,7 @@ def disjoint_reduce(
     for vector, weight in zip(task_vectors, weights, strict=True):
         agreeing = (vector * signs).clamp_min_(0)  # magnitudes
         if reduce == "mean":
-            result += agreeing
+            result += scaled(agreeing, weight)
             shares += scaled(agreeing.sign_(), weight)
         elif reduce == "sum":
             result += scaled(agreeing, weight)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
+from mergelab.errors import ModelError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice", "ForQuestionAnswering")
 _TOKENIZER_FILES = (
@@ -119,31 +119,3 @@ def open_classifier(folder: Path, model: str, num_labels: int) -> nn.Module:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"model {model}: transformers cannot open it: {' '.join(str(error).split())[:300]}") from error
     return module.eval()
-
-
-def pour(module: nn.Module, tensors: Mapping[str, Tensor], model: str) -> None:
-    """Copy ``tensors`` into the parameters of ``module``, in place, in the parameters' own dtype and device.
-
-    Raises:
-        KeyMismatch: parameters without a tensor, or tensors without a parameter.
-        ShapeMismatch: a tensor does not have its parameter's shape.
-    """
-    import torch
-
-    parameters = dict(module.named_parameters())
-    every_name = dict(module.named_parameters(remove_duplicate=False))
-    buffers = dict(module.named_buffers())
-    missing = [name for name in parameters if name not in tensors]
-    unknown = [name for name in tensors if name not in every_name and name not in buffers]
-    if missing or unknown:
-        said = [f"lacks {listed(missing, 4)}"] * bool(missing) + [f"has unknown {listed(unknown, 4)}"] * bool(unknown)
-        raise KeyMismatch(f"model {model}: for a {type(module).__name__} it {' and '.join(said)}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            tensor = tensors[name]
-            if tensor.shape != parameter.shape:
-                raise ShapeMismatch(
-                    f"model {model}: {name} is {tuple(tensor.shape)}, a {type(module).__name__} of this configuration "
-                    f"needs {tuple(parameter.shape)}"
-                )
-            parameter.copy_(tensor)

@@ -49,7 +49,7 @@ def inference_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | 
 
 
 def _packed_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """Make the forward function of a linear layer (GPT-2's, stored transposed, too) with packed weights, else ``None``."""
+    """Make the forward function of a linear layer (or of GPT-2's kind of it) with packed weights, else ``None``."""
     from transformers.pytorch_utils import Conv1D
 
     # Subclasses may compute something else.

@@ -24,9 +24,6 @@ log = logging.getLogger(__name__)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
-_PARAMS_PER_CALL = 100  # MLflow's limits
-_METRICS_PER_CALL = 900
-
 
 class Run:
     """A run being recorded; as a context manager it ends ``FINISHED``, ``FAILED`` with its error, or ``KILLED``.
@@ -77,8 +74,7 @@ class Run:
 
         params = [Param(name, text) for name, text in flatten(values).items()]
         with mlflow_calls(f"log the parameters of run {self.name}"):
-            for start in range(0, len(params), _PARAMS_PER_CALL):
-                self._client.log_batch(self.id, params=params[start : start + _PARAMS_PER_CALL])
+            self._client.log_batch(self.id, params=params)
 
     def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Record numbers under their names (``report/accuracy``)."""
@@ -89,8 +85,7 @@ class Run:
         now = int(time.time() * 1000)
         metrics = [Metric(tidy_name(name), float(value), now, step) for name, value in values.items()]
         with mlflow_calls(f"log the metrics of run {self.name}"):
-            for start in range(0, len(metrics), _METRICS_PER_CALL):
-                self._client.log_batch(self.id, metrics=metrics[start : start + _METRICS_PER_CALL])
+            self._client.log_batch(self.id, metrics=metrics)
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags; a tag that is there gets the new value."""
@@ -100,8 +95,7 @@ class Run:
 
         entities = [RunTag(name, text) for name, text in tag_values(tags).items()]
         with mlflow_calls(f"tag run {self.name}"):
-            for start in range(0, len(entities), _PARAMS_PER_CALL):
-                self._client.log_batch(self.id, tags=entities[start : start + _PARAMS_PER_CALL])
+            self._client.log_batch(self.id, tags=entities)
 
     def log_dataset(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -107,25 +108,43 @@ def _create_file(store: Store) -> None:
     if path is None or path.exists():
         return
     import sqlalchemy
-    from filelock import FileLock, Timeout
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     fresh = path.with_name(f".{path.name}.creating")
+    with exclusively(store):
+        if path.exists():
+            return
+        log.info("creating the tracking store %s (a few seconds, once)", store.shown)
+        fresh.unlink(missing_ok=True)
+        # Fifty migrations that each wait for the disk; nothing is lost if power fails before the renaming.
+        sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _do_not_wait_for_disk)
+        try:
+            SqlAlchemyStore(f"sqlite:///{fresh}", str(store.artifact_root)).engine.dispose()
+        finally:
+            sqlalchemy.event.remove(sqlalchemy.Engine, "connect", _do_not_wait_for_disk)
+        fresh.replace(path)
+
+
+@contextmanager
+def exclusively(store: Store) -> Iterator[None]:
+    """Keep other processes out of the same block: all that use an SQLite store, those of this user here for others.
+
+    Raises:
+        TrackingError: another process has been in it for minutes.
+    """
+    from filelock import FileLock, Timeout
+
+    path = sqlite_path(store.uri)
+    if path is not None:
+        lock = path.with_name(f".{path.name}.lock")
+    else:
+        name = hashlib.sha256(f"{Path.home()} {store.uri}".encode()).hexdigest()[:16]
+        lock = Path(tempfile.gettempdir(), f"mergelab-{name}.lock")
     try:
-        with FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_S):
-            if path.exists():
-                return
-            log.info("creating the tracking store %s (a few seconds, once)", store.shown)
-            fresh.unlink(missing_ok=True)
-            # Fifty migrations that each wait for the disk; nothing is lost if power fails before the renaming.
-            sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _do_not_wait_for_disk)
-            try:
-                SqlAlchemyStore(f"sqlite:///{fresh}", str(store.artifact_root)).engine.dispose()
-            finally:
-                sqlalchemy.event.remove(sqlalchemy.Engine, "connect", _do_not_wait_for_disk)
-            fresh.replace(path)
+        with FileLock(lock, timeout=_LOCK_S):
+            yield
     except Timeout as error:
-        raise TrackingError(f"cannot create the tracking store {store.shown}: another process has its lock") from error
+        raise TrackingError(f"cannot use the tracking store {store.shown}: another process holds {lock}") from error
 
 
 def _do_not_wait_for_disk(connection: Any, record: Any) -> None:

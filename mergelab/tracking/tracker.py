@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,16 @@ from mergelab.errors import TrackingError
 from mergelab.tracking import processes
 from mergelab.tracking.config import TrackingConfig
 from mergelab.tracking.run import Run, Status, outcome, tag_values
-from mergelab.tracking.store import Store, connect, locate, mlflow_calls, sqlite_path, ui_command, ui_page
+from mergelab.tracking.store import (
+    Store,
+    connect,
+    exclusively,
+    locate,
+    mlflow_calls,
+    sqlite_path,
+    ui_command,
+    ui_page,
+)
 
 BASELINE_KEY = "mergelab.baseline_key"
 PARENT = "mlflow.parentRunId"
@@ -167,6 +177,15 @@ class Tracker:
     ) -> str | None:
         """Answer the id of the newest run that has all of ``tags`` (a baseline by its key, say), or None."""
         return next((record.id for record in self.runs(tags, experiment=experiment, status=status)), None)
+
+    @contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Let one process at a time do what is inside: find a run and, if there is none, record it. Keep it short."""
+        if self.store is None:
+            yield
+        else:
+            with exclusively(self.store):
+                yield
 
     def grid_parent(self, sweep_dir: str | os.PathLike[str]) -> GridParent | None:
         """Find the grid that a job of the sweep folder ``sweep_dir`` belongs to; None when there is none."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mergelab.errors import ModelError, ShapeMismatch
 from mergelab.weights.agreement import require_agreement
-from mergelab.weights.hub import load_model, pipeline_with
 from mergelab.weights.module import copy_module, load_into, module_of, named_tensors
+from mergelab.weights.pretrained import load_model, pipeline_with
 from mergelab.weights.source import tied_names
 
 if TYPE_CHECKING:

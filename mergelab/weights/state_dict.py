@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from mergelab.errors import ConfigError, KeyMismatch, ModelError, ShapeMismatch, listed
 from mergelab.weights.agreement import require_agreement
-from mergelab.weights.hub import load_model, load_pipeline, pipeline_with
 from mergelab.weights.module import copy_module, load_into, module_of
+from mergelab.weights.pretrained import load_model, load_pipeline, pipeline_with
 from mergelab.weights.source import tied_names
 
 Operation = Callable[[Any, Any], Tensor]

@@ -97,6 +97,7 @@ def save_folder(
             for name, tensor in arriving:
                 if name not in ties:
                     files.write(name, tensor)
+                del tensor  # let it go before the next one is made
             files.finish()
         finally:
             files.close()

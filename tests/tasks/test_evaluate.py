@@ -71,6 +71,12 @@ def test_the_model_is_left_as_it_was(kind: str, pairs: TaskData) -> None:
         assert torch.equal(tensor, weights[name])
 
 
+def test_a_model_in_training_is_evaluated_without_dropout(pairs: TaskData) -> None:
+    model, tokenizer = classifier("bert")
+    encoded = encode(pairs, tokenizer)
+    np.testing.assert_array_equal(predict(model.train(), encoded), predict(model.eval(), encoded))
+
+
 def test_new_weights_in_the_same_model_count(pairs: TaskData) -> None:
     model, tokenizer = classifier("bert")
     encoded = encode(pairs, tokenizer)

@@ -120,12 +120,13 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
 def test_every_split_of_a_task_has_its_own_interval() -> None:
     spec = load_task("mnli")
     labels, parts = drawn_labels(spec, 300), np.repeat([0, 1], [100, 200])
-    logits = outputs(spec, labels, 1.0, 0)
+    logits = np.concatenate([outputs(spec, labels[:100], 5.0, 0), outputs(spec, labels[100:], 0.5, 1)])
     bounds = bootstrap_interval(spec, logits, labels, parts=parts)
     assert list(bounds) == ["accuracy", "accuracy_matched", "accuracy_mismatched"]
     assert list(bounds) == list(score(spec, logits, labels, parts=parts))
-    alone = score(spec, logits[:100], labels[:100])["accuracy"]
-    assert bounds["accuracy_matched"][0] < alone < bounds["accuracy_matched"][1]
+    scores = score(spec, logits, labels, parts=parts)
+    for name, (low, high) in bounds.items():
+        assert [low <= value <= high for value in scores.values()] == [other == name for other in scores]
 
 
 def test_perfect_and_constant_answers_have_intervals_without_width() -> None:

@@ -40,6 +40,10 @@ def classifier(kind: str, labels: int = 2) -> tuple[Any, Any]:
     }  # fmt: skip
     torch.manual_seed(0)
     model = t.AutoModelForSequenceClassification.from_config(configs[kind]()).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") and name != "classifier.bias":  # they start as zeros
+                parameter.normal_(std=0.3)
     if kind == "roberta":
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1)
     return model, tokenizer

@@ -17,8 +17,13 @@ from mergelab.tracking import TrackingConfig, open_tracking
 
 RECORD_FIVE = """
 import sys
-from mergelab.tracking import TrackingConfig, open_tracking
+from mergelab.tracking import BASELINE_KEY, TrackingConfig, open_tracking
 tracker = open_tracking(TrackingConfig())
+for key in "abc":
+    with tracker.exclusively():
+        if tracker.find_run({BASELINE_KEY: key}) is None:
+            with tracker.start_run(f"baseline {key}", experiment="rte", tags={BASELINE_KEY: key}):
+                pass
 for number in range(5):
     with tracker.start_run(f"{sys.argv[1]} {number}", experiment="rte", params={"number": number}) as run:
         run.log_metrics({"report/accuracy": number})
@@ -48,7 +53,8 @@ def test_two_processes_may_be_the_first_to_use_a_store(start: Callable[..., Any]
     # Nothing of MLflow's or Alembic's own talk reaches the user.
     assert [process.end() for process in processes] == [(0, "", "")] * 2
     runs = open_tracking(TrackingConfig()).runs(experiment="rte", status="FINISHED")
-    assert sorted(run.name for run in runs) == sorted(f"{name} {i}" for name in ("first", "second") for i in range(5))
+    recorded = [f"{name} {number}" for name in ("first", "second") for number in range(5)]
+    assert sorted(run.name for run in runs) == ["baseline a", "baseline b", "baseline c", *recorded]
     assert sorted(path.name for path in workplace.iterdir()) == ["outputs"]
     assert not list((workplace / "outputs").glob(".*.creating*"))
 

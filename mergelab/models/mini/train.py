@@ -1,13 +1,17 @@
 """Train the miniature's models: masked, swapped and following text for the base, labelled examples for the experts.
 
-Everything random comes from generators seeded by the recipe. The number of threads is pinned (`pinned`) because sums over a batch
-are split by it and would otherwise round differently.
+The same recipe gives the same bytes on one platform, however many cores and threads there are: every random number comes from a generator
+with a seed, each thread of ours runs torch on one thread, and how a batch is shared out among them is fixed.
 """
 
 from __future__ import annotations
 
+import copy
 import math
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,20 +28,27 @@ if TYPE_CHECKING:
     from transformers import BertConfig, BertForPreTraining, BertForSequenceClassification
 
 IGNORED = -100
+# A part of the recipe, not of the machine: gradients are summed over this many parts of each pretraining batch.
+SHARDS = 2
 Progress = Callable[[float], None]
 
 
 @contextmanager
-def pinned(threads: int, seed: int) -> Iterator[None]:
-    """Run with ``threads`` threads and a freshly seeded global generator; put both back at the end."""
+def quiet_torch(seed: int) -> Iterator[None]:
+    """Run on one thread, with gradients and a freshly seeded global generator; put everything back at the end."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             yield
     finally:
         torch.set_num_threads(before)
+
+
+def _pool(workers: int) -> ThreadPoolExecutor:
+    # A new thread would otherwise take OpenMP's default, all cores.
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ def batches(lengths: Sequence[int], size: int, generator: torch.Generator, pool:
 
 def fit(
     parameters: Sequence[Tensor],
-    loss_of: Callable[[list[int]], Tensor],
+    gradients: Callable[[list[int]], None],
     plan: Sequence[list[int]],
     *,
     peak: float,
@@ -90,10 +101,10 @@ def fit(
     rise = max(1, math.ceil(0.1 * len(plan)))
     for step, rows in enumerate(plan):
         optimiser.param_groups[0]["lr"] = peak * min((step + 1) / rise, (len(plan) - step) / max(1, len(plan) - rise))
-        optimiser.zero_grad()
-        loss_of(rows).backward()  # type: ignore[no-untyped-call]
+        gradients(rows)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
+        optimiser.zero_grad()
         progress((step + 1) / len(plan))
 
 
@@ -154,6 +165,14 @@ def followers(encoded: Encoded, vocabulary: int) -> Followers:
     return Followers(right[order], count.cumsum(0) - count, count)
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """Unlabelled text: (n,) ``stranger`` is 1 where the second sentence does not follow, `IGNORED` where there is none."""
+
+    encoded: Encoded
+    stranger: Tensor
+
+
 def make_config(recipe: Recipe, vocabulary: int, **more: Any) -> BertConfig:
     """Describe the miniature's BERT."""
     from transformers import BertConfig
@@ -174,70 +193,140 @@ def make_config(recipe: Recipe, vocabulary: int, **more: Any) -> BertConfig:
     )
 
 
-def pretrain(
-    encoded: Encoded, follows: Tensor, vocabulary: int, recipe: Recipe, progress: Progress
-) -> BertForPreTraining:
+class _Pretraining(torch.nn.Module):
+    """The base with its three losses, over a share of each batch."""
+
+    def __init__(self, model: BertForPreTraining, text: Corpus, bigrams: Followers, recipe: Recipe) -> None:
+        super().__init__()
+        self.model = model
+        self.swapped = torch.nn.Linear(recipe.hidden, 1)
+        self.text, self.bigrams, self.recipe = text, bigrams, recipe
+
+    def loss(self, rows: list[int], generator: torch.Generator) -> Tensor:
+        """Answer the summed losses of ``rows``, with words hidden and swapped as ``generator`` says."""
+        ids, segments = self.text.encoded.batch(rows)
+        dice = torch.rand(ids.shape, generator=generator)
+        word = ids > MASK
+        masked = word & (dice < self.recipe.masked)
+        proposed = self.bigrams.draw(ids, generator)
+        swap = word & (dice > 1 - self.recipe.swapped) & (proposed != PAD)
+        seen = torch.where(masked, MASK, torch.where(swap, proposed, ids))
+        hidden, pooled = self.model.bert(seen, attention_mask=(ids != PAD).long(), token_type_ids=segments)[:2]
+        asked = word & ~masked
+        follows = self.text.stranger[torch.tensor(rows)]
+        return (
+            functional.cross_entropy(self.model.cls.predictions(hidden[masked]), ids[masked])
+            + functional.cross_entropy(self.model.cls.seq_relationship(pooled), follows, ignore_index=IGNORED)
+            + self.recipe.swapped_weight
+            * functional.binary_cross_entropy_with_logits(
+                self.swapped(hidden[asked])[:, 0], (seen != ids)[asked].to(hidden.dtype)
+            )
+        )
+
+
+def pretrain(text: Corpus, vocabulary: int, recipe: Recipe, progress: Progress) -> BertForPreTraining:
     """Train the base on unlabelled text.
 
     The loss is the sum of BERT's two (masked words; whether the second sentence follows) and of a third, after ELECTRA (Clark et al.
     2020, arXiv:2003.10555): some words are swapped for others that a bigram model proposes, and each word is asked whether it was. The
-    third teaches from every word instead of the masked few, and its head is thrown away.
-
-    Args:
-        follows: (n,) int64, 1 where the second sentence is a stranger, `IGNORED` where there is none.
+    third teaches from every word instead of the masked few; its head is thrown away.
     """
     from transformers import BertForPreTraining
 
     model = BertForPreTraining(make_config(recipe, vocabulary))
     give_start(model, recipe)
-    swapped_head = torch.nn.Linear(recipe.hidden, 1)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    bigrams = followers(encoded, vocabulary)
+    first = _Pretraining(model, text, followers(text.encoded, vocabulary), recipe)
+    parameters = list(first.parameters())
+    replicas = [first, *(copy.deepcopy(first) for _ in range(SHARDS - 1))]
+    for replica in replicas[1:]:
+        for mine, shared in zip(replica.parameters(), parameters, strict=True):
+            mine.data = shared.data
+    generators = [torch.Generator().manual_seed(recipe.seed + number) for number in range(SHARDS)]
 
-    def loss_of(rows: list[int]) -> Tensor:
-        ids, segments = encoded.batch(rows)
-        dice = torch.rand(ids.shape, generator=generator)
-        word = ids > MASK
-        masked = word & (dice < recipe.masked)
-        proposed = bigrams.draw(ids, generator)
-        swap = word & (dice > 1 - recipe.swapped) & (proposed != PAD)
-        seen = torch.where(masked, MASK, torch.where(swap, proposed, ids))
-        hidden, pooled = model.bert(seen, attention_mask=(ids != PAD).long(), token_type_ids=segments)[:2]
-        asked = word & ~masked
-        return (
-            functional.cross_entropy(model.cls.predictions(hidden[masked]), ids[masked])
-            + functional.cross_entropy(model.cls.seq_relationship(pooled), follows[torch.tensor(rows)], ignore_index=IGNORED)
-            + recipe.swapped_weight
-            * functional.binary_cross_entropy_with_logits(
-                swapped_head(hidden[asked])[:, 0], (seen != ids)[asked].to(hidden.dtype)
-            )
-        )
+    def backward(number: int, rows: list[int]) -> None:
+        replicas[number].zero_grad()
+        share = rows[number::SHARDS]
+        if share:
+            (replicas[number].loss(share, generators[number]) * (len(share) / len(rows))).backward()  # type: ignore[no-untyped-call]
 
-    model.train()
-    plan = batches(encoded.lengths, recipe.pretrain_batch, generator)
-    fit([*model.parameters(), *swapped_head.parameters()], loss_of, plan, peak=recipe.pretrain_rate, progress=progress)
+    with _pool(SHARDS) as pool:
+
+        def gradients(rows: list[int]) -> None:
+            list(pool.map(backward, range(SHARDS), [rows] * SHARDS))
+            for replica in replicas[1:]:
+                for total, part in zip(parameters, replica.parameters(), strict=True):
+                    if total.grad is not None and part.grad is not None:
+                        total.grad.add_(part.grad)
+
+        plan = batches(text.encoded.lengths, recipe.pretrain_batch, generators[0])
+        fit(parameters, gradients, plan, peak=recipe.pretrain_rate, progress=progress)
     return model.eval()
 
 
-def finetune(
-    base: BertForPreTraining, encoded: Encoded, labels: Tensor, expert: Expert, config: BertConfig, progress: Progress
-) -> BertForSequenceClassification:
-    """Train a classifier, or for one label a regression, that starts from ``base``."""
+@dataclass(frozen=True)
+class Finetuning:
+    """What one expert is made from: an untrained head on the base, its examples, and how to train."""
+
+    model: BertForSequenceClassification
+    encoded: Encoded
+    labels: Tensor
+    expert: Expert
+
+    def run(self, progress: Progress) -> None:
+        """Train a classifier, or for one output a regression."""
+        generator = torch.Generator().manual_seed(self.expert.seed)
+
+        def gradients(rows: list[int]) -> None:
+            ids, segments = self.encoded.batch(rows)
+            logits = self.model(ids, attention_mask=(ids != PAD).long(), token_type_ids=segments).logits
+            wanted = self.labels[torch.tensor(rows)]
+            if logits.shape[1] == 1:
+                functional.mse_loss(logits[:, 0], wanted).backward()  # type: ignore[no-untyped-call]
+            else:
+                functional.cross_entropy(logits, wanted).backward()  # type: ignore[no-untyped-call]
+
+        plan = [
+            rows
+            for _ in range(self.expert.epochs)
+            for rows in batches(self.encoded.lengths, self.expert.batch, generator)
+        ]
+        fit(list(self.model.parameters()), gradients, plan, peak=self.expert.rate, progress=progress)
+        self.model.eval()
+
+
+def with_head(base: BertForPreTraining, config: BertConfig, seed: int) -> BertForSequenceClassification:
+    """Put a fresh classification head, drawn with ``seed``, on a copy of ``base``."""
     from transformers import BertForSequenceClassification
 
+    torch.manual_seed(seed)
     model = BertForSequenceClassification(config)
     model.bert.load_state_dict(base.bert.state_dict())
-    generator = torch.Generator().manual_seed(expert.seed)
+    return model.train()
 
-    def loss_of(rows: list[int]) -> Tensor:
-        ids, segments = encoded.batch(rows)
-        logits = model(ids, attention_mask=(ids != PAD).long(), token_type_ids=segments).logits
-        wanted = labels[torch.tensor(rows)]
-        if logits.shape[1] == 1:
-            return functional.mse_loss(logits[:, 0], wanted)
-        return functional.cross_entropy(logits, wanted)
 
-    model.train()
-    plan = [rows for _ in range(expert.epochs) for rows in batches(encoded.lengths, expert.batch, generator)]
-    fit(list(model.parameters()), loss_of, plan, peak=expert.rate, progress=progress)
-    return model.eval()
+class _Interrupted(Exception):
+    """The build was stopped while this expert was in training."""
+
+
+def finetune_all(jobs: Sequence[Finetuning], progress: Progress) -> None:
+    """Train every one of ``jobs``, side by side where there are cores for it; ``progress`` is called from this thread only."""
+    done = [0.0] * len(jobs)
+    stop = threading.Event()
+
+    def run(number: int) -> None:
+        def note(fraction: float) -> None:
+            if stop.is_set():
+                raise _Interrupted
+            done[number] = fraction
+
+        jobs[number].run(note)
+
+    with _pool(min(len(jobs), os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(run, number) for number in range(len(jobs))]
+        try:
+            while wait(futures, timeout=0.2).not_done:
+                progress(sum(done) / len(jobs))
+            for future in futures:
+                future.result()
+        finally:
+            stop.set()

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from mergelab.errors import ConfigError, HubError, ModelError, did_you_mean
+from mergelab.weights.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     from transformers import Pipeline, PreTrainedModel
@@ -37,13 +39,15 @@ def load_model(name: str | Path, task: str, **kwargs: Any) -> PreTrainedModel:
         raise ConfigError("framework: only 'pt' is supported")
     device = kwargs.pop("device", None)
     kwargs.setdefault("dtype", kwargs.pop("torch_dtype", "auto"))
+    if Path(name, "config.json").is_file() and not kwargs.keys() & {"subfolder", "variant"}:
+        open_checkpoint(name)  # its messages say what is wrong with the files
     failure: Exception | None = None
     for auto_class in _auto_classes(task):
         try:
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(0)
                 model: PreTrainedModel = auto_class.from_pretrained(str(name), **kwargs)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             failure = failure or error
         else:
             return model if device is None else model.to(device)

@@ -1,0 +1,58 @@
+"""Values that mergekit 0.1.5 computed (``mergekit-yaml`` on one-layer Llama models, float32; ``model.norm.weight``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mergelab.weights.align import AlignedModels
+from tests.methods.toy import merged_x, one_tensor
+
+GOLDEN: dict[str, tuple[dict[str, Any], list[float]]] = {
+    "soup": (
+        {"weights": [1, 2, 0.5]},
+        [-0.42433032, 0.1470982, 0.52879465, -0.2390625, 0.25647321, -0.54933035, -0.1296875, 0.36584824,
+         -0.43995532, -0.020312503, 0.47522324, -0.33058032, 0.089062504, 0.58459824, -0.22120537, 0.19843748],
+    ),
+    "task_arithmetic": (
+        {"weights": [1, 2, -1], "lambda": 0.3},
+        [-0.45281249, 0.1675, 0.46906251, -0.25749999, 0.28312501, -0.60281253, -0.141875, 0.39875001,
+         -0.4871875, -0.026250005, 0.51437503, -0.37156248, 0.089374997, 0.63, -0.25593752, 0.205],
+    ),
+    "ties": (  # mergekit trims each tensor, weighs before the election and counts zeros as positive
+        {"weights": [1, 2, 0.5], "density": 0.4, "scope": "tensor", "weights_at": "before", "zero_sign": "positive"},
+        [-0.50468749, 0.1984375, 0.63593751, -0.1296875, 0.30781251, -0.44218749, -0.020312503, 0.41718751,
+         -0.33281249, 0.089062497, 0.52656251, -0.41093749, 0.026562497, 0.46406251, -0.30156249, 0.1359375],
+    ),
+    "model_stock": (
+        {},
+        [-0.26690817, -0.080056131, 0.37310946, -0.36122525, 0.091940403, -0.6423943, -0.18922859, 0.26393694,
+         -0.47039783, -0.017232057, 0.43593347, -0.29840118, 0.1547645, 0.60792994, -0.12640458, 0.32676101],
+    ),
+    "slerp": (
+        {"t": 0.3},
+        [-0.48207936, 0.13454081, 0.48237786, -0.18367857, 0.24521624, -0.60856557, -0.073003158, 0.35589164,
+         -0.49789011, 0.037672259, 0.46656707, -0.38721472, 0.14834768, 0.57724249, -0.2765393, 0.2590231],
+    ),
+}  # fmt: skip
+
+
+def recipe(method: str) -> AlignedModels:
+    base = [((7 * i + 3) % 19 - 9) / 16 for i in range(16)]
+    experts = [[x + ((11 * i + 5 * t) % 17 - 8.3 + t) / 64 for i, x in enumerate(base)] for t in range(3)]
+    return one_tensor(None, *experts[:2]) if method == "slerp" else one_tensor(base, *experts)
+
+
+@pytest.mark.parametrize("method", GOLDEN)
+def test_values_are_mergekits(method: str) -> None:
+    parameters, values = GOLDEN[method]
+    result = merged_x(method, recipe(method), **parameters)
+    torch.testing.assert_close(result, torch.tensor(values), rtol=1e-6, atol=1e-7)
+
+
+def test_model_stock_differs_from_mergekits_where_task_vectors_oppose_on_average() -> None:
+    # mergekit goes away from the experts' mean there: a cosine of -0.5 gives a ratio of -2 between two experts.
+    result = merged_x("model_stock", one_tensor([0.0, 0.0], [1.0, 0.0], [-0.5, 3**0.5 / 2]))
+    assert result.tolist() == [0.0, 0.0]
