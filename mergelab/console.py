@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mergelab.experiment import ExperimentResult, ModelResult
+    from mergelab.results import ExperimentResult, ModelResult
+    from mergelab.tracking import Tracker
 
 Progress = Callable[[str, float], None]
 
@@ -26,6 +27,12 @@ def console(*, error: bool = False) -> Console:
 def say(text: str) -> None:
     """Write a line."""
     console().print(text, markup=False)
+
+
+def say_where(tracker: Tracker, experiment: str) -> None:
+    """Write how to see an experiment's runs in the MLflow UI."""
+    say(f"compare runs in the MLflow UI: {tracker.ui_command()}")
+    say(f"then open {tracker.ui_page(experiment)}")
 
 
 def warn(text: str) -> None:

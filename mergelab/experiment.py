@@ -92,7 +92,8 @@ def run_experiment(config: DictConfig) -> float | None:
         if result is not None:
             console.result_table(result)
         if run.id:
-            console.say(f"run {run.id}\ncompare runs in the MLflow UI: {tracker.ui_command()}")
+            console.say(f"run {run.id}")
+            console.say_where(tracker, run.experiment)
     return None if result is None else result.objective
 
 

@@ -34,8 +34,10 @@ def show_open_grids() -> None:
     while _open:
         folder, tracking = _open.pop()
         _show(folder)
-        if command := open_tracking(tracking).ui_command():
-            console.say(f"compare runs in the MLflow UI: {command}")
+        tracker = open_tracking(tracking)
+        if parent := tracker.grid_parent(folder):
+            console.say(f"parent run {parent.id}")
+            console.say_where(tracker, parent.experiment)
 
 
 def _show(folder: Path) -> None:

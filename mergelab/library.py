@@ -16,7 +16,7 @@ import fnmatch
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,8 @@ from mergelab.errors import ConfigError, ModelError, did_you_mean
 from mergelab.methods.engine import merge
 from mergelab.methods.registry import check_parameters, get_method, method_names
 from mergelab.models import hub
-from mergelab.models.architecture import quiet_transformers
-from mergelab.models.heads import mean_tensor
+from mergelab.models.architecture import Architecture, architecture, architecture_of, head_names, quiet_transformers
+from mergelab.models.heads import ReorderedSource, mean_tensor
 from mergelab.models.references import parse_reference
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.checkpoint import open_checkpoint
@@ -172,7 +172,7 @@ def _merge_models(
         raise ConfigError("there are no models to merge")
     if base_index is not None and not -len(models) <= base_index < len(models):
         raise ConfigError(f"base_index={base_index}: there are {len(models)} models")
-    opened = [_open(model, index) for index, model in enumerate(models)]
+    opened = _same_label_order([_open(model, index) for index, model in enumerate(models)])
     template = opened[-1]
     experts = list(opened)
     base = experts.pop(base_index) if base_index is not None else None
@@ -195,6 +195,34 @@ def _merge_models(
     for name in aligned.integers:
         merged.setdefault(name, (aligned.base or aligned.experts[0]).get(name))
     return _same_kind(template, merged, task)
+
+
+def _same_label_order(opened: Sequence[_Opened]) -> list[_Opened]:
+    """Read the heads of classifiers whose labels are the last one's in another order in that one's order."""
+    wanted = _labels(opened[-1])
+    reordered = []
+    for model in opened:
+        own = _labels(model)
+        if own != wanted and sorted(own) == sorted(wanted):
+            order = tuple(own.index(label) for label in wanted)
+            names = frozenset(head_names(model.source.keys(), _kind(model)))
+            model = replace(model, source=ReorderedSource(model.source, names, order))
+        reordered.append(model)
+    return reordered
+
+
+def _labels(model: _Opened) -> list[str]:
+    """Answer a classifier's label names in the order of its outputs; nothing for other models and for dicts."""
+    if isinstance(model.given, Mapping):
+        return []
+    labels = _kind(model).id2label
+    return [labels[index].lower() for index in sorted(labels)] if _kind(model).is_classifier else []
+
+
+def _kind(model: _Opened) -> Architecture:
+    if model.folder is not None:
+        return architecture(model.folder, model.source.name)
+    return architecture_of(module_of(model.given))
 
 
 def _open(model: Any, index: int) -> _Opened:

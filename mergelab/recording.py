@@ -92,8 +92,16 @@ def record_result(run: Run, result: ExperimentResult, bench: Bench) -> None:
 def record_baseline(tracker: Tracker, experiment: str, model: ModelResult, bench: Bench, source: str) -> None:
     """Give the base or an expert a run of its own beside the merges, once for the same weights, data and protocol."""
     key = _baseline_key(model, bench)
-    if not model.results or tracker.find_run({BASELINE_KEY: key}, experiment=experiment) is not None:
+    if not model.results:
         return
+    with tracker.exclusively():  # jobs side by side would all find that it is not there
+        if tracker.find_run({BASELINE_KEY: key}, experiment=experiment) is None:
+            _record_baseline(tracker, experiment, model, bench, source, key)
+
+
+def _record_baseline(
+    tracker: Tracker, experiment: str, model: ModelResult, bench: Bench, source: str, key: str
+) -> None:
     name = f"{model.role} {model.label}"
     task = ",".join(model.results)
     tags = {

@@ -74,6 +74,13 @@ def architecture(folder: Path, model: str) -> Architecture:
     return Architecture(name, cls.base_model_prefix, name.endswith(_CLASSIFIERS), labels)
 
 
+def architecture_of(module: nn.Module | None) -> Architecture:
+    """Describe a module; one that is not transformers' has neither prefix nor labels."""
+    name, config = type(module).__name__, getattr(module, "config", None)
+    labels = {int(index): str(label) for index, label in (getattr(config, "id2label", None) or {}).items()}
+    return Architecture(name, str(getattr(module, "base_model_prefix", "")), name.endswith(_CLASSIFIERS), labels)
+
+
 def head_names(names: Iterable[str], kind: Architecture) -> tuple[str, ...]:
     """Pick the tensors of a classifier's head: those outside its backbone. Models without such a head have none."""
     if not kind.is_classifier:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
+import torch
+
+from mergelab.errors import KeyMismatch, ShapeMismatch, listed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,20 +30,46 @@ class Head:
 
 
 def read_head(source: TensorSource, names: Sequence[str], order: Sequence[int]) -> Head:
-    """Read a head and put its output rows into the task's order: row ``order[j]`` becomes row ``j``.
-
-    Raises:
-        ModelError: no tensor of the head has as many rows as the model has labels.
-    """
-    import torch
-
+    """Read a head and put its output rows into the task's order: row ``order[j]`` becomes row ``j``."""
     tensors = {name: source.get(name) for name in names}
     if list(order) != list(range(len(order))):
         index = torch.tensor(list(order))
         tensors = {n: t.index_select(0, index) if t.shape[:1] == (len(order),) else t for n, t in tensors.items()}
-    if not any(tensor.shape[:1] == (len(order),) for tensor in tensors.values()):
-        raise ModelError(f"model {source.name}: no tensor of its head ({listed(names)}) has {len(order)} rows")
     return Head(tensors, source.name)
+
+
+@dataclass(frozen=True)
+class ReorderedSource:
+    """A source whose head has its output rows in another order: row ``order[j]`` is read as row ``j``."""
+
+    source: TensorSource
+    names: frozenset[str]
+    order: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """What errors call the model."""
+        return self.source.name
+
+    def keys(self) -> list[str]:
+        """List the tensors."""
+        return self.source.keys()
+
+    def aliases(self) -> dict[str, str]:
+        """Answer the further names of tied tensors."""
+        return self.source.aliases()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Answer the shape of ``key``."""
+        return self.source.shape(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Answer the dtype of ``key``."""
+        return self.source.dtype(key)
+
+    def get(self, key: str) -> Tensor:
+        """Read ``key``."""
+        return read_head(self.source, [key], self.order).tensors[key] if key in self.names else self.source.get(key)
 
 
 def mean_head(heads: Sequence[Head]) -> Head:

@@ -28,8 +28,8 @@ GOLDEN: dict[str, tuple[dict[str, Any], list[float]]] = {
     ),
     "model_stock": (
         {},
-        [-0.26690817, -0.080056131, 0.37310946, -0.36122525, 0.091940403, -0.6423943, -0.18922859, 0.26393694,
-         -0.47039783, -0.017232057, 0.43593347, -0.29840118, 0.1547645, 0.60792994, -0.12640458, 0.32676101],
+        [-0.56244725, 0.076045141, 0.64025772, -0.32384282, 0.24036975, -0.38291764, -0.15951824, 0.40469435,
+         -0.55940622, 0.0048063379, 0.56901896, -0.39508161, 0.16913095, 0.39253038, -0.23075704, 0.33345556],
     ),
     "slerp": (
         {"t": 0.3},
@@ -41,7 +41,11 @@ GOLDEN: dict[str, tuple[dict[str, Any], list[float]]] = {
 
 def recipe(method: str) -> AlignedModels:
     base = [((7 * i + 3) % 19 - 9) / 16 for i in range(16)]
-    experts = [[x + ((11 * i + 5 * t) % 17 - 8.3 + t) / 64 for i, x in enumerate(base)] for t in range(3)]
+    common = 1 / 32 if method == "model_stock" else 0  # so that the task vectors' mean cosine is positive
+    experts = [
+        [x + ((11 * i + 5 * t) % 17 - 8.3 + t) / 64 + common * ((5 * i) % 13 - 6) for i, x in enumerate(base)]
+        for t in range(3)
+    ]
     return one_tensor(None, *experts[:2]) if method == "slerp" else one_tensor(base, *experts)
 
 

@@ -72,6 +72,13 @@ def test_pooled_vectors_count_as_one(kind: str, density: float) -> None:
     assert answer == (expected(np.concatenate(vectors), density),) * 2
 
 
+@pytest.mark.parametrize(("larger", "answer"), [(0, 1.0), (39_999, 1.0), (40_000, 2.0), (40_001, 2.0)])
+def test_a_sample_of_equal_entries_is_not_taken_for_the_whole(larger: int, answer: float) -> None:
+    vector = np.ones(LENGTH, dtype=np.float32)
+    vector[np.flatnonzero(np.arange(LENGTH) % order._stride(LENGTH))[:larger]] = 2  # never on the stride
+    assert kth_largest(opened([vector], {"a": LENGTH}), {"a": LENGTH}, 0.2, 1) == (answer,)
+
+
 @pytest.mark.parametrize("length", [1, 2, 7, 65_535, 65_536, 70_001])
 def test_short_vectors_are_selected_from_directly(length: int) -> None:
     vector = made("normal")[:length]

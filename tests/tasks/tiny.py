@@ -43,7 +43,7 @@ def classifier(kind: str, labels: int = 2) -> tuple[Any, Any]:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") and name != "classifier.bias":  # they start as zeros
-                parameter.normal_(std=0.3)
+                parameter.normal_(std=0.1)
     if kind == "roberta":
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1)
     return model, tokenizer

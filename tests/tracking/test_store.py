@@ -16,12 +16,13 @@ from mergelab.errors import TrackingError
 from mergelab.tracking import TrackingConfig, open_tracking
 
 RECORD_FIVE = """
-import sys
+import sys, time
 from mergelab.tracking import BASELINE_KEY, TrackingConfig, open_tracking
 tracker = open_tracking(TrackingConfig())
 for key in "abc":
     with tracker.exclusively():
         if tracker.find_run({BASELINE_KEY: key}) is None:
+            time.sleep(0.3)
             with tracker.start_run(f"baseline {key}", experiment="rte", tags={BASELINE_KEY: key}):
                 pass
 for number in range(5):
