@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from mergelab.config import CONF_DIR
@@ -108,18 +107,17 @@ def _known_keys() -> list[str]:
     """List every key and group of the default configuration."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import DictConfig
+    from omegaconf import OmegaConf
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         config = compose("config")
 
-    def walk(node: DictConfig, prefix: str) -> Sequence[str]:
-        names = [f"{prefix}{key}" for key in node]
-        inner = [
-            walk(node._get_node(key), f"{prefix}{key}.") for key in node if isinstance(node._get_node(key), DictConfig)
-        ]
-        return [*names, *(name for part in inner for name in part)]
+    def walk(node: Any, prefix: str) -> list[str]:
+        names = []
+        for key in node if OmegaConf.is_dict(node) else ():
+            names += [f"{prefix}{key}", *walk(node._get_node(key), f"{prefix}{key}.")]
+        return names
 
     return [*walk(config, ""), "experiment"]
 

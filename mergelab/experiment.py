@@ -117,7 +117,7 @@ def plan_experiment(config: DictConfig) -> Plan:
     from mergelab.tasks.spec import tasks_from_config
     from mergelab.tracking import tracking_config
 
-    own = OmegaConf.masked_copy(config, [key for key in config if key not in ("hydra", "experiment")])
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key not in ("hydra", "experiment")])
     if missing := sorted(OmegaConf.missing_keys(own)):
         raise ConfigError("; ".join(f"{key}: needs a value" for key in missing))
     resolved: Any = OmegaConf.to_container(own, resolve=True)
@@ -198,9 +198,14 @@ def _load_data(plan: Plan, located: LocatedModels) -> dict[str, TaskData]:
 
     loaded = {}
     for task in plan.tasks:
-        folder = located.mini_data[task.name] if located.source == "mini" else plan.data_dir
-        origin = "mini" if located.source == "mini" else None
-        loaded[task.name] = load_data(task, data_dir=folder, origin=origin, limit=plan.limit, seed=plan.config.seed)
+        mini = located.mini_data.get(task.name)
+        loaded[task.name] = load_data(
+            task,
+            data_dir=mini or plan.data_dir,
+            origin="mini" if mini else None,
+            limit=plan.limit,
+            seed=plan.config.seed,
+        )
     return loaded
 
 

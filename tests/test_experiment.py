@@ -150,9 +150,7 @@ def test_a_killed_run_does_not_stay_running(mergelab_command: Command, arguments
         "import time\ndef merge(models):\n    open('started', 'w').close()\n    time.sleep(60)\n    return models[0]\n"
     )
     command = [sys.executable, "-m", "mergelab", "method=custom", "method.function=slow.merge", *arguments]
-    process = subprocess.Popen(
-        command, cwd=workplace, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(command, cwd=workplace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (workplace / "started").exists():
         assert process.poll() is None
         time.sleep(0.1)
@@ -195,9 +193,8 @@ def test_a_failing_job_does_not_stop_its_grid(mergelab_command: Command, argumen
 
 def test_weights_of_experts_reach_the_merge(mergelab_command: Command, arguments: list[str], workplace: Path) -> None:
     weighted = ["models.experts={a: {reference: ./a, weight: 3}, b: ./b}"]
-    outcome = mergelab_command(
-        arguments[0], *weighted, "method=soup", "evaluate=false", "output=merged", "tracking=none"
-    )
+    merge_only = [arguments[0], *weighted, "evaluate=false", "tracking=none"]
+    outcome = mergelab_command(*merge_only, "method=soup", "output=merged")
     assert outcome.code == 0, outcome.err
     a, b, merged = (load_file(workplace / name / "model.safetensors") for name in ("a", "b", "merged"))
     name = "bert.encoder.layer.0.output.dense.weight"

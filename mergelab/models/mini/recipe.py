@@ -13,6 +13,7 @@ class Expert:
     rate: float
     epochs: int = 2
     batch: int = 32
+    head_speed: float = 20.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Recipe:
     word_spread: float = 0.03
     position_width: int = 32
     position_spread: float = 0.04
-    match_spread: float = 0.2
+    match_spread: float = 0.15
     documents: int = 25000
     pretrain_batch: int = 32
     pretrain_rate: float = 1e-3

@@ -89,18 +89,25 @@ def batches(lengths: Sequence[int], size: int, generator: torch.Generator, pool:
 
 
 def fit(
-    parameters: Sequence[Tensor],
+    groups: Sequence[tuple[Sequence[Tensor], float]],
     gradients: Callable[[list[int]], None],
     plan: Sequence[list[int]],
     *,
-    peak: float,
     progress: Progress,
 ) -> None:
-    """Take one AdamW step per batch of ``plan``: the rate rises to ``peak`` over a tenth of the steps, then falls to zero."""
-    optimiser = torch.optim.AdamW(parameters, peak, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    """Take one AdamW step per batch of ``plan``; each of ``groups`` has parameters and its peak learning rate.
+
+    The rates rise to their peak over a tenth of the steps, then fall to zero.
+    """
+    parameters = [parameter for group, _ in groups for parameter in group]
+    optimiser = torch.optim.AdamW(
+        [{"params": group, "lr": peak} for group, peak in groups], betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
     rise = max(1, math.ceil(0.1 * len(plan)))
     for step, rows in enumerate(plan):
-        optimiser.param_groups[0]["lr"] = peak * min((step + 1) / rise, (len(plan) - step) / max(1, len(plan) - rise))
+        height = min((step + 1) / rise, (len(plan) - step) / max(1, len(plan) - rise))
+        for group, (_, peak) in zip(optimiser.param_groups, groups, strict=True):
+            group["lr"] = peak * height
         gradients(rows)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
@@ -259,7 +266,7 @@ def pretrain(text: Corpus, vocabulary: int, recipe: Recipe, progress: Progress) 
                         total.grad.add_(part.grad)
 
         plan = batches(text.encoded.lengths, recipe.pretrain_batch, generators[0])
-        fit(parameters, gradients, plan, peak=recipe.pretrain_rate, progress=progress)
+        fit([(parameters, recipe.pretrain_rate)], gradients, plan, progress=progress)
     return model.eval()
 
 
@@ -290,7 +297,9 @@ class Finetuning:
             for _ in range(self.expert.epochs)
             for rows in batches(self.encoded.lengths, self.expert.batch, generator)
         ]
-        fit(list(self.model.parameters()), gradients, plan, peak=self.expert.rate, progress=progress)
+        body, head = list(self.model.bert.parameters()), list(self.model.classifier.parameters())
+        groups = [(body, self.expert.rate), (head, self.expert.rate * self.expert.head_speed)]
+        fit(groups, gradients, plan, progress=progress)
         self.model.eval()
 
 
