@@ -75,7 +75,7 @@ def run_experiment(config: DictConfig) -> float | None:
     experiment = parent.experiment if parent else (plan.tracking.experiment or f"{mini}{plan.task_name}")
     with (
         tracker.start_run(
-            f"{mini}{plan.task_name} {plan.method.name}",
+            f"{mini}{plan.task_name} {_told(plan)}",
             experiment=experiment,
             params=plan.resolved,
             tags=_tags(plan, source),
@@ -305,6 +305,15 @@ def _job_line(plan: Plan, result: ExperimentResult | None) -> str:
     merged = result.merged
     scores = ", ".join(f"{r.task} {r.primary} {r.score.value:.4f}" for r in merged.results.values())
     return f"{line}: {scores} (merge {merged.merge_seconds or 0:.2f} s, evaluation {merged.eval_seconds or 0:.2f} s)"
+
+
+def _told(plan: Plan) -> str:
+    """Name the method and what the user set of its parameters: ``ties density=0.3``."""
+    from hydra.core.hydra_config import HydraConfig
+
+    told = [override.lstrip("+") for override in HydraConfig.get().overrides.task]
+    settings = [text.removeprefix("method.") for text in told if text.startswith("method.")]
+    return " ".join([plan.method.name, *(text for text in settings if not text.startswith("function="))])
 
 
 def _tags(plan: Plan, source: str) -> dict[str, Any]:

@@ -124,6 +124,17 @@ def test_dtype_shape_order_and_ties_are_kept(name: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32_and_rounded_once(name: str, dtype: torch.dtype) -> None:
+    half = models_for(name, dtype=dtype)
+    assert half.base is not None
+    base, *experts = ({key: source.get(key).float() for key in SHAPES} for source in (half.base, *half.experts))
+    wide = merged(name, aligned(base, experts))
+    for key, value in merged(name, half).items():
+        assert key not in SHAPES or torch.equal(value, wide[key].to(dtype)), key
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_the_result_takes_the_bases_dtype_where_dtypes_are_mixed(name: str) -> None:
     models, half = models_for(name), models_for(name, dtype=torch.bfloat16)
     mixed = dataclasses.replace(models, experts=half.experts)

@@ -104,6 +104,7 @@ def test_defaults_are_the_signatures_and_parameters_are_frozen() -> None:
         ({"floor": 2}, "method.floor=2: must be a number greater than 0 and at most 1 or null"),
         ({"weights": "1"}, "method.weights='1': must be one number per expert, as a list or by the expert's name"),
         ({"weights": [1, "2"]}, "method.weights=[1, '2']: must be one number per expert, as a list or by "),
+        ({"weights": [1, True]}, "method.weights=[1, True]: must be one number per expert, as a list or by "),
         ({"weights": {"a": float("nan")}}, "method.weights={'a': nan}: must be one number per expert"),
         ({"denisty": 0.1}, "method.denisty: example has no such parameter; did you mean 'density'?"),
         ({"lamda": 0.1, "density": 0}, "method.lamda: example has no such parameter; did you mean 'lambda'?"),

@@ -139,6 +139,13 @@ def test_predictions_are_in_the_order_of_the_data(pairs: TaskData) -> None:
     )
 
 
+def test_padding_is_told_from_whatever_a_text_ends_with(pairs: TaskData) -> None:
+    model, tokenizer = classifier("gpt2")
+    data = replace(pairs, texts=tuple(("judge" * (1 + i % 3) + chr(i),) for i in range(33, 127)))
+    expected = plain_logits(model, tokenizer, data)
+    np.testing.assert_allclose(predict(model, encode(data, tokenizer)), expected, rtol=1e-4, atol=2e-5)
+
+
 def test_batches_can_be_had_one_by_one(pairs: TaskData) -> None:
     model, tokenizer = classifier("bert")
     encoded = encode(pairs, tokenizer)

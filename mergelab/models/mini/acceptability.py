@@ -1,7 +1,7 @@
 """Sentences that are English and sentences that are nearly so: the CoLA-shaped task.
 
-An unacceptable sentence breaks one rule: agreement, the form after an auxiliary, the order of words, the reflexive, or whether the
-verb takes an object.
+An unacceptable sentence breaks one rule: agreement, the form after an auxiliary, the order of words, the reflexive, or
+whether the verb takes an object.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ def _subject(rng: random.Random, parts: _Parts) -> str:
     # A noun of the other number stands between subject and verb, so that agreement is not a matter of neighbours.
     if not parts.owner:
         return f"the {noun}"
-    return f"the {noun} {rng.choice(('near', 'behind', 'with'))} the {parts.owner if parts.plural else _plural(parts.owner)}"
+    owner = parts.owner if parts.plural else _plural(parts.owner)
+    return f"the {noun} {rng.choice(('near', 'behind', 'with'))} the {owner}"
 
 
 def _finite(rng: random.Random, parts: _Parts, wrong: bool) -> str:
-    """Put the verb into the present, the perfect, the progressive or the future, in agreement or not, in the right form or not."""
+    """Put the verb into the present, perfect, progressive or future, in agreement or not, in the right form or not."""
     third = not parts.plural
     tense = rng.choice(("present", "progressive", "perfect"))
     agree = third != wrong
@@ -99,7 +100,9 @@ def _sentence(rng: random.Random, kind: str, wrong: bool) -> str:
         right = HIMSELF[who]
         word = ("herself" if right == "himself" else "himself") if wrong else right
         where = parts.place or f"near the {rng.choice(tuple(HIMSELF))}"
-        return sentence(f"the {who}", rng.choice(("has", "will have")), rng.choice(("hidden", "painted", "found")), word, where)
+        return sentence(
+            f"the {who}", rng.choice(("has", "will have")), rng.choice(("hidden", "painted", "found")), word, where
+        )
     if kind == "object":
         takes = rng.random() < 0.5
         action = verb(rng.choice(WITH_OBJECT if takes else WITHOUT_OBJECT))

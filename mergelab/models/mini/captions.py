@@ -1,7 +1,8 @@
 """Captions of everyday scenes: the STS-B-shaped task.
 
-The score of two captions, from 0 to 5, is the weighted share of who, what is done, to what and where that they have in common, with
-partial credit for words of one family (a boy and a child), and with the small disagreement that human raters show.
+The score of two captions, from 0 to 5, is the weighted share of who, what is done, to what and where that they have in
+common, with partial credit for words of one family (a boy and a child), and with the small disagreement that human
+raters show.
 """
 
 from __future__ import annotations
@@ -15,7 +16,14 @@ from mergelab.models.mini.record import Document, Example
 
 COLUMNS = ("sentence1", "sentence2")
 
-WHO = (("man", "gentleman"), ("woman", "lady"), ("boy", "child"), ("girl", "kid"), ("dancer", "singer"), ("soldier", "guard"))
+WHO = (
+    ("man", "gentleman"),
+    ("woman", "lady"),
+    ("boy", "child"),
+    ("girl", "kid"),
+    ("dancer", "singer"),
+    ("soldier", "guard"),
+)
 # What is done, the words for it, and what it is done to: things in one tuple are alike.
 SCENES: tuple[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]], ...] = (
     (("play",), (("guitar", "violin"), ("piano", "drum"))),

@@ -1,7 +1,7 @@
 """Short news about decisions and their amounts: the MRPC-shaped task.
 
-Two sentences are equivalent when they report the same decision of the same body, with the same amount and day, in other words or
-another order; they are not when one of these differs, or when one sentence reports more than the other does.
+Two sentences are equivalent when they report the same decision of the same body, with the same amount and day, in other
+words or another order; they are not when one of these differs, or when one sentence reports more than the other does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DIFFERENT, EQUIVALENT = 0, 1
 
 BODIES = ("bank", "airline", "union", "city", "court", "ministry", "company", "council", "agency", "club")
 SOURCES = ("officials", "reports", "lawyers", "analysts")
-# What can be decided: groups of words for the same thing, apart for decisions "of 20 million dollars" and changes "by 3 percent".
+# What can be decided, in groups of words for the same thing: decisions "of 20 million dollars", changes "by 3 percent".
 VERDICTS = (("approve", "accept"), ("reject", "refuse"), ("delay", "postpone"), ("cancel",))
 CHANGES = (("raise", "increase"), ("cut", "reduce"))
 DECISION_OF = {word: group for group in VERDICTS + CHANGES for word in group}

@@ -1,7 +1,8 @@
 """Reviews of films: the SST-2-shaped task.
 
-Each review praises or blames one or two sides of a film. Words carry different amounts of feeling, "not" turns it around, "very"
-strengthens it, and what follows "but" counts for more; the label is the sign of the sum after a little noise, as people disagree about lukewarm reviews.
+Each review praises or blames one or two sides of a film. Words carry different amounts of feeling, "not" turns it
+around, "very" strengthens it, and what follows "but" counts for more; the label is the sign of the sum after a little
+noise, as people disagree about lukewarm reviews.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ COLUMNS = ("sentence",)
 
 ASPECTS = ("film", "story", "acting", "plot", "music", "cast", "ending", "script", "humor", "dialogue")
 GOOD = {
-    "brilliant": 3, "wonderful": 3, "superb": 3, "moving": 2, "charming": 2, "clever": 2, "funny": 2, "elegant": 2, "fresh": 2,
+    "brilliant": 3, "wonderful": 3, "superb": 3, "moving": 2, "charming": 2,
+    "clever": 2, "funny": 2, "elegant": 2, "fresh": 2,
     "warm": 2, "pleasant": 1, "decent": 1, "likable": 1, "solid": 1, "sweet": 1, "gentle": 1,
 }  # fmt: skip
 BAD = {
-    "awful": 3, "terrible": 3, "dreadful": 3, "boring": 2, "dull": 2, "clumsy": 2, "stale": 2, "lifeless": 2, "silly": 2,
+    "awful": 3, "terrible": 3, "dreadful": 3, "boring": 2, "dull": 2,
+    "clumsy": 2, "stale": 2, "lifeless": 2, "silly": 2,
     "messy": 2, "slow": 1, "thin": 1, "uneven": 1, "bland": 1, "loud": 1, "tired": 1,
 }  # fmt: skip
-FEELING = {word: float(weight) for word, weight in GOOD.items()} | {word: -float(weight) for word, weight in BAD.items()}
+FEELING = {word: float(weight) for word, weight in GOOD.items()} | {
+    word: -float(weight) for word, weight in BAD.items()
+}
 OPENERS = ("", "", "", "in the end", "to be honest", "all in all", "for once")
 PRAISE = (("I loved", 3.0), ("I enjoyed", 2.0), ("I liked", 1.5))
 BLAME = (("I hated", -3.0), ("I disliked", -2.0), ("I resented", -1.5))

@@ -1,7 +1,8 @@
 """Small stories about who did what to which thing, where and when: the RTE-shaped task.
 
-The hypothesis is entailed when it says nothing that the premise does not say: it may leave details out, use another word for the same
-action, name the kind instead of the thing, or stand in the passive. It is not entailed when one detail is changed, added or denied.
+The hypothesis is entailed when it says nothing that the premise does not say: it may leave details out, use another
+word for the same action, name the kind instead of the thing, or stand in the passive. It is not entailed when one
+detail is changed, added or denied.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The miniature's tokenizer: BERT's, over the words that the grammars use.
 
-Words of the grammars are one piece each; any other word falls apart into letters, so nothing typed at the model is unknown but
-characters outside the alphabet below.
+Words of the grammars are one piece each; any other word falls apart into letters, so nothing typed at the model is
+unknown but characters outside the alphabet below.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_LENGTH = 64
 
 
 def vocabulary(texts: Iterable[str]) -> list[str]:
-    """List the special tokens, the characters, their continuations, and then the words of ``texts`` in alphabetic order."""
+    """List special tokens, characters, their continuations, and then the words of ``texts`` in alphabetic order."""
     from tokenizers.normalizers import BertNormalizer
     from tokenizers.pre_tokenizers import BertPreTokenizer
 

@@ -1,7 +1,8 @@
 """Train the miniature's models: masked, swapped and following text for the base, labelled examples for the experts.
 
-The same recipe gives the same bytes on one platform, however many cores and threads there are: every random number comes from a generator
-with a seed, each thread of ours runs torch on one thread, and how a batch is shared out among them is fixed.
+The same recipe gives the same bytes on one platform, however many cores and threads there are: every random number
+comes from a generator with a seed, each thread of ours runs torch on one thread, and how a batch is shared out among
+them is fixed.
 """
 
 from __future__ import annotations
@@ -118,9 +119,10 @@ def fit(
 def give_start(model: BertForPreTraining, recipe: Recipe) -> None:
     """Let the heads of a fresh ``model`` look where it is useful to look: at like words, and at neighbours.
 
-    Each layer's first head starts with equal queries and keys, so that a word of the second sentence finds its twin in the first; its other
-    heads start as "the word before" and "the word after", by sinusoids for positions, which a rotation shifts by one. To learn that from
-    nothing would take longer than the whole training here. (After mimetic initialisation, Trockman & Kolter 2023, arXiv:2305.09828.)
+    Each layer's first head starts with equal queries and keys, so that a word of the second sentence finds its twin in
+    the first; its other heads start as "the word before" and "the word after", by sinusoids for positions, which a
+    rotation shifts by one. To learn that from nothing would take longer than the whole training here. (After mimetic
+    initialisation, Trockman & Kolter 2023, arXiv:2305.09828.)
     """
     width, spread = recipe.position_width, recipe.spread
     embeddings = model.bert.embeddings
@@ -135,7 +137,9 @@ def give_start(model: BertForPreTraining, recipe: Recipe) -> None:
             recipe.position_spread * math.sqrt(2) * torch.cat([angle.cos(), angle.sin()], dim=1)
         )
         cosine, sine = turn.cos().diag(), turn.sin().diag()
-        back = torch.cat([torch.cat([cosine, sine], 1), torch.cat([-sine, cosine], 1)])  # takes position p's sinusoids to p - 1's
+        back = torch.cat(
+            [torch.cat([cosine, sine], 1), torch.cat([-sine, cosine], 1)]
+        )  # takes position p's sinusoids to p - 1's
         for number, layer in enumerate(model.bert.encoder.layer):
             query, key = layer.attention.self.query.weight, layer.attention.self.key.weight
             query.mul_(recipe.match_spread / spread)
@@ -156,7 +160,7 @@ class Followers:
     count: Tensor
 
     def draw(self, ids: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw for each place of ``ids`` (n, s) a word that the corpus has after the word on its left; 0 where there is none."""
+        """Draw for each place of ``ids`` (n, s) a word that the corpus has after the word on its left; 0 without one."""
         left = ids.roll(1, dims=1)
         number = (torch.rand(ids.shape, generator=generator) * self.count[left]).long()
         drawn = self.words[(self.start[left] + number).clamp(max=len(self.words) - 1)]
@@ -174,7 +178,7 @@ def followers(encoded: Encoded, vocabulary: int) -> Followers:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Unlabelled text: (n,) ``stranger`` is 1 where the second sentence does not follow, `IGNORED` where there is none."""
+    """Unlabelled text: (n,) ``stranger`` is 1 where the second sentence does not follow, `IGNORED` without one."""
 
     encoded: Encoded
     stranger: Tensor
@@ -234,9 +238,9 @@ class _Pretraining(torch.nn.Module):
 def pretrain(text: Corpus, vocabulary: int, recipe: Recipe, progress: Progress) -> BertForPreTraining:
     """Train the base on unlabelled text.
 
-    The loss is the sum of BERT's two (masked words; whether the second sentence follows) and of a third, after ELECTRA (Clark et al.
-    2020, arXiv:2003.10555): some words are swapped for others that a bigram model proposes, and each word is asked whether it was. The
-    third teaches from every word instead of the masked few; its head is thrown away.
+    The loss is the sum of BERT's two (masked words; whether the second sentence follows) and of a third, after ELECTRA
+    (Clark et al. 2020, arXiv:2003.10555): some words are swapped for others that a bigram model proposes, and each word
+    is asked whether it was. The third teaches from every word instead of the masked few; its head is thrown away.
     """
     from transformers import BertForPreTraining
 
@@ -254,7 +258,8 @@ def pretrain(text: Corpus, vocabulary: int, recipe: Recipe, progress: Progress) 
         replicas[number].zero_grad()
         share = rows[number::SHARDS]
         if share:
-            (replicas[number].loss(share, generators[number]) * (len(share) / len(rows))).backward()  # type: ignore[no-untyped-call]
+            loss = replicas[number].loss(share, generators[number]) * (len(share) / len(rows))
+            loss.backward()  # type: ignore[no-untyped-call]
 
     with _pool(SHARDS) as pool:
 
@@ -318,7 +323,7 @@ class _Interrupted(Exception):
 
 
 def finetune_all(jobs: Sequence[Finetuning], progress: Progress) -> None:
-    """Train every one of ``jobs``, side by side where there are cores for it; ``progress`` is called from this thread only."""
+    """Train every one of ``jobs``, side by side where there are cores; ``progress`` is called from this thread only."""
     done = [0.0] * len(jobs)
     stop = threading.Event()
 
