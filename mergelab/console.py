@@ -40,7 +40,8 @@ def warn(text: str) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
-    console(error=True).print(Panel(Text(text), title="warning", border_style="yellow", title_align="left"))
+    panel = Panel(Text(text), title="warning", border_style="yellow", title_align="left")
+    console(error=True).print(panel, soft_wrap=False)
 
 
 @contextlib.contextmanager

@@ -242,7 +242,7 @@ def _keep(plan: Plan, session: Session, backbone: Mapping[str, Tensor], run: Run
 def _announcement(plan: Plan, mini: str) -> str:
     """Say in a few lines what is about to happen."""
     models, evaluation = plan.config.models, plan.config.eval
-    settings = ", ".join(f"{key}={value}" for key, value in plan.parameters.model_dump(by_alias=True).items())
+    settings = ", ".join(f"{key}={value}" for key, value in plan.parameters.by_key().items() if value is not None)
     lines = [
         f"merge     {plan.method.name}({settings})",
         f"models    {mini + plan.task_name if mini else models.name}: "

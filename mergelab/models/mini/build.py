@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab.config import cache_dir
+from mergelab.models.architecture import quiet_transformers
 from mergelab.models.mini.recipe import EXPERTS, GRAMMARS, Expert, Recipe
 from mergelab.models.mini.record import Example
 
@@ -172,7 +173,8 @@ def _build_task(base: Path, folder: Path, task: str, recipe: Recipe, progress: C
     _write_data(folder / _DATA, grammar, {"train": training, "validation": validation})
     vocabulary = (base / "vocab.txt").read_text(encoding="utf-8").splitlines()
     tokenizer = words.make_tokenizer(vocabulary)
-    pretrained: BertForPreTraining = BertForPreTraining.from_pretrained(base, local_files_only=True)
+    with quiet_transformers():
+        pretrained: BertForPreTraining = BertForPreTraining.from_pretrained(base, local_files_only=True)
     kind = torch.float32 if _names(grammar) is None else torch.int64
     with train.quiet_torch(recipe.seed):
         jobs = []
@@ -254,7 +256,5 @@ def _write_data(folder: Path, grammar: Any, splits: dict[str, Sequence[Example]]
 
 def _save(model: Any, folder: Path) -> None:
     """Save a model without a progress bar."""
-    from mergelab.models.architecture import quiet_transformers
-
     with quiet_transformers():
         model.save_pretrained(folder)

@@ -160,7 +160,7 @@ class Followers:
     count: Tensor
 
     def draw(self, ids: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw for each place of ``ids`` (n, s) a word that the corpus has after the word on its left; 0 without one."""
+        """Draw for each place of ``ids`` (n, s) a word that the corpus has after the word on its left; 0 if none."""
         left = ids.roll(1, dims=1)
         number = (torch.rand(ids.shape, generator=generator) * self.count[left]).long()
         drawn = self.words[(self.start[left] + number).clamp(max=len(self.words) - 1)]
