@@ -15,7 +15,9 @@ pytest_plugins = ["tests.hub_fixtures"]
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
 
-# The tests never ask the public hub; those that need one start it on loopback.
+# Workers of pytest-xdist share the cores; the tests never ask the public hub, those that need one start it on loopback.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "HYDRA_FULL_ERROR"):
     os.environ.pop(name, None)
