@@ -53,13 +53,16 @@ def mergelab_command(
 ) -> Iterator[Callable[..., Outcome]]:
     """``python -m mergelab ARGUMENTS`` in a fresh folder, in this process so that imports are paid once."""
     from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
 
     from mergelab.__main__ import main
+
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
 
     def run(*arguments: str) -> Outcome:
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", ["mergelab", *arguments])
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        os.environ["HYDRA_FULL_ERROR"] = "0"
         capsys.readouterr()
         code = 0
         try:
@@ -71,3 +74,4 @@ def mergelab_command(
 
     yield run
     GlobalHydra.instance().clear()
+    HydraConfig.instance().cfg = None

@@ -25,8 +25,9 @@ Command = Callable[..., Outcome]
 
 
 @pytest.fixture
-def arguments(bert_checkpoints: Mapping[str, Path], workplace: Path) -> list[str]:
-    """A base, three experts (one only as .bin, one with its labels in the other order) and RTE-shaped data."""
+def arguments(bert_checkpoints: Mapping[str, Path], workplace: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A base, three experts (one with its labels in the other order), RTE-shaped data, and an empty cache."""
+    monkeypatch.setenv("MERGELAB_CACHE", str(workplace / "cache"))
     for name, repository in zip(("base", "a", "b", "c"), (BERT_BASE, *BERT_RTE_EXPERTS[1:4]), strict=True):
         shutil.copytree(bert_checkpoints[repository], workplace / name)
     (workplace / "data").mkdir()

@@ -126,6 +126,7 @@ class Run:
         if self._client is None:
             return
         from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
 
         where = {"path": location, "config_name": config} if origin == "hub" else {"uri": location}
         schema = [{"name": column, "type": kind, "required": True} for column, kind in (columns or {}).items()]
@@ -138,7 +139,12 @@ class Run:
             profile=json.dumps({"num_rows": rows, "fingerprint": fingerprint}),
         )
         with mlflow_calls(f"log the dataset of run {self.name}"):
-            self._client.log_inputs(self.id, [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])])
+            inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
+            try:
+                self._client.log_inputs(self.id, inputs)
+            except MlflowException:
+                # MLflow looks for the dataset and then adds it: of two runs that do so at once, one is refused.
+                self._client.log_inputs(self.id, inputs)
 
     def log_artifact(self, path: Path | str, folder: str | None = None) -> None:
         """Copy a file into the run, into ``folder`` of its artifacts."""
