@@ -17,11 +17,11 @@ Progress = Callable[[str, float], None]
 
 
 def console(*, error: bool = False) -> Console:
-    """Open standard output (or standard error) for writing; wide enough for the table where it is not a terminal."""
+    """Open standard output (or standard error) for writing; wide enough for any table where it is not a terminal."""
     from rich.console import Console
 
     stream = sys.stderr if error else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else 120, highlight=False, soft_wrap=not stream.isatty())
+    return Console(file=stream, width=None if stream.isatty() else 200, highlight=False, soft_wrap=not stream.isatty())
 
 
 def say(text: str) -> None:
@@ -40,7 +40,7 @@ def warn(text: str) -> None:
     from rich.panel import Panel
     from rich.text import Text
 
-    panel = Panel(Text(text), title="warning", border_style="yellow", title_align="left")
+    panel = Panel(Text(text), title="warning", border_style="yellow", title_align="left", width=100)
     console(error=True).print(panel, soft_wrap=False)
 
 
@@ -72,7 +72,7 @@ def result_table(result: ExperimentResult) -> None:
 
     table = Table(title=f"{result.title}", title_justify="left", title_style="bold", caption=_caption(result))
     table.caption_justify = "left"
-    table.add_column("model", overflow="fold")
+    table.add_column("model", overflow="fold", min_width=12)
     columns = _columns(result)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
@@ -86,7 +86,8 @@ def result_table(result: ExperimentResult) -> None:
         for name, read in columns.items():
             cell = read(model)
             mark = " *" if cell and cell[0] == best[name] else ""
-            row.append(Text(cell[1] + mark, style="bold green" if mark else "") if cell else "")
+            value, *interval = cell[1].split("\n") if cell else [""]
+            row.append(Text("\n".join([value + mark, *interval]), style="bold green" if mark else ""))
         if len(result.tasks) == 1:
             row.append("" if model.p_value is None else f"{model.p_value:.3f}")
         row += [
@@ -105,12 +106,12 @@ def _columns(result: ExperimentResult) -> Mapping[str, Callable[[ModelResult], C
     """Name the score columns: every metric of a single task, else each task's primary metric and the averages."""
     columns: dict[str, Callable[[ModelResult], Cell | None]] = {}
 
-    def metric(task: str, name: str) -> Callable[[ModelResult], Cell | None]:
+    def metric(task: str, name: str, gap: str = " ") -> Callable[[ModelResult], Cell | None]:
         def read(model: ModelResult) -> Cell | None:
             if task not in model.results:
                 return None
             score = model.results[task].report[name]
-            return score.value, f"{score.value:.4f} [{score.low:.3f}, {score.high:.3f}]"
+            return score.value, f"{score.value:.4f}{gap}[{score.low:.3f}, {score.high:.3f}]"
 
         return read
 
@@ -127,7 +128,7 @@ def _columns(result: ExperimentResult) -> Mapping[str, Callable[[ModelResult], C
         return columns
     for task in result.tasks:
         primary = next((m.results[task].primary for m in result.models if task in m.results), "")
-        columns[f"{task} {primary}"] = metric(task, primary)
+        columns[task] = metric(task, primary, gap="\n")
     columns["average"] = single(lambda model: model.average)
     columns["normalised"] = single(lambda model: model.normalised)
     return columns

@@ -271,13 +271,13 @@ def _note(plan: Plan, bench: Bench) -> str:
     for name, data in bench.data.items():
         examples = bench.examples[name]
         label = f"mini/{name} (generated, not GLUE)" if data.origin == "mini" else name
-        parts.append(f"{label}: {len(examples.report)} {data.split} examples report")
+        parts.append(f"{label}: {data.spec.primary} on {len(examples.report)} {data.split} examples")
     protocol = {
         "full": "whole split",
         "holdout": "other examples select than report",
         "oracle": "ORACLE: the same examples select and report",
     }[plan.config.eval.protocol]
-    return f"{'; '.join(parts)}; protocol {plan.config.eval.protocol} ({protocol})"
+    return "\n".join([*parts, f"protocol {plan.config.eval.protocol} ({protocol})"])
 
 
 def _sweep_dir() -> str | None:
