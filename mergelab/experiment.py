@@ -167,8 +167,9 @@ def _execute(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: P
 
     located = locate(plan.config.models, source, [task.name for task in plan.tasks], progress)
     session = Session(located, plan.tasks, plan.config)
-    run.set_tags(recording.model_tags(located, session))
-    run.log_dict(dict(plan.resolved), "config.yaml")
+    if run.id:  # hashing the weights takes as long as reading them
+        run.set_tags(recording.model_tags(located, session))
+        run.log_dict(dict(plan.resolved), "config.yaml")
     if not plan.config.evaluate:
         backbone, seconds = _merge(plan, session, progress)
         _keep(plan, session, backbone, run)

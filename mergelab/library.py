@@ -221,7 +221,7 @@ def _labels(model: _Opened) -> list[str]:
 
 def _kind(model: _Opened) -> Architecture:
     if model.folder is not None:
-        return architecture(model.folder, model.source.name)
+        return architecture(model.folder, model.source.name, model.source.keys())
     return architecture_of(module_of(model.given))
 
 

@@ -63,12 +63,12 @@ class Session:
     def __init__(self, located: LocatedModels, tasks: Sequence[TaskSpec], config: ExperimentConfig) -> None:
         self.located, self.tasks, self.config = located, tuple(tasks), config
         self.cache = PredictionCache()
-        self.kind = self._kind()
         self._checkpoints: dict[str, Checkpoint] = {
             expert.name: open_checkpoint(expert.folder, expert.name) for expert in located.experts
         }
         if located.base is not None:
             self._checkpoints["base"] = open_checkpoint(located.base.folder, "base")
+        self.kind = self._kind()
         base = self._checkpoints.get("base")
         experts = [self._checkpoints[expert.name] for expert in located.experts]
         self.head_names = head_names(experts[0].keys(), self.kind)
@@ -87,7 +87,10 @@ class Session:
     # ------------------------------------------------------------------------------------------------ what is opened
 
     def _kind(self) -> Architecture:
-        kinds = {expert.name: architecture(expert.folder, expert.label) for expert in self.located.experts}
+        kinds = {
+            expert.name: architecture(expert.folder, expert.label, self._checkpoints[expert.name].keys())
+            for expert in self.located.experts
+        }
         first = next(iter(kinds.values()))
         odd = [f"{name} is a {kind.name}" for name, kind in kinds.items() if kind.name != first.name]
         if odd:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab.errors import ModelError
+from mergelab.weights.naming import backbone_prefix
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,25 +54,31 @@ def read_config(folder: Path, model: str) -> dict[str, Any]:
     return config
 
 
-def architecture(folder: Path, model: str) -> Architecture:
+def architecture(folder: Path, model: str, names: Collection[str] = ()) -> Architecture:
     """Find out what the folder's ``config.json`` describes.
+
+    ``names`` are its tensors': where they show the backbone's prefix, the model's class need not be imported, which
+    takes seconds.
 
     Raises:
         ModelError: the configuration is missing or names no class that transformers has.
     """
-    import transformers
-
     config = read_config(folder, model)
     name = str((config.get("architectures") or [""])[0])
-    cls = getattr(transformers, name, None)
-    if cls is None or not hasattr(cls, "base_model_prefix"):
-        raise ModelError(
-            f"model {model}: its config.json names no model class that transformers has (architectures={name!r})"
-        )
+    prefix = backbone_prefix(names).removesuffix(".")
+    if not name or not prefix:
+        import transformers
+
+        cls = getattr(transformers, name, None)
+        if cls is None or not hasattr(cls, "base_model_prefix"):
+            raise ModelError(
+                f"model {model}: its config.json names no model class that transformers has (architectures={name!r})"
+            )
+        prefix = str(cls.base_model_prefix)
     labels = {int(index): str(label) for index, label in (config.get("id2label") or {}).items()}
     if not labels and name.endswith(_CLASSIFIERS):
         labels = {index: f"LABEL_{index}" for index in range(int(config.get("num_labels", 2)))}
-    return Architecture(name, cls.base_model_prefix, name.endswith(_CLASSIFIERS), labels)
+    return Architecture(name, prefix, name.endswith(_CLASSIFIERS), labels)
 
 
 def architecture_of(module: nn.Module | None) -> Architecture:
