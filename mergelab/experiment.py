@@ -15,7 +15,7 @@ from mergelab.config import ExperimentConfig, check
 from mergelab.errors import ConfigError
 from mergelab.models.source import LocatedModels, Source, locate
 from mergelab.models.source import decide_source as _decide
-from mergelab.results import MODEL, RESULT, ExperimentResult, peak_memory_mb, write_result
+from mergelab.results import RESULT, ExperimentResult, peak_memory_mb, write_result
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -231,6 +231,8 @@ def _keep(plan: Plan, session: Session, backbone: Mapping[str, Tensor], run: Run
     """Save the merged model where it was asked for: in a folder, or with the run."""
     if plan.config.output is not None:
         session.save(backbone, Path(plan.config.output).expanduser())
+    from mergelab.tracking.grid import MODEL
+
     wanted = plan.tracking.log_model
     if run.id and wanted == "best" and _sweep_dir():
         session.save(backbone, _run_folder() / MODEL)  # the grid's end knows which one is logged
@@ -318,9 +320,11 @@ def _told(plan: Plan) -> str:
 
 
 def _tags(plan: Plan, source: str) -> dict[str, Any]:
+    from mergelab.tracking.grid import RUN_FOLDER
+
     return {
         "mergelab.kind": "merge",
-        "mergelab.run_folder": _run_folder(),
+        RUN_FOLDER: _run_folder(),
         "mergelab.method": plan.method.name,
         "mergelab.source": source,
         "mergelab.seed": plan.config.seed,

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from mergelab.session import Prediction
 
 RESULT = "result.json"  # in a run's folder
-MODEL = "model"  # in a run's folder or among its artifacts
 Role = Literal["base", "expert", "merged"]
 
 

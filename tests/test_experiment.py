@@ -201,3 +201,17 @@ def test_weights_of_experts_reach_the_merge(mergelab_command: Command, arguments
     name = "bert.encoder.layer.0.output.dense.weight"
     torch.testing.assert_close(merged[name], (3 * a[name] + b[name]) / 4)
     assert mergelab_command(*merge_only, "method=median", "output=other").code == 2
+
+
+def test_the_best_jobs_model_is_logged_where_that_is_asked_for(
+    mergelab_command: Command, arguments: list[str], workplace: Path
+) -> None:
+    grid = ["-m", "method=task_arithmetic", "method.lambda=0.3,20", "tracking.log_model=best"]
+    outcome = mergelab_command(*arguments, *grid)
+    assert outcome.code == 0, outcome.err
+    client = MlflowClient(f"sqlite:///{workplace}/outputs/mlflow.db")
+    merges = [run for run in runs(workplace) if run.data.params.get("method.name") == "task_arithmetic"]
+    best = max(merges, key=lambda run: run.data.metrics["report/accuracy"])
+    files = {run.info.run_id: client.list_artifacts(run.info.run_id, "model") for run in merges}
+    assert [run_id for run_id, found in files.items() if found] == [best.info.run_id]
+    assert not list(workplace.glob("outputs/grids/*/*/*/model"))

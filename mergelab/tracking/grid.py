@@ -6,10 +6,12 @@ import atexit
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,12 +22,15 @@ from mergelab.errors import MergelabError
 from mergelab.tracking import interrupts
 from mergelab.tracking.config import experiment_name, tracking_config
 from mergelab.tracking.run import Run, Status
+from mergelab.tracking.store import mlflow_calls
 from mergelab.tracking.tracker import PARENT, SOURCE, SWEEP_DIR, RunRecord, Tracker, open_tracking
 
 log = logging.getLogger(__name__)
 
 PRIMARY = "mergelab.primary_metric"  # a child's tag: the metric that it is judged by, say report/accuracy
 DIRECTION = "mergelab.direction"  # a child's tag: "minimize" where less is better
+RUN_FOLDER = "mergelab.run_folder"  # a child's tag: where the job worked
+MODEL = "model"  # the merged model's folder in there, and among a run's artifacts
 
 _BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _SETTLE_S = 3.0  # for killed workers to be gone
@@ -181,6 +186,18 @@ def _summarise(grid: _Grid, children: Sequence[RunRecord]) -> None:
         # Under their own name: the best of several is not one more measurement to be compared with them.
         grid.run.log_metrics({f"best/{key}": value for key, value in chosen.items()})
         grid.run.set_tags({"mergelab.best_run_id": best.id, "mergelab.best_run_name": best.name})
+        _keep_best_model(grid, children, best)
+
+
+def _keep_best_model(grid: _Grid, children: Sequence[RunRecord], best: RunRecord) -> None:
+    """Log the best job's merged model where the jobs saved theirs (``tracking.log_model=best``); drop all of them."""
+    saved = {child.id: Path(child.tags[RUN_FOLDER]) / MODEL for child in children if RUN_FOLDER in child.tags}
+    if best.id not in saved or not saved[best.id].is_dir():
+        return
+    with mlflow_calls(f"log the model of run {best.name}"):
+        grid.tracker.client.log_artifacts(best.id, str(saved[best.id]), MODEL)
+    for folder in saved.values():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def best_child(children: Sequence[RunRecord]) -> RunRecord | None:
