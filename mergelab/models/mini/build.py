@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab.config import cache_dir
-from mergelab.models.architecture import quiet_transformers
 from mergelab.models.mini.recipe import EXPERTS, GRAMMARS, Expert, Recipe
 from mergelab.models.mini.record import Example
 
@@ -164,6 +163,7 @@ def _build_task(base: Path, folder: Path, task: str, recipe: Recipe, progress: C
     import torch
     from transformers import BertForPreTraining
 
+    from mergelab.models.architecture import quiet_transformers
     from mergelab.models.mini import tokenizer as words
     from mergelab.models.mini import train
 
@@ -256,5 +256,7 @@ def _write_data(folder: Path, grammar: Any, splits: dict[str, Sequence[Example]]
 
 def _save(model: Any, folder: Path) -> None:
     """Save a model without a progress bar."""
+    from mergelab.models.architecture import quiet_transformers
+
     with quiet_transformers():
         model.save_pretrained(folder)
