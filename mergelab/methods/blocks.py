@@ -9,14 +9,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-# Not above torch's grain size (32768 entries): no operation is split over threads, so that nothing depends on their
-# number, and none waits for another; a temporary of this length stays in the second-level cache.
-BLOCK = 32_768
+# A temporary of this length stays in a core's cache, and an operation on it is long beside the call of it: two threads
+# that compute on shorter ones wait for the interpreter more than they compute.
+BLOCK = 131_072
 
 
-def blocks(length: int, size: int = BLOCK) -> Iterator[slice]:
-    """Cut ``range(length)`` into slices of ``size``; the last may be shorter."""
-    edges = [*range(0, length, size), length]
+def blocks(stop: int, size: int = BLOCK, start: int = 0) -> Iterator[slice]:
+    """Cut ``range(start, stop)`` into slices of ``size``; the last may be shorter."""
+    edges = [*range(start, stop, size), stop]
     return (slice(start, stop) for start, stop in pairwise(edges) if stop > start)
 
 

@@ -13,6 +13,7 @@ from mergelab.errors import ConfigError, listed
 from mergelab.methods.blocks import blocks
 from mergelab.methods.order import Array, Open, kth_largest
 from mergelab.methods.task_vectors import Election, elect, scaled, task_vectors, trim
+from mergelab.methods.workers import chunks, in_order
 from mergelab.weights.align import AlignedModels
 
 Scope = Literal["model", "tensor", "pooled"]
@@ -76,12 +77,17 @@ def prepare_consensus(
     thresholds = find_thresholds(open_vectors, sizes, density, scope, models)
     signs = dict.fromkeys(sizes, 1.0 if zero_sign == "positive" else 0.0)
     if zero_sign == "majority":
-        surplus = {
-            name: _surplus(open_vectors(name), size, thresholds[name], election_factors(weights, weights_at), election)
-            for name, size in sizes.items()
-        }
+        votes = election_factors(weights, weights_at)
+
+        def count(place: tuple[str, slice]) -> tuple[str, int]:
+            name, chunk = place
+            return name, _surplus(open_vectors(name), chunk, thresholds[name], votes, election)
+
+        surplus = dict.fromkeys(sizes, 0)
+        for name, more in in_order(count, chunks(sizes)):
+            surplus[name] += more
         whole = sum(surplus.values())
-        signs = {name: _sign(count if scope == "tensor" else whole) for name, count in surplus.items()}
+        signs = {name: _sign(more if scope == "tensor" else whole) for name, more in surplus.items()}
     return {name: Consensus(thresholds[name], signs[name]) for name in sizes}
 
 
@@ -141,11 +147,11 @@ def _magnitudes(open_vectors: Callable[[str], Vectors], dtype: torch.dtype) -> O
 
 
 def _surplus(
-    read: Vectors, size: int, thresholds: Sequence[float], weights: Sequence[float], election: Election
+    read: Vectors, chunk: slice, thresholds: Sequence[float], weights: Sequence[float], election: Election
 ) -> int:
-    """Answer how many more entries of a tensor are elected positive than negative."""
+    """Answer how many more entries of a part of a tensor are elected positive than negative."""
     surplus = 0
-    for part in blocks(size):
+    for part in blocks(chunk.stop, start=chunk.start):
         trimmed = [trim(vector, threshold) for vector, threshold in zip(read(part), thresholds, strict=True)]
         surplus += int(elected(trimmed, weights, election).sum())  # exact: a block has fewer than 2^24 entries
     return surplus

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergelab.methods.blocks import working
 from mergelab.methods.consensus import (
     Consensus,
     Scope,
@@ -22,7 +21,7 @@ from mergelab.methods.consensus import (
     open_task_vectors,
     prepare_consensus,
 )
-from mergelab.methods.parameters import Density, Lambda, Site, Weights
+from mergelab.methods.parameters import Density, Site, Weights
 from mergelab.methods.random import bernoulli, stream_key
 from mergelab.methods.registry import merge_method
 from mergelab.methods.task_vectors import (
@@ -31,7 +30,6 @@ from mergelab.methods.task_vectors import (
     disjoint_reduce,
     factors,
     resolve_zeros,
-    task_vectors,
     trim,
     weighted_sum,
 )
@@ -61,19 +59,17 @@ def drop(vectors: Sequence[Tensor], site: Site, density: float, rescale: bool) -
 
 
 @merge_method(
-    needs_base=True,
+    lambda_=1.0,
     elementwise=True,
     identical_at=None,
     family="task vectors",
     paper="Yu et al. 2024, arXiv:2311.03099",
 )
 def dare(
-    base: Tensor,
-    experts: Sequence[Tensor],
+    vectors: Sequence[Tensor],
     *,
     site: Site,
     density: Density = 0.5,
-    lambda_: Lambda = 1.0,
     weights: Weights = None,
     rescale: bool = True,
 ) -> Tensor:
@@ -84,19 +80,17 @@ def dare(
     experts or of survivors. Departures: none; masks come from a counter-based generator (`mergelab.methods.random`).
 
     Args:
-        base: parameter of the pretrained model or a part of it, any float dtype.
-        experts: T tensors of the base's shape.
+        vectors: T task vectors, float32 or float64.
         site: keys the masks.
         density: probability of keeping an entry.
-        lambda_: scale of the summed task vectors.
+        lambda_: scale of the sum; the engine applies it.
         weights: per expert, any sign; default 1.
         rescale: divide the kept entries by the density.
 
     Returns:
-        Tensor of the base's shape, float32 (float64 for float64 inputs).
+        Σ w_t τ̂_t, of the vectors' shape and dtype.
     """
-    kept = drop(task_vectors(base, experts), site, density, rescale)
-    return working(base) + lambda_ * weighted_sum(kept, factors(weights, len(experts)))
+    return weighted_sum(drop(vectors, site, density, rescale), factors(weights, len(vectors)))
 
 
 def dare_consensus(
@@ -140,7 +134,7 @@ def dare_consensus(
 
 
 @merge_method(
-    needs_base=True,
+    lambda_=1.0,
     elementwise=True,
     prepare=dare_consensus,
     check=check_weights,
@@ -149,14 +143,12 @@ def dare_consensus(
     paper="Yu et al. 2024, arXiv:2311.03099, with Yadav et al. 2023, arXiv:2306.01708",
 )
 def dare_ties(
-    base: Tensor,
-    experts: Sequence[Tensor],
+    vectors: Sequence[Tensor],
     *,
     site: Site,
     prepared: Mapping[str, Consensus],
     density: Density = 0.5,
     trim_density: Density | None = None,
-    lambda_: Lambda = 1.0,
     weights: Weights = None,
     rescale: bool = True,
     scope: Scope = "model",
@@ -173,27 +165,26 @@ def dare_ties(
     that fraction of all entries, by magnitude, of what DARE left. Ties and weights as in `ties`.
 
     Args:
-        base: parameter of the pretrained model or a part of it, any float dtype.
-        experts: T tensors of the base's shape.
+        vectors: T task vectors, float32 or float64.
         site: keys the masks, and names the tensor in ``prepared``.
         prepared: thresholds and tie sign by tensor name.
         density: probability of keeping an entry.
         trim_density: fraction of entries kept by the second trim; None for no such trim.
-        lambda_: scale of the merged task vector.
+        lambda_: scale of the merged task vector; the engine applies it.
         weights: per expert, at least 0; default 1.
         rescale: divide the kept entries by the density.
         scope, election, reduce, zero_sign, weights_at: as in `ties`; ``scope`` is that of the second trim and of the
             majority.
 
     Returns:
-        Tensor of the base's shape, float32 (float64 for float64 inputs).
+        τ_m, of the vectors' shape and dtype.
 
     Raises:
         ConfigError: a weight is negative, or none is above 0.
     """
-    shares = factors(weights, len(experts))
+    shares = factors(weights, len(vectors))
     here = prepared[site.name]
-    kept = zip(drop(task_vectors(base, experts), site, density, rescale), here.thresholds, strict=True)
+    kept = zip(drop(vectors, site, density, rescale), here.thresholds, strict=True)
     trimmed = [trim(vector, threshold) for vector, threshold in kept]
     signs = resolve_zeros(elected(trimmed, election_factors(shares, weights_at), election), here.tie_sign)
-    return working(base) + lambda_ * disjoint_reduce(trimmed, signs, shares, reduce)
+    return disjoint_reduce(trimmed, signs, shares, reduce)

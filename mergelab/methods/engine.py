@@ -7,8 +7,11 @@ for name, tensor in merge(get_method("ties"), {"density": 0.3}, align(base, expe
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,10 +21,12 @@ from mergelab.errors import ConfigError, NonFinite, listed
 from mergelab.methods.blocks import BLOCK, all_finite, blocks, working
 from mergelab.methods.parameters import Parameters, Site
 from mergelab.methods.registry import MergeMethod, check_capabilities, check_parameters, resolve_weights
+from mergelab.methods.workers import CHUNK, pool, thread_count
 from mergelab.weights.align import AlignedModels, check_finite
 from mergelab.weights.source import TensorSource
 from mergelab.weights.state_dict import StateDict
 
+AHEAD = 1 << 28  # bytes of merged tensors that may wait for the one that comes before them
 ACCELERATOR_BLOCK = 1 << 23  # entries; an accelerator wants more work at once than a core's cache holds
 Progress = Callable[[int], None]
 
@@ -103,16 +108,14 @@ def merge_to_dict(
     return {name: merged[name] for name in dict.fromkeys([*ordered, *merged])}
 
 
-@dataclass(frozen=True)
 class _Checked:
-    """A source whose tensors are looked through for NaN and infinity when they are first read."""
+    """A source whose tensors are looked through for NaN and infinity when they are first read, by whichever thread."""
 
-    source: TensorSource
-    seen: set[str] = field(default_factory=set)
-
-    @property
-    def name(self) -> str:
-        return self.source.name
+    def __init__(self, source: TensorSource) -> None:
+        self.source = source
+        self.name = source.name
+        self._seen: dict[str, bool] = {}
+        self._locks: dict[str, Lock] = {}
 
     def keys(self) -> list[str]:
         return self.source.keys()
@@ -126,13 +129,18 @@ class _Checked:
     def aliases(self) -> dict[str, str]:
         return self.source.aliases()
 
+    def prefetch(self, key: str) -> None:
+        self.source.prefetch(key)
+
     def get(self, key: str) -> Tensor:
         tensor = self.source.get(key)
-        if key not in self.seen:
-            flat = tensor.reshape(-1)
-            if not all(all_finite(flat[part]) for part in blocks(flat.numel())):
-                check_finite(self.source, key, tensor)
-            self.seen.add(key)
+        if key not in self._seen:
+            with self._locks.setdefault(key, Lock()):
+                if key not in self._seen:
+                    flat = tensor.reshape(-1)
+                    if not all(all_finite(flat[part]) for part in blocks(flat.numel())):
+                        check_finite(self.source, key, tensor)
+                    self._seen[key] = True
         return tensor
 
 
@@ -149,10 +157,26 @@ class _Job:
     device: torch.device
     block: int
 
+    @property
+    def threads(self) -> int:
+        """How many threads may work at once; a user's own function is not asked to be ready for several."""
+        return 1 if self.method.custom or self.device.type != "cpu" else thread_count()
+
     def site(self, name: str) -> Site:
         return Site(
             name, tuple(expert.name for expert in self.experts), tuple(self.reference.shape(name)), 0, self.seed
         )
+
+    def open(self, name: str) -> tuple[Tensor | None, list[Tensor]]:
+        """Read a tensor of the base, where the method wants it, and of the experts."""
+        wants_base = self.method.adds or self.method.takes & {"base", "base_index"}
+        base = self.base.get(name) if self.base is not None and wants_base else None
+        return base, [expert.get(name) for expert in self.experts]
+
+    def prefetch(self, name: str) -> None:
+        for source in (self.base, *self.experts):
+            if source is not None:
+                source.prefetch(name)
 
 
 def _stream(job: _Job, models: AlignedModels, progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
@@ -183,39 +207,70 @@ def _prepared(job: _Job, models: AlignedModels) -> _Job:
 
 
 def _merge_tensors(job: _Job, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        yield name, _merge_tensor(job, name)
+    """Merge tensor by tensor, several at once and large ones in chunks; few are ahead of the one that is answered."""
+    with pool(job.threads) as workers:
+        waiting: deque[tuple[str, Tensor, list[Future[None]]]] = deque()
+        ahead = 0
+        for name in names:
+            merged = torch.empty(tuple(job.reference.shape(name)), dtype=job.reference.dtype(name))
+            if workers is None:
+                for chunk in _chunks(job, merged):
+                    _merge_chunk(job, name, merged, chunk)
+                yield name, merged
+                continue
+            job.prefetch(name)
+            work = [workers.submit(_merge_chunk, job, name, merged, chunk) for chunk in _chunks(job, merged)]
+            waiting.append((name, merged, work))
+            ahead += merged.nbytes
+            while ahead > AHEAD and len(waiting) > 1:
+                done, result = _finished(waiting.popleft())
+                ahead -= result.nbytes
+                yield done, result
+            del merged
+        while waiting:
+            yield _finished(waiting.popleft())
+
+
+def _finished(waiting: tuple[str, Tensor, list[Future[None]]]) -> tuple[str, Tensor]:
+    name, merged, work = waiting
+    for part in work:
+        part.result()
+    return name, merged
+
+
+def _chunks(job: _Job, merged: Tensor) -> list[slice]:
+    """Divide a flattened tensor among threads, where the method may be given parts."""
+    return list(blocks(merged.numel(), CHUNK if job.method.elementwise else max(merged.numel(), 1)))
 
 
 @torch.no_grad()
-def _merge_tensor(job: _Job, name: str) -> Tensor:
-    base = job.base.get(name) if job.base is not None and job.method.takes & {"base", "base_index"} else None
-    experts = [expert.get(name) for expert in job.experts]
+def _merge_chunk(job: _Job, name: str, merged: Tensor, chunk: slice) -> None:
+    """Merge a part of a tensor into ``merged``; the whole of it unless the method is elementwise."""
+    base, experts = job.open(name)
     site = job.site(name)
-    merged = torch.empty(site.shape, dtype=job.reference.dtype(name))
-    if merged.numel() == 0:
-        return merged
     if not job.method.elementwise:
-        merged.copy_(_rounded(job, name, _call(job, site, base, experts), merged))
-        return merged
-    flat = merged.view(-1)
-    start = None if base is None else base.reshape(-1)
-    ends = [expert.reshape(-1) for expert in experts]
-    for part in blocks(flat.numel(), job.block):
-        first = None if start is None else start[part]
-        result = _call(job, replace(site, offset=part.start), first, [end[part] for end in ends])
-        flat[part] = _rounded(job, name, result, flat[part])
-    return merged
+        result = _call(job, site, None if base is None else _input(job, base), [_input(job, e) for e in experts])
+        merged.copy_(_rounded(job, name, result, merged))
+        return
+    into = merged.view(-1)[chunk]
+    start = None if base is None else base.reshape(-1)[chunk]
+    ends = [expert.reshape(-1)[chunk] for expert in experts]
+    for part in blocks(into.numel(), job.block):
+        first = None if start is None else _input(job, start[part])
+        here = replace(site, offset=chunk.start + part.start)
+        result = _call(job, here, first, [_input(job, end[part]) for end in ends])
+        into[part] = _rounded(job, name, result, into[part])
 
 
-def _call(job: _Job, site: Site, base: Tensor | None, experts: Sequence[Tensor]) -> object:
-    """Call the method's function with tensors as it wants them."""
+def _call(job: _Job, site: Site, base: Tensor | None, experts: list[Tensor]) -> object:
+    """Call the method's function with tensors as it wants them, and add what it answers to the base if it adds."""
     method = job.method
-    start = None if base is None else _input(job, base)
-    ends = [_input(job, expert) for expert in experts]
+    if method.adds:
+        assert base is not None
+        return _added(base, merged_vector(job, site, base, experts), job.arguments.get("lambda_", 1.0))
     supplied = {
-        "base": start,
-        "experts": ends,
+        "base": base,
+        "experts": experts,
         "site": site,
         "prepared": job.arguments.get("prepared"),
         "base_index": 0,
@@ -223,9 +278,31 @@ def _call(job: _Job, site: Site, base: Tensor | None, experts: Sequence[Tensor])
     keywords = {name: supplied[name] for name in method.takes} | dict(job.arguments)
     if method.kind == "tensor":
         return _run(job, site.name, lambda: method.function(**keywords))
-    if "base_index" in method.takes and start is not None:
-        ends.insert(0, start)
-    return _run(job, site.name, lambda: method.function(ends, **keywords))
+    if "base_index" in method.takes and base is not None:
+        experts.insert(0, base)
+    return _run(job, site.name, lambda: method.function(experts, **keywords))
+
+
+def merged_vector(job: _Job, site: Site, base: Tensor, experts: Sequence[Tensor]) -> object:
+    """Call a function of task vectors."""
+    start = working(base)
+    supplied = {
+        "vectors": [working(expert) - start for expert in experts],
+        "base": base,
+        "experts": experts,
+        "site": site,
+        "prepared": job.arguments.get("prepared"),
+    }
+    keywords = {name: supplied[name] for name in job.method.takes}
+    keywords |= {name: value for name, value in job.arguments.items() if name != "lambda_" or job.method.custom}
+    return _run(job, site.name, lambda: job.method.function(**keywords))
+
+
+def _added(base: Tensor, vector: object, scale: float) -> object:
+    """Answer θ0 + λ·τ_m, product and sum each rounded (a fused multiply-add would differ between machines)."""
+    if not isinstance(vector, Tensor) or vector.shape != base.shape or not vector.is_floating_point():
+        return vector  # refused where every answer is looked at
+    return (vector * scale if scale != 1 else vector) + working(base)
 
 
 def _input(job: _Job, tensor: Tensor) -> Tensor:

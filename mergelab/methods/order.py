@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mergelab.methods.blocks import blocks
+from mergelab.methods.workers import chunks, in_order
 
+Result = TypeVar("Result")
 Array = NDArray[np.floating[Any]]
 # Answers a tensor's part of every vector, for any slice of the flattened tensor; entries are not negative.
 Read = Callable[[slice], Sequence[Array]]
@@ -26,6 +29,7 @@ Open = Callable[[str], Read]
 
 SAMPLE = 1 << 15  # entries sampled per vector, or a 512th of it if that is more
 STRETCH = 1 << 20  # entries that a strided read may span
+DIGIT = 11  # bits that one histogram settles
 GATHER = 16  # a bracket that holds this many times what was expected is given up
 
 
@@ -62,7 +66,8 @@ def kth_largest(
     else:
         brackets = [_bracket(np.sort(sample)[::-1], rank / length) for sample in samples]
         within = _within(data, brackets, rank, length)
-        found = [_by_digits(data, i, rank) if value is None else value for i, value in enumerate(within)]
+        kind = samples[0].dtype
+        found = [_by_digits(data, i, rank, kind) if value is None else value for i, value in enumerate(within)]
     return tuple(found) * (vectors if pooled else 1)
 
 
@@ -77,29 +82,54 @@ class _Data:
     sizes: Mapping[str, int]
     pooled: bool
 
-    def reads(self) -> Iterator[tuple[int, Array]]:
-        """Go through all vectors in blocks, each with the group it counts for: its vector's index, 0 if pooled."""
-        for name, size in self.sizes.items():
+    def over(self, work: Callable[[int, Array], Result]) -> Iterator[tuple[int, Result]]:
+        """Answer what ``work`` makes of every block, with the group it counts for: its vector's index, 0 if pooled.
+
+        ``work`` is called with the group and the block, in several threads.
+        """
+
+        def through(place: tuple[str, slice]) -> list[tuple[int, Result]]:
+            name, chunk = place
             read = self.open_(name)
-            for part in blocks(size):
+            found = []
+            for part in blocks(chunk.stop, start=chunk.start):
                 for index, entries in enumerate(read(part)):
-                    yield (0 if self.pooled else index), entries
+                    group = 0 if self.pooled else index
+                    found.append((group, work(group, entries)))
+            return found
+
+        for found in in_order(through, chunks(self.sizes)):
+            yield from found
 
     def sampled(self, step: int) -> list[list[Array]]:
         """Read every ``step``-th entry of each group."""
-        groups: list[list[Array]] = []
-        passed = 0  # entries of earlier tensors: the stride goes on across the borders of tensors
-        for name, size in self.sizes.items():
+        span = max(step, STRETCH // step * step)
+
+        def through(place: tuple[str, slice]) -> list[Array]:
+            name, chunk = place
             read = self.open_(name)
-            first = -passed % step
-            span = max(step, STRETCH // step * step)
-            for start in range(first, size, span):
-                parts = read(slice(start, min(start + span, size), step))
-                groups = groups or [[] for _ in (range(1) if self.pooled else parts)]
-                for index, entries in enumerate(parts):
-                    groups[0 if self.pooled else index].append(entries.copy())
-            passed += size
+            parts = [read(slice(*part)) for part in _strided(chunk, step, span)]
+            return [np.concatenate(of_one) for of_one in zip(*parts, strict=True)]
+
+        groups: list[list[Array]] = []
+        for parts in in_order(through, self._strides(step)):
+            groups = groups or [[] for _ in (range(1) if self.pooled else parts)]
+            for index, entries in enumerate(parts):
+                groups[0 if self.pooled else index].append(entries)
         return groups
+
+    def _strides(self, step: int) -> Iterator[tuple[str, slice]]:
+        """Say where in each tensor the sample starts: the stride goes on across the borders of tensors."""
+        passed = 0
+        for name, size in self.sizes.items():
+            if (first := -passed % step) < size:
+                yield name, slice(first, size)
+            passed += size
+
+
+def _strided(chunk: slice, step: int, span: int) -> Iterator[tuple[int, int, int]]:
+    for start in range(chunk.start, chunk.stop, span):
+        yield start, min(start + span, chunk.stop), step
 
 
 @dataclass(frozen=True)
@@ -133,13 +163,16 @@ def _within(data: _Data, brackets: Sequence[_Bracket], rank: int, length: int) -
     gathered: list[list[Array]] = [[] for _ in brackets]
     held = [0] * len(brackets)
     limits = [GATHER * max(bracket.share * length, 4096.0) for bracket in brackets]
-    for group, entries in data.reads():
+
+    def look(group: int, entries: Array) -> tuple[int, Array]:
         bracket = brackets[group]
-        above[group] += int(np.count_nonzero(entries >= entries.dtype.type(bracket.high)))
-        if held[group] <= limits[group]:
-            inside = entries[_between(entries, bracket)]
-            held[group] += len(inside)
-            gathered[group].append(inside)
+        larger = int(np.count_nonzero(entries >= entries.dtype.type(bracket.high)))
+        return larger, entries[_between(entries, bracket)] if held[group] <= limits[group] else entries[:0].copy()
+
+    for group, (larger, inside) in data.over(look):
+        above[group] += larger
+        held[group] += len(inside)
+        gathered[group].append(inside)
     found: list[float | None] = []
     for group, bracket in enumerate(brackets):
         place = rank - above[group]
@@ -168,36 +201,42 @@ def _between(entries: Array, bracket: _Bracket) -> NDArray[np.bool_]:
 
 def _is_at(data: _Data, group: int, value: float, rank: int) -> bool:
     """Tell whether the entry of ``rank`` equals ``value``."""
+
+    def look(index: int, entries: Array) -> tuple[int, int]:
+        if index != group:
+            return 0, 0
+        wanted = entries.dtype.type(value)
+        return int(np.count_nonzero(entries > wanted)), int(np.count_nonzero(entries >= wanted))
+
     larger = at_least = 0
-    for index, entries in data.reads():
-        if index == group:
-            larger += int(np.count_nonzero(entries > entries.dtype.type(value)))
-            at_least += int(np.count_nonzero(entries >= entries.dtype.type(value)))
+    for _, (more, no_less) in data.over(look):
+        larger, at_least = larger + more, at_least + no_less
     return larger < rank <= at_least
 
 
-def _by_digits(data: _Data, group: int, rank: int) -> float:
+def _by_digits(data: _Data, group: int, rank: int, dtype: np.dtype[Any]) -> float:
     """Select digit by digit, from the most significant bits down: a histogram in each pass, no gathering at all."""
-    bits = 0
-    settled = 0  # how many of the leading bits are known
-    while True:
-        histogram = np.zeros(1 << 11, dtype=np.int64)
-        width = 0
-        for index, entries in data.reads():
-            if index != group:
-                continue
-            length = 8 * entries.itemsize
-            dtype = entries.dtype
-            pattern = entries.view(np.uint32 if length == 32 else np.uint64).astype(np.int64)
-            width = min(11, length - settled)
-            if settled:
-                pattern = pattern[pattern >> (length - settled) == bits]
-            digit = (pattern >> (length - settled - width)) & ((1 << width) - 1)
-            histogram += np.bincount(digit, minlength=1 << 11)
+    length = 8 * dtype.itemsize
+    unsigned: Any = np.uint32 if length == 32 else np.uint64
+    settled = bits = 0  # how many of the leading bits are known, and which they are
+    while settled < length:
+        width = min(DIGIT, length - settled)
+        histogram = np.zeros(1 << width, dtype=np.int64)
+        for index, counts in data.over(partial(_digits, settled=settled, bits=bits, width=width)):
+            if index == group:
+                histogram += counts
         from_top = np.cumsum(histogram[::-1])
         place = int(np.searchsorted(from_top, rank))
         rank -= int(from_top[place - 1]) if place else 0
         bits = bits << width | (len(histogram) - 1 - place)
         settled += width
-        if settled == length:
-            return float(np.array(bits, dtype=np.uint32 if length == 32 else np.uint64).view(dtype))
+    return float(np.array(bits, dtype=unsigned).view(dtype))
+
+
+def _digits(_group: int, entries: Array, *, settled: int, bits: int, width: int) -> NDArray[np.int64]:
+    """Count the next ``width`` bits of the entries whose first ``settled`` bits are ``bits``."""
+    length = 8 * entries.itemsize
+    pattern = entries.view(np.uint32 if length == 32 else np.uint64).astype(np.int64)
+    if settled:
+        pattern = pattern[pattern >> (length - settled) == bits]
+    return np.bincount((pattern >> (length - settled - width)) & ((1 << width) - 1), minlength=1 << width)

@@ -23,7 +23,7 @@ from pydantic import (
 from mergelab.errors import ConfigError, did_you_mean, listed
 
 # Arguments that the engine supplies; no parameter of a method can have these names.
-INJECTED = ("base", "experts", "site", "prepared")
+INJECTED = ("base", "experts", "vectors", "site", "prepared")
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,17 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def parameters_of(function: Callable[..., Any], skip: Sequence[str] = INJECTED) -> type[Parameters]:
+def parameters_of(
+    function: Callable[..., Any], skip: Sequence[str] = INJECTED, *, lambda_: float | None = None
+) -> type[Parameters]:
     """Make the parameter model of ``function`` from its signature, leaving out the parameters named in ``skip``.
 
-    An annotation that cannot be resolved or checked counts as "anything".
+    An annotation that cannot be resolved or checked counts as "anything". With ``lambda_`` there is a parameter of that
+    default in addition, which the engine applies and the function does not see.
     """
     fields: dict[str, Any] = {}
+    if lambda_ is not None:
+        fields["lambda_"] = (Lambda, Field(lambda_, alias=key_of("lambda_")))
     extra = False
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:

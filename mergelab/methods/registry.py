@@ -37,6 +37,8 @@ class MergeMethod:
             of state dicts.
         takes: names of the arguments that the engine supplies.
         needs_base: whether there must be a base model.
+        adds: the function answers a merged task vector, and the engine adds it to the base, times the parameter
+            ``lambda`` where there is one; otherwise the function answers the merged tensor.
         min_experts: fewest experts it merges.
         max_experts: most experts it merges; None for no limit.
         elementwise: an entry of the result depends on the same entry of the inputs alone (and on ``prepared``), so that
@@ -58,6 +60,7 @@ class MergeMethod:
     kind: Kind = "tensor"
     takes: frozenset[str] = frozenset()
     needs_base: bool = False
+    adds: bool = False
     min_experts: int = 1
     max_experts: int | None = None
     elementwise: bool = False
@@ -78,6 +81,7 @@ class MergeMethod:
 def merge_method(
     *,
     needs_base: bool = False,
+    lambda_: float | None = None,
     experts: tuple[int, int | None] = (1, None),
     elementwise: bool = False,
     prepare: Callable[..., Any] | None = None,
@@ -92,20 +96,29 @@ def merge_method(
     The function takes ``base`` and/or ``experts`` (tensors of one shape; parts of them, flattened and in float32 or
     float64, when ``elementwise``, else whole tensors in their stored dtypes), ``site`` and ``prepared`` if it names
     them, and its parameters by keyword. It answers a tensor of the inputs' shape in the dtype it computed in: the
-    engine rounds it once to the stored dtype. It must not write into its inputs. The arguments here are described at
-    `MergeMethod`.
+    engine rounds it once to the stored dtype. It must not write into its inputs.
+
+    A function that takes ``vectors``, the experts' task vectors τ_t = θ_t − θ0 in float32 or float64, answers the
+    merged task vector τ_m, and the engine answers θ0 + λ·τ_m, with λ the parameter ``lambda``, whose default is
+    ``lambda_`` (None: there is no such parameter, and λ is 1). It may write into the vectors. So in a session that
+    keeps τ_m, a change of λ alone costs one scaled addition.
+
+    The other arguments here are described at `MergeMethod`.
     """
 
     def declare(function: F) -> F:
         names = set(inspect.signature(function).parameters)
-        if not names & {"base", "experts"}:
-            raise TypeError(f"{function.__name__} takes neither base nor experts")
+        if not names & {"base", "experts", "vectors"}:
+            raise TypeError(f"{function.__name__} takes neither base nor experts nor vectors")
+        if lambda_ is not None and "vectors" not in names:
+            raise TypeError(f"{function.__name__}: lambda_ is for functions that take vectors")
         function.merge_method = MergeMethod(  # type: ignore[attr-defined]
             name=function.__name__,
             function=function,
-            parameters=parameters_of(function),
+            parameters=parameters_of(function, lambda_=lambda_),
             takes=frozenset(names & set(INJECTED)),
-            needs_base=needs_base,
+            needs_base=needs_base or "vectors" in names,
+            adds="vectors" in names,
             min_experts=experts[0],
             max_experts=experts[1],
             elementwise=elementwise,

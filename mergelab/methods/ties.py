@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from mergelab.methods.blocks import working
 from mergelab.methods.consensus import (
     Consensus,
     Scope,
@@ -18,9 +17,9 @@ from mergelab.methods.consensus import (
     open_task_vectors,
     prepare_consensus,
 )
-from mergelab.methods.parameters import Density, Lambda, Site, Weights
+from mergelab.methods.parameters import Density, Site, Weights
 from mergelab.methods.registry import merge_method
-from mergelab.methods.task_vectors import Election, Reduce, disjoint_reduce, factors, resolve_zeros, task_vectors, trim
+from mergelab.methods.task_vectors import Election, Reduce, disjoint_reduce, factors, resolve_zeros, trim
 from mergelab.weights.align import AlignedModels
 
 
@@ -48,7 +47,7 @@ def ties_consensus(
 
 
 @merge_method(
-    needs_base=True,
+    lambda_=1.0,
     elementwise=True,
     prepare=ties_consensus,
     check=check_weights,
@@ -57,13 +56,11 @@ def ties_consensus(
     paper="Yadav et al. 2023, arXiv:2306.01708",
 )
 def ties(
-    base: Tensor,
-    experts: Sequence[Tensor],
+    vectors: Sequence[Tensor],
     *,
     site: Site,
     prepared: Mapping[str, Consensus],
     density: Density = 0.2,
-    lambda_: Lambda = 1.0,
     weights: Weights = None,
     scope: Scope = "model",
     election: Election = "mass",
@@ -84,12 +81,11 @@ def ties(
     are 1. ``scope="tensor"`` with ``weights_at="before"`` and ``zero_sign="positive"`` is mergekit's TIES.
 
     Args:
-        base: parameter of the pretrained model or a part of it, any float dtype.
-        experts: T tensors of the base's shape.
+        vectors: T task vectors, float32 or float64.
         site: whose ``name`` is looked up in ``prepared``.
         prepared: thresholds and tie sign by tensor name.
         density: fraction of entries kept.
-        lambda_: scale of the merged task vector.
+        lambda_: scale of the merged task vector; the engine applies it.
         weights: per expert, at least 0; default 1.
         scope: what the fraction is of: an expert's whole task vector, each tensor of it, or all experts' together.
         election: by total magnitude or by number of entries.
@@ -98,14 +94,13 @@ def ties(
         weights_at: whether weights count from the mean on, or multiply the task vectors before they vote.
 
     Returns:
-        Tensor of the base's shape, float32 (float64 for float64 inputs).
+        τ_m, of the vectors' shape and dtype.
 
     Raises:
         ConfigError: a weight is negative, or none is above 0.
     """
-    shares = factors(weights, len(experts))
+    shares = factors(weights, len(vectors))
     here = prepared[site.name]
-    vectors = zip(task_vectors(base, experts), here.thresholds, strict=True)
-    trimmed = [trim(vector, threshold) for vector, threshold in vectors]
+    trimmed = [trim(vector, threshold) for vector, threshold in zip(vectors, here.thresholds, strict=True)]
     signs = resolve_zeros(elected(trimmed, election_factors(shares, weights_at), election), here.tie_sign)
-    return working(base) + lambda_ * disjoint_reduce(trimmed, signs, shares, reduce)
+    return disjoint_reduce(trimmed, signs, shares, reduce)

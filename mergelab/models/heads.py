@@ -67,6 +67,10 @@ class ReorderedSource:
         """Answer the dtype of ``key``."""
         return self.source.dtype(key)
 
+    def prefetch(self, key: str) -> None:
+        """Let the data of ``key`` be fetched in the background."""
+        self.source.prefetch(key)
+
     def get(self, key: str) -> Tensor:
         """Read ``key``."""
         return read_head(self.source, [key], self.order).tensors[key] if key in self.names else self.source.get(key)

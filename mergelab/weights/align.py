@@ -66,6 +66,10 @@ class RenamedSource:
         """Read ``key``."""
         return self.source.get(self._at(key))
 
+    def prefetch(self, key: str) -> None:
+        """Let the data of ``key`` be fetched in the background."""
+        self.source.prefetch(self._at(key))
+
     def aliases(self) -> dict[str, str]:
         """Answer the further names of tied tensors."""
         ties = self.source.aliases()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -62,6 +63,8 @@ class _WeightFile(Protocol):
 
     def get(self, key: str) -> Tensor: ...
 
+    def prefetch(self, key: str) -> None: ...
+
 
 class Checkpoint:
     """A `TensorSource` over the weight files of one folder; made by `open_checkpoint`.
@@ -99,9 +102,18 @@ class Checkpoint:
         return self._info(key).dtype
 
     def get(self, key: str) -> Tensor:
-        """Read ``key``; a view of the mapped file, which must not be written to."""
+        """Read ``key``; a view of the mapped file, which must not be written to.
+
+        Raises:
+            ModelError: the file has been changed, cut or replaced since it was opened.
+        """
         info = self._info(key)
         return self._home[info.name].get(info.name)
+
+    def prefetch(self, key: str) -> None:
+        """Ask the system to read the data of ``key`` ahead; it returns at once."""
+        info = self._info(key)
+        self._home[info.name].prefetch(info.name)
 
     def aliases(self) -> dict[str, str]:
         """Answer the further names of tied tensors, as far as the files tell."""
@@ -201,6 +213,8 @@ class _SafetensorsFile:
             # Private, so that a stray write cannot reach the file; without reserve, so that it may exceed the memory.
             flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
             self._data = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            self._stamp = _stamp(os.fstat(file.fileno()))
+        self._path, self._name = path, name
         header.pop("__metadata__", None)
         self.infos: dict[str, TensorInfo] = {}
         self._offsets: dict[str, int] = {}
@@ -214,11 +228,35 @@ class _SafetensorsFile:
         self.ties = {alias: key for alias, key in metadata.items() if key in self.infos and alias not in self.infos}
 
     def get(self, key: str) -> Tensor:
+        self._check_unchanged()
         _, shape, dtype = self.infos[key]
         count = math.prod(shape)
         if count == 0:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self._data, dtype=dtype, count=count, offset=self._offsets[key]).view(shape)
+
+    def prefetch(self, key: str) -> None:
+        _, shape, dtype = self.infos[key]
+        start = self._offsets[key] // mmap.PAGESIZE * mmap.PAGESIZE
+        length = self._offsets[key] + math.prod(shape) * dtype.itemsize - start
+        if hasattr(mmap, "MADV_WILLNEED") and length:
+            self._data.madvise(mmap.MADV_WILLNEED, start, length)
+
+    def _check_unchanged(self) -> None:
+        """Raise `ModelError` where the path no longer leads to the file as it was opened.
+
+        Entries of a file that grew shorter cannot be read at all: the system would end the process.
+        """
+        try:
+            stamp = _stamp(os.stat(self._path))
+        except FileNotFoundError:
+            raise ModelError(f"{self._name}: {self._path} vanished while it was being read") from None
+        if stamp != self._stamp:
+            raise ModelError(f"{self._name}: {self._path} was changed while it was being read; merge again")
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _checked_metadata(path: Path) -> dict[str, str]:
@@ -246,6 +284,9 @@ class _TorchFile:
 
     def get(self, key: str) -> Tensor:
         return self._tensors[key]
+
+    def prefetch(self, key: str) -> None:
+        """Do nothing: what is mapped is read by the system's own readahead."""
 
 
 def _load_without_code(path: Path, name: str) -> object:

@@ -41,6 +41,10 @@ class TensorSource(Protocol):
         """Answer the further names of tied tensors, each with the key that holds it; none of them is in ``keys``."""
         ...
 
+    def prefetch(self, key: str) -> None:
+        """Let the data of ``key`` be fetched in the background, as it will be read soon."""
+        ...
+
 
 class TensorInfo(NamedTuple):
     """A tensor's name, shape and dtype, known before its data is."""
@@ -80,6 +84,9 @@ class DictSource:
     def aliases(self) -> dict[str, str]:
         """Answer the further names of tied tensors."""
         return dict(self._ties)
+
+    def prefetch(self, key: str) -> None:
+        """Do nothing: it is in memory."""
 
     @cached_property
     def _ties(self) -> dict[str, str]:

@@ -265,3 +265,13 @@ def test_weights_of_the_models_count_or_are_an_error(name: str) -> None:
     else:
         with pytest.raises(ConfigError, match=f"method={name}: takes no weights"):
             merge(method, {}, models, weights=weights)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_chunks_that_several_threads_work_on_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = models_for(name)
+    whole = merged(name, models)
+    monkeypatch.setattr("mergelab.methods.engine.CHUNK", 7001)
+    monkeypatch.setattr("mergelab.methods.workers.CHUNK", 7001)
+    torch.set_num_threads(3)
+    assert_same_bits(whole, merged(name, models))
