@@ -41,6 +41,8 @@ def merge(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     block: int | None = None,
+    output: str | None = None,
+    examples: Any = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge ``models`` and answer the merged tensors one after the other.
 
@@ -57,6 +59,8 @@ def merge(
         device: where to compute; the merged tensors are on the CPU in any case.
         progress: called after each merged tensor with its number of entries.
         block: how many entries an elementwise method is given at once.
+        output: for which expert, by name, the merged model is, where the method makes one for each.
+        examples: what methods that need data learn from.
 
     Returns:
         Pairs of name and new tensor: ``models.names`` in their order, in the base's dtype (without a base, the first
@@ -73,6 +77,10 @@ def merge(
     names = tuple(expert.name for expert in models.experts)
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"models.experts: {listed(repeated)} stands for more than one expert; names must differ")
+    if method.several and output not in names:
+        raise ConfigError(f"method={method.name}: makes one model for each expert; say for which: {listed(names)}")
+    if method.needs and examples is None:
+        raise ConfigError(f"method={method.name}: learns from the experts' training examples, and there are none here")
     shares = resolve_weights(method, parameters, names, weights)
     arguments = parameters.arguments() | ({"weights": shares} if method.takes_weights else {})
     if method.check is not None:
@@ -86,6 +94,8 @@ def merge(
         reference=models.base if models.base is not None else models.experts[0],
         seed=seed,
         device=torch.device(device),
+        output=next((at for at, i in enumerate(order) if names[i] == output), 0),
+        examples=examples,
         block=block or (BLOCK if torch.device(device).type == "cpu" else ACCELERATOR_BLOCK),
     )
     return _stream(job, models, progress)
@@ -156,6 +166,8 @@ class _Job:
     seed: int
     device: torch.device
     block: int
+    output: int = 0
+    examples: Any = None
 
     @property
     def threads(self) -> int:
@@ -202,7 +214,9 @@ def _prepared(job: _Job, models: AlignedModels) -> _Job:
     if job.method.prepare is None:
         return job
     seen = replace(models, base=job.base, experts=job.experts)
-    prepared = _call_with(job.method.prepare, {**job.arguments, "models": seen, "seed": job.seed})
+    prepared = _call_with(
+        job.method.prepare, {**job.arguments, "models": seen, "seed": job.seed, "examples": job.examples}
+    )
     return replace(job, arguments={**job.arguments, "prepared": prepared})
 
 
@@ -273,6 +287,7 @@ def _call(job: _Job, site: Site, base: Tensor | None, experts: list[Tensor]) -> 
         "experts": experts,
         "site": site,
         "prepared": job.arguments.get("prepared"),
+        "output": job.output,
         "base_index": 0,
     }
     keywords = {name: supplied[name] for name in method.takes} | dict(job.arguments)
@@ -292,6 +307,7 @@ def merged_vector(job: _Job, site: Site, base: Tensor, experts: Sequence[Tensor]
         "experts": experts,
         "site": site,
         "prepared": job.arguments.get("prepared"),
+        "output": job.output,
     }
     keywords = {name: supplied[name] for name in job.method.takes}
     keywords |= {name: value for name, value in job.arguments.items() if name != "lambda_" or job.method.custom}

@@ -23,7 +23,7 @@ from pydantic import (
 from mergelab.errors import ConfigError, did_you_mean, listed
 
 # Arguments that the engine supplies; no parameter of a method can have these names.
-INJECTED = ("base", "experts", "vectors", "site", "prepared")
+INJECTED = ("base", "experts", "vectors", "site", "prepared", "output")
 
 
 @dataclass(frozen=True)

@@ -39,12 +39,15 @@ class MergeMethod:
         needs_base: whether there must be a base model.
         adds: the function answers a merged task vector, and the engine adds it to the base, times the parameter
             ``lambda`` where there is one; otherwise the function answers the merged tensor.
+        needs: what else there must be: "data" (the experts' training examples), "gradients" (of the experts' models).
+        several: it answers one merged model for each expert, for that expert's task; the function takes ``output``, the
+            expert's index, and is called once for each.
         min_experts: fewest experts it merges.
         max_experts: most experts it merges; None for no limit.
         elementwise: an entry of the result depends on the same entry of the inputs alone (and on ``prepared``), so that
             the engine may call the function with parts of a tensor, flattened.
-        prepare: called once with ``models`` and any parameters it names, before the first tensor; its result is the
-            function's ``prepared``.
+        prepare: called once with ``models``, ``seed`` and any parameters it names, before the first tensor; its result
+            is the function's ``prepared``. Where the method needs data it can name ``examples`` too.
         check: called with any parameters it names (``weights`` resolved) before a tensor is read; raises ConfigError.
         order_matters: permuting the experts may change the result; otherwise the engine sorts them by name, so that it
             cannot, not even in the last bit.
@@ -61,6 +64,8 @@ class MergeMethod:
     takes: frozenset[str] = frozenset()
     needs_base: bool = False
     adds: bool = False
+    needs: frozenset[str] = frozenset()
+    several: bool = False
     min_experts: int = 1
     max_experts: int | None = None
     elementwise: bool = False
@@ -81,6 +86,7 @@ class MergeMethod:
 def merge_method(
     *,
     needs_base: bool = False,
+    needs: Sequence[Literal["data", "gradients"]] = (),
     lambda_: float | None = None,
     experts: tuple[int, int | None] = (1, None),
     elementwise: bool = False,
@@ -119,6 +125,8 @@ def merge_method(
             takes=frozenset(names & set(INJECTED)),
             needs_base=needs_base or "vectors" in names,
             adds="vectors" in names,
+            needs=frozenset(needs),
+            several="output" in names,
             min_experts=experts[0],
             max_experts=experts[1],
             elementwise=elementwise,
