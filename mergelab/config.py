@@ -26,6 +26,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "mergelab"
 
 
+# What a pattern asks for, in words.
+PATTERNS = {
+    "device": "must be auto, cpu, cuda, cuda:<number> or mps",
+    "max_shard_size": "must be a number with kB, MB, GB or TB, such as 5GB",
+}
+
+
 class Schema(BaseModel):
     """A part of the configuration: frozen, no unknown keys, no silent conversion (``"0.3"`` is not a number)."""
 
@@ -104,6 +111,21 @@ class EvalConfig(Schema):
     cache: bool = True
 
 
+class SaveConfig(Schema):
+    """How a merged model is written."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?[kMGT]B$")] = "5GB"
+    tokenizer: str | None = None
+    """Whose tokenizer, generation config and chat template are copied: ``base``, or an expert's name."""
+
+    @property
+    def max_shard_bytes(self) -> int:
+        """``max_shard_size`` in bytes; 1 kB is 1000 of them."""
+        number, unit = self.max_shard_size[:-2], self.max_shard_size[-2]
+        return int(float(number) * 1000 ** ("kMGT".index(unit) + 1))
+
+
 class ExperimentConfig(Schema):
     """One experiment. ``method``, ``task`` and ``tracking`` are checked by the part of mergelab that owns each."""
 
@@ -111,6 +133,7 @@ class ExperimentConfig(Schema):
     method: dict[str, Any]
     task: dict[str, Any]
     eval: EvalConfig
+    save: SaveConfig
     tracking: dict[str, Any]
     source: Literal["auto", "hub", "mini"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
@@ -156,7 +179,7 @@ def _line(schema: type[BaseModel], where: str, problem: Any) -> str:
         "bool_type": "must be true or false",
         "string_type": "must be text",
         "finite_number": "must be a finite number",
-        "string_pattern_mismatch": "must match {pattern}",
+        "string_pattern_mismatch": PATTERNS.get(str(problem["loc"][-1]), "must match {pattern}"),
         "value_error": "{error}",
     }.get(kind, problem["msg"])
     return f"{path}={value!r}: {said.format(**context)}"

@@ -47,7 +47,7 @@ def warn(text: str) -> None:
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
     """Show a bar that the yielded function moves, ``advance("reading", 0.3)``; nothing where there is no terminal."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     shown = console(error=True)
     columns = (
@@ -55,11 +55,15 @@ def progress() -> Iterator[Progress]:
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bars:
         task = bars.add_task("", total=1.0)
 
         def advance(message: str, done: float) -> None:
+            if done < bars.tasks[task].completed:  # another step begins
+                bars.reset(task)
             bars.update(task, description=message, completed=done)
 
         yield advance

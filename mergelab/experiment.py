@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
     from torch import Tensor
 
+    from mergelab.calibration import Calibration
     from mergelab.measuring import Bench
     from mergelab.methods.registry import MergeMethod
     from mergelab.session import Session
@@ -49,7 +50,7 @@ class Plan:
     def source(self) -> Source:
         """Decide where models and data come from."""
         names = [task.name for task in self.tasks]
-        local = self.data_dir is not None or not self.config.evaluate
+        local = self.data_dir is not None or not (self.config.evaluate or self.method.needs)
         return _decide(self.config.source, self.config.models, names, data_is_local=local)
 
 
@@ -154,10 +155,15 @@ def check_output(output: str) -> None:
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise ConfigError(f"output={output}: {existing} is a file; a folder that does not exist yet is needed")
-    if existing == folder and any(folder.iterdir()):
+    if existing == folder and any(not _is_unfinished(path) for path in folder.iterdir()):
         raise ConfigError(f"output={output}: the folder is not empty; choose another one or remove it")
     if not os.access(existing, os.W_OK):
         raise ConfigError(f"output={output}: {existing} cannot be written to")
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Tell what an interrupted merge of several tasks' models left, from which it goes on."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
 
 
 def _execute(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: Progress) -> ExperimentResult | None:
@@ -170,9 +176,10 @@ def _execute(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: P
     if run.id:  # hashing the weights takes as long as reading them
         run.set_tags(recording.model_tags(located, session))
         run.log_dict(dict(plan.resolved), "config.yaml")
+    examples = _calibration(plan, session, progress)
     if not plan.config.evaluate:
-        backbone, seconds = _merge(plan, session, progress)
-        _keep(plan, session, backbone, run)
+        seconds = _merge_to_disk(plan, session, run, progress, examples)
+        run.set_tags(recording.calibration_tags(examples))
         run.log_metrics({"time/merge_s": seconds, "memory/peak_mb": peak_memory_mb()})
         return None
     bench = Bench(plan.config, session, _load_data(plan, located), progress)
@@ -183,7 +190,8 @@ def _execute(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: P
         bench.preflight(baselines)
     for baseline in baselines:
         recording.record_baseline(tracker, run.experiment, baseline, bench, source)
-    backbone, seconds = _merge(plan, session, progress)
+    backbone, seconds = _merge(plan, session, progress, examples)
+    run.set_tags(recording.calibration_tags(examples))
     merged = bench.merged(backbone, f"{plan.method.name} of {len(located.experts)}", baselines)
     merged = replace(merged, merge_seconds=seconds, peak_mb=peak_memory_mb())
     result = ExperimentResult(
@@ -210,21 +218,67 @@ def _load_data(plan: Plan, located: LocatedModels) -> dict[str, TaskData]:
     return loaded
 
 
-def _merge(plan: Plan, session: Session, progress: Progress) -> tuple[dict[str, Tensor], float]:
-    """Merge the backbone; answer its tensors and the seconds that took, reading included."""
-    from mergelab.methods.engine import merge
+def _calibration(plan: Plan, session: Session, progress: Progress) -> Calibration | None:
+    """Offer training examples to a method that learns from them."""
+    from mergelab.calibration import Calibration
 
+    if not plan.method.needs:
+        return None
+    return Calibration(session, plan.method.name, plan.data_dir, progress)
+
+
+def _merge(
+    plan: Plan, session: Session, progress: Progress, examples: Calibration | None
+) -> tuple[dict[str, Tensor], float]:
+    """Merge the backbone; answer its tensors and the seconds that took, reading included."""
     started = time.perf_counter()
-    total = max(len(session.aligned.names), 1)
-    merged = dict(session.passed_through)
-    weights = [expert.weight for expert in session.located.experts]
-    steps = merge(
-        plan.method, plan.parameters, session.aligned, weights=weights, seed=plan.config.seed, device=session.device
-    )
-    for count, (name, tensor) in enumerate(steps):
-        merged[name] = tensor
-        progress(f"merging with {plan.method.name}", min(count / total, 1.0))
+    merged = {**session.passed_through, **dict(_merging(plan, session, progress, examples=examples))}
     return merged, time.perf_counter() - started
+
+
+def _merge_to_disk(plan: Plan, session: Session, run: Run, progress: Progress, examples: Calibration | None) -> float:
+    """Merge into the output folder, tensor by tensor; answer the seconds that took."""
+    from mergelab.tracking.grid import MODEL
+
+    assert plan.config.output is not None
+    folder = Path(plan.config.output).expanduser()
+    started = time.perf_counter()
+    session.save_merging(
+        folder,
+        lambda missing: _merging(plan, session, progress, only=missing, examples=examples),
+        session.merge_key(plan.method, plan.parameters),
+    )
+    seconds = time.perf_counter() - started
+    if run.id and plan.tracking.log_model != "none":
+        run.log_artifacts(folder, MODEL)
+    return seconds
+
+
+def _merging(plan: Plan, session: Session, progress: Progress, **options: Any) -> Iterator[tuple[str, Tensor]]:
+    """Answer the merged tensors one by one, and show how far it is, in bytes of the merged model."""
+    from mergelab.methods.engine import merge
+    from mergelab.weights.shards import byte_size
+    from mergelab.weights.source import layout_of
+
+    aligned = session.aligned
+    sizes = {info.name: byte_size(info) for info in layout_of(aligned.base or aligned.experts[0], aligned.names)}
+    total = max(sum(sizes.values()), 1)
+    done = 0
+    weights = [expert.weight for expert in session.located.experts]
+    progress(f"merging with {plan.method.name}", 0.0)
+    for name, tensor in merge(
+        plan.method,
+        plan.parameters,
+        aligned,
+        weights=weights,
+        seed=plan.config.seed,
+        device=session.device,
+        dtype=session.save_dtype,
+        **options,
+    ):
+        done += sizes.get(name, 0)
+        progress(f"merging with {plan.method.name}, {done / 1e9:.2f} of {total / 1e9:.2f} GB", done / total)
+        yield name, tensor
 
 
 def _keep(plan: Plan, session: Session, backbone: Mapping[str, Tensor], run: Run) -> None:

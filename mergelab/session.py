@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +28,15 @@ from mergelab.tasks.measure import PredictionCache, prediction_key
 from mergelab.weights.align import AlignedModels, align, check_finite
 from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
 from mergelab.weights.module import load_into
-from mergelab.weights.source import TensorInfo
-from mergelab.weights.writer import save_folder
+from mergelab.weights.source import TensorInfo, layout_of
+from mergelab.weights.writer import writing_folder
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
+    from mergelab.methods.parameters import Parameters
+    from mergelab.methods.registry import MergeMethod
     from mergelab.models.source import LocatedExpert, LocatedModels
     from mergelab.tasks.data import TaskData
     from mergelab.tasks.evaluate import Encoded
@@ -174,27 +179,120 @@ class Session:
 
         Raises:
             ModelError: the folder is in use or cannot be written.
+            ConfigError: there is no such model to take the tokenizer from.
         """
-        if not self.heads:
-            self._save_one(backbone, folder, {})
-        elif self.config.models.head != "per_task" or len(self.tasks) == 1:
-            self._save_one({**backbone, **self.heads[self.tasks[0].name].tensors}, folder, label_config(self.tasks[0]))
-        else:
-            for task in self.tasks:
-                tensors = {**backbone, **self.heads[task.name].tensors}
-                self._save_one(tensors, folder / task.name, label_config(task))
+        layout = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in backbone.items()]
+        self._write(folder, layout, lambda missing: backbone.items(), None)
 
-    def _save_one(self, tensors: Mapping[str, Tensor], folder: Path, updates: dict[str, Any]) -> None:
-        like = tokenizer_folder(expert.folder for expert in self.located.experts) or self.located.experts[0].folder
-        save_folder(
-            tensors.items(),
-            folder,
-            like=like,
-            config_updates=updates,
-            aliases=self.aligned.aliases,
-            layout=[TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()],
-            inputs=self._folders(),
-        )
+    def save_merging(
+        self, folder: Path, merge: Callable[[frozenset[str]], Iterable[tuple[str, Tensor]]], key: str
+    ) -> None:
+        """Write a merged model as `save` does, tensor by tensor as it is merged.
+
+        Args:
+            folder: as for `save`.
+            merge: answers the merged tensors of these names.
+            key: names what is merged and how: what an interrupted call with the same key completed is not done again.
+        """
+        reference = self.aligned.base or self.aligned.experts[0]
+        dtype = self.save_dtype
+        layout = [
+            info._replace(dtype=dtype or info.dtype) if info.name in self.aligned.names else info
+            for info in layout_of(reference, [*self.aligned.names, *self.aligned.integers])
+        ]
+        own = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self.passed_through.items()]
+
+        def tensors(missing: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
+            yield from ((name, tensor) for name, tensor in self.passed_through.items() if name in missing)
+            yield from merge(missing - self.passed_through.keys())
+
+        self._write(folder, [*layout, *own], tensors, key)
+
+    def merge_key(self, method: MergeMethod, parameters: Parameters) -> str:
+        """Name all that the merged model's content depends on; a model's weights by its files' times of change."""
+        from importlib.metadata import version
+
+        config = self.config
+        stamps = {
+            name: [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files]
+            for name, checkpoint in self._checkpoints.items()
+        }
+        parts = {
+            "version": version("mergelab"),
+            "method": [method.name, parameters.by_key()],
+            "models": [config.models.model_dump(), stamps],
+            "tasks": [task.name for task in self.tasks],
+            "save": config.save.model_dump(),
+            "seed": config.seed,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def save_dtype(self) -> torch.dtype | None:
+        """The dtype that merged tensors are rounded to when they are saved; None for the stored one."""
+        import torch
+
+        name = self.config.save.dtype
+        return None if name is None else getattr(torch, name)
+
+    def _write(
+        self,
+        folder: Path,
+        layout: Sequence[TensorInfo],
+        tensors: Callable[[frozenset[str]], Iterable[tuple[str, Tensor]]],
+        key: str | None,
+    ) -> None:
+        """Write one folder, or one for each task's head, from one stream of the tensors that they share."""
+        shared = [info for info in layout if info.name not in self.head_names]
+        with ExitStack() as stack:
+            writers = []
+            for place, head, updates in self._model_folders(folder):
+                heads = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in head.items()]
+                writer = stack.enter_context(
+                    writing_folder(
+                        place,
+                        layout=[*shared, *heads],
+                        like=self._companions(),
+                        config_updates=updates,
+                        dtype=self.save_dtype,
+                        max_shard_bytes=self.config.save.max_shard_bytes,
+                        aliases=self.aligned.aliases,
+                        inputs=self._folders(),
+                        key=key,
+                    )
+                )
+                for name in head.keys() & writer.missing:
+                    writer.write(name, head[name])
+                writers.append(writer)
+            missing = frozenset().union(*(writer.missing for writer in writers))
+            for name, tensor in tensors(missing):
+                for writer in writers:
+                    if name in writer.missing:
+                        writer.write(name, tensor)
+                del tensor  # let it go before the next one is made
+
+    def _model_folders(self, folder: Path) -> list[tuple[Path, Mapping[str, Tensor], dict[str, Any]]]:
+        """Answer the folders to write, each with its head and what its configuration says of the labels."""
+        if not self.heads:
+            return [(folder, {}, {})]
+        if self.config.models.head != "per_task" or len(self.tasks) == 1:
+            return [(folder, self.heads[self.tasks[0].name].tensors, label_config(self.tasks[0]))]
+        return [(folder / task.name, self.heads[task.name].tensors, label_config(task)) for task in self.tasks]
+
+    def _companions(self) -> Path:
+        """Find the folder whose config, tokenizer, generation config and chat template are copied."""
+        if (chosen := self.config.save.tokenizer) is None:
+            folders = [expert.folder for expert in self.located.experts]
+            return tokenizer_folder(folders) or folders[0]
+        folders_by_name = {expert.name: expert.folder for expert in self.located.experts}
+        if self.located.base is not None:
+            folders_by_name["base"] = self.located.base.folder
+        if chosen not in folders_by_name:
+            raise ConfigError(
+                f"save.tokenizer={chosen}: must be base or an expert{did_you_mean(chosen, folders_by_name)} "
+                f"(there are {listed(folders_by_name)})"
+            )
+        return folders_by_name[chosen]
 
     # ------------------------------------------------------------------------------------------------------ measuring
 
@@ -242,7 +340,7 @@ class Session:
         """
         from mergelab.tasks.evaluate import encode, max_input_length, predict
 
-        name = self._key(data, key) if key is not None and self.config.eval.cache else None
+        name = self.data_key(data, key) if key is not None and self.config.eval.cache else None
         if name is not None and (kept := self.cache.get(name)) is not None:
             return Prediction(*kept, cached=True)
         module = self.module(head.outputs)
@@ -264,7 +362,8 @@ class Session:
             self.cache.put(name, logits, seconds)
         return Prediction(logits, seconds, cached=False)
 
-    def _key(self, data: TaskData, content: Sequence[str]) -> str:
+    def data_key(self, data: TaskData, content: Sequence[str]) -> str:
+        """Name all that what a model of this content makes of these examples depends on."""
         from importlib.metadata import version
 
         folder = tokenizer_folder(self._folders())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -41,6 +41,8 @@ def merge(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     block: int | None = None,
+    dtype: torch.dtype | None = None,
+    only: Collection[str] | None = None,
     output: str | None = None,
     examples: Any = None,
 ) -> Iterator[tuple[str, Tensor]]:
@@ -59,12 +61,14 @@ def merge(
         device: where to compute; the merged tensors are on the CPU in any case.
         progress: called after each merged tensor with its number of entries.
         block: how many entries an elementwise method is given at once.
+        dtype: of the merged tensors; default: the stored one.
+        only: names of the tensors to answer; what a method learns from the whole of the models stays the same.
         output: for which expert, by name, the merged model is, where the method makes one for each.
         examples: what methods that need data learn from.
 
     Returns:
-        Pairs of name and new tensor: ``models.names`` in their order, in the base's dtype (without a base, the first
-        expert's); then copies of ``models.integers``; then ``models.aliases``, each with the tensor that it names.
+        Pairs of name and new tensor: ``models.names`` in their order, in ``dtype`` or the base's (without a base, the
+        first expert's); then copies of ``models.integers``; then ``models.aliases``, each with the tensor it names.
 
     Raises:
         ConfigError: no base where one is needed, too few or many experts, parameters or weights that do not fit, two
@@ -84,7 +88,7 @@ def merge(
     shares = resolve_weights(method, parameters, names, weights)
     arguments = parameters.arguments() | ({"weights": shares} if method.takes_weights else {})
     if method.check is not None:
-        _call_with(method.check, arguments)
+        _call_with(method.check, {**arguments, "models": models})
     order = range(len(names)) if method.order_matters else sorted(range(len(names)), key=names.__getitem__)
     job = _Job(
         method=method,
@@ -93,12 +97,13 @@ def merge(
         experts=tuple(_Checked(models.experts[i]) for i in order),
         reference=models.base if models.base is not None else models.experts[0],
         seed=seed,
+        dtype=dtype,
         device=torch.device(device),
         output=next((at for at, i in enumerate(order) if names[i] == output), 0),
         examples=examples,
         block=block or (BLOCK if torch.device(device).type == "cpu" else ACCELERATOR_BLOCK),
     )
-    return _stream(job, models, progress)
+    return _stream(job, models, progress, None if only is None else frozenset(only))
 
 
 def merge_to_dict(
@@ -110,9 +115,21 @@ def merge_to_dict(
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    output: str | None = None,
 ) -> dict[str, Tensor]:
     """Merge as `merge` does, and answer all tensors in the order of the base's (without one, the first expert's)."""
-    merged = dict(merge(method, parameters, models, weights=weights, seed=seed, device=device, progress=progress))
+    merged = dict(
+        merge(
+            method,
+            parameters,
+            models,
+            weights=weights,
+            seed=seed,
+            device=device,
+            progress=progress,
+            output=output,
+        )
+    )
     reference = models.base if models.base is not None else models.experts[0]
     ordered = [name for name in (*reference.keys(), *reference.aliases()) if name in merged]
     return {name: merged[name] for name in dict.fromkeys([*ordered, *merged])}
@@ -164,6 +181,7 @@ class _Job:
     experts: tuple[_Checked, ...]
     reference: TensorSource
     seed: int
+    dtype: torch.dtype | None
     device: torch.device
     block: int
     output: int = 0
@@ -179,6 +197,10 @@ class _Job:
             name, tuple(expert.name for expert in self.experts), tuple(self.reference.shape(name)), 0, self.seed
         )
 
+    def empty(self, name: str) -> Tensor:
+        """Make room for a merged tensor."""
+        return torch.empty(tuple(self.reference.shape(name)), dtype=self.dtype or self.reference.dtype(name))
+
     def open(self, name: str) -> tuple[Tensor | None, list[Tensor]]:
         """Read a tensor of the base, where the method wants it, and of the experts."""
         wants_base = self.method.adds or self.method.takes & {"base", "base_index"}
@@ -191,20 +213,30 @@ class _Job:
                 source.prefetch(name)
 
 
-def _stream(job: _Job, models: AlignedModels, progress: Progress | None) -> Iterator[tuple[str, Tensor]]:
-    merged = _merge_models if job.method.kind == "model" else _merge_tensors
-    named = set(models.aliases.values())
+def _stream(
+    job: _Job, models: AlignedModels, progress: Progress | None, only: frozenset[str] | None
+) -> Iterator[tuple[str, Tensor]]:
+    aliases = {alias: name for alias, name in models.aliases.items() if only is None or alias in only}
+    named = set(aliases.values())
+    wanted = {*models.names, *models.integers} if only is None else only | named
+    names = [name for name in models.names if name in wanted]
+    merged: Iterable[tuple[str, Tensor]] = ()
+    if names and job.method.kind == "model":  # whole models go in, whatever is wanted of what comes out
+        merged = ((name, tensor) for name, tensor in _merge_models(job, models.names) if name in wanted)
+    elif names:
+        merged = _merge_tensors(_prepared(job, models), names)
     held: dict[str, Tensor] = {}
-    for name, tensor in merged(_prepared(job, models), models.names):
+    for name, tensor in merged:
         if name in named:
             held[name] = tensor
         yield name, tensor
         if progress is not None:
             progress(tensor.numel())
     for name in models.integers:
-        held[name] = job.reference.get(name).clone()
-        yield name, held[name]
-    for alias, name in models.aliases.items():
+        if name in wanted:
+            held[name] = job.reference.get(name).clone()
+            yield name, held[name]
+    for alias, name in aliases.items():
         yield alias, held[name]
 
 
@@ -226,7 +258,7 @@ def _merge_tensors(job: _Job, names: Sequence[str]) -> Iterator[tuple[str, Tenso
         waiting: deque[tuple[str, Tensor, list[Future[None]]]] = deque()
         ahead = 0
         for name in names:
-            merged = torch.empty(tuple(job.reference.shape(name)), dtype=job.reference.dtype(name))
+            merged = job.empty(name)
             if workers is None:
                 for chunk in _chunks(job, merged):
                     _merge_chunk(job, name, merged, chunk)
@@ -372,7 +404,7 @@ def _merge_models(job: _Job, names: Sequence[str]) -> Iterator[tuple[str, Tensor
     if extra := [str(name) for name in result if name not in names]:
         raise ConfigError(f"{label}: its result has {listed(extra)} in addition")
     for name in names:
-        like = torch.empty(tuple(job.reference.shape(name)), dtype=job.reference.dtype(name))
+        like = job.empty(name)
         yield name, like.copy_(_rounded(job, name, result[name], like))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -10,14 +11,15 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergelab.errors import ModelError, listed
-from mergelab.weights.agreement import described
-from mergelab.weights.checkpoint import CONFIG, SAFETENSORS_DTYPES
+from mergelab.config import cache_dir
+from mergelab.errors import ModelError
+from mergelab.weights.checkpoint import CONFIG
+from mergelab.weights.shards import WeightFiles, as_stored, byte_size, write_json
 from mergelab.weights.source import DictSource, TensorInfo
 
 # What a model needs beside config and weights; training leftovers, code and other formats of the weights stay behind.
@@ -40,8 +42,7 @@ COMPANIONS = (
     "processor_config.json",
 )
 MAX_SHARD_BYTES = 5_000_000_000
-_BLOCK = 1 << 24  # entries that are converted at a time: a tensor's converted copy is never whole in memory
-_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_KEY = "mergelab.key"  # what an unfinished folder was made for
 
 
 def save_folder(
@@ -78,175 +79,169 @@ def save_folder(
         ModelError: the target is in use, is an input or cannot be written; ``like`` has no config; the disk is full; or
             what arrives is not what ``layout`` says.
     """
-    folder, like = Path(folder), Path(like)
-    config = _read_config(like)
-    _check_target(folder, [like, *map(Path, inputs)])
-    ties = dict(aliases or {})
     if layout is None:
         held = dict(tensors)
-        ties = ties or DictSource("the tensors", held).aliases()
+        aliases = aliases or DictSource("the tensors", held).aliases()
         tensors, layout = held, [TensorInfo(k, tuple(t.shape), t.dtype) for k, t in held.items()]
-    announced = {info.name for info in layout}
-    ties = {alias: key for alias, key in ties.items() if key in announced}  # else the alias is all there is
-    stored = [_as_stored(info, dtype) for info in layout if info.name not in ties]
+    ties = dict(aliases or {})
     arriving = tensors.items() if isinstance(tensors, Mapping) else tensors
-    shards = _shards(stored, max_shard_bytes)
-    with _folder_in_making(folder, sum(map(_size, stored))) as making:
-        files = _Files(folder, making, shards, ties)
-        try:
-            for name, tensor in arriving:
-                if name not in ties:
-                    files.write(name, tensor)
-                del tensor  # let it go before the next one is made
-            files.finish()
-        finally:
-            files.close()
-        with _told(folder):
-            _copy_companions(like, making)
-            _write_json(making / CONFIG, _config_for(config, stored, config_updates, dtype))
+    with writing_folder(
+        folder,
+        layout=layout,
+        like=like,
+        config_updates=config_updates,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        aliases=ties,
+        inputs=inputs,
+    ) as writer:
+        for name, tensor in arriving:
+            if name not in writer.ties:
+                writer.write(name, tensor)
+            del tensor  # let it go before the next one is made
+
+
+class FolderWriter:
+    """A model folder in the making; see `writing_folder`.
+
+    Attributes:
+        ties: further names of tensors; nothing is written under them.
+    """
+
+    def __init__(self, target: Path, files: WeightFiles, ties: Mapping[str, str]) -> None:
+        self._target, self._files, self.ties = target, files, ties
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """The names of the tensors that are still to be written: not those that an interrupted merge left complete."""
+        return self._files.missing
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor that was announced."""
+        with _told(self._target):
+            self._files.write(name, tensor)
 
 
 @contextmanager
-def _folder_in_making(folder: Path, size: int) -> Iterator[Path]:
-    """Give a hidden sibling folder that becomes ``folder`` at the end, or is gone."""
-    making = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}.partial"
+def writing_folder(
+    folder: Path | str,
+    *,
+    layout: Sequence[TensorInfo],
+    like: Path | str,
+    config_updates: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    aliases: Mapping[str, str] | None = None,
+    inputs: Sequence[Path | str] = (),
+    key: str | None = None,
+) -> Iterator[FolderWriter]:
+    """Open a model folder for writing, as `save_folder` describes; it is there when the block ends without an error.
+
+    Args:
+        folder, layout, like, config_updates, dtype, max_shard_bytes, aliases, inputs: as for `save_folder`.
+        key: names everything that the content depends on. With a key, weight files that are complete when the block
+            is left by an error, or the process killed, stay in ``.<name>.partial`` beside the folder, and are not
+            written again by the next attempt of the same key; another key's remains are removed.
+
+    Raises:
+        ModelError: as for `save_folder`; with a key, also when another process is writing the folder.
+    """
+    folder, like = Path(folder), Path(like)
+    config = _read_config(like)
+    _check_target(folder, [like, *map(Path, inputs)])
+    announced = {info.name for info in layout}
+    ties = {alias: key for alias, key in (aliases or {}).items() if key in announced}  # else the alias is all there is
+    stored = [as_stored(info, dtype) for info in layout if info.name not in ties]
+    with _folder_in_making(folder, sum(map(byte_size, stored)), key) as making:
+        files = WeightFiles(making, stored, max_shard_bytes, ties)
+        try:
+            yield FolderWriter(folder, files, ties)
+            with _told(folder):
+                files.finish()
+                _copy_companions(like, making)
+                write_json(making / CONFIG, _config_for(config, stored, config_updates, dtype))
+        finally:
+            files.close()
+
+
+@contextmanager
+def _folder_in_making(folder: Path, size: int, key: str | None) -> Iterator[Path]:
+    """Give a hidden sibling folder that becomes ``folder`` at the end; else it is gone, or kept for the same key."""
     with _told(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(folder.parent).free) < size:
-            raise ModelError(f"{folder}: needs {_bytes(size)} of disk space, but only {_bytes(free)} are free")
-        making.mkdir()
-    try:
-        yield making
+    if key is None:
+        making = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}.partial"
         with _told(folder):
-            os.rename(making, folder)  # takes the place of an empty folder, fails on any other
-    except BaseException:
-        shutil.rmtree(making, ignore_errors=True)
-        raise
+            _check_room(folder, size)
+            making.mkdir()
+        try:
+            yield making
+            with _told(folder):
+                os.rename(making, folder)  # takes the place of an empty folder, fails on any other
+        except BaseException:
+            shutil.rmtree(making, ignore_errors=True)
+            raise
+        return
+    making = folder.parent / f".{folder.name}.partial"
+    with _only_writer(folder):
+        with _told(folder):
+            _keep_only(making, key)
+            _check_room(folder, size - sum(file.stat().st_size for file in making.iterdir()))
+        try:
+            yield making
+            with _told(folder):
+                (making / _KEY).unlink()
+                os.rename(making, folder)
+        except BaseException as error:
+            kept = _complete_files(making)
+            if not kept:
+                shutil.rmtree(making, ignore_errors=True)
+            elif isinstance(error, ModelError):
+                raise ModelError(f"{error}; the {kept} complete files stay in {making} for the next attempt") from error
+            raise
 
 
-class _Files:
-    """The weight files in the making: data where each tensor belongs as it arrives, headers when all of it is there."""
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Hold a lock on writing ``folder``; the system lets go of it when the process ends, however it does."""
+    from filelock import FileLock, Timeout
 
-    def __init__(
-        self, target: Path, making: Path, shards: Sequence[Sequence[TensorInfo]], ties: Mapping[str, str]
-    ) -> None:
-        self._target = target
-        self._making = making
-        self._shards = {_file_name(i, len(shards)): shard for i, shard in enumerate(shards)}
-        self._headers = {file: _header(shard, ties) for file, shard in self._shards.items()}
-        self._waiting = {
-            info.name: (file, offset, info)
-            for file, shard in self._shards.items()
-            for info, offset in zip(shard, _offsets(shard, start=len(self._headers[file])), strict=True)
-        }
-        self._handles: dict[str, int] = {}
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor that was announced and has not been written yet."""
-        if name not in self._waiting:
-            raise ModelError(f"{name} is written twice, or was not announced")
-        file, offset, info = self._waiting.pop(name)
-        with _told(self._target):
-            _write_tensor(self._handle(file), offset, info, tensor)
-
-    def finish(self) -> None:
-        """Write the headers, and the index when there are several files."""
-        if self._waiting:
-            raise ModelError(f"announced tensors did not arrive: {listed(self._waiting)}")
-        with _told(self._target):
-            for file, header in self._headers.items():
-                _write_at(self._handle(file), memoryview(header), 0)
-            if len(self._shards) > 1:
-                places = {info.name: file for file, shard in self._shards.items() for info in shard}
-                size = sum(_size(info) for shard in self._shards.values() for info in shard)
-                index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-                _write_json(self._making / "model.safetensors.index.json", index)
-
-    def close(self) -> None:
-        while self._handles:
-            os.close(self._handles.popitem()[1])
-
-    def _handle(self, file: str) -> int:
-        if file not in self._handles:
-            self._handles[file] = os.open(self._making / file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        return self._handles[file]
-
-
-def _shards(layout: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]]:
-    """Divide the tensors, in order, into files of at most ``limit`` bytes; a larger tensor has a file of its own.
-
-    Within a file wider dtypes come first, so that every tensor lies at a multiple of its entries' size.
-    """
-    shards: list[list[TensorInfo]] = [[]]
-    filled = 0
-    for info in layout:
-        if shards[-1] and filled + _size(info) > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(info)
-        filled += _size(info)
-    return [sorted(shard, key=lambda info: -info.dtype.itemsize) for shard in shards]
-
-
-def _file_name(i: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-
-
-def _offsets(shard: Sequence[TensorInfo], start: int) -> list[int]:
-    offsets = [start]
-    for info in shard:
-        offsets.append(offsets[-1] + _size(info))
-    return offsets[:-1]
-
-
-def _header(shard: Sequence[TensorInfo], aliases: Mapping[str, str]) -> bytes:
-    """Build a safetensors header: its length in 8 bytes, then JSON padded with spaces to a multiple of 8."""
-    names = {info.name for info in shard}
-    tied = {alias: name for alias, name in aliases.items() if name in names}
-    content: dict[str, Any] = {"__metadata__": {"format": "pt", **tied}}
-    for info, offset in zip(shard, _offsets(shard, start=0), strict=True):
-        content[info.name] = {
-            "dtype": _NAMES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [offset, offset + _size(info)],
-        }
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _write_tensor(handle: int, offset: int, wanted: TensorInfo, tensor: Tensor) -> None:
-    """Write a tensor's entries at their place, converted block by block where the stored dtype is another."""
-    kinds = (tensor.dtype.is_floating_point, wanted.dtype.is_floating_point)
-    if tuple(tensor.shape) != wanted.shape or (tensor.dtype != wanted.dtype and kinds != (True, True)):
+    place = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:32]
+    locks = cache_dir() / "locks"
+    with _told(folder):
+        locks.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(locks / f"{place}.lock", timeout=0):
+            yield
+    except Timeout:
         raise ModelError(
-            f"{wanted.name} was announced as {described(wanted.shape, wanted.dtype)} "
-            f"but is {described(tensor.shape, tensor.dtype)}"
-        )
-    for block in torch.split(tensor.detach().reshape(-1), _BLOCK):
-        content = memoryview(cast(Any, block.to("cpu", wanted.dtype).contiguous().view(torch.uint8).numpy()))
-        _write_at(handle, content, offset)
-        offset += len(content)
+            f"{folder}: another process is writing it; wait for that one or choose another folder"
+        ) from None
 
 
-def _write_at(handle: int, content: memoryview, offset: int) -> None:
-    while content:
-        written = os.pwrite(handle, content, offset)
-        content, offset = content[written:], offset + written
+def _keep_only(making: Path, key: str) -> None:
+    """Make the folder, or keep what is in it where it was made for the same key: complete files are known later."""
+    with suppress(OSError):
+        if (making / _KEY).read_text(encoding="utf-8") == key:
+            (making / CONFIG).unlink(missing_ok=True)  # it is what a killed process wrote last
+            return
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir()
+    (making / _KEY).write_text(key, encoding="utf-8")
 
 
-def _as_stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    chosen = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
-    if chosen not in _NAMES:
-        raise ModelError(f"{info.name}: {chosen} cannot be stored as safetensors")
-    return info._replace(dtype=chosen)
+def _complete_files(making: Path) -> int:
+    """Count weight files that begin with a header: its length is never 0."""
+    count = 0
+    for path in making.glob("*.safetensors"):
+        with path.open("rb") as file:
+            count += any(file.read(8))
+    return count
 
 
-def _size(info: TensorInfo) -> int:
-    entries = 1
-    for length in info.shape:
-        entries *= length
-    return entries * info.dtype.itemsize
+def _check_room(folder: Path, size: int) -> None:
+    if (free := shutil.disk_usage(folder.parent).free) < size:
+        raise ModelError(f"{folder}: needs {_bytes(size)} of disk space, but only {_bytes(free)} are free")
 
 
 def _read_config(like: Path) -> dict[str, Any]:
@@ -266,7 +261,7 @@ def _config_for(
     sizes: dict[torch.dtype, int] = {}
     for info in stored:
         if info.dtype.is_floating_point:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + _size(info)
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + byte_size(info)
     keys = [key for key in ("torch_dtype", "dtype") if key in config]
     if dtype is not None and not keys:
         keys = ["dtype"]
@@ -284,10 +279,6 @@ def _copy_companions(like: Path, folder: Path) -> None:
                 shutil.copytree(path, folder / path.name)
             elif path.is_file():
                 shutil.copyfile(path, folder / path.name)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_target(folder: Path, inputs: Sequence[Path]) -> None:
@@ -313,7 +304,7 @@ def _told(target: Path) -> Iterator[None]:
             free = 0
             with suppress(OSError):
                 free = shutil.disk_usage(target.parent).free
-            raise ModelError(f"{target}: the disk is full ({_bytes(free)} free); nothing was kept") from error
+            raise ModelError(f"{target}: the disk is full ({_bytes(free)} free)") from error
         raise ModelError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 

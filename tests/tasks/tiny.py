@@ -72,7 +72,10 @@ def byte_tokenizer() -> Any:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate([*letters, "<|endoftext|>"])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", model_max_length=96)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", model_max_length=96,
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
 
 
 def plain_logits(model: Any, tokenizer: Any, data: TaskData, max_length: int = 96) -> np.ndarray[Any, Any]:

@@ -1,0 +1,196 @@
+"""Safetensors files written tensor by tensor, in one file or in several with an index."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from mergelab.errors import ModelError, listed
+from mergelab.weights.agreement import described
+from mergelab.weights.checkpoint import SAFETENSORS_DTYPES
+from mergelab.weights.source import TensorInfo
+
+_BLOCK = 1 << 24  # entries that are converted at a time: a tensor's converted copy is never whole in memory
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+class WeightFiles:
+    """The weight files in the making: data where each tensor belongs as it arrives, a header when a file is complete.
+
+    A file without its header cannot be opened, so one that was cut short is known by that and begun anew.
+
+    Args:
+        folder: where they are made.
+        layout: the tensors to store, in order.
+        max_bytes: above this the tensors are divided into files.
+        ties: further names of stored tensors.
+
+    Raises:
+        OSError: from any method, as the system says it.
+    """
+
+    def __init__(self, folder: Path, layout: Sequence[TensorInfo], max_bytes: int, ties: Mapping[str, str]) -> None:
+        shards = _shards(layout, max_bytes)
+        self._folder = folder
+        self._shards = {_file_name(i, len(shards)): shard for i, shard in enumerate(shards)}
+        self._headers = {file: _header(shard, ties) for file, shard in self._shards.items()}
+        self.complete = [file for file in self._shards if self._is_complete(file)]
+        begun = {file: shard for file, shard in self._shards.items() if file not in self.complete}
+        self._waiting = {
+            info.name: (file, offset, info)
+            for file, shard in begun.items()
+            for info, offset in zip(shard, _offsets(shard, start=len(self._headers[file])), strict=True)
+        }
+        self._missing = {file: len(shard) for file, shard in begun.items()}
+        self._handles: dict[str, int] = {}
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """The names of the tensors that have not been written yet."""
+        return frozenset(self._waiting)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write a tensor that was announced and has not been written yet.
+
+        Raises:
+            ModelError: it is not waited for, or is not what was announced.
+        """
+        if name not in self._waiting:
+            raise ModelError(f"{name} is written twice, or was not announced")
+        file, offset, info = self._waiting.pop(name)
+        _write_tensor(self._handle(file), offset, info, tensor)
+        self._missing[file] -= 1
+        if not self._missing[file]:
+            self._complete(file)
+
+    def finish(self) -> None:
+        """Write the index when there are several files.
+
+        Raises:
+            ModelError: announced tensors were not written.
+        """
+        if self._waiting:
+            raise ModelError(f"announced tensors did not arrive: {listed(self._waiting)}")
+        for file in self._missing:  # only an empty model has a file that nothing is written to
+            if file not in self.complete:
+                self._complete(file)
+        if len(self._shards) > 1:
+            places = {info.name: file for file, shard in self._shards.items() for info in shard}
+            size = sum(byte_size(info) for shard in self._shards.values() for info in shard)
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+            write_json(self._folder / "model.safetensors.index.json", index)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        while self._handles:
+            os.close(self._handles.popitem()[1])
+
+    def _complete(self, file: str) -> None:
+        handle = self._handle(file)
+        if len(self._shards) > 1:  # a merge that goes on later relies on what is in this file
+            os.fsync(handle)
+        _write_at(handle, memoryview(self._headers[file]), 0)
+        os.close(self._handles.pop(file))
+        self.complete.append(file)
+
+    def _is_complete(self, file: str) -> bool:
+        path, header = self._folder / file, self._headers[file]
+        if not path.is_file() or path.stat().st_size != len(header) + sum(map(byte_size, self._shards[file])):
+            return False
+        with path.open("rb") as opened:
+            return opened.read(len(header)) == header
+
+    def _handle(self, file: str) -> int:
+        if file not in self._handles:
+            self._handles[file] = os.open(self._folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        return self._handles[file]
+
+
+def _shards(layout: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]]:
+    """Divide the tensors, in order, into files of at most ``limit`` bytes; a larger tensor has a file of its own.
+
+    Within a file wider dtypes come first, so that every tensor lies at a multiple of its entries' size.
+    """
+    shards: list[list[TensorInfo]] = [[]]
+    filled = 0
+    for info in layout:
+        if shards[-1] and filled + byte_size(info) > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(info)
+        filled += byte_size(info)
+    return [sorted(shard, key=lambda info: -info.dtype.itemsize) for shard in shards]
+
+
+def _file_name(i: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _offsets(shard: Sequence[TensorInfo], start: int) -> list[int]:
+    offsets = [start]
+    for info in shard:
+        offsets.append(offsets[-1] + byte_size(info))
+    return offsets[:-1]
+
+
+def _header(shard: Sequence[TensorInfo], aliases: Mapping[str, str]) -> bytes:
+    """Build a safetensors header: its length in 8 bytes, then JSON padded with spaces to a multiple of 8."""
+    names = {info.name for info in shard}
+    tied = {alias: name for alias, name in aliases.items() if name in names}
+    content: dict[str, Any] = {"__metadata__": {"format": "pt", **tied}}
+    for info, offset in zip(shard, _offsets(shard, start=0), strict=True):
+        content[info.name] = {
+            "dtype": _NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + byte_size(info)],
+        }
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(handle: int, offset: int, wanted: TensorInfo, tensor: Tensor) -> None:
+    """Write a tensor's entries at their place, converted block by block where the stored dtype is another."""
+    kinds = (tensor.dtype.is_floating_point, wanted.dtype.is_floating_point)
+    if tuple(tensor.shape) != wanted.shape or (tensor.dtype != wanted.dtype and kinds != (True, True)):
+        raise ModelError(
+            f"{wanted.name} was announced as {described(wanted.shape, wanted.dtype)} "
+            f"but is {described(tensor.shape, tensor.dtype)}"
+        )
+    for block in torch.split(tensor.detach().reshape(-1), _BLOCK):
+        content = memoryview(cast(Any, block.to("cpu", wanted.dtype).contiguous().view(torch.uint8).numpy()))
+        _write_at(handle, content, offset)
+        offset += len(content)
+
+
+def _write_at(handle: int, content: memoryview, offset: int) -> None:
+    while content:
+        written = os.pwrite(handle, content, offset)
+        content, offset = content[written:], offset + written
+
+
+def as_stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    """Answer what is stored of a tensor when floating-point ones are to be of ``dtype`` (None: as they are)."""
+    chosen = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
+    if chosen not in _NAMES:
+        raise ModelError(f"{info.name}: {chosen} cannot be stored as safetensors")
+    return info._replace(dtype=chosen)
+
+
+def byte_size(info: TensorInfo) -> int:
+    """Answer how many bytes a tensor's entries take."""
+    entries = 1
+    for length in info.shape:
+        entries *= length
+    return entries * info.dtype.itemsize
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object as transformers does."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,272 @@
+"""Merging without measuring: from folders to a folder, in shards, in another dtype, interrupted and resumed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mergelab.errors import ModelError
+from mergelab.weights.checkpoint import open_checkpoint
+from tests.conftest import Outcome
+
+Command = Callable[..., Outcome]
+
+
+def llama(folder: Path, seed: int, dtype: torch.dtype = torch.bfloat16, shard: str = "60KB") -> Path:
+    """Save a tiny Llama in shards, with a generation config and a chat template."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**size, num_key_value_heads=2, vocab_size=128, tie_word_embeddings=True))
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    (folder / "chat_template.jinja").write_text(f"template {seed}")
+    return folder
+
+
+@pytest.fixture
+def models(workplace: Path) -> list[str]:
+    for seed, name in enumerate(("base", "a", "b")):
+        llama(workplace / name, seed)
+    return ["models.base=./base", "models.experts=[./a,./b]", "evaluate=false", "tracking=none"]
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    source = open_checkpoint(folder)
+    return {key: source.get(key).clone() for key in source.keys()}  # noqa: SIM118
+
+
+def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
+    )
+
+
+def test_a_language_model_in_shards_becomes_one_in_shards_that_transformers_loads(
+    mergelab_command: Command, models: list[str], workplace: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    outcome = mergelab_command(*models, "method=task_arithmetic", "save.max_shard_size=60kB", "output=merged")
+    assert outcome.code == 0, outcome.err
+    assert len(list((workplace / "merged").glob("*.safetensors"))) > 3
+    assert (workplace / "merged" / "generation_config.json").is_file()
+    model = AutoModelForCausalLM.from_pretrained(workplace / "merged")
+    assert model.dtype == torch.bfloat16
+    base, a, b = (tensors(workplace / name) for name in ("base", "a", "b"))
+    name = "model.layers.1.mlp.up_proj.weight"
+    start, left, right = (each[name].double() for each in (base, a, b))
+    expected = start + 0.3 * ((left - start) + (right - start))
+    torch.testing.assert_close(model.state_dict()[name].double(), expected, rtol=2**-8, atol=0)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_another_dtype_is_rounded_once(mergelab_command: Command, models: list[str], workplace: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        assert mergelab_command(*models, "method=soup", f"save.dtype={dtype}", f"output={dtype}").code == 0
+    wide, narrow = tensors(workplace / "float32"), tensors(workplace / "bfloat16")
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert wide[name].dtype == torch.float32
+    assert not torch.equal(wide[name], wide[name].bfloat16().float())
+    assert same({key: value.bfloat16() for key, value in wide.items()}, narrow)
+
+
+def test_the_tokenizer_and_its_template_are_the_chosen_models(
+    mergelab_command: Command, models: list[str], workplace: Path
+) -> None:
+    assert mergelab_command(*models, "save.tokenizer=b", "output=merged").code == 0
+    assert (workplace / "merged" / "chat_template.jinja").read_text() == "template 2"
+    outcome = mergelab_command(*models, "save.tokenizer=c", "output=other")
+    assert outcome.code == 2
+    assert "save.tokenizer=c: must be base or an expert" in outcome.err
+    assert not (workplace / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("save.max_shard_size=5", "save.max_shard_size=5: must be text"),
+        ("save.max_shard_size=fiveGB", "must be a number with kB, MB, GB or TB, such as 5GB"),
+        ("save.dtype=int8", "save.dtype='int8': must be one of 'float32', 'bfloat16' or 'float16'"),
+        ("output=a", "output=a: the folder is not empty"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(mergelab_command: Command, models: list[str], setting: str, said: str) -> None:
+    outcome = mergelab_command(*models, "output=merged", setting)
+    assert outcome.code == 2
+    assert said in outcome.err
+
+
+def test_a_shard_that_lacks_a_tensor_of_the_index_is_named(
+    mergelab_command: Command, models: list[str], workplace: Path
+) -> None:
+    shard = min((workplace / "a").glob("model-*.safetensors"))
+    kept = load_file(shard)
+    lost = kept.popitem()[0]
+    save_file(kept, shard, metadata={"format": "pt"})
+    outcome = mergelab_command(*models, "output=merged")
+    assert outcome.code == 2
+    assert lost in outcome.err
+    assert not (workplace / "merged").exists()
+
+
+@pytest.mark.parametrize("change", ["cut", "replaced", "gone"])
+def test_an_input_that_changes_while_it_is_read_stops_the_merge(workplace: Path, change: str) -> None:
+    folder = llama(workplace / "model", 0, shard="10MB")
+    source = open_checkpoint(folder, "model")
+    file = folder / "model.safetensors"
+    source.get("model.norm.weight")
+    if change == "cut":
+        os.truncate(file, 1000)
+    elif change == "gone":
+        file.unlink()
+    else:
+        shutil.copy(llama(workplace / "other", 1, shard="10MB") / "model.safetensors", file)
+    with pytest.raises(ModelError, match="vanished while" if change == "gone" else "was changed while"):
+        source.get("model.norm.weight")
+
+
+FORKED = """
+import os, random, signal, sys, time
+import mergelab.experiment, mergelab.session, mergelab.methods.ties, mergelab.models.architecture, filelock
+from mergelab.__main__ import main
+from mergelab.weights import shards
+
+write = shards.WeightFiles.write
+def told(self, name, tensor):
+    os.write(there, b"x")
+    time.sleep(0.002)
+    write(self, name, tensor)
+shards.WeightFiles.write = told
+_, seed, times, *settings = sys.argv
+sys.argv = ["mergelab", *settings]
+generator = random.Random(int(seed))
+for attempt in range(int(times)):
+    here, there = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        main()
+        os._exit(0)
+    os.close(there)
+    for _ in range(generator.randint(1, 9)):  # tensors; there are 28, of which each attempt leaves some done
+        os.read(here, 1)  # nothing, once the process has ended
+    time.sleep(generator.uniform(0, 0.002))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(here)
+    print(*sorted(name for name in os.listdir(".") if "merged" in name), flush=True)
+    if os.path.exists("merged"):
+        os.rename("merged", f"whole-{attempt}")
+_, there = os.pipe()
+main()
+"""
+
+
+def test_a_merge_killed_at_random_moments_never_looks_finished_and_goes_on(
+    mergelab_command: Command, models: list[str], workplace: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    settings = [*models, "method=ties", "save.max_shard_size=10kB"]
+    assert mergelab_command(*settings, "output=reference").code == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", FORKED, "3", "10", *settings, "output=merged", "hydra.run.dir=run"]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.split()[0] == ".merged.partial"
+    reference = tensors(workplace / "reference")
+    for folder in (workplace / "merged", *workplace.glob("whole-*")):  # what loads is whole
+        assert same(tensors(folder), reference)
+    assert not list(workplace.glob(".merged*"))
+    AutoModelForCausalLM.from_pretrained(workplace / "merged")
+
+
+def partial_merge(workplace: Path, settings: list[str], files: int) -> Path:
+    """Stop a merge after it has completed some of its files, as a killed one leaves them."""
+    script = f"""
+import os, signal, sys
+from mergelab.weights import shards
+complete = shards.WeightFiles._complete
+def stop(self, file):
+    complete(self, file)
+    if len(self.complete) == {files}:
+        os.kill(os.getpid(), signal.SIGKILL)
+shards.WeightFiles._complete = stop
+from mergelab.__main__ import main
+main()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    ended = subprocess.run([sys.executable, "-c", script, *settings], env=environment, check=False, timeout=120)
+    assert ended.returncode == -signal.SIGKILL
+    (folder,) = workplace.glob(".merged.partial")
+    return folder
+
+
+def test_complete_files_are_not_written_again_unless_the_merge_is_another(
+    mergelab_command: Command, models: list[str], workplace: Path
+) -> None:
+    settings = [*models, "method=ties", "save.max_shard_size=60kB", "output=merged"]
+    assert mergelab_command(*settings[:-1], "output=reference").code == 0
+    folder = partial_merge(workplace, settings, 3)
+    with pytest.raises(ModelError):
+        open_checkpoint(folder)
+    first = min(folder.glob("*.safetensors"))
+    before = first.stat()
+    assert mergelab_command(*settings).code == 0
+    after = (workplace / "merged" / first.name).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert same(tensors(workplace / "merged"), tensors(workplace / "reference"))
+    shutil.rmtree(workplace / "merged")
+
+    first = min(partial_merge(workplace, settings, 3).glob("*.safetensors"))
+    before = first.stat()
+    assert mergelab_command(*settings, "method.density=0.9").code == 0
+    assert (workplace / "merged" / first.name).stat().st_mtime_ns != before.st_mtime_ns
+    assert mergelab_command(*settings[:-1], "method.density=0.9", "output=other").code == 0
+    assert same(tensors(workplace / "merged"), tensors(workplace / "other"))
+
+
+def test_two_merges_into_one_folder_are_not_mixed(
+    mergelab_command: Command, models: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mergelab.weights.writer import _only_writer
+
+    with _only_writer(Path("merged")):
+        outcome = mergelab_command(*models, "output=merged")
+    assert outcome.code == 2
+    assert "merged: another process is writing it" in outcome.err
+    assert mergelab_command(*models, "output=merged").code == 0
+
+
+def test_a_full_disk_keeps_the_complete_files_and_says_so(
+    mergelab_command: Command, models: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = os.pwrite
+    calls = iter(range(10**6))
+
+    def full(handle: int, content: object, offset: int) -> int:
+        if next(calls) > 30:
+            raise OSError(28, "No space left on device")
+        return written(handle, content, offset)  # type: ignore[arg-type]
+
+    settings = [*models, "method=ties", "save.max_shard_size=60kB", "output=merged"]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        outcome = mergelab_command(*settings)
+    assert outcome.code == 2
+    assert "merged: the disk is full" in outcome.err
+    assert "complete files stay in .merged.partial for the next attempt" in outcome.err
+    assert not (workplace / "merged").exists()
+    assert mergelab_command(*settings).code == 0
+    assert not (workplace / ".merged.partial").exists()
