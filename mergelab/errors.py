@@ -42,6 +42,10 @@ class TrackingError(MergelabError):
     """The tracking store cannot be used."""
 
 
+class MergeWarning(UserWarning):
+    """Something about a merge that its user should know; the command line prints the message."""
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Answer ``"; did you mean 'ties'?"`` for the option nearest to ``name``, or an empty string when none is near."""
     near = difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=0.6)

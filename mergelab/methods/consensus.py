@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from mergelab.errors import ConfigError, listed
 from mergelab.methods.blocks import blocks
 from mergelab.methods.order import Array, Open, kth_largest
+from mergelab.methods.ranked import kth_of, rank_vectors
 from mergelab.methods.task_vectors import Election, elect, scaled, task_vectors, trim
 from mergelab.methods.workers import chunks, in_order
 from mergelab.weights.align import AlignedModels
@@ -58,6 +59,7 @@ def prepare_consensus(
     election: Election,
     zero_sign: ZeroSign,
     weights_at: WeightsAt,
+    memo: dict[str, Any] | None = None,
 ) -> Mapping[str, Consensus]:
     """Find each tensor's trimming thresholds and the sign of its ties.
 
@@ -68,13 +70,14 @@ def prepare_consensus(
         density: fraction of entries to keep; None: no trimming.
         scope: what the fraction is of, and over what the majority is counted.
         election, zero_sign, weights_at: as for the method.
+        memo: keeps the vectors' sorted magnitudes for the next time, where the vectors will be the same.
 
     Returns:
         One `Consensus` for every name in ``models.names``.
     """
     assert models.base is not None
     sizes = {name: _entries(models.base.shape(name)) for name in models.names}
-    thresholds = find_thresholds(open_vectors, sizes, density, scope, models)
+    thresholds = find_thresholds(open_vectors, sizes, density, scope, models, memo)
     signs = dict.fromkeys(sizes, 1.0 if zero_sign == "positive" else 0.0)
     if zero_sign == "majority":
         votes = election_factors(weights, weights_at)
@@ -97,10 +100,12 @@ def find_thresholds(
     density: float | None,
     scope: Scope,
     models: AlignedModels,
+    memo: dict[str, Any] | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """Answer for each tensor the experts' thresholds: the k-th largest magnitudes, k = max(1, int(density · n)).
 
     n counts the entries of an expert's task vector over all tensors, those of one tensor, or those of all experts.
+    With ``memo``, which must be for vectors that stay the same, they are sorted once and any density is looked up.
     """
     count = len(models.experts)
     if density is None or density >= 1:
@@ -108,9 +113,26 @@ def find_thresholds(
     # Ranks are compared across tensors, so all magnitudes are in one dtype.
     double = any(s.dtype(n) == torch.float64 for s in (models.base, *models.experts) if s is not None for n in sizes)
     magnitudes = _magnitudes(open_vectors, torch.float64 if double else torch.float32)
+    if memo is not None:
+        return _looked_up(magnitudes, sizes, density, scope, count, memo)
     if scope == "tensor":
         return {name: kth_largest(magnitudes, {name: size}, density, count) for name, size in sizes.items()}
     return dict.fromkeys(sizes, kth_largest(magnitudes, sizes, density, count, pooled=scope == "pooled"))
+
+
+def _looked_up(
+    magnitudes: Open, sizes: Mapping[str, int], density: float, scope: Scope, count: int, memo: dict[str, Any]
+) -> dict[str, tuple[float, ...]]:
+    """Answer thresholds from sorted vectors, or, by tensor, from sorted parts of them."""
+    if scope == "tensor":
+        parts = memo.setdefault("ranked parts", {})
+        for name, size in sizes.items():
+            if name not in parts:
+                parts[name] = rank_vectors(magnitudes, {name: size}, count)
+        return {name: kth_of(parts[name], density) for name in sizes}
+    if "ranked" not in memo:
+        memo["ranked"] = rank_vectors(magnitudes, sizes, count)
+    return dict.fromkeys(sizes, kth_of(memo["ranked"], density, pooled=scope == "pooled"))
 
 
 def election_factors(weights: Sequence[float], weights_at: WeightsAt) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -15,12 +15,15 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    PrivateAttr,
     PydanticSchemaGenerationError,
     ValidationError,
     create_model,
 )
 
 from mergelab.errors import ConfigError, did_you_mean, listed
+from mergelab.methods import rules
+from mergelab.methods.rules import Varied
 
 # Arguments that the engine supplies; no parameter of a method can have these names.
 INJECTED = ("base", "experts", "vectors", "site", "prepared", "output")
@@ -79,14 +82,32 @@ class Parameters(BaseModel):
         protected_namespaces=(),
         arbitrary_types_allowed=True,
     )
+    _varied: Varied | None = PrivateAttr(None)
+    _method: str = PrivateAttr("")
 
     def arguments(self) -> dict[str, Any]:
         """Answer the values by the names that the function's signature uses (``lambda_``)."""
         return {name: getattr(self, name) for name in type(self).model_fields} | dict(self.model_extra or {})
 
     def by_key(self) -> dict[str, Any]:
-        """Answer the values by the names that configs use (``lambda``)."""
-        return {key_of(name): value for name, value in self.arguments().items()}
+        """Answer the values by the names that configs use (``lambda``), as they were given."""
+        values = {key_of(name): value for name, value in self.arguments().items()}
+        return values if self._varied is None else values | self._varied.by_key()
+
+    def by_tensor(self, names: Sequence[str]) -> list[tuple[Parameters, list[str]]]:
+        """Answer the parameters that hold for tensors, each with the names of those that they hold for.
+
+        Raises:
+            ConfigError: a rule fits none of ``names``, or a value between two of a list's is not allowed.
+        """
+        if self._varied is None:
+            return [(self, list(names))]
+        self._varied.check_names(names)
+        groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
+        for name, own in self._varied.at(names):
+            groups.setdefault(repr(own), (own, []))[1].append(name)
+        plain = {key_of(name): value for name, value in self.arguments().items()}
+        return [(validated(type(self), plain | own, self._method), tensors) for own, tensors in groups.values()]
 
 
 class OpenParameters(Parameters):
@@ -146,6 +167,63 @@ def _checkable(annotation: Any) -> Any:
     except (PydanticSchemaGenerationError, TypeError):
         return Any
     return annotation
+
+
+def parameters_from(model: type[Parameters], values: Mapping[str, Any], method: str) -> Parameters:
+    """Check ``values``, among them lists that run over the depth and ``rules`` by tensor name.
+
+    Raises:
+        ConfigError: one line with the key, the value and what is allowed.
+    """
+    plain = {str(name): value for name, value in values.items()}
+    numbers = {key_of(name) for name, field in model.model_fields.items() if _takes_numbers(field.annotation)}
+    stated = None if rules.KEY in model.model_fields else plain.pop(rules.KEY, None)
+    curves = {key: tuple(value) for key, value in plain.items() if key_of(key) in numbers and rules.is_curve(value)}
+    for key, curve in curves.items():
+        for number in curve:
+            validated(model, plain | {each: curves[each][0] for each in curves} | {key: number}, method)
+    checked = validated(model, plain | {key: curve[0] for key, curve in curves.items()}, method)
+    if curves or stated:
+        given = checked.by_key()
+        by_name = _checked_rules(model, stated or [], given, numbers, method)
+        checked._varied = rules.Varied({key_of(key): curve for key, curve in curves.items()}, by_name)
+        checked._method = method
+    return checked
+
+
+def _checked_rules(
+    model: type[Parameters], stated: Any, given: Mapping[str, Any], numbers: Collection[str], method: str
+) -> tuple[rules.Rule, ...]:
+    """Check rules by tensor name: each a mapping with ``match`` and the parameters that it sets."""
+    if isinstance(stated, str) or not isinstance(stated, Sequence):
+        raise ConfigError(f"method.rules={stated!r}: must be a list of {{match: PATTERN, PARAMETER: VALUE}}")
+    checked = []
+    for index, entry in enumerate(stated):
+        where = f"method.rules[{index}]"
+        if not isinstance(entry, Mapping) or not isinstance(entry.get(rules.MATCH), str):
+            raise ConfigError(f"{where}={entry!r}: must be {{match: PATTERN, PARAMETER: VALUE}}")
+        values = {key_of(str(key)): value for key, value in entry.items() if key != rules.MATCH}
+        if not values:
+            raise ConfigError(f"{where}: sets no parameter of {method}")
+        for key, value in values.items():
+            for each in value if key in numbers and rules.is_curve(value) else [value]:
+                try:
+                    validated(model, {**given, key: each}, method)
+                except ConfigError as error:
+                    raise ConfigError(str(error).replace("method.", f"{where}.", 1)) from None
+        own = {k: tuple(v) if k in numbers and rules.is_curve(v) else v for k, v in values.items()}
+        checked.append(rules.Rule(entry[rules.MATCH], own))
+    return tuple(checked)
+
+
+def _takes_numbers(annotation: Any) -> bool:
+    """Tell a parameter that is one number."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return not any(isinstance(mark, PlainValidator) for mark in arguments[1:]) and _takes_numbers(arguments[0])
+    if origin in (Union, types.UnionType):
+        return any(_takes_numbers(each) for each in arguments)
+    return annotation in (float, int)
 
 
 def validated(model: type[Parameters], values: Mapping[str, Any], method: str) -> Parameters:

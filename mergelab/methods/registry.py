@@ -18,10 +18,11 @@ from omegaconf import OmegaConf
 
 from mergelab.config import CONF_DIR
 from mergelab.errors import ConfigError, did_you_mean, listed
-from mergelab.methods.parameters import INJECTED, Parameters, is_number, parameters_of, validated
+from mergelab.methods.parameters import INJECTED, Parameters, is_number, parameters_from, parameters_of
+from mergelab.weights.align import AlignedModels
 
 F = TypeVar("F", bound=Callable[..., Any])
-Kind = Literal["tensor", "list", "model"]
+Kind = Literal["tensor", "list", "model", "models"]
 MISSING = "???"
 
 
@@ -34,12 +35,13 @@ class MergeMethod:
         function: what computes one tensor (or, for kind "model", a whole state dict).
         parameters: the pydantic model of its parameters.
         kind: "tensor": called with ``base`` and ``experts``; "list": with one list of tensors; "model": with one list
-            of state dicts.
+            of state dicts; "models": called once with ``models``, it answers a `Substitute`.
         takes: names of the arguments that the engine supplies.
         needs_base: whether there must be a base model.
         adds: the function answers a merged task vector, and the engine adds it to the base, times the parameter
             ``lambda`` where there is one; otherwise the function answers the merged tensor.
-        needs: what else there must be: "data" (the experts' training examples), "gradients" (of the experts' models).
+        needs: what else there must be: "data" (the experts' training examples), "gradients" (of the experts' models),
+            "selection" (scores on the examples that select).
         several: it answers one merged model for each expert, for that expert's task; the function takes ``output``, the
             expert's index, and is called once for each.
         min_experts: fewest experts it merges.
@@ -48,7 +50,8 @@ class MergeMethod:
             the engine may call the function with parts of a tensor, flattened.
         prepare: called once with ``models``, ``seed`` and any parameters it names, before the first tensor; its result
             is the function's ``prepared``. Where the method needs data it can name ``examples`` too.
-        check: called with any parameters it names (``weights`` resolved) before a tensor is read; raises ConfigError.
+        check: called with ``models`` and any parameters it names (``weights`` resolved) before a tensor is read; reads
+            none, and raises ConfigError.
         order_matters: permuting the experts may change the result; otherwise the engine sorts them by name, so that it
             cannot, not even in the last bit.
         identical_at: parameters with which T identical experts give that expert; None where there are none.
@@ -83,10 +86,25 @@ class MergeMethod:
         return "weights" in self.parameters.model_fields
 
 
+@dataclass(frozen=True)
+class Substitute:
+    """What is merged in the place of the models that a method of kind "models" was given, and how.
+
+    Attributes:
+        method: another method.
+        parameters: its parameters.
+        models: as many experts as were given, in their order.
+    """
+
+    method: MergeMethod
+    parameters: Parameters
+    models: AlignedModels
+
+
 def merge_method(
     *,
     needs_base: bool = False,
-    needs: Sequence[Literal["data", "gradients"]] = (),
+    needs: Sequence[Literal["data", "gradients", "selection"]] = (),
     lambda_: float | None = None,
     experts: tuple[int, int | None] = (1, None),
     elementwise: bool = False,
@@ -109,19 +127,26 @@ def merge_method(
     ``lambda_`` (None: there is no such parameter, and λ is 1). It may write into the vectors. So in a session that
     keeps τ_m, a change of λ alone costs one scaled addition.
 
+    A function that takes ``models`` (and ``seed``) works on all of them before another method merges: it answers a
+    `Substitute`, once, before the first tensor.
+
     The other arguments here are described at `MergeMethod`.
     """
 
     def declare(function: F) -> F:
         names = set(inspect.signature(function).parameters)
-        if not names & {"base", "experts", "vectors"}:
-            raise TypeError(f"{function.__name__} takes neither base nor experts nor vectors")
+        if not names & {"base", "experts", "vectors", "models"}:
+            raise TypeError(f"{function.__name__} takes neither base nor experts nor vectors nor models")
+        whole = "models" in names
         if lambda_ is not None and "vectors" not in names:
             raise TypeError(f"{function.__name__}: lambda_ is for functions that take vectors")
         function.merge_method = MergeMethod(  # type: ignore[attr-defined]
             name=function.__name__,
             function=function,
-            parameters=parameters_of(function, lambda_=lambda_),
+            parameters=parameters_of(
+                function, (*INJECTED, "models", "seed", "examples") if whole else INJECTED, lambda_=lambda_
+            ),
+            kind="models" if whole else "tensor",
             takes=frozenset(names & set(INJECTED)),
             needs_base=needs_base or "vectors" in names,
             adds="vectors" in names,
@@ -198,7 +223,7 @@ def check_parameters(method: MergeMethod, values: Mapping[str, Any]) -> Paramete
     Raises:
         ConfigError: one line with the key, the value and what is allowed.
     """
-    return validated(method.parameters, values, method.name)
+    return parameters_from(method.parameters, values, method.name)
 
 
 def check_capabilities(method: MergeMethod, *, has_base: bool, experts: int) -> None:

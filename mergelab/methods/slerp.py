@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from mergelab.methods.blocks import blockwise
 from mergelab.methods.parameters import Fraction
 from mergelab.methods.registry import merge_method
 from mergelab.weights.numerics import dot, norm
+
+COLLINEAR = 1e-12  # sin²Ω up to which an arc has no direction that float64 could tell
+
+
+def arc(cosine: Tensor, t: float, threshold: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Answer the coefficients of two vectors at ``t`` of the arc between them.
+
+    Args:
+        cosine: cos Ω of each pair of vectors, float64; 1 where a vector is zero.
+        t: 0 is the first vector, 1 the second; beyond these the arc goes on.
+        threshold: |cos Ω| above which the coefficients are the linear ones, 1−t and t.
+
+    Returns:
+        sin((1−t)Ω)/sin Ω and sin(tΩ)/sin Ω, of the shape of ``cosine``.
+    """
+    linear = (cosine.abs() > threshold) | (1 - cosine.square() <= COLLINEAR)
+    angle = torch.where(linear, 0.0, cosine).acos()
+    of_a, of_b = (torch.where(linear, part, (part * angle).sin() / angle.sin()) for part in (1 - t, t))
+    return of_a, of_b
 
 
 @merge_method(experts=(2, 2), order_matters=True, family="averages", paper="Shoemake 1985, doi:10.1145/325165.325242")
@@ -33,9 +52,5 @@ def slerp(experts: Sequence[Tensor], *, t: Fraction = 0.5, threshold: Fraction =
     a, b = experts
     lengths = norm(a) * norm(b)
     cosine = max(-1.0, min(1.0, dot(a, b) / lengths)) if lengths else 1.0
-    if lengths == 0 or abs(cosine) > threshold:
-        of_a, of_b = 1 - t, t
-    else:
-        angle = math.acos(cosine)
-        of_a, of_b = (math.sin(part * angle) / math.sin(angle) for part in (1 - t, t))
+    of_a, of_b = (part.item() for part in arc(torch.tensor(cosine, dtype=torch.float64), t, threshold))
     return blockwise(lambda x, y: of_a * x + of_b * y, a, b)

@@ -43,6 +43,7 @@ def ties_consensus(
         election=election,
         zero_sign=zero_sign,
         weights_at=weights_at,
+        memo=models.memo,
     )
 
 

@@ -7,8 +7,9 @@ and two pretraining heads, openai-community/gpt2 leaves the ``transformer.`` pre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +100,7 @@ class AlignedModels:
         ignored: names that fitted an ``ignore`` pattern; they can still be read from the models that have them.
         dropped: stale buffers that were left out.
         backbone: the prefix of the backbone's names ("bert."), or "" when the names show none.
+        memo: where the same models are merged again and again, what preparing passes keep for the next time.
     """
 
     base: TensorSource | None
@@ -111,6 +113,7 @@ class AlignedModels:
     ignored: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     backbone: str = ""
+    memo: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ def align(
     *,
     ignore: Sequence[str] = (),
     backbone_prefix: str | None = None,
+    adapt: Callable[[Sequence[TensorSource]], Sequence[TensorSource]] | None = None,
 ) -> AlignedModels:
     """Bring models of one architecture under common names and check that they fit together.
 
@@ -146,6 +150,7 @@ def align(
         ignore: shell-style patterns of common names that are handled elsewhere (heads, passthrough).
         backbone_prefix: what the backbone's names start with, as in transformers' ``base_model_prefix`` ("bert.");
             "" for no prefix, so that nothing counts as a head; default: found from the names.
+        adapt: given the models under common names, the base first, answers what is compared and merged in their place.
 
     Raises:
         KeyMismatch: lists what a model lacks or has in addition. Allowed are heads and poolers that the base alone has,
@@ -163,6 +168,12 @@ def align(
     in_experts = {key for view in views[-len(experts) :] for key in view.stored}
     aliases = {alias: key for alias, key in ties.items() if alias in in_experts}
     views = [_without_aliases(view, ties, aliases) for view in views]
+    if adapt is not None:
+        adapted = adapt([RenamedSource(view.source, view.stored) for view in views])
+        views = [
+            replace(view, source=source, stored={name: name for name in view.stored})
+            for view, source in zip(views, adapted, strict=True)
+        ]
 
     base_view = views[0] if base is not None else None
     expert_views = views[1:] if base is not None else views

@@ -113,3 +113,27 @@ def _leading_parts(keys: Iterable[str]) -> Sequence[str]:
             if len(pieces) > depth:
                 parts[".".join(pieces[:depth]) + "."] = None
     return list(parts)
+
+
+# The number of a layer, after what it is a layer of: encoder.layer.3., transformer.h.3., decoder.block.3.
+_LAYER = re.compile(r"^(.*?)\.(\d+)\.")
+_BEFORE_LAYERS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)(\.|$)")
+
+
+def depths(names: Sequence[str]) -> dict[str, float]:
+    """Say how deep in the model each tensor is: ℓ/(L−1) in layer ℓ of L, counted for each stack of layers alone.
+
+    0 for embeddings and for the only layer of a stack; 1 for what else is in no layer: final norms, poolers, heads.
+    """
+    layers = {name: (match[1], int(match[2])) for name in names if (match := _LAYER.match(name))}
+    last: dict[str, int] = {}
+    for stack, number in layers.values():
+        last[stack] = max(last.get(stack, 0), number)
+    found = {}
+    for name in names:
+        if name in layers:
+            stack, number = layers[name]
+            found[name] = number / last[stack] if last[stack] else 0.0
+        else:
+            found[name] = 0.0 if _BEFORE_LAYERS.search(name) else 1.0
+    return found

@@ -16,6 +16,7 @@ from mergelab.weights.agreement import described
 from mergelab.weights.checkpoint import SAFETENSORS_DTYPES
 from mergelab.weights.source import TensorInfo
 
+PART = ".part"  # ends the name of a file that is not for reading yet
 _BLOCK = 1 << 24  # entries that are converted at a time: a tensor's converted copy is never whole in memory
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -23,7 +24,8 @@ _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 class WeightFiles:
     """The weight files in the making: data where each tensor belongs as it arrives, a header when a file is complete.
 
-    A file without its header cannot be opened, so one that was cut short is known by that and begun anew.
+    A file without its header cannot be opened, so one that was cut short is known by that and begun anew. All have
+    their names at the end.
 
     Args:
         folder: where they are made.
@@ -40,6 +42,9 @@ class WeightFiles:
         self._folder = folder
         self._shards = {_file_name(i, len(shards)): shard for i, shard in enumerate(shards)}
         self._headers = {file: _header(shard, ties) for file, shard in self._shards.items()}
+        for file in self._shards:
+            if (folder / file).exists():  # the process that was to finish was killed while it named the files
+                os.replace(folder / file, self._making(file))
         self.complete = [file for file in self._shards if self._is_complete(file)]
         begun = {file: shard for file, shard in self._shards.items() if file not in self.complete}
         self._waiting = {
@@ -70,7 +75,7 @@ class WeightFiles:
             self._complete(file)
 
     def finish(self) -> None:
-        """Write the index when there are several files.
+        """Give the files their names, and write the index when there are several.
 
         Raises:
             ModelError: announced tensors were not written.
@@ -80,6 +85,8 @@ class WeightFiles:
         for file in self._missing:  # only an empty model has a file that nothing is written to
             if file not in self.complete:
                 self._complete(file)
+        for file in self._shards:
+            os.replace(self._making(file), self._folder / file)
         if len(self._shards) > 1:
             places = {info.name: file for file, shard in self._shards.items() for info in shard}
             size = sum(byte_size(info) for shard in self._shards.values() for info in shard)
@@ -100,15 +107,19 @@ class WeightFiles:
         self.complete.append(file)
 
     def _is_complete(self, file: str) -> bool:
-        path, header = self._folder / file, self._headers[file]
+        path, header = self._making(file), self._headers[file]
         if not path.is_file() or path.stat().st_size != len(header) + sum(map(byte_size, self._shards[file])):
             return False
         with path.open("rb") as opened:
             return opened.read(len(header)) == header
 
+    def _making(self, file: str) -> Path:
+        """Answer the name under which a file is made: some versions of transformers load weights without a config."""
+        return self._folder / f"{file}{PART}"
+
     def _handle(self, file: str) -> int:
         if file not in self._handles:
-            self._handles[file] = os.open(self._folder / file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._handles[file] = os.open(self._making(file), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         return self._handles[file]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from mergelab.config import cache_dir
 from mergelab.errors import ModelError
 from mergelab.weights.checkpoint import CONFIG
-from mergelab.weights.shards import WeightFiles, as_stored, byte_size, write_json
+from mergelab.weights.shards import PART, WeightFiles, as_stored, byte_size, write_json
 from mergelab.weights.source import DictSource, TensorInfo
 
 # What a model needs beside config and weights; training leftovers, code and other formats of the weights stay behind.
@@ -233,7 +233,7 @@ def _keep_only(making: Path, key: str) -> None:
 def _complete_files(making: Path) -> int:
     """Count weight files that begin with a header: its length is never 0."""
     count = 0
-    for path in making.glob("*.safetensors"):
+    for path in making.glob(f"*.safetensors{PART}"):
         with path.open("rb") as file:
             count += any(file.read(8))
     return count

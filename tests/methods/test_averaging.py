@@ -10,6 +10,7 @@ from mergelab.errors import ConfigError
 from mergelab.methods.engine import merge
 from mergelab.methods.registry import get_method
 from tests.methods.toy import SHAPES, merged, merged_x, one_tensor, toy_models
+from tests.parity import FORMULA, compared
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5, 0.0], [3.0, -1.0, 1.0, 1.0]])
@@ -20,6 +21,7 @@ def test_soup_is_the_weighted_average(weights: list[float] | None) -> None:
     for key in SHAPES:
         stacked = np.stack([expert.get(key).double().numpy() for expert in models.experts])
         expected = np.tensordot(shares, stacked, 1) / shares.sum()
+        compared("soup", FORMULA, result[key], expected, options={"weights": weights} if weights else "")
         np.testing.assert_allclose(result[key].numpy(), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -48,6 +50,7 @@ def test_median_is_numpys(count: int) -> None:
     result = merged("median", models)
     for key in SHAPES:
         stacked = np.stack([expert.get(key).numpy() for expert in models.experts])
+        compared("median", "NumPy's median", result[key], np.median(stacked, axis=0))
         np.testing.assert_allclose(result[key].numpy(), np.median(stacked, axis=0), rtol=1e-7)
 
 

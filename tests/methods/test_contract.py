@@ -15,7 +15,7 @@ from mergelab.methods.engine import merge
 from mergelab.methods.parameters import key_of
 from mergelab.methods.registry import MergeMethod, get_method, method_config, method_names
 from mergelab.weights.align import AlignedModels
-from tests.methods.toy import SHAPES, aligned, merged, streamed, tensors, toy_models
+from tests.methods.toy import SHAPES, aligned, merged, output_of, streamed, tensors, toy_models
 
 METHODS = method_names()
 ELEMENTWISE = [name for name in METHODS if get_method(name).elementwise]
@@ -264,7 +264,7 @@ def test_weights_of_the_models_count_or_are_an_error(name: str) -> None:
         assert_same_bits(weighted, merged(name, models, weights={models.experts[0].name: 2.0}))
     else:
         with pytest.raises(ConfigError, match=f"method={name}: takes no weights"):
-            merge(method, {}, models, weights=weights)
+            merge(method, {}, models, weights=weights, output=output_of(method, models))
 
 
 @pytest.mark.parametrize("name", METHODS)

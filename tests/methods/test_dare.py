@@ -13,6 +13,9 @@ from mergelab.methods.engine import merge
 from mergelab.methods.random import bernoulli, stream_key
 from mergelab.methods.registry import get_method
 from tests.methods.toy import SHAPES, merged, merged_x, one_tensor, task_vector, toy_models
+from tests.parity import FORMULA, compared
+
+OWN_MASKS = "the transcription takes the masks that were drawn"
 
 
 def mask(expert: str, tensor: str, count: int, density: float, seed: int = 0) -> np.ndarray:
@@ -31,6 +34,8 @@ def test_kept_entries_are_divided_by_the_density_and_added_up(rescale: bool) -> 
             kept = mask(models.experts[i].name, key, vector.size, 0.3, seed=5).reshape(vector.shape)
             total += weight * vector * kept / (0.3 if rescale else 1)
         expected = models.base.get(key).double().numpy() + 0.7 * total
+        options = f"density=0.3, weights=[1, 2, -1], rescale={rescale}"
+        compared("dare", FORMULA, result[key], expected, options=options, note=OWN_MASKS)
         np.testing.assert_allclose(result[key].numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -79,6 +84,8 @@ def test_dare_ties_elects_and_averages_what_was_kept() -> None:
         shares = np.maximum(sum(agree), 1e-30)
         mean = sum(vector * share for vector, share in zip(kept, agree, strict=True)) / shares
         expected = models.base.get(key).double().numpy() + 0.9 * mean
+        options = "density=0.6, weights=[1, 2, 1, 3]"
+        compared("dare_ties", FORMULA, result[key], expected, options=options, note=OWN_MASKS)
         np.testing.assert_allclose(result[key].numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -94,6 +101,8 @@ def test_the_second_trim_keeps_its_fraction_of_all_entries() -> None:
     trimmed = np.where(np.abs(kept) >= threshold, kept, 0)
     base = np.concatenate([models.base.get(key).numpy().ravel() for key in SHAPES])
     merged_flat = np.concatenate([result[key].numpy().ravel() for key in SHAPES])
+    ours, options = [result[key] for key in SHAPES], "density=0.5, trim_density=0.1"
+    compared("dare_ties", FORMULA, ours, base + trimmed, options=options, note=OWN_MASKS)
     np.testing.assert_allclose(merged_flat, base + trimmed, rtol=1e-6, atol=1e-6)
     assert (trimmed != 0).sum() == int(0.1 * kept.size)
 

@@ -9,6 +9,7 @@ import torch
 
 from mergelab.weights.align import AlignedModels
 from tests.methods.toy import merged_x, one_tensor
+from tests.parity import RECORDED_MERGEKIT, compared
 
 GOLDEN: dict[str, tuple[dict[str, Any], list[float]]] = {
     "soup": (
@@ -37,6 +38,10 @@ GOLDEN: dict[str, tuple[dict[str, Any], list[float]]] = {
          -0.49789011, 0.037672259, 0.46656707, -0.38721472, 0.14834768, 0.57724249, -0.2765393, 0.2590231],
     ),
 }  # fmt: skip
+NOTES = {
+    "ties": "options are mergekit's way",
+    "model_stock": "mergekit goes away from the mean where the mean cosine is negative",
+}
 
 
 def recipe(method: str) -> AlignedModels:
@@ -53,6 +58,7 @@ def recipe(method: str) -> AlignedModels:
 def test_values_are_mergekits(method: str) -> None:
     parameters, values = GOLDEN[method]
     result = merged_x(method, recipe(method), **parameters)
+    compared(method, RECORDED_MERGEKIT, result, values, options=parameters, note=NOTES.get(method, ""))
     torch.testing.assert_close(result, torch.tensor(values), rtol=1e-6, atol=1e-7)
 
 

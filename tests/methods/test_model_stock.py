@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.methods.toy import SHAPES, merged, merged_x, one_tensor, task_vector, toy_models
+from tests.parity import FORMULA, compared
 
 
 def ratio(vectors: list[np.ndarray]) -> float:
@@ -33,6 +34,7 @@ def test_the_step_towards_the_mean_follows_the_angle_between_task_vectors(count:
         r = ratio(flat[key]) if scope == "tensor" else whole
         mean = np.mean([expert.get(key).double().numpy() for expert in models.experts], axis=0)
         expected = r * mean + (1 - r) * models.base.get(key).double().numpy()
+        compared("model_stock", FORMULA, result[key], expected, options=f"scope={scope}")
         np.testing.assert_allclose(result[key].numpy(), expected, rtol=1e-5, atol=1e-6)
         assert key == "gate" or 0.05 < r < 0.99
 

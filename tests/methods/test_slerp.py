@@ -11,6 +11,7 @@ from mergelab.errors import ConfigError
 from mergelab.methods.engine import merge
 from mergelab.methods.registry import get_method
 from tests.methods.toy import SHAPES, merged, merged_x, one_tensor, toy_models
+from tests.parity import FORMULA, compared
 
 
 def transcribed(a: np.ndarray, b: np.ndarray, t: float) -> np.ndarray:
@@ -26,12 +27,14 @@ def test_every_tensor_is_interpolated_along_its_own_arc(t: float, spread: float)
     result = merged("slerp", models, t=t)
     for key in [key for key in SHAPES if key != "gate"]:
         a, b = (expert.get(key).double().numpy() for expert in models.experts)
+        compared("slerp", FORMULA, result[key], transcribed(a, b, t), options=f"t={t}")
         np.testing.assert_allclose(result[key].numpy(), transcribed(a, b, t), rtol=2e-6, atol=2e-6)
 
 
 def test_unit_vectors_are_scipys() -> None:
     a, b = (v / np.linalg.norm(v) for v in np.random.default_rng(0).standard_normal((2, 50)))
     result = merged_x("slerp", one_tensor(None, a, b, dtype=torch.float64), t=0.3)
+    compared("slerp", "SciPy's geometric_slerp", result, geometric_slerp(a, b, 0.3), options="t=0.3")
     np.testing.assert_allclose(result.numpy(), geometric_slerp(a, b, 0.3), rtol=1e-12)
 
 
@@ -68,7 +71,9 @@ def test_long_vectors_have_their_angle_in_float64() -> None:
     a = torch.randn(3_000_000, generator=generator)
     b = a + 0.3 * torch.randn(3_000_000, generator=generator)
     result = merged_x("slerp", one_tensor(None, a, b), t=0.5)
-    assert np.abs(result.double().numpy() - transcribed(a.double().numpy(), b.double().numpy(), 0.5)).max() < 1e-6
+    expected = transcribed(a.double().numpy(), b.double().numpy(), 0.5)
+    compared("slerp", FORMULA, result, expected, options="t=0.5")
+    assert np.abs(result.double().numpy() - expected).max() < 1e-6
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.methods.toy import SHAPES, merged, merged_x, one_tensor, task_vector, toy_models
+from tests.parity import FORMULA, compared
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, -2.0, 0.5]])
@@ -15,9 +16,10 @@ def test_task_arithmetic_adds_the_scaled_sum(weights: list[float] | None) -> Non
     assert models.base is not None
     for key in SHAPES:
         total = sum(w * task_vector(models, i, key) for i, w in enumerate(weights or [1.0] * 3))
-        np.testing.assert_allclose(
-            result[key].double(), models.base.get(key).double() + 0.4 * total, rtol=1e-5, atol=1e-6
-        )
+        expected = models.base.get(key).double() + 0.4 * total
+        options = {"lambda_": 0.4} | ({"weights": weights} if weights else {})
+        compared("task_arithmetic", FORMULA, result[key], expected, options=options)
+        np.testing.assert_allclose(result[key].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_it_is_a_sum_and_not_a_mean() -> None:
@@ -43,4 +45,5 @@ def test_magmax_is_numpys_argmax() -> None:
         base = models.base.get(key).numpy()
         vectors = np.stack([expert.get(key).numpy() - base for expert in models.experts])
         largest = np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], 0)[0]
+        compared("magmax", FORMULA, result[key], base + 0.5 * largest)
         np.testing.assert_allclose(result[key].numpy(), base + 0.5 * largest, rtol=1e-6, atol=1e-7)

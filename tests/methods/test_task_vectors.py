@@ -21,6 +21,7 @@ from mergelab.methods.task_vectors import (
     trim,
     weighted_sum,
 )
+from tests.parity import compared
 
 
 @pytest.fixture
@@ -57,13 +58,19 @@ def test_elected_signs_and_disjoint_mean_are_pefts(vectors: list[Tensor], electi
     mask = merge_utils.calculate_majority_sign_mask(torch.stack(trimmed), method=theirs)
     expected = merge_utils.disjoint_merge(torch.stack(trimmed), mask)
     signs = resolve_zeros(elect(trimmed, election), 1.0)
-    torch.testing.assert_close(disjoint_reduce(trimmed, signs, (1.0,) * 5), expected, rtol=1e-6, atol=1e-7)
+    ours = disjoint_reduce(trimmed, signs, (1.0,) * 5)
+    note = "election and mean of what PEFT trimmed"
+    compared("ties", "PEFT's disjoint_merge", ours, expected, options=f"election={election}", note=note)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_weighted_sum_is_pefts_task_arithmetic(vectors: list[Tensor]) -> None:
     weights = [0.3, -1.0, 1.0, 2.5, 0.0]
     expected = merge_utils.task_arithmetic(vectors, torch.tensor(weights))
-    torch.testing.assert_close(weighted_sum(vectors, weights), expected, rtol=1e-6, atol=1e-6)
+    ours = weighted_sum(vectors, weights)
+    note = "the merged task vector"
+    compared("task_arithmetic", "PEFT's task_arithmetic", ours, expected, options={"weights": weights}, note=note)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
 
 def reduced(reduce: Reduce, values: list[list[float]], signs: list[float], weights: tuple[float, ...]) -> list[float]:

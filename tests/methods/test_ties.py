@@ -15,6 +15,7 @@ from mergelab.methods.engine import merge
 from mergelab.methods.registry import get_method
 from mergelab.weights.align import AlignedModels
 from tests.methods.toy import SHAPES, merged, merged_x, one_tensor, task_vector, toy_models
+from tests.parity import FORMULA, compared
 
 
 def flat_vectors(models: AlignedModels, keys: Sequence[str] = tuple(SHAPES)) -> np.ndarray:
@@ -78,6 +79,7 @@ def test_per_model_it_is_the_paper_on_the_flattened_models(density: float, optio
     expected = transcribed(flat_vectors(models), density, **options)
     base = np.concatenate([models.base.get(key).double().numpy().ravel() for key in SHAPES])
     answer = np.concatenate([result[key].numpy().ravel() for key in SHAPES])
+    compared("ties", FORMULA, [result[key] for key in SHAPES], base + 0.8 * expected, options=options)
     np.testing.assert_allclose(answer, base + 0.8 * expected, rtol=1e-5, atol=1e-6)
 
 
@@ -91,6 +93,7 @@ def test_pooled_one_threshold_holds_for_all_experts(density: float) -> None:
     expected = transcribed(flat_vectors(models), density, pooled=True)
     base = np.concatenate([models.base.get(key).double().numpy().ravel() for key in SHAPES])
     answer = np.concatenate([result[key].numpy().ravel() for key in SHAPES])
+    compared("ties", FORMULA, [result[key] for key in SHAPES], base + expected, options="scope=pooled")
     np.testing.assert_allclose(answer, base + expected, rtol=1e-5, atol=1e-6)
     assert not np.allclose(answer, base + transcribed(flat_vectors(models), density), atol=1e-4)
 
@@ -104,6 +107,9 @@ def test_per_tensor_it_is_pefts_ties(density: float, election: str, theirs: str)
     for key in [key for key in SHAPES if key != "gate"]:  # PEFT keeps no entry of a scalar
         vectors = [task_vector(models, i, key).float() for i in range(3)]
         expected = merge_utils.ties(vectors, torch.ones(3), density, theirs)
+        options = f"scope=tensor, zero_sign=positive, election={election}"
+        note = "PEFT keeps no entry of a scalar"
+        compared("ties", "PEFT's ties", result[key], models.base.get(key) + expected, options=options, note=note)
         torch.testing.assert_close(result[key], models.base.get(key) + expected, rtol=1e-6, atol=1e-6)
 
 
@@ -118,6 +124,9 @@ def test_pefts_weighted_ties_divides_by_the_count_where_this_divides_by_the_weig
     shares = (agree * torch.tensor(weights).view(3, 1, 1)).sum(0)
     theirs = merge_utils.ties(vectors, torch.tensor(weights), 0.5)
     expected = theirs * agree.sum(0).clamp(min=1) / shares.clamp(min=1e-9)
+    options = "scope=tensor, zero_sign=positive, weights=[2, 0.5, 1]"
+    note = "PEFT divides by the count, this by the weights: multiplied back"
+    compared("ties", "PEFT's ties", result["embed"], models.base.get("embed") + expected, options=options, note=note)
     torch.testing.assert_close(result["embed"], models.base.get("embed") + expected, rtol=1e-6, atol=1e-6)
 
 

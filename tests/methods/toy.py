@@ -12,6 +12,7 @@ from mergelab.methods.engine import merge, merge_to_dict
 from mergelab.methods.registry import MergeMethod, get_method
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.source import DictSource
+from tests.methods.toy_data import ToyExamples
 
 SHAPES = {"embed": (300, 257), "layer.weight": (17, 33), "layer.bias": (33,), "gate": (), "head": (3, 33)}
 NAMES = ("pear", "apple", "quince", "fig", "medlar")
@@ -38,6 +39,17 @@ def toy_models(
     )
 
 
+def distinct_models(count: int = 3, *, seed: int = 0) -> AlignedModels:
+    """Models in float64 whose task vectors have no two equal magnitudes and no sums that cancel."""
+    models = toy_models(count, seed=seed, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    for expert in models.experts:
+        for name in SHAPES:
+            tensor = expert.get(name)
+            tensor.add_(1e-6 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64))
+    return models
+
+
 def of_dtype(model: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     made = {key: value.to(dtype) if value.is_floating_point() else value for key, value in model.items()}
     return made | {"tied": made["embed"]} if "tied" in made else made
@@ -57,12 +69,25 @@ def one_tensor(base: Any, *experts: Any, dtype: torch.dtype = torch.float32) -> 
     return aligned(start, [{"x": torch.as_tensor(expert, dtype=dtype)} for expert in experts])
 
 
+def output_of(method: MergeMethod, models: AlignedModels) -> str | None:
+    """The expert whose model is looked at, of a method that makes one for each: the first by name."""
+    return min(expert.name for expert in models.experts) if method.several and models.experts else None
+
+
 def merged(
-    method: str | MergeMethod, models: AlignedModels, *, model_weights: Any = None, seed: int = 0, **parameters: Any
+    method: str | MergeMethod,
+    models: AlignedModels,
+    *,
+    model_weights: Any = None,
+    seed: int = 0,
+    output: str | None = None,
+    **parameters: Any,
 ) -> dict[str, Tensor]:
     """Merge with a method by name."""
     chosen = get_method(method) if isinstance(method, str) else method
-    return merge_to_dict(chosen, parameters, models, weights=model_weights, seed=seed)
+    output = output or output_of(chosen, models)
+    examples = ToyExamples(models) if chosen.needs else None
+    return merge_to_dict(chosen, parameters, models, weights=model_weights, seed=seed, output=output, examples=examples)
 
 
 def merged_x(method: str, models: AlignedModels, **options: Any) -> Tensor:
@@ -72,7 +97,9 @@ def merged_x(method: str, models: AlignedModels, **options: Any) -> Tensor:
 
 def streamed(method: str, models: AlignedModels, block: int | None = None, **parameters: Any) -> dict[str, Tensor]:
     """Merge in blocks of a chosen size."""
-    return dict(merge(get_method(method), parameters, models, block=block))
+    chosen = get_method(method)
+    examples = ToyExamples(models) if chosen.needs else None
+    return dict(merge(chosen, parameters, models, block=block, output=output_of(chosen, models), examples=examples))
 
 
 def task_vector(models: AlignedModels, expert: int, name: str) -> Tensor:

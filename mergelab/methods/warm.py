@@ -1,0 +1,236 @@
+"""Many merges of the same models into the same tensors, as a sweep makes them: loaded once, nothing learnt twice.
+
+warm = Warm(aligned, dict(module.named_parameters()))
+for density, scale in trials:
+    warm.merge(get_method("ties"), {"density": density, "lambda": scale})  # the module now has the merged weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
+from mergelab.methods.blocks import blocks
+from mergelab.methods.engine import chunks_of, merge_models
+from mergelab.methods.job import Job, add_scaled, checked_job, merge_into, prepared_job
+from mergelab.methods.parameters import Parameters
+from mergelab.methods.registry import MergeMethod, check_parameters
+from mergelab.methods.workers import CHUNK, pool
+from mergelab.weights.align import AlignedModels
+from mergelab.weights.source import DictSource, TensorSource
+
+Way = Literal["merged", "scaled"]
+HEADROOM = 1 << 29  # bytes of an accelerator's memory that are left to the computing itself
+
+
+class Warm:
+    """Models held in memory, for any number of merges into the same tensors.
+
+    Every merge gives the bits that `mergelab.methods.engine.merge` gives. What a method's preparing pass found is kept
+    and found again for the same parameters; sorted magnitudes answer any density. Where λ alone has changed since the
+    last merge, the result is one scaled addition to the base.
+
+    Args:
+        models: base and experts under common names; they are copied into memory.
+        targets: by name, the tensors that take the result, such as a module's parameters: a contiguous one for each of
+            ``models.names``, of any floating-point dtype.
+        weights: the models' own weights, one per expert.
+        seed: of random methods.
+        device: where to compute. On an accelerator, the models' tensors stay there as far as they fit, the others are
+            brought there block by block in each merge.
+        memory: bytes that the models may take; default: what is free.
+
+    Raises:
+        ModelError: the models do not fit into memory.
+        KeyMismatch, ShapeMismatch: the targets are not those of the models.
+    """
+
+    def __init__(
+        self,
+        models: AlignedModels,
+        targets: Mapping[str, Tensor],
+        *,
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        memory: int | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self._targets = _checked_targets(models, targets)
+        self._weights, self._seed = weights, seed
+        check_memory(models, memory)
+        places = residence(models, self.device, memory)
+        self.models = replace(
+            models,
+            base=None if models.base is None else _loaded(models.base, models.names, places),
+            experts=tuple(_loaded(expert, models.names, places) for expert in models.experts),
+            memo={},
+        )
+        self._known: dict[Any, Any] = {}
+        self._vectors: dict[str, Tensor] = {}
+        self._last: object = None
+
+    @torch.no_grad()
+    def merge(
+        self,
+        method: MergeMethod,
+        parameters: Parameters | Mapping[str, Any],
+        *,
+        output: str | None = None,
+        examples: Any = None,
+    ) -> Way:
+        """Merge into the targets.
+
+        Args:
+            method, parameters, output, examples: as for `mergelab.methods.engine.merge`.
+
+        Returns:
+            "scaled" where only λ had changed, else "merged".
+
+        Raises:
+            ConfigError, NonFinite: as `mergelab.methods.engine.merge`. After an error the targets hold what they held,
+                or, when it arose while merging, a part of the result.
+        """
+        if not isinstance(parameters, Parameters):
+            parameters = check_parameters(method, parameters)
+        job = checked_job(
+            method,
+            parameters,
+            self.models,
+            weights=self._weights,
+            seed=self._seed,
+            device=self.device,
+            output=output,
+            examples=examples,
+        )
+        if method.kind == "model":
+            for name, tensor in merge_models(job, self.models.names):
+                self._targets[name].copy_(tensor)
+            self._last = None
+            return "merged"
+        direction = _direction(job)
+        way: Way = "scaled" if method.adds and direction == self._last else "merged"
+        self._last = None
+        if way == "merged":
+            job = prepared_job(job, self._known)
+            if method.adds and not self._vectors:
+                self._vectors = {name: self._room(name) for name in self.models.names}
+        with pool(job.threads) as workers:
+            for finished in _spread(workers, job, self._targets, self._vectors if method.adds else {}, way):
+                finished()
+        self._last = direction
+        return way
+
+    def _room(self, name: str) -> Tensor:
+        """Make room for a merged task vector."""
+        sources = [source for source in (self.models.base, *self.models.experts) if source is not None]
+        double = any(source.dtype(name) == torch.float64 for source in sources)
+        dtype = torch.float64 if double else torch.float32
+        return torch.empty(sources[0].shape(name), dtype=dtype, device=sources[0].get(name).device)
+
+
+def residence(models: AlignedModels, device: torch.device, memory: int | None = None) -> dict[str, torch.device]:
+    """Say where each tensor of the models, and of their merged task vector, is held: on ``device`` while there is room.
+
+    Args:
+        models: what is to be held.
+        device: where it is used.
+        memory: bytes there; default: what is free but for `HEADROOM`.
+    """
+    if device.type == "cpu":
+        return dict.fromkeys(models.names, device)
+    if memory is None:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else torch.mps.recommended_max_memory()
+        memory = max(0, free - HEADROOM)
+    places = {}
+    for name in models.names:
+        needed = _bytes_held(models, name)
+        places[name] = device if needed <= memory else torch.device("cpu")
+        memory -= needed if needed <= memory else 0
+    return places
+
+
+def check_memory(models: AlignedModels, memory: int | None = None) -> None:
+    """Raise `ModelError` when the main memory has no room for the models; it says what would fit."""
+    import psutil
+
+    room = psutil.virtual_memory().available if memory is None else memory
+    needed = sum(_bytes_held(models, name) for name in models.names)
+    if needed <= room:
+        return
+    count = len(models.experts)
+    each = sum(_bytes_of(expert, models.names) for expert in models.experts) / count
+    fitting = max(0, int(count - (needed - room) / each))
+    raise ModelError(
+        f"keeping {count} experts in memory takes {needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free: "
+        f"{f'{fitting} of them would fit' if fitting else 'not even one of them fits'}; "
+        "a merge to disk (evaluate=false output=...) holds only a few tensors at a time"
+    )
+
+
+def _bytes_held(models: AlignedModels, name: str) -> int:
+    sources = [source for source in (models.base, *models.experts) if source is not None]
+    vector = 4 * torch.Size(sources[0].shape(name)).numel()
+    return vector + sum(_bytes_of(source, [name]) for source in sources)
+
+
+def _bytes_of(source: TensorSource, names: Sequence[str]) -> int:
+    return sum(torch.Size(source.shape(name)).numel() * source.dtype(name).itemsize for name in names)
+
+
+def _loaded(source: TensorSource, names: Sequence[str], places: Mapping[str, torch.device]) -> DictSource:
+    copies: dict[str, Tensor] = {}
+    for name in names:
+        tensor = source.get(name)
+        copies[name] = tensor.clone() if places[name].type == "cpu" else tensor.to(places[name])
+    return DictSource(source.name, copies)
+
+
+def _checked_targets(models: AlignedModels, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if missing := [name for name in models.names if name not in targets]:
+        raise KeyMismatch(f"there is no tensor to merge {listed(missing)} into")
+    for name in models.names:
+        shape = models.experts[0].shape(name)
+        if tuple(targets[name].shape) != tuple(shape):
+            raise ShapeMismatch(f"{name} is {list(shape)}, and the tensor to merge into {list(targets[name].shape)}")
+        if not targets[name].is_contiguous():
+            raise ShapeMismatch(f"the tensor to merge {name} into is not contiguous")
+    return {name: targets[name].detach() for name in models.names}
+
+
+def _direction(job: Job) -> object:
+    """Name all that a merged task vector depends on."""
+    arguments = {id(own): own for own in job.arguments.values()}
+    settings = {at: {k: v for k, v in own.items() if k != "lambda_"} for at, own in arguments.items()}
+    return job.method.name, job.output, id(job.examples), [(n, repr(settings[id(a)])) for n, a in job.arguments.items()]
+
+
+def _spread(
+    workers: ThreadPoolExecutor | None,
+    job: Job,
+    targets: Mapping[str, Tensor],
+    vectors: Mapping[str, Tensor],
+    way: Way,
+) -> Iterator[Any]:
+    """Divide the work among threads; answer, for each part, what waits for its end (and raises its error)."""
+
+    def work(name: str, chunk: slice) -> None:
+        if way == "scaled":
+            add_scaled(job, name, vectors[name], targets[name], chunk)
+        else:
+            merge_into(job, name, targets[name], chunk, vectors.get(name))
+
+    waiting = []
+    for name, target in targets.items():
+        for chunk in blocks(target.numel(), CHUNK) if way == "scaled" else chunks_of(job, target):
+            if workers is None:
+                work(name, chunk)
+            else:
+                waiting.append(workers.submit(work, name, chunk).result)
+    yield from waiting

@@ -1,0 +1,85 @@
+"""WUDI: the task vector that interferes least with every task's own inputs, found by gradient descent on weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mergelab.methods.blocks import blocks
+from mergelab.methods.matrix_names import inputs_first, is_embedding
+from mergelab.methods.parameters import Site
+from mergelab.methods.registry import merge_method
+from mergelab.methods.spectral import is_matrix, mean
+from mergelab.methods.task_vectors import weighted_sum
+from mergelab.weights.numerics import norm
+
+ROWS = 768  # rows that are optimised at a time; the loss is a sum over rows
+
+
+@merge_method(
+    lambda_=1.0, identical_at=None, prepare=inputs_first, family="spectral", paper="Cheng et al. 2025, arXiv:2503.08099"
+)
+def wudi(
+    vectors: Sequence[Tensor],
+    *,
+    site: Site,
+    prepared: frozenset[str] = frozenset(),
+    steps: Annotated[int, Field(ge=0)] = 300,
+    lr: Annotated[float, Field(gt=0)] = 1e-5,
+) -> Tensor:
+    """Descend from the sum of the task vectors to one that changes least what each task's inputs give.
+
+    Per matrix: ``steps`` steps of Adam, from τ_m = Σ τ_t, on Σ_t ‖(τ_m − τ_t)τ_tᵀ‖² / ‖τ_t‖²; θ0 + λ·τ_m (Cheng et al.
+    2025, arXiv:2503.08099): the rows of τ_t stand for the layer's inputs. Matrices are those of linear layers, outputs
+    along the rows (GPT-2's Conv1D, which stores them transposed, is turned). Embeddings and tensors that are no
+    matrices get the mean task vector.
+
+    Departures: the authors' code optimises attention and MLP matrices and leaves all other tensors at the base. The
+    gradient is computed as 2(D A + B) with D what τ_m has moved, A = Σ τ_tᵀτ_t/‖τ_t‖² and
+    B = Σ_t (Σ_s τ_s − τ_t)τ_tᵀτ_t/‖τ_t‖², which do not change between steps; a task vector of norm 0 adds nothing.
+
+    Args:
+        vectors: T task vectors, float32 or float64, in which all is computed; whole tensors.
+        site: whose ``name`` tells embeddings, and is looked up in ``prepared``.
+        prepared: the matrices that are stored transposed.
+        steps: of Adam; 0 gives the sum.
+        lr: Adam's learning rate, about the distance that an entry moves in a step.
+        lambda_: scale of the merged task vector; the engine applies it.
+
+    Returns:
+        τ_m, of the vectors' shape and dtype.
+    """
+    if not is_matrix(vectors[0]) or is_embedding(site.name):
+        return mean(vectors)
+    turned = site.name in prepared
+    matrices = [vector.T for vector in vectors] if turned else list(vectors)
+    merged = weighted_sum(matrices, (1.0,) * len(matrices))
+    moved = [(matrix, length) for matrix in matrices if (length := norm(matrix))]
+    if moved:
+        quadratic = _sum((matrix / length).T @ (matrix / length) for matrix, length in moved)
+        for part in blocks(merged.shape[0], ROWS):
+            start = merged[part]
+            excess = (((start - matrix[part]) @ (matrix / length).T) @ (matrix / length) for matrix, length in moved)
+            merged[part] += _descent(_sum(excess), quadratic, steps, lr)
+    return merged.T if turned else merged
+
+
+def _descent(linear: Tensor, quadratic: Tensor, steps: int, lr: float) -> Tensor:
+    """Answer how far Adam goes from 0 on tr(D A Dᵀ) + 2·tr(D Bᵀ)."""
+    distance = torch.zeros_like(linear)
+    adam = torch.optim.Adam([distance], lr=lr)
+    for _ in range(steps):
+        distance.grad = (distance @ quadratic).add_(linear).mul_(2)
+        adam.step()
+    return distance.detach()
+
+
+def _sum(terms: Iterator[Tensor]) -> Tensor:
+    result = next(terms)
+    for term in terms:
+        result += term
+    return result

@@ -1,0 +1,204 @@
+"""Merges of the same models by mergekit, where MERGELAB_MERGEKIT names a Python interpreter that has it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mergelab.methods.random import stream_key, words
+from mergelab.weights.align import AlignedModels
+from tests.methods.toy import SHAPES, merged, merged_x, one_tensor, toy_models
+from tests.parity import compared
+
+INTERPRETER = os.environ.get("MERGELAB_MERGEKIT", "")
+pytestmark = pytest.mark.skipif(not INTERPRETER, reason="MERGELAB_MERGEKIT names no interpreter that has mergekit")
+
+# Reads requests and writes tensors. The random numbers that keep an entry are given, as no two generators agree.
+SCRIPT = """
+import sys
+from importlib.metadata import version
+import torch
+from mergekit.merge_methods.api import merge_tensors
+requests, found = torch.load(sys.argv[1]), []
+for request in requests:
+    drawn = iter(request.pop("drawn"))
+    torch.bernoulli = lambda p: (next(drawn).reshape(p.shape) < p).to(p)
+    found.append(merge_tensors(request.pop("tensors"), request.pop("method"), **request))
+torch.save({"version": version("mergekit"), "found": found}, sys.argv[2])
+"""
+
+DROPPED = "the same random numbers; without rescaling, as mergekit restores the sum of magnitudes; it drops in float32"
+AS_THEIRS: dict[str, Any] = {"weights_at": "before", "zero_sign": "positive"}
+WEIGHTS = [1.0, 2.0, 0.5]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method here with its options, and mergekit's with its own."""
+
+    method: str
+    options: dict[str, Any]
+    theirs: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    base: str | None = "base"  # mergekit's: the base model, the first expert, or none
+    experts: int = 3
+    common: float = 0.0  # change that the experts have in common
+    note: str = ""
+    drops: float | None = None  # probability of keeping an entry
+    scalar: bool = True  # whether the two agree on one
+    alone: bool = False  # each tensor is a model
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.options}"
+
+
+CASES = [
+    Case("soup", {"weights": WEIGHTS}, "linear", {"weight": WEIGHTS}, base=None),
+    Case("task_arithmetic", {"weights": [1, 2, -1]}, "task_arithmetic", {"weight": [1, 2, -1], "lambda": 0.3}),
+    Case(
+        "ties",
+        {"density": 0.2, "weights": WEIGHTS, "scope": "tensor", **AS_THEIRS},
+        "ties",
+        {"density": 0.2, "weight": WEIGHTS},
+        note="options are mergekit's way",
+    ),
+    Case(
+        "dare",
+        {"density": 0.3, "lambda": 0.7, "weights": WEIGHTS, "rescale": False},
+        "dare_linear",
+        {"density": 0.3, "lambda": 0.7, "weight": WEIGHTS, "rescale": False},
+        drops=0.3,
+        note=DROPPED,
+    ),
+    Case(
+        "dare_ties",
+        {"density": 0.6, "weights": WEIGHTS, "rescale": False, **AS_THEIRS},
+        "dare_ties",
+        {"density": 0.6, "weight": WEIGHTS, "rescale": False, "normalize": True},
+        drops=0.6,
+        note=DROPPED,
+    ),
+    Case(
+        "breadcrumbs",
+        {"density": 0.4, "gamma": 0.1, "scope": "tensor", "weights": WEIGHTS},
+        "breadcrumbs",
+        {"density": 0.4, "gamma": 0.1, "weight": WEIGHTS},
+        note="mergekit ranks whole tensors, and keeps no entry of a scalar",
+        scalar=False,
+    ),
+    Case(
+        "breadcrumbs_ties",
+        {"density": 0.4, "gamma": 0.1, "scope": "tensor", "weights": WEIGHTS, **AS_THEIRS},
+        "breadcrumbs_ties",
+        {"density": 0.4, "gamma": 0.1, "weight": WEIGHTS, "normalize": True},
+        note="mergekit ranks whole tensors, and keeps no entry of a scalar",
+        scalar=False,
+    ),
+    Case(
+        "model_stock",
+        {},
+        "model_stock",
+        common=0.05,
+        note="mergekit goes away from the mean where the mean cosine is negative",
+        scalar=False,  # it is of this one
+    ),
+    Case("slerp", {"t": 0.3}, "slerp", {"t": 0.3}, base="first", experts=2),
+    Case("nuslerp", {"weights": [1.0, 3.0]}, "nuslerp", {"weight": [1.0, 3.0]}, experts=2),
+    Case(
+        "nuslerp",
+        {"weights": [1.0, 3.0], "flatten": False},
+        "nuslerp",
+        {"weight": [1.0, 3.0], "nuslerp_flatten": False, "nuslerp_row_wise": True},
+        experts=2,
+        note="mergekit's nuslerp_row_wise goes along the first axis",
+    ),
+    Case("multislerp", {"weights": WEIGHTS}, "multislerp", {"weight": WEIGHTS}, note="mergekit adds 1e-8 to the norms"),
+    Case("karcher", {}, "karcher", base=None),
+    Case("sce", {}, "sce"),
+    Case(
+        "sce",
+        {"select_topk": 0.4},
+        "sce",
+        {"select_topk": 0.4},
+        note="mergekit selects no entry of a scalar",
+        scalar=False,
+    ),
+    Case("nearswap", {"t": 0.05}, "nearswap", {"t": 0.05}, base="first", experts=2),
+    Case("arcee_fusion", {}, "arcee_fusion", base="first", experts=2),
+    Case("ram", {"epsilon": 0.05}, "ram", {"epsilon": 0.05}),
+    Case(
+        "ram_plus",
+        {"epsilon": 0.05, "r": 0.3, "alpha": 1.5},
+        "ramplus_tl",
+        {"epsilon": 0.05, "r": 0.3, "alpha": 1.5},
+        note="mergekit counts per tensor, so on models of one tensor",
+        alone=True,
+    ),
+]
+
+
+def models_of(case: Case, dtype: torch.dtype) -> AlignedModels:
+    models = toy_models(case.experts, dtype=dtype)
+    shared = toy_models(1, seed=9, dtype=dtype).experts[0]
+    for expert in models.experts:
+        for key in SHAPES:
+            expert.get(key).add_(case.common * shared.get(key))
+    return models
+
+
+def request(case: Case, models: AlignedModels, key: str) -> dict[str, Any]:
+    sources = [models.base, *models.experts] if case.base == "base" else list(models.experts)
+    drawn = []
+    if case.drops is not None:
+        count = models.experts[0].get(key).numel()
+        kept = [words(stream_key(0, expert.name, key), 0, count) / 2**32 for expert in models.experts]
+        drawn = [torch.from_numpy(numbers) for numbers in kept]
+    return {
+        "tensors": [source.get(key) for source in sources],
+        "method": case.theirs,
+        "parameters": case.parameters,
+        "base_index": 0 if case.base else None,
+        "drawn": drawn,
+    }
+
+
+DTYPES = (torch.float32, torch.float64)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, torch.dtype, str], tuple[str, Tensor]]:
+    """mergekit's version and tensor for each case, dtype and key, all from one process."""
+    asked = [(number, dtype, key) for number in range(len(CASES)) for dtype in DTYPES for key in SHAPES]
+    folder: Path = tmp_path_factory.mktemp("mergekit")
+    models = {(number, dtype): models_of(CASES[number], dtype) for number, dtype, _ in asked}
+    torch.save([request(CASES[n], models[n, dtype], key) for n, dtype, key in asked], folder / "requests.pt")
+    command = [INTERPRETER, "-c", SCRIPT, str(folder / "requests.pt"), str(folder / "found.pt")]
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    answer = torch.load(folder / "found.pt")
+    return {place: (answer["version"], found) for place, found in zip(asked, answer["found"], strict=True)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
+def test_values_are_mergekits(number: int, dtype: torch.dtype, theirs: Any) -> None:
+    case = CASES[number]
+    models = models_of(case, dtype)
+    if case.alone:
+        sources = [models.base, *models.experts]
+        lone = {key: one_tensor(*(source.get(key) for source in sources), dtype=dtype) for key in SHAPES}
+        result = {key: merged_x(case.method, lone[key], **case.options) for key in SHAPES}
+    else:
+        result = merged(case.method, models, **case.options)
+    for key in [key for key in SHAPES if key != "gate" or case.scalar]:
+        version, expected = theirs[number, dtype, key]
+        compared(case.method, f"mergekit {version}", result[key], expected, options=case.options, note=case.note)
+        assert result[key].dtype == expected.dtype == dtype
+        np.testing.assert_allclose(result[key].numpy(), expected.numpy(), rtol=1e-6, atol=1e-6, err_msg=key)

@@ -1,0 +1,251 @@
+"""TSV-Merge and isotropic merging against float64 transcriptions of their formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mergelab.methods import factorised
+from mergelab.methods.factorised import decompose, decompose_leading, tall
+from mergelab.methods.spectral import directions, iso_c, iso_cts, tsv_m
+from tests.methods.toy import aligned, merged, merged_x, one_tensor, task_vector, toy_models
+from tests.parity import FORMULA, compared
+
+Matrix = np.ndarray[Any, np.dtype[np.float64]]
+SHAPES = [(96, 96), (120, 40), (40, 130)]
+
+
+def procrustes(columns: Matrix) -> Matrix:
+    u, _, v = np.linalg.svd(columns, full_matrices=False)
+    return u @ v
+
+
+def tsv_m_transcribed(vectors: Sequence[Matrix]) -> Matrix:
+    rank = min(vectors[0].shape) // len(vectors)
+    parts = [np.linalg.svd(vector, full_matrices=False) for vector in vectors]
+    u = np.concatenate([part[0][:, :rank] for part in parts], axis=1)
+    s = np.concatenate([part[1][:rank] for part in parts])
+    v = np.concatenate([part[2][:rank] for part in parts], axis=0)
+    return procrustes(u) @ np.diag(s) @ procrustes(v.T).T
+
+
+def iso_c_transcribed(vectors: Sequence[Matrix]) -> Matrix:
+    u, s, v = np.linalg.svd(sum(vectors[1:], vectors[0]), full_matrices=False)
+    return s.mean() * u @ v
+
+
+def iso_cts_transcribed(vectors: Sequence[Matrix], fraction: float) -> Matrix:
+    rank, tasks = min(vectors[0].shape), len(vectors)
+    own = round((rank - int(rank * fraction)) / tasks)
+    kept = rank - own * tasks
+    u, s, v = (x[..., :kept] if i < 2 else x[:kept] for i, x in enumerate(np.linalg.svd(sum(vectors), False)))
+    parts = [np.linalg.svd(vector - u @ u.T @ vector, full_matrices=False) for vector in vectors]
+    us = np.concatenate([*(part[0][:, :own] for part in parts), u], axis=1)
+    ss = np.concatenate([*(part[1][:own] for part in parts), s])
+    vs = np.concatenate([*(part[2][:own] for part in parts), v], axis=0)
+    return ss.mean() * procrustes(us) @ procrustes(vs.T).T
+
+
+def drawn(shape: tuple[int, int], count: int, seed: int = 0) -> list[Matrix]:
+    """Matrices with a decaying spectrum."""
+    generator = np.random.default_rng(seed)
+    decay = np.logspace(0, -1, shape[1])
+    return [0.02 * generator.standard_normal(shape) * decay for _ in range(count)]
+
+
+def merged_matrices(method: str, vectors: Sequence[Matrix], dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    base = np.zeros(vectors[0].shape)
+    return merged_x(method, one_tensor(base, *vectors, dtype=dtype), **options).double().numpy()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_tsv_m_is_the_papers_formula(shape: tuple[int, int], count: int) -> None:
+    vectors = drawn(shape, count)
+    result, expected = merged_matrices("tsv_m", vectors), tsv_m_transcribed(vectors)
+    compared("tsv_m", FORMULA, result, expected)
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_iso_c_is_the_papers_formula(shape: tuple[int, int], count: int) -> None:
+    vectors = drawn(shape, count)
+    result, expected = merged_matrices("iso_c", vectors), iso_c_transcribed(vectors)
+    compared("iso_c", FORMULA, result, expected)
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("count", "fraction"), [(1, 0.8), (2, 0.8), (3, 0.5), (5, 0.8), (3, 1.0), (4, 0.0)])
+def test_iso_cts_is_the_papers_formula(shape: tuple[int, int], count: int, fraction: float) -> None:
+    vectors = drawn(shape, count)
+    expected = iso_cts_transcribed(vectors, fraction)
+    result = merged_matrices("iso_cts", vectors, common_fraction=fraction)
+    compared("iso_cts", FORMULA, result, expected, options=f"common_fraction={fraction}")
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts"])
+def test_float32_weights_are_decomposed_in_float64(method: str) -> None:
+    models = toy_models(3)
+    result = merged(method, models)
+    vectors = [(e.get("layer.weight") - models.base.get("layer.weight")).double().numpy() for e in models.experts]
+    transcribed = {"tsv_m": tsv_m_transcribed, "iso_c": iso_c_transcribed}
+    expected = transcribed[method](vectors) if method in transcribed else iso_cts_transcribed(vectors, 0.8)
+    change = (result["layer.weight"] - models.base.get("layer.weight")).double().numpy()
+    theirs = models.base.get("layer.weight").double().numpy() + expected
+    compared(
+        method, FORMULA, result["layer.weight"], theirs, options="common_fraction=0.8" if method == "iso_cts" else ""
+    )
+    np.testing.assert_allclose(change, expected, rtol=0, atol=4e-7)  # float32 rounding of entries up to 4
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts"])
+@pytest.mark.parametrize("key", ["layer.bias", "gate"])
+def test_tensors_that_are_no_matrices_get_the_mean_task_vector(method: str, key: str) -> None:
+    models = toy_models(3, dtype=torch.float64)
+    vectors = [task_vector(models, expert, key) for expert in range(3)]
+    expected = models.base.get(key) + 0.7 * torch.stack(vectors).mean(0)
+    torch.testing.assert_close(merged(method, models, **{"lambda": 0.7})[key], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts"])
+def test_lambda_scales_the_merged_task_vector(method: str) -> None:
+    vectors = drawn((30, 20), 3)
+    whole = merged_matrices(method, vectors)
+    np.testing.assert_allclose(merged_matrices(method, vectors, **{"lambda": 1.7}), 1.7 * whole, rtol=1e-13)
+
+
+def test_all_singular_values_of_iso_c_are_their_mean() -> None:
+    vectors = drawn((50, 30), 4)
+    mean = np.linalg.svd(sum(vectors), compute_uv=False).mean()
+    spectrum = np.linalg.svd(merged_matrices("iso_c", vectors), compute_uv=False)
+    np.testing.assert_allclose(spectrum, mean, rtol=1e-12)
+
+
+def test_the_mean_of_the_spectrum_counts_singular_values_that_are_0() -> None:
+    vectors = drawn((50, 30), 2)
+    for vector in vectors:
+        vector[:, 20:] = 0
+    mean = np.linalg.svd(sum(vectors), compute_uv=False).sum() / 30
+    spectrum = np.linalg.svd(merged_matrices("iso_c", vectors), compute_uv=False)
+    np.testing.assert_allclose(spectrum[:20], mean, rtol=1e-12)
+    np.testing.assert_allclose(spectrum[20:], 0, atol=1e-15)
+
+
+def test_one_expert_comes_out_of_tsv_m_unchanged() -> None:
+    (vector,) = drawn((50, 30), 1)
+    np.testing.assert_allclose(merged_matrices("tsv_m", [vector]), vector, rtol=0, atol=1e-14)
+
+
+def test_equal_experts_come_out_of_tsv_m_cut_to_their_share_of_the_rank() -> None:
+    (vector,) = drawn((50, 30), 1)
+    u, s, v = np.linalg.svd(vector, full_matrices=False)
+    result = merged_matrices("tsv_m", [vector, vector, vector])
+    np.testing.assert_allclose(result, (u[:, :10] * s[:10]) @ v[:10], rtol=0, atol=1e-13)
+
+
+def test_experts_on_other_rows_and_columns_come_out_of_tsv_m_each_in_its_place() -> None:
+    (a, b), vectors = drawn((12, 12), 2), np.zeros((2, 24, 24))
+    vectors[0, :12, :12], vectors[1, 12:, 12:] = a, b
+    np.testing.assert_allclose(merged_matrices("tsv_m", list(vectors)), vectors.sum(0), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts"])
+@pytest.mark.parametrize("shape", [(2, 40), (40, 2), (1, 7), (1, 1)])
+def test_matrices_of_fewer_directions_than_experts_are_merged(method: str, shape: tuple[int, int]) -> None:
+    vectors = drawn(shape, 5)
+    result = merged_matrices(method, vectors)
+    assert np.isfinite(result).all()
+    assert np.linalg.norm(result) > 0.1 * np.linalg.norm(vectors[0])
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts"])
+def test_directions_that_no_expert_moved_in_stay_as_they_are(method: str) -> None:
+    vectors = drawn((40, 30), 3)
+    for vector in vectors:
+        vector[:, 20:] = 0
+        vector[10:15] = 0
+    result = merged_matrices(method, vectors)
+    assert np.abs(result[:, 20:]).max() == 0
+    assert np.abs(result[10:15]).max() < 1e-16
+    assert np.linalg.norm(result) > 0.1 * np.linalg.norm(vectors[0])
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts"])
+def test_an_expert_equal_to_the_base_takes_no_direction(method: str) -> None:
+    vectors = [*drawn((40, 30), 2), np.zeros((40, 30))]
+    result = merged_matrices(method, vectors)
+    assert np.isfinite(result).all()
+    assert np.linalg.norm(result) > 0.5 * np.linalg.norm(vectors[0])
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts"])
+def test_the_transpose_gives_the_transpose_but_for_the_side_iso_cts_projects_on(method: str) -> None:
+    vectors = drawn((40, 30), 3)
+    result, turned = merged_matrices(method, vectors), merged_matrices(method, [vector.T for vector in vectors])
+    close = np.abs(result - turned.T).max() < 1e-10
+    assert close == (method != "iso_cts")
+
+
+def test_iso_cts_projects_on_the_side_of_the_outputs_where_conv1d_stores_them_last() -> None:
+    names = ("h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight", "h.0.attn.c_proj.weight", "wte.weight")
+    shapes = ((10, 30), (10, 40), (10, 10), (50, 10))
+    vectors = {name: drawn(shape, 3, seed) for seed, (name, shape) in enumerate(zip(names, shapes, strict=True))}
+
+    def run(turned: bool) -> dict[str, torch.Tensor]:
+        def stored(name: str, matrix: Matrix) -> torch.Tensor:
+            return torch.from_numpy(matrix.T.copy() if turned and name != "wte.weight" else matrix)
+
+        experts = [{name: stored(name, vectors[name][i]) for name in names} for i in range(3)]
+        base = {name: torch.zeros_like(tensor) for name, tensor in experts[0].items()}
+        return merged("iso_cts", aligned(base, experts))
+
+    conv1d, linear = run(turned=False), run(turned=True)
+    for name in names[:3]:
+        torch.testing.assert_close(conv1d[name], linear[name].T, rtol=0, atol=1e-10)
+        expected = iso_cts_transcribed([vector.T for vector in vectors[name]], 0.8)
+        np.testing.assert_allclose(linear[name].numpy(), expected, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(
+        conv1d["wte.weight"].numpy(), iso_cts_transcribed(vectors["wte.weight"], 0.8), rtol=0, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("method", [tsv_m, iso_c, iso_cts])
+def test_matrices_read_in_several_blocks_are_the_same(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mergelab.methods.parameters import Site
+
+    options = {"site": Site("x", (), (120, 40))} if method is iso_cts else {}
+    vectors = [torch.from_numpy(vector) for vector in drawn((120, 40), 3)]
+    whole = method([vector.clone() for vector in vectors], **options)
+    monkeypatch.setattr(factorised, "ROWS", 17)
+    torch.testing.assert_close(method(vectors, **options), whole, rtol=0, atol=1e-12)
+
+
+def test_small_singular_values_are_not_lost_by_squaring() -> None:
+    generator = np.random.default_rng(0)
+    u, v = (np.linalg.qr(generator.standard_normal((rows, 20)))[0] for rows in (60, 20))
+    spectrum = np.logspace(0, -11, 20)
+    matrix = tall(torch.from_numpy((u * spectrum) @ v.T))
+    for triplets in (decompose(matrix), decompose_leading(matrix, 20)):
+        np.testing.assert_allclose(triplets.values.numpy(), spectrum, rtol=1e-4)
+    few = decompose_leading(matrix, 6)
+    np.testing.assert_allclose(few.values.numpy(), spectrum[:6], rtol=1e-6)
+    np.testing.assert_allclose(np.abs(few.left(slice(0, 60)).numpy().T @ u[:, :6]), np.eye(6), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rank", "tasks", "fraction", "expected"),
+    [(768, 8, 0.8, (616, 19)), (768, 5, 0.8, (613, 31)), (10, 3, 1.0, (10, 0)), (2, 3, 0.0, (2, 0)), (9, 3, 0, (0, 3))],
+)
+def test_common_and_own_directions_fill_the_rank(
+    rank: int, tasks: int, fraction: float, expected: tuple[int, int]
+) -> None:
+    common, own = directions(rank, tasks, fraction)
+    assert (common, own) == expected
+    assert common + tasks * own == rank
