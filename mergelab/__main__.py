@@ -11,9 +11,9 @@ from mergelab.config import CONF_DIR
 from mergelab.errors import MergelabError, did_you_mean
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-# Keys that a ready config need not have: a method's parameters and experts of the user's own. What is unknown there
-# is found out, with a better message, when the method and the models are checked.
-_OPEN_KEYS = re.compile(r"^(method\.[\w.]+|models\.experts\.[\w.\-]+)=")
+# Keys that a ready config need not have: a method's parameters, experts of the user's own, a vocabulary. What is
+# unknown there is found out, with a better message, when the method and the models are checked.
+_OPEN_KEYS = re.compile(r"^(method\.[\w.]+|models\.vocab|models\.experts\.[\w.\-]+)=")
 
 
 def main() -> None:

@@ -60,6 +60,8 @@ class ModelsConfig(Schema):
     experts: dict[str, ExpertConfig] = Field(min_length=1)
     head: str = "average"
     passthrough: list[str] = []
+    vocab: Literal["base", "union"] | None = None
+    """Whose tokens the merged model has, where the models' differ: the base's, or those of all; None: they do not."""
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -83,6 +85,13 @@ class ModelsConfig(Schema):
         if head not in HEAD_POLICIES[:3] and not head.startswith("expert:"):
             raise ValueError(f"must be one of {', '.join(HEAD_POLICIES)}")
         return head
+
+    @field_validator("vocab")
+    @classmethod
+    def _has_base(cls, vocab: str | None, info: ValidationInfo) -> str | None:
+        if vocab == "base" and info.data.get("base", "") is None:
+            raise ValueError("there is no base model (models.base is null); vocab=union starts from the first expert")
+        return vocab
 
 
 def _names(references: Sequence[object]) -> dict[str, object]:
@@ -117,7 +126,10 @@ class SaveConfig(Schema):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?[kMGT]B$")] = "5GB"
     tokenizer: str | None = None
-    """Whose tokenizer, generation config and chat template are copied: ``base``, or an expert's name."""
+    """Whose tokenizer, generation config and chat template are copied: ``base``, or an expert's name.
+
+    With ``models.vocab`` the tokenizer is the merged vocabulary's.
+    """
 
     @property
     def max_shard_bytes(self) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from mergelab.errors import MergeWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from mergelab.tracking import Tracker
 
 Progress = Callable[[str, float], None]
+_SHOWN_WARNINGS = 6
 
 
 def console(*, error: bool = False) -> Console:
@@ -42,6 +46,30 @@ def warn(text: str) -> None:
 
     panel = Panel(Text(text), title="warning", border_style="yellow", title_align="left", width=100)
     console(error=True).print(panel, soft_wrap=False)
+
+
+@contextlib.contextmanager
+def gathered_warnings() -> Iterator[None]:
+    """Gather what methods warn of (`MergeWarning`) and show it at the end, each message once, the first few of many."""
+    messages: dict[str, None] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MergeWarning)
+        show = warnings.showwarning
+
+        def gather(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, MergeWarning):
+                messages[str(message)] = None
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = gather
+        try:
+            yield
+        finally:
+            if messages:
+                shown = list(messages)[:_SHOWN_WARNINGS]
+                more = [f"… and {len(messages) - len(shown)} more"] * (len(messages) > len(shown))
+                warn("\n".join([*shown, *more]))
 
 
 @contextlib.contextmanager

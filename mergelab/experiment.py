@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +81,7 @@ def run_experiment(config: DictConfig) -> float | None:
             tags=_tags(plan, source),
             parent=parent.id if parent else None,
         ) as run,
+        console.gathered_warnings(),
         console.progress() as progress,
     ):
         result = _execute(plan, source, tracker, run, progress)
@@ -125,6 +125,18 @@ def plan_experiment(config: DictConfig) -> Plan:
     checked = check(ExperimentConfig, resolved)
     method, parameters = method_from_config(checked.method)
     check_capabilities(method, has_base=checked.models.base is not None, experts=len(checked.models.experts))
+    if method.several and checked.models.head in ("average", "base"):
+        raise ConfigError(
+            f"method={method.name}: makes one model for each expert, and models.head={checked.models.head} does not "
+            "say which of them a task is measured with; models.head=per_task: its own expert's, "
+            "models.head=expert:<name>: that one's"
+        )
+    if "selection" in method.needs and not (checked.evaluate and checked.eval.protocol != "full"):
+        raise ConfigError(
+            f"method={method.name}: chooses by scores, and with "
+            f"{'evaluate=false' if not checked.evaluate else 'eval.protocol=full'} there are no examples that select; "
+            "eval.protocol=holdout sets some apart (oracle: the reporting ones, and labelled so)"
+        )
     weights = [expert.weight for expert in checked.models.experts.values()]
     resolve_weights(method, parameters, tuple(checked.models.experts), weights)
     suite = tasks_from_config(checked.task)
@@ -169,6 +181,8 @@ def _is_unfinished(path: Path) -> bool:
 def _execute(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: Progress) -> ExperimentResult | None:
     """Load, measure the models that are merged, merge, measure the result, and record all of it."""
     from mergelab.measuring import Bench
+    from mergelab.merging import Merging
+    from mergelab.selection import BenchSelection
     from mergelab.session import Session
 
     located = locate(plan.config.models, source, [task.name for task in plan.tasks], progress)
@@ -190,15 +204,17 @@ def _execute(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: P
         bench.preflight(baselines)
     for baseline in baselines:
         recording.record_baseline(tracker, run.experiment, baseline, bench, source)
-    backbone, seconds = _merge(plan, session, progress, examples)
-    run.set_tags(recording.calibration_tags(examples))
-    merged = bench.merged(backbone, f"{plan.method.name} of {len(located.experts)}", baselines)
+    selection = BenchSelection(bench) if "selection" in plan.method.needs else None
+    merging = Merging(plan.method, plan.parameters, session, progress, selection or examples)
+    backbones, seconds = merging.in_memory()
+    run.set_tags(recording.calibration_tags(examples) | (selection.tags() if selection else {}))
+    merged = bench.merged(backbones, f"{plan.method.name} of {len(located.experts)}", baselines)
     merged = replace(merged, merge_seconds=seconds, peak_mb=peak_memory_mb())
     result = ExperimentResult(
         f"{plan.method.name} on {located.name}", _note(plan, bench), tuple(bench.data), (*baselines, merged)
     )
     recording.record_result(run, result, bench)
-    _keep(plan, session, backbone, run)
+    _keep(plan, session, backbones, run)
     return result
 
 
@@ -222,77 +238,37 @@ def _calibration(plan: Plan, session: Session, progress: Progress) -> Calibratio
     """Offer training examples to a method that learns from them."""
     from mergelab.calibration import Calibration
 
-    if not plan.method.needs:
+    if "data" not in plan.method.needs:
         return None
     return Calibration(session, plan.method.name, plan.data_dir, progress)
 
 
-def _merge(
-    plan: Plan, session: Session, progress: Progress, examples: Calibration | None
-) -> tuple[dict[str, Tensor], float]:
-    """Merge the backbone; answer its tensors and the seconds that took, reading included."""
-    started = time.perf_counter()
-    merged = {**session.passed_through, **dict(_merging(plan, session, progress, examples=examples))}
-    return merged, time.perf_counter() - started
-
-
 def _merge_to_disk(plan: Plan, session: Session, run: Run, progress: Progress, examples: Calibration | None) -> float:
-    """Merge into the output folder, tensor by tensor; answer the seconds that took."""
+    """Merge into the output folder; answer the seconds that took."""
+    from mergelab.merging import Merging
     from mergelab.tracking.grid import MODEL
 
     assert plan.config.output is not None
     folder = Path(plan.config.output).expanduser()
-    started = time.perf_counter()
-    session.save_merging(
-        folder,
-        lambda missing: _merging(plan, session, progress, only=missing, examples=examples),
-        session.merge_key(plan.method, plan.parameters),
-    )
-    seconds = time.perf_counter() - started
+    seconds = Merging(plan.method, plan.parameters, session, progress, examples).to_disk(folder, str(plan.data_dir))
     if run.id and plan.tracking.log_model != "none":
         run.log_artifacts(folder, MODEL)
     return seconds
 
 
-def _merging(plan: Plan, session: Session, progress: Progress, **options: Any) -> Iterator[tuple[str, Tensor]]:
-    """Answer the merged tensors one by one, and show how far it is, in bytes of the merged model."""
-    from mergelab.methods.engine import merge
-    from mergelab.weights.shards import byte_size
-    from mergelab.weights.source import layout_of
-
-    aligned = session.aligned
-    sizes = {info.name: byte_size(info) for info in layout_of(aligned.base or aligned.experts[0], aligned.names)}
-    total = max(sum(sizes.values()), 1)
-    done = 0
-    weights = [expert.weight for expert in session.located.experts]
-    progress(f"merging with {plan.method.name}", 0.0)
-    for name, tensor in merge(
-        plan.method,
-        plan.parameters,
-        aligned,
-        weights=weights,
-        seed=plan.config.seed,
-        device=session.device,
-        dtype=session.save_dtype,
-        **options,
-    ):
-        done += sizes.get(name, 0)
-        progress(f"merging with {plan.method.name}, {done / 1e9:.2f} of {total / 1e9:.2f} GB", done / total)
-        yield name, tensor
-
-
-def _keep(plan: Plan, session: Session, backbone: Mapping[str, Tensor], run: Run) -> None:
+def _keep(plan: Plan, session: Session, backbones: Mapping[str, Mapping[str, Tensor]], run: Run) -> None:
     """Save the merged model where it was asked for: in a folder, or with the run."""
-    if plan.config.output is not None:
-        session.save(backbone, Path(plan.config.output).expanduser())
+    from mergelab.saving import Saving
     from mergelab.tracking.grid import MODEL
 
+    if plan.config.output is not None:
+        Saving(session).save(backbones, Path(plan.config.output).expanduser())
     wanted = plan.tracking.log_model
     if run.id and wanted == "best" and _sweep_dir():
-        session.save(backbone, _run_folder() / MODEL)  # the grid's end knows which one is logged
+        Saving(session).save(backbones, _run_folder() / MODEL)  # the grid's end knows which one is logged
     elif run.id and wanted != "none":
         with tempfile.TemporaryDirectory() as folder:
-            session.save(backbone, Path(folder) / MODEL)
+            Saving(session).save(backbones, Path(folder) / MODEL)
             run.log_artifacts(Path(folder) / MODEL, MODEL)
 
 

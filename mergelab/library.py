@@ -82,10 +82,24 @@ def method_function(name: str) -> Callable[..., Any]:
         passthrough = [*passthrough, *parameters.pop("passthrough_layers", ())]
         checked = check_parameters(method, _new_spelling(method, parameters))
 
-        def combine(aligned: AlignedModels) -> dict[str, Tensor]:
-            return dict(merge(method, checked, aligned, seed=seed))
+        if method.needs:
+            raise ConfigError(
+                f"{method.name} needs examples of a task: run it with python -m mergelab method={method.name}"
+            )
 
-        return _merge_models(models, combine, task, base_index, passthrough)
+        def combine(aligned: AlignedModels, output: str | None = None) -> dict[str, Tensor]:
+            return dict(merge(method, checked, aligned, seed=seed, output=output))
+
+        if not method.several:
+            return _merge_models(models, combine, task, base_index, passthrough)
+
+        def for_expert(index: int) -> Any:
+            def own(aligned: AlignedModels) -> dict[str, Tensor]:
+                return combine(aligned, aligned.experts[index].name)
+
+            return _merge_models(models, own, task, base_index, passthrough)
+
+        return [for_expert(index) for index in range(len(models) - (base_index is not None))]
 
     merged.__name__ = merged.__qualname__ = name
     merged.__doc__ = (
@@ -93,6 +107,7 @@ def method_function(name: str) -> Callable[..., Any]:
         "``models`` are hub ids, local folders, modules, pipelines or state dicts, ``base_index`` says which is the\n"
         "base; the result is of the last one's kind (a pipeline of ``task`` for ids and folders). Tensors that match\n"
         "``passthrough`` skip the merge: the experts' mean is taken."
+        + (" The answer is a list of models, one for each expert." if method.several else "")
     )
     return merged
 

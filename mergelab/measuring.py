@@ -88,10 +88,14 @@ class Bench:
                         "(models.experts.<name>.labels=[...])? eval.preflight=false goes on without this check"
                     )
 
-    def merged(self, backbone: Mapping[str, Tensor], label: str, baselines: Sequence[ModelResult]) -> ModelResult:
-        """Measure merged weights, and test them against the best expert."""
+    def merged(
+        self, backbones: Mapping[str, Mapping[str, Tensor]], label: str, baselines: Sequence[ModelResult]
+    ) -> ModelResult:
+        """Measure merged weights, given for each task, and test them against the best expert."""
         predictions = {
-            name: self.session.predict(data, lambda: backbone, self.session.heads[name], label, progress=self.progress)
+            name: self.session.predict(
+                data, partial(backbones.__getitem__, name), self.session.heads[name], label, progress=self.progress
+            )
             for name, data in self.data.items()
         }
         result = self._result(label, "merged", predictions)

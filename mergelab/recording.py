@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mergelab.tracking import BASELINE_KEY, PRIMARY
 
 if TYPE_CHECKING:
+    from mergelab.calibration import Calibration
     from mergelab.measuring import Bench
     from mergelab.models.source import LocatedModels
     from mergelab.results import ExperimentResult, ModelResult
@@ -34,6 +35,15 @@ def model_tags(located: LocatedModels, session: Session) -> dict[str, str]:
         tags[f"model.{model.name}"] = f"{model.label}{revision}"
         tags[f"model.{model.name}.sha256"] = session.content(model.name)
     return tags
+
+
+def calibration_tags(examples: Calibration | None) -> dict[str, str]:
+    """Say which training examples the method learnt from, for each expert: how many, and a hash of their numbers."""
+    drawn = {} if examples is None else examples.drawn
+    return {
+        f"calibration.{name}": f"{one.count} of {one.data.spec.name}/{one.data.split}, sha256 {one.digest[:16]}"
+        for name, one in drawn.items()
+    }
 
 
 def log_dataset(run: Run, data: TaskData) -> None:
@@ -122,14 +132,16 @@ def _record_baseline(
 
 
 def _baseline_key(model: ModelResult, bench: Bench) -> str:
-    """Hash what a baseline's scores depend on: weights, examples, protocol and seed."""
-    parts = {
+    """Hash what a baseline's scores depend on: weights, tokens, examples, protocol and seed."""
+    parts: dict[str, Any] = {
         "weights": model.contents,
         "role": model.role,
         "data": [data.fingerprint for data in bench.data.values()],
         "eval": {k: v for k, v in bench.config.eval.model_dump().items() if k not in ("cache", "preflight")},
         "seed": bench.config.seed,
     }
+    if bench.config.models.vocab is not None:
+        parts["vocab"] = [bench.config.models.vocab, bench.session.vocabulary and bench.session.vocabulary.digest]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,25 +18,22 @@ from mergelab.models.architecture import (
     architecture,
     head_names,
     open_classifier,
-    quiet_transformers,
     tokenizer_folder,
 )
 from mergelab.models.heads import Head, mean_head, mean_tensor, read_head
+from mergelab.models.tokens import load_tokenizer
+from mergelab.models.vocabulary import check_vocabularies, merged_vocabulary
 from mergelab.tasks.labels import label_order
 from mergelab.tasks.measure import PredictionCache, prediction_key
 from mergelab.weights.align import AlignedModels, align, check_finite
 from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
 from mergelab.weights.module import load_into
-from mergelab.weights.source import TensorInfo, layout_of
-from mergelab.weights.writer import writing_folder
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
-    from mergelab.methods.parameters import Parameters
-    from mergelab.methods.registry import MergeMethod
     from mergelab.models.source import LocatedExpert, LocatedModels
+    from mergelab.models.vocabulary import MergedVocabulary
     from mergelab.tasks.data import TaskData
     from mergelab.tasks.evaluate import Encoded
     from mergelab.tasks.measure import Array
@@ -68,32 +64,35 @@ class Session:
     def __init__(self, located: LocatedModels, tasks: Sequence[TaskSpec], config: ExperimentConfig) -> None:
         self.located, self.tasks, self.config = located, tuple(tasks), config
         self.cache = PredictionCache()
-        self._checkpoints: dict[str, Checkpoint] = {
+        self.checkpoints: dict[str, Checkpoint] = {
             expert.name: open_checkpoint(expert.folder, expert.name) for expert in located.experts
         }
         if located.base is not None:
-            self._checkpoints["base"] = open_checkpoint(located.base.folder, "base")
+            self.checkpoints["base"] = open_checkpoint(located.base.folder, "base")
         self.kind = self._kind()
-        base = self._checkpoints.get("base")
-        experts = [self._checkpoints[expert.name] for expert in located.experts]
+        base = self.checkpoints.get("base")
+        experts = [self.checkpoints[expert.name] for expert in located.experts]
         self.head_names = head_names(experts[0].keys(), self.kind)
+        self.vocabulary = self._merged_vocabulary([base, *experts] if base is not None else experts)
         self.aligned: AlignedModels = align(
             base,
             experts,
             ignore=[*self.head_names, *config.models.passthrough],
             backbone_prefix=f"{self.kind.prefix}." if self.kind.is_classifier else None,
+            adapt=None if self.vocabulary is None else partial(self.vocabulary.adapt, heads=self.head_names),
         )
         self.passed_through = self._passed_through(experts[0].keys())
         self._tokenizer: Any = None
         self._modules: dict[int, nn.Module] = {}
         self._encoded: dict[str, Encoded] = {}
+        self._averaged = frozenset(expert.name for expert in located.experts)
         self.heads = {task.name: self._merged_head(task) for task in self.tasks} if self.head_names else {}
 
     # ------------------------------------------------------------------------------------------------ what is opened
 
     def _kind(self) -> Architecture:
         kinds = {
-            expert.name: architecture(expert.folder, expert.label, self._checkpoints[expert.name].keys())
+            expert.name: architecture(expert.folder, expert.label, self.checkpoints[expert.name].keys())
             for expert in self.located.experts
         }
         first = next(iter(kinds.values()))
@@ -104,6 +103,13 @@ class Session:
             )
         self._kinds = kinds
         return first
+
+    def _merged_vocabulary(self, models: Sequence[Checkpoint]) -> MergedVocabulary | None:
+        """Plan the merged model's tokens; None where it has those that all models have."""
+        if self.config.models.vocab is None:
+            check_vocabularies(models, has_base=self.located.base is not None)
+            return None
+        return merged_vocabulary(self.config.models.vocab, models)
 
     def _passed_through(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Average, over the experts, the tensors that skip the merge or that the base does not have."""
@@ -147,7 +153,13 @@ class Session:
                     f"{listed(str(expert.task) for expert in self.located.experts)}); set models.experts.<name>.task"
                 )
             return self.expert_head(serving[0], task)
-        return mean_head([self.expert_head(index, task) for index in range(len(names))])
+        return mean_head([self.expert_head(index, task) for index, name in enumerate(names) if name in self._averaged])
+
+    def average_heads_of(self, experts: Collection[str]) -> None:
+        """Let the merged model's head, where it is the experts' average, be that of these experts."""
+        self._averaged = frozenset(experts)
+        if self.config.models.head == "average":
+            self.heads = {task.name: self._merged_head(task) for task in self.tasks} if self.head_names else {}
 
     # -------------------------------------------------------------------------------------------- weights to measure
 
@@ -172,127 +184,11 @@ class Session:
 
     def content(self, name: str) -> str:
         """Answer the content hash of an opened model's weights (``base`` or an expert's name)."""
-        return self._checkpoints[name].content_hash()
+        return self.checkpoints[name].content_hash()
 
-    def save(self, backbone: Mapping[str, Tensor], folder: Path) -> None:
-        """Write merged weights as a model folder; with a head per task, as a folder for each task below it.
-
-        Raises:
-            ModelError: the folder is in use or cannot be written.
-            ConfigError: there is no such model to take the tokenizer from.
-        """
-        layout = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in backbone.items()]
-        self._write(folder, layout, lambda missing: backbone.items(), None)
-
-    def save_merging(
-        self, folder: Path, merge: Callable[[frozenset[str]], Iterable[tuple[str, Tensor]]], key: str
-    ) -> None:
-        """Write a merged model as `save` does, tensor by tensor as it is merged.
-
-        Args:
-            folder: as for `save`.
-            merge: answers the merged tensors of these names.
-            key: names what is merged and how: what an interrupted call with the same key completed is not done again.
-        """
-        reference = self.aligned.base or self.aligned.experts[0]
-        dtype = self.save_dtype
-        layout = [
-            info._replace(dtype=dtype or info.dtype) if info.name in self.aligned.names else info
-            for info in layout_of(reference, [*self.aligned.names, *self.aligned.integers])
-        ]
-        own = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self.passed_through.items()]
-
-        def tensors(missing: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
-            yield from ((name, tensor) for name, tensor in self.passed_through.items() if name in missing)
-            yield from merge(missing - self.passed_through.keys())
-
-        self._write(folder, [*layout, *own], tensors, key)
-
-    def merge_key(self, method: MergeMethod, parameters: Parameters) -> str:
-        """Name all that the merged model's content depends on; a model's weights by its files' times of change."""
-        from importlib.metadata import version
-
-        config = self.config
-        stamps = {
-            name: [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files]
-            for name, checkpoint in self._checkpoints.items()
-        }
-        parts = {
-            "version": version("mergelab"),
-            "method": [method.name, parameters.by_key()],
-            "models": [config.models.model_dump(), stamps],
-            "tasks": [task.name for task in self.tasks],
-            "save": config.save.model_dump(),
-            "seed": config.seed,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-    @property
-    def save_dtype(self) -> torch.dtype | None:
-        """The dtype that merged tensors are rounded to when they are saved; None for the stored one."""
-        import torch
-
-        name = self.config.save.dtype
-        return None if name is None else getattr(torch, name)
-
-    def _write(
-        self,
-        folder: Path,
-        layout: Sequence[TensorInfo],
-        tensors: Callable[[frozenset[str]], Iterable[tuple[str, Tensor]]],
-        key: str | None,
-    ) -> None:
-        """Write one folder, or one for each task's head, from one stream of the tensors that they share."""
-        shared = [info for info in layout if info.name not in self.head_names]
-        with ExitStack() as stack:
-            writers = []
-            for place, head, updates in self._model_folders(folder):
-                heads = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in head.items()]
-                writer = stack.enter_context(
-                    writing_folder(
-                        place,
-                        layout=[*shared, *heads],
-                        like=self._companions(),
-                        config_updates=updates,
-                        dtype=self.save_dtype,
-                        max_shard_bytes=self.config.save.max_shard_bytes,
-                        aliases=self.aligned.aliases,
-                        inputs=self._folders(),
-                        key=key,
-                    )
-                )
-                for name in head.keys() & writer.missing:
-                    writer.write(name, head[name])
-                writers.append(writer)
-            missing = frozenset().union(*(writer.missing for writer in writers))
-            for name, tensor in tensors(missing):
-                for writer in writers:
-                    if name in writer.missing:
-                        writer.write(name, tensor)
-                del tensor  # let it go before the next one is made
-
-    def _model_folders(self, folder: Path) -> list[tuple[Path, Mapping[str, Tensor], dict[str, Any]]]:
-        """Answer the folders to write, each with its head and what its configuration says of the labels."""
-        if not self.heads:
-            return [(folder, {}, {})]
-        if self.config.models.head != "per_task" or len(self.tasks) == 1:
-            return [(folder, self.heads[self.tasks[0].name].tensors, label_config(self.tasks[0]))]
-        return [(folder / task.name, self.heads[task.name].tensors, label_config(task)) for task in self.tasks]
-
-    def _companions(self) -> Path:
-        """Find the folder whose config, tokenizer, generation config and chat template are copied."""
-        if (chosen := self.config.save.tokenizer) is None:
-            folders = [expert.folder for expert in self.located.experts]
-            return tokenizer_folder(folders) or folders[0]
-        folders_by_name = {expert.name: expert.folder for expert in self.located.experts}
-        if self.located.base is not None:
-            folders_by_name["base"] = self.located.base.folder
-        if chosen not in folders_by_name:
-            raise ConfigError(
-                f"save.tokenizer={chosen}: must be base or an expert{did_you_mean(chosen, folders_by_name)} "
-                f"(there are {listed(folders_by_name)})"
-            )
-        return folders_by_name[chosen]
+    def served(self) -> dict[str, str]:
+        """Answer for each task the name of the expert whose head it has, under a policy that says one."""
+        return {task.name: self.heads[task.name].owner for task in self.tasks}
 
     # ------------------------------------------------------------------------------------------------------ measuring
 
@@ -300,10 +196,12 @@ class Session:
     def tokenizer(self) -> Any:
         """The one tokenizer that all models are measured with: the base's, or the first expert's that has one."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._folders(), self.located.name)
+            own = self.vocabulary and self.vocabulary.tokenizer()
+            self._tokenizer = own or load_tokenizer(self.folders(), self.located.name)
         return self._tokenizer
 
-    def _folders(self) -> list[Path]:
+    def folders(self) -> list[Path]:
+        """List the models' folders, the base's first."""
         base = [self.located.base.folder] if self.located.base else []
         return [*base, *(expert.folder for expert in self.located.experts)]
 
@@ -313,7 +211,10 @@ class Session:
             if not self.kind.is_classifier:
                 raise ModelError(f"{self.located.name}: a {self.kind.name} cannot be measured on a classification task")
             expert = self.located.experts[0]
-            self._modules[outputs] = open_classifier(expert.folder, expert.label, outputs).to(self.device)
+            module = open_classifier(expert.folder, expert.label, outputs)
+            if self.vocabulary is not None:
+                module = self.vocabulary.fit(module, expert.folder)
+            self._modules[outputs] = module.to(self.device)
         return self._modules[outputs]
 
     @property
@@ -366,7 +267,7 @@ class Session:
         """Name all that what a model of this content makes of these examples depends on."""
         from importlib.metadata import version
 
-        folder = tokenizer_folder(self._folders())
+        folder = tokenizer_folder(self.folders())
         assert folder is not None
         files = sorted(file for file in folder.iterdir() if "token" in file.name or "vocab" in file.name)
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
@@ -380,32 +281,7 @@ class Session:
             "device": self.device.type,
             "versions": [version("torch"), version("transformers"), version("mergelab")],
         }
+        if self.vocabulary is not None:  # what a model lacks is read from the others
+            contents = [self.content(name) for name in self.checkpoints]
+            parts["vocabulary"] = [self.vocabulary.digest, contents]
         return prediction_key(parts)
-
-
-def label_config(task: TaskSpec) -> dict[str, Any]:
-    """Answer the keys of ``config.json`` that say what a head's outputs mean, in the task's order."""
-    names = list(task.labels) if task.labels else ["LABEL_0"]
-    return {
-        "id2label": {str(index): name for index, name in enumerate(names)},
-        "label2id": {name: index for index, name in enumerate(names)},
-        "num_labels": len(names),
-    }
-
-
-def load_tokenizer(folders: Sequence[Path], model: str) -> Any:
-    """Load the first tokenizer that one of ``folders`` has.
-
-    Raises:
-        ModelError: none has one, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    folder = tokenizer_folder(folders)
-    if folder is None:
-        raise ModelError(f"models {model}: none of the folders has a tokenizer")
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"models {model}: the tokenizer in {folder} cannot be read: {error}") from error

@@ -88,6 +88,48 @@ def test_the_head_is_whose_the_policy_says(
     torch.testing.assert_close(load_file(workplace / "merged" / "model.safetensors")["classifier.weight"], expected)
 
 
+def test_a_method_with_a_model_for_each_expert_measures_and_saves_the_one_whose_head_is_asked_for(
+    mergelab_command: Command, arguments: list[str], workplace: Path
+) -> None:
+    outcome = mergelab_command(*arguments, "method=emr", "tracking=none")
+    assert outcome.code == 2
+    assert "method=emr: makes one model for each expert, and models.head=average does not say which" in outcome.err
+    for name in "ab":
+        chosen = [f"models.head=expert:{name}", f"output=emr-{name}", "tracking=none"]
+        assert mergelab_command(*arguments, "method=emr", *chosen).code == 0
+    merge_only = [*arguments, "method=emr", "models.head=expert:b", "evaluate=false", "tracking=none"]
+    assert mergelab_command(*merge_only, "output=alone").code == 0
+    a, b, alone = (load_file(workplace / name / "model.safetensors") for name in ("emr-a", "emr-b", "alone"))
+    name = "bert.encoder.layer.0.output.dense.weight"
+    assert not torch.equal(a[name], b[name])
+    assert all(torch.equal(b[key], alone[key]) for key in b)
+    base, expert = (load_file(workplace / each / "model.safetensors") for each in ("base", "b"))
+    kept = b[name] != base[name]
+    assert kept.any()
+    assert ((b[name] - base[name]).sign() == (expert[name] - base[name]).sign())[kept].all()
+
+
+def test_a_greedy_soup_is_chosen_on_the_examples_that_select(
+    mergelab_command: Command, arguments: list[str], workplace: Path
+) -> None:
+    outcome = mergelab_command(*arguments, "method=greedy_soup", "tracking=none")
+    assert outcome.code == 2
+    assert "method=greedy_soup: chooses by scores, and with eval.protocol=full there are no examples" in outcome.err
+    outcome = mergelab_command(*arguments, "method=greedy_soup", "eval.protocol=holdout", "output=merged")
+    assert outcome.code == 0, outcome.err
+    (run,) = (run for run in runs(workplace) if run.data.tags["mergelab.kind"] == "merge")
+    chosen = run.data.tags["greedy_soup.chosen"].split(", ")
+    assert 1 <= len(chosen) <= 3
+    assert run.data.tags["greedy_soup.tried"].count(";") == 4  # three alone, two averages
+    merged = load_file(workplace / "merged" / "model.safetensors")
+    parts = [load_file(workplace / name / "model.safetensors") for name in chosen]
+    name = "bert.encoder.layer.0.output.dense.weight"
+    torch.testing.assert_close(merged[name], sum(part[name] for part in parts) / len(parts))
+    heads = [part["classifier.bias"].flip(0) if own == "c" else part["classifier.bias"]
+             for own, part in zip(chosen, parts, strict=True)]  # fmt: skip
+    torch.testing.assert_close(merged["classifier.bias"], sum(heads) / len(heads))
+
+
 def test_the_bases_own_head_is_asked_for_in_vain_where_it_has_none(
     mergelab_command: Command, arguments: list[str]
 ) -> None:

@@ -173,14 +173,27 @@ def predict_batches(
     """
     here = next(model.parameters()).device if device is None else torch.device(device)
     kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    _check_lengths(model, encoded)
+    check_lengths(model, encoded)
     copied = inference_copy(model, here, kind)
-    pad_id = _agree_on_padding(copied, encoded.pad_id)
-    accepted = set(inspect.signature(copied.forward).parameters)
-    columns = {name: values for name, values in encoded.columns.items() if name in accepted}
+    pad_id = agree_on_padding(copied, encoded.pad_id)
     budget = min(batch_tokens, _CPU_BATCH_TOKENS) if here.type == "cpu" else batch_tokens
+    for members, inputs in input_batches(copied, encoded, pad_id, budget):
+        found = copied(**{name: values.to(here) for name, values in inputs.items()}).logits
+        yield members, found.float().cpu().numpy()
+
+
+def input_batches(
+    model: nn.Module, encoded: Encoded, pad_id: int, batch_tokens: int
+) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
+    """Make the padded inputs that a model takes, long examples first.
+
+    Yields:
+        Positions (b,) of a batch's examples, and its inputs (b, l) on the CPU, the attention mask among them.
+    """
+    accepted = set(inspect.signature(model.forward).parameters)
+    columns = {name: values for name, values in encoded.columns.items() if name in accepted}
     starts = encoded.starts
-    for members in plan_batches(encoded.lengths, budget):
+    for members in plan_batches(encoded.lengths, batch_tokens):
         lengths = encoded.lengths[members]
         filled = np.arange(lengths.max()) < lengths[:, None]
         positions = np.concatenate(
@@ -191,8 +204,7 @@ def predict_batches(
             padded = np.full(filled.shape, pad_id if name == "input_ids" else 0, dtype=np.int64)
             padded[filled] = values[positions]
             inputs[name] = torch.from_numpy(padded)
-        found = copied(**{name: values.to(here) for name, values in inputs.items()}).logits
-        yield members, found.float().cpu().numpy()
+        yield members, inputs
 
 
 def plan_batches(lengths: Array, batch_tokens: int) -> list[Array]:
@@ -206,15 +218,16 @@ def plan_batches(lengths: Array, batch_tokens: int) -> list[Array]:
     return batches
 
 
-def _check_lengths(model: nn.Module, encoded: Encoded) -> None:
+def check_lengths(model: nn.Module, encoded: Encoded) -> None:
+    """Raise `DataError` for examples longer than the model allows."""
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     longest = int(encoded.lengths.max(initial=0))
     if positions and longest > positions:
         raise DataError(f"an example has {longest} tokens, the model allows {positions}: encode with that max_length")
 
 
-def _agree_on_padding(copied: nn.Module, pad_id: int) -> int:
-    """Settle the padding token. GPT-2-like classifiers look for the last token that is not their configuration's."""
+def agree_on_padding(copied: nn.Module, pad_id: int) -> int:
+    """Settle the padding token, for the model too: GPT-2-like classifiers look for the last token that is another."""
     config = getattr(copied, "config", None)
     if config is None:
         return pad_id

@@ -1,0 +1,94 @@
+"""A method applied to a session's models: in memory or into a folder, one merged model or one for each task."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergelab.methods.engine import merge
+from mergelab.saving import Saving
+from mergelab.weights.shards import byte_size
+from mergelab.weights.source import layout_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergelab.calibration import Calibration
+    from mergelab.methods.parameters import Parameters
+    from mergelab.methods.registry import MergeMethod
+    from mergelab.selection import BenchSelection
+    from mergelab.session import Session
+
+
+@dataclass(frozen=True)
+class Merging:
+    """One method with its parameters, on the models of a session."""
+
+    method: MergeMethod
+    parameters: Parameters
+    session: Session
+    progress: Callable[[str, float], None]
+    examples: Calibration | BenchSelection | None = None
+
+    def in_memory(self) -> tuple[dict[str, Mapping[str, Tensor]], float]:
+        """Merge the backbone.
+
+        Returns:
+            The tensors that each task is measured with, by the task's name, the same for all tasks unless the method
+            makes a model for each; and the seconds it took, reading included.
+
+        Raises:
+            ConfigError: the method makes a model for each expert, and the tasks do not say whose they need.
+        """
+        started = time.perf_counter()
+        skipped = self.session.passed_through
+        found: dict[str | None, Mapping[str, Tensor]] = {}
+        served = self.session.served() if self.method.several else dict.fromkeys(self._tasks())
+        for output in dict.fromkeys(served.values()):
+            found[output] = {**skipped, **dict(self._tensors(output))}
+        return {task: found[output] for task, output in served.items()}, time.perf_counter() - started
+
+    def to_disk(self, folder: Path, data: str) -> float:
+        """Merge into ``folder``, tensor by tensor; answer the seconds it took.
+
+        What an interrupted call completed is not done again, if it merged the same: ``data`` names the examples that a
+        method learns from.
+        """
+        started = time.perf_counter()
+        saving = Saving(self.session)
+        key = f"{saving.merge_key(self.method, self.parameters)} {data}"
+        if not self.method.several:
+            saving.merging(folder, partial(self._tensors, None), key)
+        else:
+            for task, output in self.session.served().items():
+                saving.merging(folder, partial(self._tensors, output), f"{key} {output}", task)
+        return time.perf_counter() - started
+
+    def _tasks(self) -> list[str]:
+        return [task.name for task in self.session.tasks]
+
+    def _tensors(self, output: str | None, only: frozenset[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Answer the merged tensors one by one, and show how far it is, in bytes of the merged model."""
+        aligned = self.session.aligned
+        sizes = {info.name: byte_size(info) for info in layout_of(aligned.base or aligned.experts[0], aligned.names)}
+        total, done = max(sum(sizes.values()), 1), 0
+        title = f"merging with {self.method.name}" + (f" for {output}" if output else "")
+        options: dict[str, Any] = {"only": only, "output": output, "examples": self.examples}
+        self.progress(title, 0.0)
+        for name, tensor in merge(
+            self.method,
+            self.parameters,
+            aligned,
+            weights=[expert.weight for expert in self.session.located.experts],
+            seed=self.session.config.seed,
+            device=self.session.device,
+            dtype=Saving(self.session).dtype,
+            **options,
+        ):
+            done += sizes.get(name, 0)
+            self.progress(f"{title}, {done / 1e9:.2f} of {total / 1e9:.2f} GB", done / total)
+            yield name, tensor

@@ -1,0 +1,130 @@
+"""Tensors with a row for each token, read in the rows of a merged vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mergelab.weights.source import TensorSource
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A model under common names; the names it has; its row for each of the merged model's, or -1."""
+
+    source: TensorSource
+    names: set[str]
+    rows: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RowSource:
+    """A source whose ``vocabulary`` tensors are read in the merged model's rows.
+
+    Attributes:
+        model: what is read.
+        models: all models; the first one's rows come first.
+        vocabulary: names of the tensors that have a row for each token.
+    """
+
+    model: Reader
+    models: tuple[Reader, ...]
+    vocabulary: frozenset[str]
+    _kept: dict[str, Tensor] = field(default_factory=dict)  # threads read one tensor again and again, for its parts
+    _lock: Any = field(default_factory=Lock)
+
+    @property
+    def source(self) -> TensorSource:
+        """What is read, in its own rows."""
+        return self.model.source
+
+    @property
+    def name(self) -> str:
+        """What errors call the model."""
+        return self.source.name
+
+    def keys(self) -> list[str]:
+        """List the tensors."""
+        return self.source.keys()
+
+    def aliases(self) -> dict[str, str]:
+        """Answer the further names of tied tensors."""
+        return self.source.aliases()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Answer the shape of ``key``."""
+        shape = self.source.shape(key)
+        return (len(self.model.rows), *shape[1:]) if key in self.vocabulary else shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Answer the dtype of ``key``: where rows of others are among its own, one that holds both exactly."""
+        own = self.source.dtype(key)
+        if key not in self.vocabulary or self._is_complete:
+            return own
+        return torch.promote_types(own, self._holders(key)[0].source.dtype(key))
+
+    def prefetch(self, key: str) -> None:
+        """Let the data of ``key`` be fetched in the background."""
+        self.source.prefetch(key)
+
+    def get(self, key: str) -> Tensor:
+        """Read ``key``; what is no part of the stored tensor is kept until another such tensor is asked for."""
+        if key not in self.vocabulary:
+            return self.source.get(key)
+        if self._is_in_place:
+            return self.source.get(key)[: len(self.model.rows)]
+        with self._lock:
+            if key not in self._kept:
+                self._kept.clear()
+                self._kept[key] = self._read(key)
+            return self._kept[key]
+
+    def _read(self, key: str) -> Tensor:
+        rows = self.model.rows
+        found = self.source.get(key).index_select(0, rows.clamp(min=0)).to(self.dtype(key))
+        if not self._is_complete:
+            lacking = (rows < 0).nonzero().flatten()
+            found.index_copy_(0, lacking, self._of_others(key, lacking).to(found.dtype))
+        return found
+
+    def _of_others(self, key: str, at: Tensor) -> Tensor:
+        """Answer the rows ``at``: the first model's, or where it has none the mean of the models that have the token.
+
+        The mean is taken in float32 and rounded once, to the first model's dtype. A row that no model has is the mean
+        of all the rows of the first one, as transformers makes new rows.
+        """
+        holders = self._holders(key)
+        first = holders[0]
+        stored = first.source.get(key)
+        wide = torch.promote_types(stored.dtype, torch.float32)
+        total = torch.zeros((len(at), *stored.shape[1:]), dtype=wide)
+        count = torch.zeros((len(at), *[1] * (stored.dim() - 1)), dtype=wide)
+        for holder in sorted(holders, key=lambda each: each.source.name):  # the same sum in whichever order they come
+            rows = holder.rows[at]
+            total[rows >= 0] += holder.source.get(key).index_select(0, rows[rows >= 0]).to(wide)
+            count[rows >= 0] += 1
+        total /= count.clamp(min=1)
+        nowhere = count.flatten() == 0
+        if bool(nowhere.any()):
+            total[nowhere] = stored.to(wide).mean(0)
+        if first is self.models[0]:
+            rows = first.rows[at]
+            total[rows >= 0] = stored.index_select(0, rows[rows >= 0]).to(wide)
+        return total.to(stored.dtype)
+
+    def _holders(self, key: str) -> list[Reader]:
+        return [model for model in self.models if key in model.names]
+
+    @cached_property
+    def _is_complete(self) -> bool:
+        return bool((self.model.rows >= 0).all())
+
+    @cached_property
+    def _is_in_place(self) -> bool:
+        return torch.equal(self.model.rows, torch.arange(len(self.model.rows)))

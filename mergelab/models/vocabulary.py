@@ -1,0 +1,307 @@
+"""Models whose vocabularies differ: their embeddings and output projections brought to one set of rows, by token.
+
+Fine-tuning often adds tokens (a chat model's ``<|im_end|>``), and training pads embeddings to a round number of rows,
+so that row 50257 is one token in one model and another, or none, in the next. ``models.vocab`` says what is merged:
+
+    base    the base's rows; a token of the base that a model lacks is read as the base's row (its task vector is 0)
+    union   also the tokens that experts alone have; who lacks one is read as the mean of the models that have it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from mergelab.errors import ModelError
+from mergelab.models.architecture import quiet_transformers, tokenizer_folder
+from mergelab.models.rows import Reader, RowSource
+from mergelab.models.tokens import (
+    CHAT_TEMPLATE,
+    as_added,
+    chat_template,
+    copy_companions,
+    drop_stale,
+    extended_tokenizer,
+    ids_after_adding,
+    load_tokenizer,
+    read_tokens,
+    tokenizer_content,
+)
+from mergelab.weights.checkpoint import CONFIG
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
+    from torch import nn
+
+    from mergelab.weights.checkpoint import Checkpoint
+    from mergelab.weights.source import TensorSource
+
+Policy = Literal["base", "union"]
+
+# Tensors without a row per token, though their first dimension can be the vocabulary's size in small models.
+# What is numbered lies in a layer.
+_NO_ROW_PER_TOKEN = re.compile(r"position|wpe|token_type|norm|ln_f|pooler|dense|\.\d+\.", re.IGNORECASE)
+# What the keys of a config end with whose values are token ids.
+_TOKEN_ID = ("_token_id", "_token_index")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A model's tokens.
+
+    Attributes:
+        size: the number of rows of its embedding.
+        tokens: row by token; a token that the embedding has no row for is left out.
+        folder: where its tokenizer is; another model's folder where it has none of its own.
+    """
+
+    size: int
+    tokens: Mapping[str, int]
+    folder: Path
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """Answer the number of rows of a model's embedding by its ``config.json``; None for models without tokens."""
+    inner = config.get("text_config")
+    size = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, Mapping) else None)
+    return size if isinstance(size, int) else None
+
+
+def check_vocabularies(models: Sequence[Checkpoint], *, has_base: bool) -> None:
+    """Check that models can be merged row by row: that they have as many rows, and the same token in each.
+
+    Tokens are compared where the tokenizers' files differ; a model without a readable tokenizer is taken as it is.
+
+    Raises:
+        ModelError: they differ; names the models and what can be done.
+    """
+    ways = "models.vocab=union merges by token and keeps every model's tokens"
+    if has_base:
+        ways = f"models.vocab=base merges by token and keeps the base's tokens, {ways}"
+    sizes = {model.name: size for model in models if (size := vocabulary_size(model.config)) is not None}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ModelError(f"the models' vocabularies differ in size ({told}): {ways}")
+    contents: dict[bytes, Checkpoint] = {}
+    for model in models:
+        if model.name in sizes and (content := tokenizer_content(model.folder)) is not None:
+            contents.setdefault(content, model)
+    seen: dict[int, tuple[str, str]] = {}
+    for model in contents.values() if len(contents) > 1 else ():
+        try:
+            tokens = read_tokens(model.folder) or {}
+        except ModelError:
+            continue
+        here = {row: (token, model.name) for token, row in tokens.items() if row < sizes[model.name]}
+        if odd := sorted(row for row in here.keys() & seen.keys() if here[row][0] != seen[row][0]):
+            (token, other), rows = seen[odd[0]], f"{len(odd)} rows" if len(odd) > 1 else "1 row"
+            raise ModelError(
+                f"the models' tokens differ in {rows}: {odd[0]} is {token!r} in {other} but {here[odd[0]][0]!r} in "
+                f"{model.name}: {ways}"
+            )
+        seen = here | seen
+
+
+def merged_vocabulary(policy: Policy, models: Sequence[Checkpoint]) -> MergedVocabulary:
+    """Plan the rows of the merged model.
+
+    Args:
+        policy: whether it has the first model's tokens or those of all.
+        models: the base first; without one the experts alone.
+
+    Raises:
+        ModelError: it cannot be told which rows of a model are which tokens'.
+    """
+    vocabularies = _vocabularies(policy, models)
+    first = vocabularies[0]
+    tokens, added = dict(first.tokens), _tokens_to_add(vocabularies) if policy == "union" else ()
+    if added:
+        tokens |= ids_after_adding(first.folder, added)
+    size = max(first.size, *(row + 1 for row in tokens.values())) if tokens else first.size
+    places = torch.tensor(list(tokens.values()), dtype=torch.int64)
+    rows = [torch.full((size,), -1, dtype=torch.int64) for _ in vocabularies]
+    for own, vocabulary in zip(rows, vocabularies, strict=True):
+        own[places] = torch.tensor([vocabulary.tokens.get(token, -1) for token in tokens], dtype=torch.int64)
+    without_token = torch.arange(size) < first.size
+    without_token[places] = False
+    rows[0][without_token] = without_token.nonzero().flatten()
+    return MergedVocabulary(policy, tuple(models), vocabularies, size, tokens, added, tuple(rows))
+
+
+def _vocabularies(policy: Policy, models: Sequence[Checkpoint]) -> tuple[Vocabulary, ...]:
+    """Read the models' tokens; one without tokenizer has those of the first model that has one and as many rows."""
+    sizes = []
+    for model in models:
+        if (size := vocabulary_size(model.config)) is None:
+            raise ModelError(f"models.vocab={policy}: {model.name} has no vocab_size in its {CONFIG}")
+        sizes.append(size)
+    found = []
+    for model, size in zip(models, sizes, strict=True):
+        tokens = read_tokens(model.folder)
+        found.append(None if tokens is None else Vocabulary(size, _with_rows(tokens, size), model.folder))
+    own = [vocabulary for vocabulary in found if vocabulary is not None]
+    for at, (model, size) in enumerate(zip(models, sizes, strict=True)):
+        found[at] = found[at] or next((other for other in own if other.size == size), None)
+        if found[at] is None:
+            raise ModelError(
+                f"models.vocab={policy}: {model.name} has no tokenizer, and no other model with {size} rows has one, "
+                "so that it cannot be told which row is which token's"
+            )
+    return tuple(vocabulary for vocabulary in found if vocabulary is not None)
+
+
+def _with_rows(tokens: Mapping[str, int], size: int) -> dict[str, int]:
+    return {token: row for token, row in tokens.items() if row < size}
+
+
+def _tokens_to_add(vocabularies: Sequence[Vocabulary]) -> tuple[AddedToken, ...]:
+    """Describe the tokens that the first model lacks, in the order of the models and of their rows."""
+    seen = set(vocabularies[0].tokens)
+    added: list[AddedToken] = []
+    for vocabulary in vocabularies[1:]:
+        new = sorted(vocabulary.tokens.keys() - seen, key=vocabulary.tokens.__getitem__)
+        if new:
+            described = as_added(vocabulary.folder, new)
+            added += [described[name] for name in new]
+            seen.update(new)
+    return tuple(added)
+
+
+@dataclass(frozen=True)
+class MergedVocabulary:
+    """The rows of the merged model, and from which row of each model they come.
+
+    Attributes:
+        policy: as configured.
+        models: the opened models; the first one's rows come first.
+        vocabularies: their tokens.
+        size: the number of rows.
+        tokens: row by token.
+        added: the tokens that the first model's tokenizer gets in addition.
+        rows: for each model (size,) int64, the row to read, or -1 where it has none.
+    """
+
+    policy: Policy
+    models: tuple[Checkpoint, ...]
+    vocabularies: tuple[Vocabulary, ...]
+    size: int
+    tokens: Mapping[str, int]
+    added: tuple[AddedToken, ...]
+    rows: tuple[Tensor, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the tokens, their rows, and the rows of the models that they come from."""
+        digest = hashlib.sha256(json.dumps([self.policy, sorted(self.tokens.items())]).encode())
+        for rows in self.rows:
+            digest.update(rows.numpy().tobytes())
+        return digest.hexdigest()
+
+    def adapt(self, sources: Sequence[TensorSource], heads: Sequence[str] = ()) -> list[TensorSource]:
+        """Let the models, in the order of ``models`` and under common names, be read in the merged model's rows.
+
+        ``heads`` are tensors that are left as they are.
+        """
+        held = [{*source.keys(), *source.aliases()} for source in sources]
+        sizes = [vocabulary.size for vocabulary in self.vocabularies]
+
+        def has_row_per_token(name: str) -> bool:
+            shapes = [(s.shape(name), size) for s, own, size in zip(sources, held, sizes, strict=True) if name in own]
+            return not _NO_ROW_PER_TOKEN.search(name) and all(shape[:1] == (size,) for shape, size in shapes)
+
+        names = frozenset(name for name in set().union(*held).difference(heads) if has_row_per_token(name))
+        readers = tuple(Reader(*each) for each in zip(sources, held, self.rows, strict=True))
+        return [RowSource(reader, readers, names) for reader in readers]
+
+    def tokenizer(self) -> Any:
+        """Load the merged model's tokenizer."""
+        return extended_tokenizer(self.vocabularies[0].folder, self.added)
+
+    def fit(self, module: nn.Module, folder: Path) -> nn.Module:
+        """Give a module that was opened from a model's ``folder`` the merged model's number of rows, and token ids."""
+        with quiet_transformers():
+            module.resize_token_embeddings(self.size, mean_resizing=False)  # type: ignore[operator]
+        config: Any = module.config
+        ids = {key: value for key, value in config.to_dict().items() if key.endswith(_TOKEN_ID)}
+        for key, value in self._translated(ids, folder).items():
+            setattr(config, key, value)
+        return module
+
+    @contextmanager
+    def companions(self, like: Path, *, template: Path | None = None) -> Iterator[Path]:
+        """Make a folder, for as long as the block runs, of all that goes with the merged weights.
+
+        Args:
+            like: a model's folder; its config and generation config are taken, with the merged model's token ids.
+            template: whose chat template is taken; by default ``like``'s, or without added tokens the tokenizer's own.
+        """
+        own = self.vocabularies[0].folder
+        with tempfile.TemporaryDirectory() as made:
+            folder = Path(made)
+            copy_companions(like, folder, tokenizer=False)
+            copy_companions(own, folder, tokenizer=True)
+            if self.added:
+                drop_stale(folder)
+                self._tokenizer_in_the_roles_of(like).save_pretrained(folder)
+            chosen = template or (like if self.added else own)
+            if (text := chat_template(chosen) or chat_template(own)) is not None:
+                (folder / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
+            for name in (CONFIG, "generation_config.json"):
+                if (like / name).is_file():
+                    content = self._translated(json.loads((like / name).read_text(encoding="utf-8")), like)
+                    content = self._resized(content) if name == CONFIG else content
+                    (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            yield folder
+
+    def _tokenizer_in_the_roles_of(self, like: Path) -> Any:
+        """Load the tokenizer with the end-of-text, padding and other tokens that ``like``, whose config is taken, has.
+
+        All of them are in the vocabulary.
+        """
+        tokenizer = self.tokenizer()
+        if tokenizer_folder([like]) is not None:
+            for role, token in load_tokenizer([like], str(like)).special_tokens_map.items():
+                if role.endswith("_token") and str(token) in self.tokens:
+                    setattr(tokenizer, role, str(token))
+        return tokenizer
+
+    def _resized(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Answer a config with the merged model's number of rows, where it says the number."""
+        inner = config.get("text_config")
+        if isinstance(inner, dict) and "vocab_size" in inner:
+            config = {**config, "text_config": {**inner, "vocab_size": self.size}}
+            if "vocab_size" not in config:
+                return config
+        return {**config, "vocab_size": self.size}
+
+    def _translated(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        """Answer a config of the model in ``folder`` with its token ids as they are in the merged model.
+
+        An id whose token the merged model does not have becomes what the first model's config says.
+        """
+        at = next((at for at, model in enumerate(self.models) if model.folder == folder), 0)
+        token_of = {row: token for token, row in self.vocabularies[at].tokens.items()}
+        first = self.models[0].config
+
+        def translated(key: str, value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: translated(name, inner) for name, inner in value.items()}
+            if not key.endswith(_TOKEN_ID):
+                return value
+            if isinstance(value, list):
+                ids = [self.tokens.get(token_of[each]) if each in token_of else each for each in value]
+                return [each for each in ids if each is not None] or first.get(key)
+            return self.tokens.get(token_of[value], first.get(key)) if value in token_of else value
+
+        return {key: translated(key, value) for key, value in config.items()}

@@ -1,0 +1,195 @@
+"""Merged weights as model folders: config, tokenizer and labels beside them, one folder or one for each task."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergelab.errors import ConfigError, did_you_mean, listed
+from mergelab.models.architecture import tokenizer_folder
+from mergelab.weights.source import TensorInfo, layout_of
+from mergelab.weights.writer import writing_folder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mergelab.methods.parameters import Parameters
+    from mergelab.methods.registry import MergeMethod
+    from mergelab.session import Session
+    from mergelab.tasks.spec import TaskSpec
+
+
+class Saving:
+    """Writes what a session's models were merged to."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def save(self, backbones: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
+        """Write merged weights as a model folder; with a head per task, as a folder for each task below it.
+
+        Args:
+            backbones: the weights for each task, by its name; the same for all, or different ones.
+            folder: does not exist yet, or is empty.
+
+        Raises:
+            ModelError: the folder is in use or cannot be written.
+            ConfigError: there is no such model to take the tokenizer from.
+        """
+        distinct = {id(backbone): (backbone, task) for task, backbone in backbones.items()}
+        for backbone, task in distinct.values():
+            layout = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in backbone.items()]
+            only = task if len(distinct) > 1 else None
+            self._write(folder, layout, partial(_all_of, backbone), None, only)
+
+    def merging(
+        self,
+        folder: Path,
+        merge: Callable[[frozenset[str]], Iterable[tuple[str, Tensor]]],
+        key: str,
+        task: str | None = None,
+    ) -> None:
+        """Write a merged model as `save` does, tensor by tensor as it is merged.
+
+        Args:
+            folder: as for `save`.
+            merge: answers the merged tensors of these names.
+            key: names what is merged and how: what an interrupted call with the same key completed is not done again.
+            task: the one whose folder is written; None: each one's that there is.
+        """
+        reference = self._session.aligned.base or self._session.aligned.experts[0]
+        dtype = self.dtype
+        layout = [
+            info._replace(dtype=dtype or info.dtype) if info.name in self._session.aligned.names else info
+            for info in layout_of(reference, [*self._session.aligned.names, *self._session.aligned.integers])
+        ]
+        own = [
+            TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self._session.passed_through.items()
+        ]
+
+        def tensors(missing: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
+            yield from ((name, tensor) for name, tensor in self._session.passed_through.items() if name in missing)
+            yield from merge(missing - self._session.passed_through.keys())
+
+        self._write(folder, [*layout, *own], tensors, key, task)
+
+    def merge_key(self, method: MergeMethod, parameters: Parameters) -> str:
+        """Name all that the merged model's content depends on; a model's weights by its files' times of change."""
+        from importlib.metadata import version
+
+        config = self._session.config
+        stamps = {
+            name: [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files]
+            for name, checkpoint in self._session.checkpoints.items()
+        }
+        parts = {
+            "version": version("mergelab"),
+            "method": [method.name, parameters.by_key()],
+            "models": [config.models.model_dump(), stamps],
+            "vocabulary": self._session.vocabulary and self._session.vocabulary.digest,
+            "tasks": [task.name for task in self._session.tasks],
+            "save": config.save.model_dump(),
+            "seed": config.seed,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype that merged tensors are rounded to when they are saved; None for the stored one."""
+        import torch
+
+        name = self._session.config.save.dtype
+        return None if name is None else getattr(torch, name)
+
+    def _write(
+        self,
+        folder: Path,
+        layout: Sequence[TensorInfo],
+        tensors: Callable[[frozenset[str]], Iterable[tuple[str, Tensor]]],
+        key: str | None,
+        task: str | None = None,
+    ) -> None:
+        """Write one folder, or one for each task's head (or that of one task), from one stream of what they share."""
+        shared = [info for info in layout if info.name not in self._session.head_names]
+        with ExitStack() as stack:
+            like = stack.enter_context(self._companions())
+            writers = []
+            for place, head, updates in self._model_folders(folder, task):
+                heads = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in head.items()]
+                writer = stack.enter_context(
+                    writing_folder(
+                        place,
+                        layout=[*shared, *heads],
+                        like=like,
+                        config_updates=updates,
+                        dtype=self.dtype,
+                        max_shard_bytes=self._session.config.save.max_shard_bytes,
+                        aliases=self._session.aligned.aliases,
+                        inputs=self._session.folders(),
+                        key=key,
+                    )
+                )
+                for name in head.keys() & writer.missing:
+                    writer.write(name, head[name])
+                writers.append(writer)
+            missing = frozenset().union(*(writer.missing for writer in writers))
+            for name, tensor in tensors(missing):
+                for writer in writers:
+                    if name in writer.missing:
+                        writer.write(name, tensor)
+                del tensor  # let it go before the next one is made
+
+    def _model_folders(self, folder: Path, only: str | None) -> list[tuple[Path, Mapping[str, Tensor], dict[str, Any]]]:
+        """Answer the folders to write, each with its head and what its configuration says of the labels."""
+        if not self._session.heads:
+            return [(folder, {}, {})]
+        if self._session.config.models.head != "per_task" or len(self._session.tasks) == 1:
+            return [
+                (folder, self._session.heads[self._session.tasks[0].name].tensors, label_config(self._session.tasks[0]))
+            ]
+        tasks = [task for task in self._session.tasks if only in (None, task.name)]
+        return [(folder / task.name, self._session.heads[task.name].tensors, label_config(task)) for task in tasks]
+
+    def _companions(self) -> contextlib.AbstractContextManager[Path]:
+        """Answer a folder whose config, tokenizer, generation config and chat template are copied."""
+        chosen = self._companions_of()
+        if self._session.vocabulary is None:
+            return contextlib.nullcontext(chosen)
+        return self._session.vocabulary.companions(
+            chosen, template=chosen if self._session.config.save.tokenizer else None
+        )
+
+    def _companions_of(self) -> Path:
+        if (chosen := self._session.config.save.tokenizer) is None:
+            folders = [expert.folder for expert in self._session.located.experts]
+            return tokenizer_folder(folders) or folders[0]
+        folders_by_name = {expert.name: expert.folder for expert in self._session.located.experts}
+        if self._session.located.base is not None:
+            folders_by_name["base"] = self._session.located.base.folder
+        if chosen not in folders_by_name:
+            raise ConfigError(
+                f"save.tokenizer={chosen}: must be base or an expert{did_you_mean(chosen, folders_by_name)} "
+                f"(there are {listed(folders_by_name)})"
+            )
+        return folders_by_name[chosen]
+
+
+def _all_of(tensors: Mapping[str, Tensor], _missing: frozenset[str]) -> Iterable[tuple[str, Tensor]]:
+    return tensors.items()
+
+
+def label_config(task: TaskSpec) -> dict[str, Any]:
+    """Answer the keys of ``config.json`` that say what a head's outputs mean, in the task's order."""
+    names = list(task.labels) if task.labels else ["LABEL_0"]
+    return {
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
+        "num_labels": len(names),
+    }
