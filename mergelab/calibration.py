@@ -109,6 +109,7 @@ class Calibration:
     Attributes:
         data_dir: a folder of Parquet files; None: the miniature's data, or the hub's.
         drawn: which examples each expert got so far.
+        learnt: each expert's coefficient for each tensor, where the method learns such.
     """
 
     session: Session
@@ -116,6 +117,7 @@ class Calibration:
     data_dir: str | None = None
     progress: Progress = lambda _message, _done: None
     drawn: dict[str, TrainingExamples] = field(default_factory=dict)
+    learnt: dict[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
@@ -154,6 +156,10 @@ class Calibration:
             raise DataError(f"method={self.method}: needs labels, and the training split of {task.name} has none")
         self.drawn[expert] = TrainingExamples(self.session, index, data, labelled, self.progress)
         return self.drawn[expert]
+
+    def settle(self, coefficients: Mapping[str, Mapping[str, float]], /) -> None:
+        """Hear which coefficients the method has learnt."""
+        self.learnt.update(coefficients)
 
     def _task(self, index: int) -> TaskSpec:
         """Find the task that an expert's own head is for."""

@@ -194,6 +194,7 @@ def _execute(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: P
     if not plan.config.evaluate:
         seconds = _merge_to_disk(plan, session, run, progress, examples)
         run.set_tags(recording.calibration_tags(examples))
+        recording.log_coefficients(run, examples)
         run.log_metrics({"time/merge_s": seconds, "memory/peak_mb": peak_memory_mb()})
         return None
     bench = Bench(plan.config, session, _load_data(plan, located), progress)
@@ -208,6 +209,7 @@ def _execute(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: P
     merging = Merging(plan.method, plan.parameters, session, progress, selection or examples)
     backbones, seconds = merging.in_memory()
     run.set_tags(recording.calibration_tags(examples) | (selection.tags() if selection else {}))
+    recording.log_coefficients(run, examples)
     merged = bench.merged(backbones, f"{plan.method.name} of {len(located.experts)}", baselines)
     merged = replace(merged, merge_seconds=seconds, peak_mb=peak_memory_mb())
     result = ExperimentResult(

@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from mergelab.tracking import BASELINE_KEY, PRIMARY
@@ -38,12 +39,21 @@ def model_tags(located: LocatedModels, session: Session) -> dict[str, str]:
 
 
 def calibration_tags(examples: Calibration | None) -> dict[str, str]:
-    """Say which training examples the method learnt from, for each expert: how many, and a hash of their numbers."""
+    """Say which training examples the method learnt from, for each expert: how many, which, and if labelled."""
     drawn = {} if examples is None else examples.drawn
     return {
-        f"calibration.{name}": f"{one.count} of {one.data.spec.name}/{one.data.split}, sha256 {one.digest[:16]}"
+        f"calibration.{name}": f"{one.count} of {one.data.spec.name}/{one.data.split}, sha256 {one.digest[:16]}, "
+        f"{'with' if one.labelled else 'without'} labels"
         for name, one in drawn.items()
     }
+
+
+def log_coefficients(run: Run, examples: Calibration | None) -> None:
+    """Record the coefficients that the method has learnt: all of them in a file, each expert's mean as a metric."""
+    learnt = {} if examples is None else {name: dict(values) for name, values in examples.learnt.items()}
+    if learnt:
+        run.log_dict(learnt, "coefficients.json")
+        run.log_metrics({f"coefficient/{name}": fmean(values.values()) for name, values in learnt.items()})
 
 
 def log_dataset(run: Run, data: TaskData) -> None:

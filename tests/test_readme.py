@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from mergelab.methods.__main__ import main as catalogue
 from tests.conftest import ROOT, Outcome
 from tests.standins import BERT_BASE, BERT_RTE_EXPERTS, glue_table
 
@@ -28,7 +29,8 @@ def blocks(language: str) -> list[str]:
 
 
 COMMANDS = [line.partition("  #")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
-RUNS = [line for line in COMMANDS if line.startswith("python -m mergelab")]
+RUNS = [line for line in COMMANDS if line.startswith("python -m mergelab ")]
+CATALOGUE = [line for line in COMMANDS if line.startswith("python -m mergelab.methods")]
 FIRST = "python -m mergelab method=ties task=rte"
 
 
@@ -41,7 +43,7 @@ def own_method(workplace: Path) -> None:
 
 
 def test_every_command_is_of_a_kind_that_a_test_below_runs() -> None:
-    others = [line for line in COMMANDS if line not in RUNS]
+    others = [line for line in COMMANDS if line not in RUNS and line not in CATALOGUE]
     assert [line.split()[0] for line in others] == ["make", "make", "mlflow"]
     assert FIRST in RUNS
     assert len(RUNS) > 8
@@ -53,8 +55,14 @@ def test_a_command_works(mergelab_command: Callable[..., Outcome], line: str) ->
     outcome = mergelab_command(*shlex.split(line)[3:])
     assert outcome.code == 0, outcome.err
     assert outcome.out
-    if "--" not in line:
+    if "--" not in line and "evaluate=false" not in line:
         assert "accuracy" in outcome.out or "matthews" in outcome.out
+
+
+@pytest.mark.parametrize("line", CATALOGUE)
+def test_the_catalogue_is_printed(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert catalogue(shlex.split(line)[3:]) == 0
+    assert "Yadav et al. 2023" in capsys.readouterr().out
 
 
 def real_command(line: str, folder: Path) -> subprocess.CompletedProcess[str]:

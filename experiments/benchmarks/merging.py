@@ -225,7 +225,7 @@ def plot_memory(args: argparse.Namespace, build_set: Callable[[int], list[Path]]
         folders = build_set(count)
         with tempfile.TemporaryDirectory(dir=args.folder) as work:
             command = mergelab_command("ties", METHODS["ties"][0], folders, Path(work).absolute() / "out")
-            peaks.append(statistics.median(run(command)[1] for _ in range(1)))
+            peaks.append(run(command)[1])
         print(f"{count} experts: {peaks[-1]:.0f} MB, {peaks[-1] / peaks[0]:.3f} of that with 2", flush=True)
     sizes = [
         sum(file.stat().st_size for folder in build_set(n) for file in folder.glob("*.safetensors")) for n in counts
@@ -255,9 +255,8 @@ def main() -> None:
         plot_memory(args, lambda count: build(args.set, args.folder, count))
         return
     folders = build(args.set, args.folder, args.experts)
-    print(
-        f"{os.cpu_count()} cores; inputs {sum(f.stat().st_size for d in folders for f in d.glob('*.safetensors')) / 1e9:.2f} GB"
-    )
+    size = sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
+    print(f"{os.cpu_count()} cores; inputs {size / 1e9:.2f} GB")
     for method in args.methods.split(","):
         compare(method, args, folders)
 

@@ -54,7 +54,9 @@ def main() -> None:
     vectors = [end - start for end in ends]
     total = torch.empty_like(start)
     ties = get_method("ties")
-    print(f"first merge, thresholds of every density sorted: {seconds(lambda: warm.merge(ties, {})):.2f} s")
+    print(f"first merge: {seconds(lambda: warm.merge(ties, {})):.2f} s")
+    second = {"density": 0.05}
+    print(f"second density, task vectors sorted: {seconds(lambda: warm.merge(ties, second)):.2f} s")
     figures: dict[str, list[float]] = {"add": [], "lambda alone": [], "read": [], "density and lambda": []}
     for index in range(args.rounds):
         density, scale = 0.1 + 0.05 * index, 0.5 + 0.1 * index

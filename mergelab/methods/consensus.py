@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from mergelab.errors import ConfigError, listed
 from mergelab.methods.blocks import blocks
 from mergelab.methods.order import Array, Open, kth_largest
-from mergelab.methods.ranked import kth_of, rank_vectors
+from mergelab.methods.ranked import Ranked, kth_of, rank_vector
 from mergelab.methods.task_vectors import Election, elect, scaled, task_vectors, trim
 from mergelab.methods.workers import chunks, in_order
 from mergelab.weights.align import AlignedModels
@@ -37,11 +38,12 @@ class Consensus:
     tie_sign: float = 0.0
 
 
-def open_task_vectors(models: AlignedModels, name: str) -> Vectors:
-    """Answer access to the experts' task vectors in tensor ``name``, on the CPU."""
+def open_task_vectors(models: AlignedModels, name: str, only: int | None = None) -> Vectors:
+    """Answer access to the experts' task vectors in tensor ``name``, or to that of one of them, on the CPU."""
     assert models.base is not None
     base = models.base.get(name).reshape(-1)
-    experts = [expert.get(name).reshape(-1) for expert in models.experts]
+    chosen = models.experts if only is None else [models.experts[only]]
+    experts = [expert.get(name).reshape(-1) for expert in chosen]
 
     def read(part: slice) -> list[Tensor]:
         return task_vectors(base[part].cpu(), [expert[part].cpu() for expert in experts])
@@ -105,33 +107,44 @@ def find_thresholds(
     """Answer for each tensor the experts' thresholds: the k-th largest magnitudes, k = max(1, int(density · n)).
 
     n counts the entries of an expert's task vector over all tensors, those of one tensor, or those of all experts.
-    With ``memo``, which must be for vectors that stay the same, they are sorted once and any density is looked up.
+    With ``memo`` the vectors must be the plain task vectors; when a second density is asked for, they are sorted once
+    and for all, and any density is looked up.
     """
     count = len(models.experts)
     if density is None or density >= 1:
         return dict.fromkeys(sizes, (0.0,) * count)
     # Ranks are compared across tensors, so all magnitudes are in one dtype.
     double = any(s.dtype(n) == torch.float64 for s in (models.base, *models.experts) if s is not None for n in sizes)
-    magnitudes = _magnitudes(open_vectors, torch.float64 if double else torch.float32)
-    if memo is not None:
-        return _looked_up(magnitudes, sizes, density, scope, count, memo)
+    dtype = torch.float64 if double else torch.float32
+    if memo is not None and (memo.setdefault("density", density) != density or "ranked" in memo):
+        return _looked_up(models, dtype, sizes, density, scope, memo)
+    magnitudes = _magnitudes(open_vectors, dtype)
     if scope == "tensor":
         return {name: kth_largest(magnitudes, {name: size}, density, count) for name, size in sizes.items()}
     return dict.fromkeys(sizes, kth_largest(magnitudes, sizes, density, count, pooled=scope == "pooled"))
 
 
 def _looked_up(
-    magnitudes: Open, sizes: Mapping[str, int], density: float, scope: Scope, count: int, memo: dict[str, Any]
+    models: AlignedModels,
+    dtype: torch.dtype,
+    sizes: Mapping[str, int],
+    density: float,
+    scope: Scope,
+    memo: dict[str, Any],
 ) -> dict[str, tuple[float, ...]]:
-    """Answer thresholds from sorted vectors, or, by tensor, from sorted parts of them."""
+    """Answer thresholds from the sorted task vectors, or, by tensor, from sorted parts of them."""
+
+    def rank(parts: Mapping[str, int]) -> list[Ranked]:
+        each = range(len(models.experts))
+        opens = [_magnitudes(partial(open_task_vectors, models, only=index), dtype) for index in each]
+        return list(in_order(lambda open_: rank_vector(open_, parts), opens, ahead=1))
+
     if scope == "tensor":
-        parts = memo.setdefault("ranked parts", {})
-        for name, size in sizes.items():
-            if name not in parts:
-                parts[name] = rank_vectors(magnitudes, {name: size}, count)
-        return {name: kth_of(parts[name], density) for name in sizes}
+        known = memo.setdefault("ranked parts", {})
+        known.update({name: rank({name: size}) for name, size in sizes.items() if name not in known})
+        return {name: kth_of(known[name], density) for name in sizes}
     if "ranked" not in memo:
-        memo["ranked"] = rank_vectors(magnitudes, sizes, count)
+        memo["ranked"] = rank(sizes)
     return dict.fromkeys(sizes, kth_of(memo["ranked"], density, pooled=scope == "pooled"))
 
 

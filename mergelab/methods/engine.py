@@ -23,7 +23,7 @@ from mergelab.methods.workers import CHUNK, pool
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.state_dict import StateDict
 
-AHEAD = 1 << 28  # bytes of merged tensors that may wait for the one that comes before them
+AHEAD = 1 << 26  # bytes of merged tensors that may wait for the one that comes before them
 Progress = Callable[[int], None]
 
 

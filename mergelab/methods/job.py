@@ -64,6 +64,11 @@ class Checked:
         return tensor
 
 
+def checked_source(source: TensorSource) -> Checked:
+    """Answer the source, with what is known of it where it has been looked through before."""
+    return source if isinstance(source, Checked) else Checked(source)
+
+
 @dataclass(frozen=True)
 class Job:
     """A checked request.
@@ -165,8 +170,8 @@ def checked_job(
         raise ConfigError(f"method={method.name}: needs {needed} examples, and there are none here")
     seen = replace(
         models,
-        base=Checked(models.base) if models.base is not None else None,
-        experts=tuple(Checked(models.experts[i]) for i in order),
+        base=None if models.base is None else checked_source(models.base),
+        experts=tuple(checked_source(models.experts[i]) for i in order),
     )
     return Job(
         method=method,
@@ -258,14 +263,21 @@ def merge_into(job: Job, name: str, merged: Tensor, chunk: slice, vector: Tensor
         into[part] = rounded(job, name, result, into[part])
 
 
-def add_scaled(job: Job, name: str, vector: Tensor, merged: Tensor, chunk: slice) -> None:
-    """Write θ0 + λ·τ_m for a part of a tensor whose merged task vector is known."""
-    base = job.open(name)[0]
-    assert base is not None
-    start, direction, into = (each.reshape(-1)[chunk] for each in (base, vector, merged))
+@torch.no_grad()
+def add_scaled(job: Job, name: str, vector: Tensor, merged: Tensor) -> None:
+    """Write θ0 + λ·τ_m for a tensor whose merged task vector is known."""
+    assert job.models.base is not None
+    base = job.models.base.get(name)
+    start, direction, into = (each.reshape(-1) for each in (base, vector, merged))
     scale = job.arguments[name].get("lambda_", 1.0)
+    alike = start.dtype == direction.dtype == into.dtype == job.stored_dtype(name) and start.device == into.device
+    room = torch.empty(min(job.block, into.numel()) if alike else 0, dtype=into.dtype, device=into.device)
     for part in blocks(into.numel(), job.block):
-        into[part] = rounded(job, name, _added(placed(job, start[part]), direction[part], scale), into[part])
+        if alike:  # the same two roundings, and nothing is copied
+            scaled = torch.mul(direction[part], scale, out=room[: part.stop - part.start])
+            rounded(job, name, torch.add(scaled, start[part], out=into[part]), into[part])
+        else:
+            into[part] = rounded(job, name, _added(placed(job, start[part]), direction[part], scale), into[part])
 
 
 def _call(job: Job, site: Site, base: Tensor | None, experts: list[Tensor], vector: Tensor | None = None) -> object:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mergelab.methods.blocks import blocks
 from mergelab.methods.order import Array, Open, rank_of
-from mergelab.methods.workers import CHUNK, in_order
+from mergelab.methods.workers import chunks, in_order
 
 
 @dataclass(frozen=True)
@@ -62,33 +62,27 @@ def ranked(entries: Array) -> Ranked:
     return Ranked(starts, bits.astype(np.uint16))
 
 
-def rank_vectors(open_: Open, sizes: Mapping[str, int], vectors: int) -> list[Ranked]:
-    """Sort T vectors that are read in pieces, one after the other: beside the results, one is in memory at a time.
+def rank_vector(open_: Open, sizes: Mapping[str, int]) -> Ranked:
+    """Sort a vector that is read in pieces.
 
     Args:
-        open_: gives access to the vectors' parts in a tensor, as for `mergelab.methods.order.kth_largest`.
+        open_: gives access to the vector's parts in a tensor, as for `mergelab.methods.order.kth_largest` with T = 1.
         sizes: the length of each tensor.
-        vectors: T.
     """
     offsets = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
-    places = [(name, part) for name, size in sizes.items() for part in blocks(size, CHUNK)]
     some = next((name for name, size in sizes.items() if size), None)
     dtype = np.dtype(np.float32) if some is None else open_(some)(slice(0, 1))[0].dtype
+    entries = np.empty(sum(sizes.values()), dtype=dtype)
 
-    def whole(index: int) -> Array:
-        entries = np.empty(sum(sizes.values()), dtype=dtype)
+    def copy(place: tuple[str, slice]) -> None:
+        name, chunk = place
+        read = open_(name)
+        for part in blocks(chunk.stop, start=chunk.start):
+            entries[offsets[name] + part.start : offsets[name] + part.stop] = read(part)[0]
 
-        def copy(place: tuple[str, slice]) -> None:
-            name, chunk = place
-            read = open_(name)
-            for part in blocks(chunk.stop, start=chunk.start):
-                entries[offsets[name] + part.start : offsets[name] + part.stop] = read(part)[index]
-
-        for _ in in_order(copy, places):
-            pass
-        return entries
-
-    return [ranked(whole(index)) for index in range(vectors)]
+    for _ in in_order(copy, chunks(sizes)):
+        pass
+    return ranked(entries)
 
 
 def kth_of(vectors: Sequence[Ranked], density: float, *, pooled: bool = False) -> tuple[float, ...]:

@@ -7,25 +7,26 @@ for density, scale in trials:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
-from mergelab.methods.blocks import blocks
 from mergelab.methods.engine import chunks_of, merge_models
-from mergelab.methods.job import Job, add_scaled, checked_job, merge_into, prepared_job
+from mergelab.methods.job import Job, add_scaled, checked_job, checked_source, merge_into, prepared_job
 from mergelab.methods.parameters import Parameters
 from mergelab.methods.registry import MergeMethod, check_parameters
-from mergelab.methods.workers import CHUNK, pool
+from mergelab.methods.workers import pool
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.source import DictSource, TensorSource
 
 Way = Literal["merged", "scaled"]
+SCALED_BLOCK = 1 << 20  # entries of one scaled addition
 HEADROOM = 1 << 29  # bytes of an accelerator's memory that are left to the computing itself
 
 
@@ -68,8 +69,8 @@ class Warm:
         places = residence(models, self.device, memory)
         self.models = replace(
             models,
-            base=None if models.base is None else _loaded(models.base, models.names, places),
-            experts=tuple(_loaded(expert, models.names, places) for expert in models.experts),
+            base=None if models.base is None else checked_source(_loaded(models.base, models.names, places)),
+            experts=tuple(checked_source(_loaded(expert, models.names, places)) for expert in models.experts),
             memo={},
         )
         self._known: dict[Any, Any] = {}
@@ -121,8 +122,13 @@ class Warm:
             job = prepared_job(job, self._known)
             if method.adds and not self._vectors:
                 self._vectors = {name: self._room(name) for name in self.models.names}
+        if way == "scaled":  # operations long enough to be divided among threads by themselves
+            for name, target in self._targets.items():
+                add_scaled(replace(job, block=SCALED_BLOCK), name, self._vectors[name], target)
+            self._last = direction
+            return way
         with pool(job.threads) as workers:
-            for finished in _spread(workers, job, self._targets, self._vectors if method.adds else {}, way):
+            for finished in _spread(workers, job, self._targets, self._vectors if method.adds else {}):
                 finished()
         self._last = direction
         return way
@@ -212,25 +218,12 @@ def _direction(job: Job) -> object:
 
 
 def _spread(
-    workers: ThreadPoolExecutor | None,
-    job: Job,
-    targets: Mapping[str, Tensor],
-    vectors: Mapping[str, Tensor],
-    way: Way,
-) -> Iterator[Any]:
+    workers: ThreadPoolExecutor | None, job: Job, targets: Mapping[str, Tensor], vectors: Mapping[str, Tensor]
+) -> Iterator[Callable[[], None]]:
     """Divide the work among threads; answer, for each part, what waits for its end (and raises its error)."""
-
-    def work(name: str, chunk: slice) -> None:
-        if way == "scaled":
-            add_scaled(job, name, vectors[name], targets[name], chunk)
-        else:
-            merge_into(job, name, targets[name], chunk, vectors.get(name))
-
-    waiting = []
+    waiting: list[Callable[[], None]] = []
     for name, target in targets.items():
-        for chunk in blocks(target.numel(), CHUNK) if way == "scaled" else chunks_of(job, target):
-            if workers is None:
-                work(name, chunk)
-            else:
-                waiting.append(workers.submit(work, name, chunk).result)
+        for chunk in chunks_of(job, target):
+            work = partial(merge_into, job, name, target, chunk, vectors.get(name))
+            waiting.append(work if workers is None else workers.submit(work).result)
     yield from waiting

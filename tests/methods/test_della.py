@@ -85,7 +85,7 @@ def test_probabilities_are_mergekits() -> None:
     # What its della_magprune gives torch.bernoulli for a row of five, density 0.4, epsilon 0.1, smallest entry first.
     theirs = torch.tensor([0.3, 0.35, 0.4, 0.45, 0.5])
     ours = keep_probabilities(5, 0.4, 0.1).float()
-    note = "the keep-probabilities alone; draws of another generator cannot be compared"
+    note = "the keep-probabilities alone"
     for method in ("della", "della_linear"):
         compared(method, RECORDED_MERGEKIT, ours, theirs, options="density=0.4, epsilon=0.1", note=note)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)

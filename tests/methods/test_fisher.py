@@ -203,7 +203,7 @@ def test_bad_requests_are_refused_before_anything_runs(method: str) -> None:
         merge(get_method(method), {"weights": [1.0, -1.0]}, models, examples=examples)
     with pytest.raises(ConfigError, match=r"method\.weights: at least one must be above 0"):
         merge(get_method(method), {"weights": [0.0, 0.0]}, models, examples=examples)
-    with pytest.raises(ConfigError, match=f"method={method}: learns from the experts' training examples"):
+    with pytest.raises(ConfigError, match=f"method={method}: needs the experts' training examples, and there are none"):
         merge(get_method(method), {}, models)
     with pytest.raises(ConfigError, match=r"method\.samples=0: must be at least 1"):
         merge(get_method(method), {"samples": 0}, models, examples=examples)

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from mergelab.methods.random import stream_key, words
 from mergelab.weights.align import AlignedModels
-from tests.methods.toy import SHAPES, merged, merged_x, one_tensor, toy_models
+from tests.methods.toy import SHAPES, distinct_models, merged, merged_x, one_tensor, toy_models
 from tests.parity import compared
 
 INTERPRETER = os.environ.get("MERGELAB_MERGEKIT", "")
 pytestmark = pytest.mark.skipif(not INTERPRETER, reason="MERGELAB_MERGEKIT names no interpreter that has mergekit")
 
-# Reads requests and writes tensors. The random numbers that keep an entry are given, as no two generators agree.
+# Reads requests and writes tensors. The random numbers that keep an entry are given, as no two generators agree, and
+# what is kept is divided by its probability, as mergekit would restore the sum of magnitudes instead.
 SCRIPT = """
 import sys
 from importlib.metadata import version
@@ -30,12 +31,13 @@ from mergekit.merge_methods.api import merge_tensors
 requests, found = torch.load(sys.argv[1]), []
 for request in requests:
     drawn = iter(request.pop("drawn"))
-    torch.bernoulli = lambda p: (next(drawn).reshape(p.shape) < p).to(p)
+    torch.bernoulli = lambda p: (next(drawn).reshape(p.shape) < p).to(p) / p
     found.append(merge_tensors(request.pop("tensors"), request.pop("method"), **request))
 torch.save({"version": version("mergekit"), "found": found}, sys.argv[2])
 """
 
-DROPPED = "the same random numbers; without rescaling, as mergekit restores the sum of magnitudes; it drops in float32"
+DROPPED = "by the same random numbers; mergekit drops in float32; its rescaling, to the same sum, is replaced"
+UNSTABLE = f"{DROPPED}; it has equal magnitudes of a row in any order, and no scalars"
 AS_THEIRS: dict[str, Any] = {"weights_at": "before", "zero_sign": "positive"}
 WEIGHTS = [1.0, 2.0, 0.5]
 
@@ -52,9 +54,14 @@ class Case:
     experts: int = 3
     common: float = 0.0  # change that the experts have in common
     note: str = ""
-    drops: float | None = None  # probability of keeping an entry
+    drops: bool = False  # entries at random
     scalar: bool = True  # whether the two agree on one
     alone: bool = False  # each tensor is a model
+    distinct: bool = False  # no two changes of a row are of the same magnitude, which float64 alone can hold
+
+    def compared_keys(self) -> list[str]:
+        """The tensors that are compared."""
+        return [key for key in SHAPES if key != "gate" or self.scalar]
 
     def __str__(self) -> str:
         return f"{self.method} {self.options}"
@@ -72,19 +79,39 @@ CASES = [
     ),
     Case(
         "dare",
-        {"density": 0.3, "lambda": 0.7, "weights": WEIGHTS, "rescale": False},
+        {"density": 0.3, "lambda": 0.7, "weights": WEIGHTS},
         "dare_linear",
         {"density": 0.3, "lambda": 0.7, "weight": WEIGHTS, "rescale": False},
-        drops=0.3,
+        drops=True,
         note=DROPPED,
     ),
     Case(
         "dare_ties",
-        {"density": 0.6, "weights": WEIGHTS, "rescale": False, **AS_THEIRS},
+        {"density": 0.6, "weights": WEIGHTS, **AS_THEIRS},
         "dare_ties",
         {"density": 0.6, "weight": WEIGHTS, "rescale": False, "normalize": True},
-        drops=0.6,
+        drops=True,
         note=DROPPED,
+    ),
+    Case(
+        "della_linear",
+        {"density": 0.5, "epsilon": 0.2, "weights": WEIGHTS},
+        "della_linear",
+        {"density": 0.5, "epsilon": 0.2, "weight": WEIGHTS, "rescale": False},
+        drops=True,
+        note=UNSTABLE,
+        scalar=False,
+        distinct=True,
+    ),
+    Case(
+        "della",
+        {"density": 0.5, "epsilon": 0.2, "weights": WEIGHTS, **AS_THEIRS},
+        "della",
+        {"density": 0.5, "epsilon": 0.2, "weight": WEIGHTS, "rescale": False},
+        drops=True,
+        note=UNSTABLE,
+        scalar=False,
+        distinct=True,
     ),
     Case(
         "breadcrumbs",
@@ -146,7 +173,7 @@ CASES = [
 
 
 def models_of(case: Case, dtype: torch.dtype) -> AlignedModels:
-    models = toy_models(case.experts, dtype=dtype)
+    models = distinct_models(case.experts) if case.distinct else toy_models(case.experts, dtype=dtype)
     shared = toy_models(1, seed=9, dtype=dtype).experts[0]
     for expert in models.experts:
         for key in SHAPES:
@@ -157,7 +184,7 @@ def models_of(case: Case, dtype: torch.dtype) -> AlignedModels:
 def request(case: Case, models: AlignedModels, key: str) -> dict[str, Any]:
     sources = [models.base, *models.experts] if case.base == "base" else list(models.experts)
     drawn = []
-    if case.drops is not None:
+    if case.drops:
         count = models.experts[0].get(key).numel()
         kept = [words(stream_key(0, expert.name, key), 0, count) / 2**32 for expert in models.experts]
         drawn = [torch.from_numpy(numbers) for numbers in kept]
@@ -170,15 +197,20 @@ def request(case: Case, models: AlignedModels, key: str) -> dict[str, Any]:
     }
 
 
-DTYPES = (torch.float32, torch.float64)
+RUNS = [
+    (number, dtype)
+    for number, case in enumerate(CASES)
+    for dtype in (torch.float32, torch.float64)
+    if dtype == torch.float64 or not case.distinct
+]
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, torch.dtype, str], tuple[str, Tensor]]:
     """mergekit's version and tensor for each case, dtype and key, all from one process."""
-    asked = [(number, dtype, key) for number in range(len(CASES)) for dtype in DTYPES for key in SHAPES]
+    asked = [(number, dtype, key) for number, dtype in RUNS for key in CASES[number].compared_keys()]
     folder: Path = tmp_path_factory.mktemp("mergekit")
-    models = {(number, dtype): models_of(CASES[number], dtype) for number, dtype, _ in asked}
+    models = {(number, dtype): models_of(CASES[number], dtype) for number, dtype in RUNS}
     torch.save([request(CASES[n], models[n, dtype], key) for n, dtype, key in asked], folder / "requests.pt")
     command = [INTERPRETER, "-c", SCRIPT, str(folder / "requests.pt"), str(folder / "found.pt")]
     subprocess.run(command, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -186,8 +218,7 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, torch.dt
     return {place: (answer["version"], found) for place, found in zip(asked, answer["found"], strict=True)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
+@pytest.mark.parametrize(("number", "dtype"), RUNS, ids=[f"{CASES[number]} {dtype}" for number, dtype in RUNS])
 def test_values_are_mergekits(number: int, dtype: torch.dtype, theirs: Any) -> None:
     case = CASES[number]
     models = models_of(case, dtype)
@@ -197,7 +228,7 @@ def test_values_are_mergekits(number: int, dtype: torch.dtype, theirs: Any) -> N
         result = {key: merged_x(case.method, lone[key], **case.options) for key in SHAPES}
     else:
         result = merged(case.method, models, **case.options)
-    for key in [key for key in SHAPES if key != "gate" or case.scalar]:
+    for key in case.compared_keys():
         version, expected = theirs[number, dtype, key]
         compared(case.method, f"mergekit {version}", result[key], expected, options=case.options, note=case.note)
         assert result[key].dtype == expected.dtype == dtype

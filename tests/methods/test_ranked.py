@@ -5,9 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mergelab.methods.order import kth_largest
-from mergelab.methods.ranked import kth_of, rank_vectors, ranked
+from mergelab.methods.order import Array, kth_largest
+from mergelab.methods.ranked import Ranked, kth_of, rank_vector, ranked
 from tests.methods.test_order import KINDS, LENGTH, made, opened
+
+
+def rank_vectors(vectors: list[Array], sizes: dict[str, int]) -> list[Ranked]:
+    return [rank_vector(opened([vector], sizes), sizes) for vector in vectors]
+
 
 DENSITIES = [1e-9, 0.01, 0.2, 0.5, 0.999, 1.0]
 
@@ -17,7 +22,7 @@ DENSITIES = [1e-9, 0.01, 0.2, 0.5, 0.999, 1.0]
 def test_every_density_is_looked_up_exactly(kind: str, pooled: bool) -> None:
     vectors = [made(kind), made(kind)[::-1] / 2]
     sizes = {"a": LENGTH // 3, "b": 0, "c": LENGTH - LENGTH // 3}
-    known = rank_vectors(opened(vectors, sizes), sizes, 2)
+    known = rank_vectors(vectors, sizes)
     for density in DENSITIES:
         expected = kth_largest(opened(vectors, sizes), sizes, density, 2, pooled=pooled)
         assert kth_of(known, density, pooled=pooled) == expected, density
@@ -30,11 +35,11 @@ def test_a_float32_vector_takes_two_bytes_an_entry() -> None:
 
 def test_float64_keeps_every_bit() -> None:
     vector = np.abs(np.random.default_rng(0).standard_normal(1001))
-    known = rank_vectors(opened([vector], {"a": 1001}), {"a": 1001}, 1)
+    known = rank_vectors([vector], {"a": 1001})
     assert kth_of(known, 0.3) == (float(np.sort(vector)[::-1][299]),)
 
 
 def test_nothing_to_sort_is_zero() -> None:
     empty = np.zeros(0, dtype=np.float32)
-    known = rank_vectors(opened([empty, empty], {"a": 0}), {"a": 0}, 2)
+    known = rank_vectors([empty, empty], {"a": 0})
     assert kth_of(known, 0.5) == kth_of(known, 0.5, pooled=True) == (0.0, 0.0)

@@ -74,6 +74,11 @@ def output_of(method: MergeMethod, models: AlignedModels) -> str | None:
     return min(expert.name for expert in models.experts) if method.several and models.experts else None
 
 
+def few_steps(method: MergeMethod) -> dict[str, Any]:
+    """Let methods that learn step by step from data take few steps: each one runs the experts."""
+    return {"steps": 3} if "data" in method.needs and "steps" in method.parameters.model_fields else {}
+
+
 def merged(
     method: str | MergeMethod,
     models: AlignedModels,
@@ -87,6 +92,7 @@ def merged(
     chosen = get_method(method) if isinstance(method, str) else method
     output = output or output_of(chosen, models)
     examples = ToyExamples(models) if chosen.needs else None
+    parameters = few_steps(chosen) | parameters
     return merge_to_dict(chosen, parameters, models, weights=model_weights, seed=seed, output=output, examples=examples)
 
 
@@ -99,6 +105,7 @@ def streamed(method: str, models: AlignedModels, block: int | None = None, **par
     """Merge in blocks of a chosen size."""
     chosen = get_method(method)
     examples = ToyExamples(models) if chosen.needs else None
+    parameters = few_steps(chosen) | parameters
     return dict(merge(chosen, parameters, models, block=block, output=output_of(chosen, models), examples=examples))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,5 +93,8 @@ class ToyExamples:
         """Score an average of experts, so that some of them make it worse."""
         return sum(len(name) for name in experts) / len(experts) - 0.9 * ("apple" in experts)
 
-    def settle(self, experts: Sequence[str]) -> None:
+    def progress(self, message: str, done: float) -> None:
+        """Show nothing."""
+
+    def settle(self, found: Any) -> None:
         """Take note of nothing."""
