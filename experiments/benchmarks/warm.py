@@ -3,8 +3,8 @@
 Usage:
     python experiments/benchmarks/warm.py --folder outputs/benchmarks/bert-base --rounds 5
 
-"add" is one torch.add over the parameters, "read" a sum over the experts' task vectors held in memory; both in this
-process, in turn with the steps.
+"add" is one torch.add for each parameter, into the parameters; "add, flat" one over as many entries in one piece;
+"read" a sum over the experts' task vectors, each in one piece. All in this process, in turn with the steps.
 """
 
 from __future__ import annotations
@@ -57,17 +57,23 @@ def main() -> None:
     print(f"first merge: {seconds(lambda: warm.merge(ties, {})):.2f} s")
     second = {"density": 0.05}
     print(f"second density, task vectors sorted: {seconds(lambda: warm.merge(ties, second)):.2f} s")
-    figures: dict[str, list[float]] = {"add": [], "lambda alone": [], "read": [], "density and lambda": []}
+    parts = [(start[:0], start[:0], start[:0])]
+    for name in models.names:
+        assert warm.models.base is not None
+        parts.append((warm.models.base.get(name), warm.models.experts[0].get(name), targets[name]))
+    kinds = ("add", "add, flat", "lambda alone", "read", "density and lambda")
+    figures: dict[str, list[float]] = {kind: [] for kind in kinds}
     for index in range(args.rounds):
         density, scale = 0.1 + 0.05 * index, 0.5 + 0.1 * index
-        figures["add"].append(seconds(lambda: torch.add(start, vectors[0], out=total)))
+        figures["add"].append(seconds(lambda: [torch.add(left, right, out=into) for left, right, into in parts]))
+        figures["add, flat"].append(seconds(lambda: torch.add(start, vectors[0], out=total)))
         figures["read"].append(seconds(lambda: [vector.sum() for vector in vectors]))
         step = {"density": density, "lambda": scale}
         figures["density and lambda"].append(seconds(lambda step=step: warm.merge(ties, step)))
         step = {"density": density, "lambda": scale + 0.01}
         figures["lambda alone"].append(seconds(lambda step=step: warm.merge(ties, step)))
     medians = {name: statistics.median(values) for name, values in figures.items()}
-    for name, beside in (("lambda alone", "add"), ("density and lambda", "read")):
+    for name, beside in (("lambda alone", "add"), ("lambda alone", "add, flat"), ("density and lambda", "read")):
         ratio = medians[name] / medians[beside]
         print(f"{name}: {medians[name]:.3f} s, {ratio:.2f} times {beside} ({medians[beside]:.3f} s)")
 

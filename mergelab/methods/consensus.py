@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,15 @@ ZeroSign = Literal["majority", "positive", "zero"]
 WeightsAt = Literal["after", "before"]
 # Answers the T task vectors' entries in a slice of a tensor: differences, or what a method makes of them first.
 Vectors = Callable[[slice], list[Tensor]]
+HELD = 2_500_000_000  # entries of task vectors that are searched at once; a 40th of them, in bytes, is held meanwhile
+
+
+class OpenVectors(Protocol):
+    """Gives access to a tensor of the experts' task vectors, or of some of them."""
+
+    def __call__(self, name: str, /, *, only: slice = slice(None)) -> Vectors:
+        """Open tensor ``name`` of the experts in ``only``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,12 +47,11 @@ class Consensus:
     tie_sign: float = 0.0
 
 
-def open_task_vectors(models: AlignedModels, name: str, only: int | None = None) -> Vectors:
-    """Answer access to the experts' task vectors in tensor ``name``, or to that of one of them, on the CPU."""
+def open_task_vectors(models: AlignedModels, name: str, *, only: slice = slice(None)) -> Vectors:
+    """Answer access to the experts' task vectors in tensor ``name``, or to those of some of them, on the CPU."""
     assert models.base is not None
     base = models.base.get(name).reshape(-1)
-    chosen = models.experts if only is None else [models.experts[only]]
-    experts = [expert.get(name).reshape(-1) for expert in chosen]
+    experts = [expert.get(name).reshape(-1) for expert in models.experts[only]]
 
     def read(part: slice) -> list[Tensor]:
         return task_vectors(base[part].cpu(), [expert[part].cpu() for expert in experts])
@@ -53,7 +61,7 @@ def open_task_vectors(models: AlignedModels, name: str, only: int | None = None)
 
 def prepare_consensus(
     models: AlignedModels,
-    open_vectors: Callable[[str], Vectors],
+    open_vectors: OpenVectors,
     *,
     weights: Sequence[float],
     density: float | None,
@@ -67,7 +75,7 @@ def prepare_consensus(
 
     Args:
         models: base and experts.
-        open_vectors: access to the task vectors of a tensor.
+        open_vectors: access to the task vectors of a tensor, as they are trimmed and vote.
         weights: one factor per expert.
         density: fraction of entries to keep; None: no trimming.
         scope: what the fraction is of, and over what the majority is counted.
@@ -97,7 +105,7 @@ def prepare_consensus(
 
 
 def find_thresholds(
-    open_vectors: Callable[[str], Vectors],
+    open_vectors: OpenVectors,
     sizes: Mapping[str, int],
     density: float | None,
     scope: Scope,
@@ -121,7 +129,13 @@ def find_thresholds(
     magnitudes = _magnitudes(open_vectors, dtype)
     if scope == "tensor":
         return {name: kth_largest(magnitudes, {name: size}, density, count) for name, size in sizes.items()}
-    return dict.fromkeys(sizes, kth_largest(magnitudes, sizes, density, count, pooled=scope == "pooled"))
+    if scope == "pooled":
+        return dict.fromkeys(sizes, kth_largest(magnitudes, sizes, density, count, pooled=True))
+    found: list[float] = []
+    for group in blocks(count, max(1, HELD // max(1, sum(sizes.values())))):
+        some = _magnitudes(partial(open_vectors, only=group), dtype)
+        found += kth_largest(some, sizes, density, group.stop - group.start)
+    return dict.fromkeys(sizes, tuple(found))
 
 
 def _looked_up(
@@ -136,7 +150,7 @@ def _looked_up(
 
     def rank(parts: Mapping[str, int]) -> list[Ranked]:
         each = range(len(models.experts))
-        opens = [_magnitudes(partial(open_task_vectors, models, only=index), dtype) for index in each]
+        opens = [_magnitudes(partial(open_task_vectors, models, only=slice(at, at + 1)), dtype) for at in each]
         return list(in_order(lambda open_: rank_vector(open_, parts), opens, ahead=1))
 
     if scope == "tensor":
@@ -173,7 +187,7 @@ def _entries(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
 
 
-def _magnitudes(open_vectors: Callable[[str], Vectors], dtype: torch.dtype) -> Open:
+def _magnitudes(open_vectors: OpenVectors, dtype: torch.dtype) -> Open:
     def open_(name: str) -> Callable[[slice], list[Array]]:
         read = open_vectors(name)
         return lambda part: [vector.abs_().to(dtype).numpy() for vector in read(part)]

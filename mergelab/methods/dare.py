@@ -109,10 +109,10 @@ def dare_consensus(
     """Find thresholds (where a second trim is asked for) and majority signs of the dropped and rescaled vectors."""
     experts = tuple(expert.name for expert in models.experts)
 
-    def open_vectors(name: str) -> Vectors:
-        whole = open_task_vectors(models, name)
+    def open_vectors(name: str, /, *, only: slice = slice(None)) -> Vectors:
+        whole = open_task_vectors(models, name, only=only)
         assert models.base is not None
-        site = Site(name, experts, models.base.shape(name), seed=seed)
+        site = Site(name, experts[only], models.base.shape(name), seed=seed)
 
         def read(part: slice) -> list[Tensor]:
             # The masks of a strided sample are drawn for all that the stride passes over.

@@ -264,18 +264,20 @@ def merge_into(job: Job, name: str, merged: Tensor, chunk: slice, vector: Tensor
 
 
 @torch.no_grad()
-def add_scaled(job: Job, name: str, vector: Tensor, merged: Tensor) -> None:
-    """Write θ0 + λ·τ_m for a tensor whose merged task vector is known."""
+def add_scaled(job: Job, name: str, vector: Tensor, merged: Tensor, room: Tensor) -> None:
+    """Write θ0 + λ·τ_m for a tensor whose merged task vector is known; ``room`` is written over, block by block."""
     assert job.models.base is not None
     base = job.models.base.get(name)
     start, direction, into = (each.reshape(-1) for each in (base, vector, merged))
     scale = job.arguments[name].get("lambda_", 1.0)
-    alike = start.dtype == direction.dtype == into.dtype == job.stored_dtype(name) and start.device == into.device
-    room = torch.empty(min(job.block, into.numel()) if alike else 0, dtype=into.dtype, device=into.device)
-    for part in blocks(into.numel(), job.block):
+    dtypes = {start.dtype, direction.dtype, into.dtype, room.dtype, job.stored_dtype(name)}
+    alike = len(dtypes) == 1 and start.device == into.device == room.device
+    for part in blocks(into.numel(), room.numel()):
         if alike:  # the same two roundings, and nothing is copied
             scaled = torch.mul(direction[part], scale, out=room[: part.stop - part.start])
-            rounded(job, name, torch.add(scaled, start[part], out=into[part]), into[part])
+            torch.add(scaled, start[part], out=into[part])
+            if not all_finite(into[part]):
+                rounded(job, name, into[part], into[part])
         else:
             into[part] = rounded(job, name, _added(placed(job, start[part]), direction[part], scale), into[part])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -36,7 +37,7 @@ def ties_consensus(
     """Find thresholds and majority signs of the plain task vectors."""
     return prepare_consensus(
         models,
-        lambda name: open_task_vectors(models, name),
+        partial(open_task_vectors, models),
         weights=weights,
         density=density,
         scope=scope,

@@ -213,3 +213,15 @@ def test_weights_that_no_mean_can_take_are_refused(weights: list[float], said: s
     for given in ({"parameters": {"weights": weights}}, {"parameters": {}, "weights": weights}):
         with pytest.raises(ConfigError, match=rf"method\.weights: {said}"):
             merge(get_method("ties"), models=toy_models(2), **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["ties", "dare_ties"])
+def test_experts_that_are_searched_in_groups_have_the_same_thresholds(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = toy_models(5)
+    options = {"trim_density": 0.3} if name == "dare_ties" else {"density": 0.3}
+    together = merged(name, models, **options)
+    monkeypatch.setattr("mergelab.methods.consensus.HELD", 200_000)  # two toy experts
+    apart = merged(name, models, **options)
+    assert all(torch.equal(together[key], apart[key]) for key in together)

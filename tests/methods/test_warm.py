@@ -15,7 +15,7 @@ from mergelab.methods.registry import MergeMethod, get_method, method_names
 from mergelab.methods.warm import Warm, residence
 from mergelab.weights.align import AlignedModels
 from tests.methods.test_contract import models_for
-from tests.methods.toy import SHAPES, merged, one_tensor, output_of, toy_models
+from tests.methods.toy import SHAPES, few_steps, merged, one_tensor, output_of, toy_models
 from tests.methods.toy_data import ToyExamples
 
 METHODS = method_names()
@@ -41,8 +41,9 @@ def test_a_warm_merge_has_the_bits_of_a_cold_one_whatever_came_before(name: str,
     targets = room(models)
     session = Warm(models, targets)
     known = method.parameters.model_fields
-    changed = {key: value for key, value in SECOND.items() if key in known}
-    for parameters in ({}, changed, {}):
+    steps = few_steps(method)
+    changed = steps | {key: value for key, value in SECOND.items() if key in known}
+    for parameters in (steps, changed, steps):
         session.merge(method, parameters, **needed(method, models))
         assert same(targets, merged(name, models, **parameters)), parameters
 
