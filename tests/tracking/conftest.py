@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,8 @@ class Process:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # Shells start background jobs, which these tests may be, with interrupts ignored; it would be inherited.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
 
     def line(self) -> str:
