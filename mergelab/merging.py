@@ -40,9 +40,6 @@ class Merging:
         Returns:
             The tensors that each task is measured with, by the task's name, the same for all tasks unless the method
             makes a model for each; and the seconds it took, reading included.
-
-        Raises:
-            ConfigError: the method makes a model for each expert, and the tasks do not say whose they need.
         """
         started = time.perf_counter()
         skipped = self.session.passed_through

@@ -117,30 +117,28 @@ class Warm:
             self._last = None
             return "merged"
         direction = _direction(job)
-        way: Way = "scaled" if method.adds and direction == self._last else "merged"
+        only_scaled = method.adds and direction == self._last
         self._last = None
-        if way == "merged":
-            job = prepared_job(job, self._known)
-            if method.adds and not self._vectors:
-                self._vectors = self._room_for_vectors()
-        if way == "scaled":  # operations long enough to be divided among threads by themselves
+        if only_scaled:  # operations long enough to be divided among threads by themselves
             for name, target in self._targets.items():
                 add_scaled(job, name, self._vectors[name], target, self._space)
             self._last = direction
-            return way
+            return "scaled"
+        job = prepared_job(job, self._known)
+        if method.adds and not self._vectors:
+            self._vectors = {name: self._room(name) for name in self.models.names}
         with pool(job.threads) as workers:
             for finished in _spread(workers, job, self._targets, self._vectors if method.adds else {}):
                 finished()
         self._last = direction
-        return way
+        return "merged"
 
-    def _room_for_vectors(self) -> dict[str, Tensor]:
+    def _room(self, name: str) -> Tensor:
+        """Make room for a merged task vector."""
         sources = [source for source in (self.models.base, *self.models.experts) if source is not None]
-        wanted: dict[str, tuple[Sequence[int], torch.dtype]] = {}
-        for name in self.models.names:
-            double = any(source.dtype(name) == torch.float64 for source in sources)
-            wanted[name] = (sources[0].shape(name), torch.float64 if double else torch.float32)
-        return _rooms(wanted, {name: sources[0].get(name).device for name in self.models.names})
+        double = any(source.dtype(name) == torch.float64 for source in sources)
+        dtype = torch.float64 if double else torch.float32
+        return torch.empty(sources[0].shape(name), dtype=dtype, device=sources[0].get(name).device)
 
 
 def residence(models: AlignedModels, device: torch.device, memory: int | None = None) -> dict[str, torch.device]:
@@ -193,29 +191,7 @@ def _bytes_of(source: TensorSource, names: Sequence[str]) -> int:
 
 
 def _loaded(source: TensorSource, names: Sequence[str], places: Mapping[str, torch.device]) -> DictSource:
-    copies = _rooms({name: (source.shape(name), source.dtype(name)) for name in names}, places)
-    for name, copy in copies.items():
-        copy.copy_(source.get(name))
-    return DictSource(source.name, copies)
-
-
-def _rooms(
-    wanted: Mapping[str, tuple[Sequence[int], torch.dtype]], places: Mapping[str, torch.device]
-) -> dict[str, Tensor]:
-    """Make room for tensors, side by side in one piece of memory for each dtype and device.
-
-    The system backs large pieces with large pages, through which whole models are read about twice as fast.
-    """
-    groups: dict[tuple[torch.dtype, torch.device], list[str]] = {}
-    for name, (_, dtype) in wanted.items():
-        groups.setdefault((dtype, places[name]), []).append(name)
-    rooms: dict[str, Tensor] = {}
-    for (dtype, place), names in groups.items():
-        sizes = [torch.Size(wanted[name][0]).numel() for name in names]
-        whole = torch.empty(sum(sizes), dtype=dtype, device=place)
-        for name, part in zip(names, torch.split(whole, sizes), strict=True):
-            rooms[name] = part.view(tuple(wanted[name][0]))
-    return {name: rooms[name] for name in wanted}
+    return DictSource(source.name, {name: source.get(name).to(places[name], copy=True) for name in names})
 
 
 def _checked_targets(models: AlignedModels, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
