@@ -10,36 +10,39 @@ from torch import Tensor
 from mergelab.methods.blocks import blocks
 from mergelab.methods.consensus import WeightsAt, ZeroSign, check_weights
 from mergelab.methods.order import rank_of
-from mergelab.methods.parameters import Density, Fraction, Weights
+from mergelab.methods.parameters import Densities, Fractions, Weights
 from mergelab.methods.registry import merge_method
 from mergelab.methods.sparsify import agreed, ranked_magnitudes, row_blocks, rows, sign_of_ties, summed
-from mergelab.methods.task_vectors import Election, Reduce, factors
+from mergelab.methods.task_vectors import Election, Reduce, factors, of_each
 from mergelab.weights.align import AlignedModels
 
 RowScope = Literal["row", "tensor"]
 
 
-def keep_middle(vectors: Sequence[Tensor], density: float, gamma: float, scope: RowScope) -> list[Tensor]:
+def keep_middle(
+    vectors: Sequence[Tensor], density: float | Sequence[float], gamma: float | Sequence[float], scope: RowScope
+) -> list[Tensor]:
     """Set the largest and the smallest entries of every row to zero.
 
     Args:
         vectors: whole tensors; written into.
-        density: fraction of a row's entries to keep, at least one of them.
-        gamma: fraction of a row's entries to drop from the top; fewer where ``density`` leaves less room.
+        density: fraction of a row's entries to keep, at least one of them; of all experts or of each.
+        gamma: fraction of a row's entries to drop from the top; fewer where ``density`` leaves less room; likewise.
         scope: whether the whole tensor counts as one row.
 
     Returns:
         The tensors with the entries of ranks int(γn) + 1 … int(γn) + int(density·n), and those equal to the first or
         the last of these.
     """
-    if density >= 1:
-        return list(vectors)
-    sparse = []
-    for vector in vectors:
+    count, sparse = len(vectors), []
+    for vector, share, top in zip(vectors, of_each(density, count), of_each(gamma, count), strict=True):
+        if share >= 1:
+            sparse.append(vector)
+            continue
         whole = vector.contiguous()
         lines = rows(whole) if scope == "row" else whole.view(1, -1)
-        kept = rank_of(density, lines.shape[1])
-        dropped = min(int(gamma * lines.shape[1]), lines.shape[1] - kept)
+        kept = rank_of(share, lines.shape[1])
+        dropped = min(int(top * lines.shape[1]), lines.shape[1] - kept)
         for part in row_blocks(lines):
             _keep_between(lines[part], dropped + 1, dropped + kept)
         sparse.append(whole)
@@ -58,8 +61,8 @@ def _keep_between(lines: Tensor, first: int, last: int) -> None:
 def breadcrumbs(
     vectors: Sequence[Tensor],
     *,
-    density: Density = 0.1,
-    gamma: Fraction = 0.01,
+    density: Densities = 0.1,
+    gamma: Fractions = 0.01,
     weights: Weights = None,
     scope: RowScope = "row",
 ) -> Tensor:
@@ -75,8 +78,8 @@ def breadcrumbs(
 
     Args:
         vectors: T task vectors, float32 or float64; whole tensors, not parts.
-        density: fraction of a row's entries kept.
-        gamma: fraction of a row's entries dropped as outliers.
+        density: fraction of a row's entries kept; may be given for each expert.
+        gamma: fraction of a row's entries dropped as outliers; may be given for each expert.
         lambda_: scale of the sum; the engine applies it.
         weights: per expert, any sign; default 1.
         scope: what the fractions are of: each row, or the whole tensor.
@@ -92,8 +95,8 @@ def breadcrumbs_sign(
     *,
     seed: int,
     weights: Sequence[float],
-    density: float,
-    gamma: float,
+    density: float | Sequence[float],
+    gamma: float | Sequence[float],
     scope: RowScope,
     election: Election,
     zero_sign: ZeroSign,
@@ -123,8 +126,8 @@ def breadcrumbs_ties(
     vectors: Sequence[Tensor],
     *,
     prepared: float,
-    density: Density = 0.1,
-    gamma: Fraction = 0.01,
+    density: Densities = 0.1,
+    gamma: Fractions = 0.01,
     weights: Weights = None,
     scope: RowScope = "row",
     election: Election = "mass",
@@ -142,8 +145,8 @@ def breadcrumbs_ties(
     Args:
         vectors: T task vectors, float32 or float64; whole tensors, not parts.
         prepared: the sign of entries whose votes cancel.
-        density: fraction of a row's entries kept.
-        gamma: fraction of a row's entries dropped as outliers.
+        density: fraction of a row's entries kept; may be given for each expert.
+        gamma: fraction of a row's entries dropped as outliers; may be given for each expert.
         lambda_: scale of the merged task vector; the engine applies it.
         weights: per expert, at least 0; default 1.
         scope: what the fractions are of: each row, or the whole tensor.

@@ -48,7 +48,7 @@ class Entry:
         if "selection" in method.needs:
             return "measures averages, then one pass"
         if method.kind == "models":
-            return "whole models, then another method"
+            return f"{'runs the experts' if method.needs else 'whole models'}, then another method"
         if method.needs:
             return "runs the experts, then one pass"
         passes = "statistics, then one pass" if method.prepare is not None else "one pass"

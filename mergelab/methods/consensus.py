@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from mergelab.errors import ConfigError, listed
 from mergelab.methods.blocks import blocks
 from mergelab.methods.order import Array, Open, kth_largest
-from mergelab.methods.ranked import Ranked, kth_of, rank_vector
+from mergelab.methods.ranked import Ranked, kth_of, rank_each, together
 from mergelab.methods.task_vectors import Election, elect, scaled, task_vectors, trim
 from mergelab.methods.workers import chunks, in_order
 from mergelab.weights.align import AlignedModels
@@ -64,7 +64,7 @@ def prepare_consensus(
     open_vectors: OpenVectors,
     *,
     weights: Sequence[float],
-    density: float | None,
+    density: float | Sequence[float] | None,
     scope: Scope,
     election: Election,
     zero_sign: ZeroSign,
@@ -77,10 +77,10 @@ def prepare_consensus(
         models: base and experts.
         open_vectors: access to the task vectors of a tensor, as they are trimmed and vote.
         weights: one factor per expert.
-        density: fraction of entries to keep; None: no trimming.
+        density: fraction of entries to keep, of all experts or of each; None: no trimming.
         scope: what the fraction is of, and over what the majority is counted.
         election, zero_sign, weights_at: as for the method.
-        memo: keeps the vectors' sorted magnitudes for the next time, where the vectors will be the same.
+        memo: keeps the vectors' grouped magnitudes for the next time, where the vectors will be the same.
 
     Returns:
         One `Consensus` for every name in ``models.names``.
@@ -100,14 +100,14 @@ def prepare_consensus(
         for name, more in in_order(count, chunks(sizes)):
             surplus[name] += more
         whole = sum(surplus.values())
-        signs = {name: _sign(more if scope == "tensor" else whole) for name, more in surplus.items()}
+        signs = {name: sign_of(more if scope == "tensor" else whole) for name, more in surplus.items()}
     return {name: Consensus(thresholds[name], signs[name]) for name in sizes}
 
 
 def find_thresholds(
     open_vectors: OpenVectors,
     sizes: Mapping[str, int],
-    density: float | None,
+    density: float | Sequence[float] | None,
     scope: Scope,
     models: AlignedModels,
     memo: dict[str, Any] | None = None,
@@ -115,9 +115,11 @@ def find_thresholds(
     """Answer for each tensor the experts' thresholds: the k-th largest magnitudes, k = max(1, int(density · n)).
 
     n counts the entries of an expert's task vector over all tensors, those of one tensor, or those of all experts.
-    With ``memo`` the vectors must be the plain task vectors; when a second density is asked for, they are sorted once
-    and for all, and any density is looked up.
+    With ``memo`` the vectors must be the plain task vectors; when a second density is asked for, their magnitudes are
+    grouped once and for all, and any density is looked up.
     """
+    if isinstance(density, Sequence):
+        return _thresholds_of_each(open_vectors, sizes, density, scope, models)
     count = len(models.experts)
     if density is None or density >= 1:
         return dict.fromkeys(sizes, (0.0,) * count)
@@ -138,6 +140,23 @@ def find_thresholds(
     return dict.fromkeys(sizes, tuple(found))
 
 
+def _thresholds_of_each(
+    open_vectors: OpenVectors, sizes: Mapping[str, int], density: Sequence[float], scope: Scope, models: AlignedModels
+) -> dict[str, tuple[float, ...]]:
+    """Answer the thresholds where every expert has a density of its own."""
+
+    def of_one(at: int) -> dict[str, tuple[float, ...]]:
+        def open_one(name: str, /, *, only: slice = slice(None)) -> Vectors:
+            return open_vectors(name, only=slice(at, at + 1))
+
+        return find_thresholds(
+            open_one, sizes, density[at], scope, replace(models, experts=models.experts[at : at + 1])
+        )
+
+    found = [of_one(at) for at in range(len(density))]
+    return {name: tuple(each[name][0] for each in found) for name in sizes}
+
+
 def _looked_up(
     models: AlignedModels,
     dtype: torch.dtype,
@@ -146,20 +165,16 @@ def _looked_up(
     scope: Scope,
     memo: dict[str, Any],
 ) -> dict[str, tuple[float, ...]]:
-    """Answer thresholds from the sorted task vectors, or, by tensor, from sorted parts of them."""
-
-    def rank(parts: Mapping[str, int]) -> list[Ranked]:
-        each = range(len(models.experts))
-        opens = [_magnitudes(partial(open_task_vectors, models, only=slice(at, at + 1)), dtype) for at in each]
-        return list(in_order(lambda open_: rank_vector(open_, parts), opens, ahead=1))
-
-    if scope == "tensor":
-        known = memo.setdefault("ranked parts", {})
-        known.update({name: rank({name: size}) for name, size in sizes.items() if name not in known})
-        return {name: kth_of(known[name], density) for name in sizes}
+    """Answer thresholds from the task vectors' grouped magnitudes; these are made when they are first needed."""
+    count = len(models.experts)
     if "ranked" not in memo:
-        memo["ranked"] = rank(sizes)
-    return dict.fromkeys(sizes, kth_of(memo["ranked"], density, pooled=scope == "pooled"))
+        memo["ranked"] = rank_each(_magnitudes(partial(open_task_vectors, models), dtype), sizes, count)
+    parts: dict[str, tuple[Ranked, ...]] = memo["ranked"]
+    if scope == "tensor":
+        return {name: kth_of(parts[name], density) for name in sizes}
+    if "ranked models" not in memo:
+        memo["ranked models"] = [together([parts[name][at] for name in sizes]) for at in range(count)]
+    return dict.fromkeys(sizes, kth_of(memo["ranked models"], density, pooled=scope == "pooled"))
 
 
 def election_factors(weights: Sequence[float], weights_at: WeightsAt) -> tuple[float, ...]:
@@ -181,6 +196,12 @@ def check_weights(weights: Sequence[float]) -> None:
         )
     if not any(weights):
         raise ConfigError("method.weights: at least one must be above 0")
+
+
+def check_pooled(key: str, density: float | Sequence[float] | None, scope: Scope) -> None:
+    """Raise `ConfigError` for a density of each expert where the fraction is of all experts' entries together."""
+    if isinstance(density, Sequence) and scope == "pooled":
+        raise ConfigError(f"method.{key}: must be one number for all experts where scope=pooled ranks them together")
 
 
 def _entries(shape: Sequence[int]) -> int:
@@ -206,5 +227,6 @@ def _surplus(
     return surplus
 
 
-def _sign(count: int) -> float:
+def sign_of(count: int) -> float:
+    """Answer −1, 0 or 1."""
     return float((count > 0) - (count < 0))

@@ -9,9 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from mergelab.errors import ConfigError
-from mergelab.methods.parameters import Weights
+from mergelab.methods.parameters import OfExperts, Weights
 from mergelab.methods.registry import merge_method
-from mergelab.methods.task_vectors import factors, weighted_sum
+from mergelab.methods.task_vectors import factors, of_each, weighted_sum
+
+MaskLambdas = Annotated[float | Sequence[float], OfExperts(Annotated[float, Field(ge=0)])]
 
 
 def check_tasks(weights: Sequence[float], min_tasks: int) -> None:
@@ -34,7 +36,7 @@ def check_tasks(weights: Sequence[float], min_tasks: int) -> None:
 def consensus(
     vectors: Sequence[Tensor],
     *,
-    mask_lambda: Annotated[float, Field(ge=0)] = 0.4,
+    mask_lambda: MaskLambdas = 0.4,
     min_tasks: Annotated[int, Field(ge=0)] = 2,
     weights: Weights = None,
 ) -> Tensor:
@@ -44,13 +46,13 @@ def consensus(
     and m = [Σ m_t ≥ ``min_tasks``] (Wang et al. 2024, arXiv:2405.07813: with 2, entries that one task alone uses and
     those that none uses are dropped). ``min_tasks=0`` is task arithmetic.
 
-    Departures: one κ for all tasks, where the authors choose one for each on validation data; |τ_t| must be larger
-    than the other side, as in the authors' code (the paper says at least as large), so that an entry that nobody
-    changed is nobody's; the weights are an addition, the paper's are 1.
+    Departures: one κ for all tasks is the default, where the authors choose one for each on validation data; |τ_t| must
+    be larger than the other side, as in the authors' code (the paper says at least as large), so that an entry that
+    nobody changed is nobody's; the weights are an addition, the paper's are 1.
 
     Args:
         vectors: T task vectors, float32 or float64.
-        mask_lambda: κ; the larger, the fewer entries a task is said to use.
+        mask_lambda: κ; the larger, the fewer entries a task is said to use; may be given for each expert.
         min_tasks: how many tasks must use an entry, at most T.
         weights: per expert, any sign; default 1.
         lambda_: scale of the sum; the engine applies it.
@@ -62,6 +64,7 @@ def consensus(
         ConfigError: ``min_tasks`` is larger than the number of experts.
     """
     total = weighted_sum(vectors, factors(weights, len(vectors)))
-    users = sum((vector.abs() > (total - vector).abs_().mul_(mask_lambda)).to(total.dtype) for vector in vectors)
+    each = zip(vectors, of_each(mask_lambda, len(vectors)), strict=True)
+    users = sum((vector.abs() > (total - vector).abs_().mul_(kappa)).to(total.dtype) for vector, kappa in each)
     assert isinstance(users, Tensor)
     return total.masked_fill_(users < min_tasks, 0)

@@ -15,13 +15,14 @@ from mergelab.methods.consensus import (
     Vectors,
     WeightsAt,
     ZeroSign,
+    check_pooled,
     check_weights,
     elected,
     election_factors,
     open_task_vectors,
     prepare_consensus,
 )
-from mergelab.methods.parameters import Density, Site, Weights
+from mergelab.methods.parameters import Densities, OptionalDensities, Site, Weights
 from mergelab.methods.random import bernoulli, stream_key
 from mergelab.methods.registry import merge_method
 from mergelab.methods.task_vectors import (
@@ -29,6 +30,7 @@ from mergelab.methods.task_vectors import (
     Reduce,
     disjoint_reduce,
     factors,
+    of_each,
     resolve_zeros,
     trim,
     weighted_sum,
@@ -36,7 +38,7 @@ from mergelab.methods.task_vectors import (
 from mergelab.weights.align import AlignedModels
 
 
-def drop(vectors: Sequence[Tensor], site: Site, density: float, rescale: bool) -> list[Tensor]:
+def drop(vectors: Sequence[Tensor], site: Site, density: float | Sequence[float], rescale: bool) -> list[Tensor]:
     """Keep each entry with probability ``density``, and divide what is kept by it when ``rescale``.
 
     Whether an entry is kept depends on the seed, the expert's name, the tensor's name and the entry's place in the
@@ -45,16 +47,17 @@ def drop(vectors: Sequence[Tensor], site: Site, density: float, rescale: bool) -
     Args:
         vectors: flat parts of the experts' task vectors, from entry ``site.offset`` on.
         site: names the experts and the tensor.
-        density: probability of keeping an entry.
+        density: probability of keeping an entry, of all experts or of each.
         rescale: divide by ``density``, so that the expected value stays.
     """
-    if density >= 1:
-        return list(vectors)
     kept = []
-    for vector, expert in zip(vectors, site.experts, strict=True):
-        mask = bernoulli(stream_key(site.seed, expert, site.name), site.offset, vector.numel(), density)
+    for vector, expert, share in zip(vectors, site.experts, of_each(density, len(vectors)), strict=True):
+        if share >= 1:
+            kept.append(vector)
+            continue
+        mask = bernoulli(stream_key(site.seed, expert, site.name), site.offset, vector.numel(), share)
         factor = torch.from_numpy(mask.astype(np.float32)).to(vector.device, vector.dtype).view(vector.shape)
-        kept.append((vector * factor).div_(density) if rescale else vector * factor)
+        kept.append((vector * factor).div_(share) if rescale else vector * factor)
     return kept
 
 
@@ -69,7 +72,7 @@ def dare(
     vectors: Sequence[Tensor],
     *,
     site: Site,
-    density: Density = 0.5,
+    density: Densities = 0.5,
     weights: Weights = None,
     rescale: bool = True,
 ) -> Tensor:
@@ -82,7 +85,7 @@ def dare(
     Args:
         vectors: T task vectors, float32 or float64.
         site: keys the masks.
-        density: probability of keeping an entry.
+        density: probability of keeping an entry; may be given for each expert.
         lambda_: scale of the sum; the engine applies it.
         weights: per expert, any sign; default 1.
         rescale: divide the kept entries by the density.
@@ -98,8 +101,8 @@ def dare_consensus(
     *,
     seed: int,
     weights: Sequence[float],
-    density: float,
-    trim_density: float | None,
+    density: float | Sequence[float],
+    trim_density: float | Sequence[float] | None,
     rescale: bool,
     scope: Scope,
     election: Election,
@@ -113,11 +116,12 @@ def dare_consensus(
         whole = open_task_vectors(models, name, only=only)
         assert models.base is not None
         site = Site(name, experts[only], models.base.shape(name), seed=seed)
+        shares = of_each(density, len(experts))[only]
 
         def read(part: slice) -> list[Tensor]:
             # The masks of a strided sample are drawn for all that the stride passes over.
             dense = whole(slice(part.start, part.stop))
-            return [kept[:: part.step] for kept in drop(dense, replace(site, offset=part.start), density, rescale)]
+            return [kept[:: part.step] for kept in drop(dense, replace(site, offset=part.start), shares, rescale)]
 
         return read
 
@@ -133,11 +137,17 @@ def dare_consensus(
     )
 
 
+def check_dare_ties(weights: Sequence[float], trim_density: float | Sequence[float] | None, scope: Scope) -> None:
+    """Raise `ConfigError` for weights that no mean can take, and for each expert's own share of what is pooled."""
+    check_weights(weights)
+    check_pooled("trim_density", trim_density, scope)
+
+
 @merge_method(
     lambda_=1.0,
     elementwise=True,
     prepare=dare_consensus,
-    check=check_weights,
+    check=check_dare_ties,
     identical_at={"density": 1.0},
     family="task vectors",
     paper="Yu et al. 2024, arXiv:2311.03099, with Yadav et al. 2023, arXiv:2306.01708",
@@ -147,8 +157,8 @@ def dare_ties(
     *,
     site: Site,
     prepared: Mapping[str, Consensus],
-    density: Density = 0.5,
-    trim_density: Density | None = None,
+    density: Densities = 0.5,
+    trim_density: OptionalDensities = None,
     weights: Weights = None,
     rescale: bool = True,
     scope: Scope = "model",
@@ -168,8 +178,8 @@ def dare_ties(
         vectors: T task vectors, float32 or float64.
         site: keys the masks, and names the tensor in ``prepared``.
         prepared: thresholds and tie sign by tensor name.
-        density: probability of keeping an entry.
-        trim_density: fraction of entries kept by the second trim; None for no such trim.
+        density: probability of keeping an entry; may be given for each expert.
+        trim_density: fraction of entries kept by the second trim; None for no such trim; may be given for each expert.
         lambda_: scale of the merged task vector; the engine applies it.
         weights: per expert, at least 0; default 1.
         rescale: divide the kept entries by the density.
@@ -180,7 +190,7 @@ def dare_ties(
         τ_m, of the vectors' shape and dtype.
 
     Raises:
-        ConfigError: a weight is negative, or none is above 0.
+        ConfigError: a weight is negative, or none is above 0; a ``trim_density`` for each expert where they are pooled.
     """
     shares = factors(weights, len(vectors))
     here = prepared[site.name]

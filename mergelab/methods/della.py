@@ -10,27 +10,36 @@ from torch import Tensor
 
 from mergelab.errors import ConfigError
 from mergelab.methods.consensus import WeightsAt, ZeroSign, check_weights
-from mergelab.methods.parameters import Density, Fraction, Site, Weights
+from mergelab.methods.parameters import Densities, Fractions, Site, Weights
 from mergelab.methods.random import stream_key, words
 from mergelab.methods.registry import merge_method
 from mergelab.methods.sparsify import agreed, row_blocks, rows, sign_of_ties, summed
-from mergelab.methods.task_vectors import Election, Reduce, factors
+from mergelab.methods.task_vectors import Election, Reduce, factors, of_each
 from mergelab.weights.align import AlignedModels
 
 
-def check_probabilities(density: float, epsilon: float) -> None:
+def check_probabilities(
+    models: AlignedModels, density: float | Sequence[float], epsilon: float | Sequence[float]
+) -> None:
     """Raise `ConfigError` where density ± epsilon are no probabilities above 0."""
-    if density < 1 and not (epsilon < density and density + epsilon <= 1):
-        raise ConfigError(
-            f"method.epsilon={epsilon:g}: must be less than density and at most 1 − density (density={density:g}), "
-            "so that density ± epsilon are above 0 and at most 1"
-        )
+    count = len(models.experts)
+    for share, spread in zip(of_each(density, count), of_each(epsilon, count), strict=True):
+        if share < 1 and not (spread < share and share + spread <= 1):
+            raise ConfigError(
+                f"method.epsilon={spread:g}: must be less than density and at most 1 − density (density={share:g}), "
+                "so that density ± epsilon are above 0 and at most 1"
+            )
 
 
-def check_della(weights: Sequence[float], density: float, epsilon: float) -> None:
+def check_della(
+    models: AlignedModels,
+    weights: Sequence[float],
+    density: float | Sequence[float],
+    epsilon: float | Sequence[float],
+) -> None:
     """Raise `ConfigError` for weights that no mean can take, and for density ± epsilon that are no probabilities."""
     check_weights(weights)
-    check_probabilities(density, epsilon)
+    check_probabilities(models, density, epsilon)
 
 
 def keep_probabilities(length: int, density: float, epsilon: float) -> Tensor:
@@ -41,7 +50,9 @@ def keep_probabilities(length: int, density: float, epsilon: float) -> Tensor:
     return (density - epsilon + ranks * (2 * epsilon / (length - 1))).clamp_max_(1.0)
 
 
-def drop_by_rank(vectors: Sequence[Tensor], site: Site, density: float, epsilon: float) -> list[Tensor]:
+def drop_by_rank(
+    vectors: Sequence[Tensor], site: Site, density: float | Sequence[float], epsilon: float | Sequence[float]
+) -> list[Tensor]:
     """Keep each entry with a probability by the rank of its magnitude in its row, and divide what is kept by it.
 
     Whether an entry is kept depends on the seed, the expert's name, the tensor's name, the entry's place and its rank,
@@ -50,16 +61,18 @@ def drop_by_rank(vectors: Sequence[Tensor], site: Site, density: float, epsilon:
     Args:
         vectors: the experts' whole task vectors; written into.
         site: names the experts and the tensor.
-        density: mean probability in a row.
-        epsilon: how much lower and higher it is for the smallest and the largest entry.
+        density: mean probability in a row, of all experts or of each.
+        epsilon: how much lower and higher it is for the smallest and the largest entry; likewise.
     """
-    if density >= 1:
-        return list(vectors)
-    kept = []
-    for vector, expert in zip(vectors, site.experts, strict=True):
+    count, kept = len(vectors), []
+    settings = zip(of_each(density, count), of_each(epsilon, count), strict=True)
+    for vector, expert, (share, spread) in zip(vectors, site.experts, settings, strict=True):
+        if share >= 1:
+            kept.append(vector)
+            continue
         whole = vector.contiguous()
         lines = rows(whole)
-        by_rank = keep_probabilities(lines.shape[1], density, epsilon).to(whole.device)
+        by_rank = keep_probabilities(lines.shape[1], share, spread).to(whole.device)
         key = stream_key(site.seed, expert, site.name)
         for part in row_blocks(lines):
             entries = lines[part]
@@ -85,8 +98,8 @@ def della_linear(
     vectors: Sequence[Tensor],
     *,
     site: Site,
-    density: Density = 0.5,
-    epsilon: Fraction = 0.15,
+    density: Densities = 0.5,
+    epsilon: Fractions = 0.15,
     weights: Weights = None,
 ) -> Tensor:
     """Add up task vectors of which a random part was dropped, small entries the likelier, and the rest rescaled.
@@ -103,8 +116,8 @@ def della_linear(
     Args:
         vectors: T task vectors, float32 or float64; whole tensors, not parts.
         site: keys the masks.
-        density: mean probability of keeping an entry.
-        epsilon: how much the probability departs from it at either end of a row.
+        density: mean probability of keeping an entry; may be given for each expert.
+        epsilon: how much the probability departs from it at either end of a row; may be given for each expert.
         lambda_: scale of the sum; the engine applies it.
         weights: per expert, any sign; default 1.
 
@@ -122,8 +135,8 @@ def della_sign(
     *,
     seed: int,
     weights: Sequence[float],
-    density: float,
-    epsilon: float,
+    density: float | Sequence[float],
+    epsilon: float | Sequence[float],
     election: Election,
     zero_sign: ZeroSign,
     weights_at: WeightsAt,
@@ -153,8 +166,8 @@ def della(
     *,
     site: Site,
     prepared: float,
-    density: Density = 0.5,
-    epsilon: Fraction = 0.15,
+    density: Densities = 0.5,
+    epsilon: Fractions = 0.15,
     weights: Weights = None,
     election: Election = "mass",
     reduce: Reduce = "mean",
@@ -171,8 +184,8 @@ def della(
         vectors: T task vectors, float32 or float64; whole tensors, not parts.
         site: keys the masks.
         prepared: the sign of entries whose votes cancel.
-        density: mean probability of keeping an entry.
-        epsilon: how much the probability departs from it at either end of a row.
+        density: mean probability of keeping an entry; may be given for each expert.
+        epsilon: how much the probability departs from it at either end of a row; may be given for each expert.
         lambda_: scale of the merged task vector; the engine applies it.
         weights: per expert, at least 0; default 1.
         election, reduce, zero_sign, weights_at: as in `ties`; the majority is over the whole model.

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 # The keyword arguments of a transformers model: ``input_ids`` (b, l), ``attention_mask`` (b, l) with 0 where padded, …
+# A sequence-to-sequence model's have ``decoder_input_ids`` and ``decoder_attention_mask`` (b, m) as well.
 Batch = Mapping[str, Tensor]
 LABELS = "labels"
 
@@ -47,7 +48,8 @@ class ExpertExamples(Protocol):
     def batches(self) -> Iterator[Batch]:
         """Answer all examples as inputs of the module, where it is, in an order that is always the same.
 
-        ``labels`` (b,) is among them where labels were asked for: class numbers, or scores.
+        ``labels`` (b,) is among them where labels were asked for: class numbers, or scores. Of models that write
+        tokens it always is, (b, l) or (b, m): the token that should follow each position, −100 where none is to.
         """
         ...
 

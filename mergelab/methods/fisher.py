@@ -131,13 +131,14 @@ def fisher(
         normalize: give the experts' F_t one scale.
         floor: smallest F_t that counts.
         estimator: "expected": exact over classes; "sampled": one class drawn from the model's own distribution for
-            each example; "empirical": the example's label.
+            each example; "empirical": the example's label. Of models that write tokens a token is drawn at each
+            position, or the text's own taken; there is no "expected".
 
     Returns:
         Tensor of the experts' shape, float32 (float64 for float64 inputs).
 
     Raises:
-        ConfigError: a negative weight, or all weights 0.
+        ConfigError: a negative weight, or all weights 0; "expected" for a model that writes tokens.
     """
     numerator = torch.zeros_like(experts[0], dtype=torch.float64)
     denominator = torch.zeros_like(numerator)

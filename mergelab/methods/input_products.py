@@ -74,7 +74,7 @@ class InputSums:
 
     def __init__(self, module: nn.Module, names: Mapping[str, str], *, until: str = "") -> None:
         self._module = module
-        self._names, kinds = _linear(module, names)
+        self._names, kinds = linear_kinds(module, names)
         self._recorder = Recorder(module, kinds, module.get_submodule(until) if until else None)
         self._input_first = frozenset(self._names[layer] for layer, kind in kinds.items() if kind == "conv1d")
         self._sums: dict[str, Tensor] = {}
@@ -128,7 +128,7 @@ class InputSums:
 
 def linear_layers(module: nn.Module, names: Mapping[str, str], batch: Batch) -> list[str]:
     """Answer the module's names of those linear weights that take part, in the order in which their layers run."""
-    own, kinds = _linear(module, {name: name for name in names})
+    own, kinds = linear_kinds(module, {name: name for name in names})
     recorder = Recorder(module, kinds)
     inputs, _ = split_labels(batch, next(module.parameters()).device) if own else ({}, None)
     with torch.no_grad(), recorder.watching():
@@ -136,14 +136,18 @@ def linear_layers(module: nn.Module, names: Mapping[str, str], batch: Batch) -> 
     return list(dict.fromkeys(own[use.layer] for use in uses))
 
 
-def _linear(module: nn.Module, names: Mapping[str, str]) -> tuple[dict[nn.Module, str], dict[nn.Module, Kind]]:
-    """Find the linear layers whose weights take part: the weight's name, and the layer's kind."""
+def linear_kinds(module: nn.Module, names: Mapping[str, str]) -> tuple[dict[nn.Module, str], dict[nn.Module, Kind]]:
+    """Find the linear layers whose weights take part: the weight's name, and the layer's kind.
+
+    An output layer that has an embedding for its weight is none of them: embeddings are averaged.
+    """
     own: dict[nn.Module, str] = {}
     kinds: dict[nn.Module, Kind] = {}
+    embeddings = {id(layer.weight) for layer in module.modules() if isinstance(layer, nn.Embedding)}
     for path, layer in module.named_modules():
         name = names.get(f"{path}.weight" if path else "weight")
         kind = kind_of(layer)
-        if name is not None and kind in ("linear", "conv1d"):
+        if name is not None and kind in ("linear", "conv1d") and id(layer.weight) not in embeddings:
             own[layer], kinds[layer] = name, kind
     return own, kinds
 
@@ -151,14 +155,15 @@ def _linear(module: nn.Module, names: Mapping[str, str]) -> tuple[dict[nn.Module
 def real_tokens(use: Use, inputs: Mapping[str, Tensor]) -> Tensor:
     """Pick the rows of a layer's input that stand for real tokens: (n, d).
 
-    An input (b, l, d) is masked by the attention mask of that shape, the decoder's where there is one of its length;
-    (b·l, d) likewise; an input of one row for each example, or of another shape, counts whole.
+    An input (b, l, d) is masked by the attention mask of that shape, the decoder's tokens by the decoder's mask, if
+    they are not made of the encoder's inputs; (b·l, d) likewise; an input of one row for each example, or of another
+    shape, counts whole.
     """
     rows = use.input.reshape(-1, use.input.shape[-1])
-    for name in ("attention_mask", "decoder_attention_mask"):
-        mask = inputs.get(name)
-        if mask is None or mask.dim() != 2:
-            continue
-        if use.input.shape[:-1] == mask.shape or (use.input.dim() == 2 and len(rows) == mask.numel() != len(mask)):
-            return rows[mask.reshape(-1).bool()]
+    own = use.in_decoder and "decoder_input_ids" in inputs
+    mask = inputs.get("decoder_attention_mask" if own else "attention_mask")
+    if mask is None or mask.dim() != 2:
+        return rows
+    if use.input.shape[:-1] == mask.shape or (use.input.dim() == 2 and len(rows) == mask.numel() != len(mask)):
+        return rows[mask.reshape(-1).bool()]
     return rows

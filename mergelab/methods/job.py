@@ -22,6 +22,19 @@ from mergelab.weights.source import TensorSource
 ACCELERATOR_BLOCK = 1 << 23  # entries; an accelerator wants more work at once than a core's cache holds
 
 
+@dataclass(frozen=True, eq=False)
+class Same:
+    """An object as a key: equal to nothing but itself, and kept as long as the key is."""
+
+    value: object
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 class Checked:
     """A source whose tensors are looked through for NaN and infinity when they are first read, by whichever thread."""
 
@@ -159,11 +172,13 @@ def checked_job(
         )
     for own, tensors in groups:
         shares = resolve_weights(method, own, names, weights)
-        settings = own.arguments() | ({"weights": shares} if method.takes_weights else {})
+        each: dict[str, tuple[float, ...]] = own.of_experts(names) | (
+            {"weights": shares} if method.takes_weights else {}
+        )
+        settings = own.arguments() | each
         if method.check is not None:
             call_with(method.check, {**settings, "models": models})
-        if method.takes_weights:
-            settings["weights"] = tuple(shares[i] for i in order)
+        settings |= {key: tuple(numbers[i] for i in order) for key, numbers in each.items()}
         arguments.update(dict.fromkeys(tensors, settings))
     if method.needs and examples is None:
         needed = "scores on selecting" if "selection" in method.needs else "the experts' training"
@@ -196,7 +211,8 @@ def prepared_job(job: Job, known: dict[Any, Any] | None = None) -> Job:
     """
     known = {} if known is None else known
     if job.method.kind == "models":
-        asked = (job.method.name, job.seed, repr(sorted(next(iter(job.arguments.values()), {}).items())))
+        own = next(iter(job.arguments.values()), {})
+        asked = (job.method.name, job.seed, repr(sorted(own.items())), Same(job.examples))
         if asked not in known:
             known[asked] = _substituted(job)
         return prepared_job(known[asked], known)
@@ -207,7 +223,7 @@ def prepared_job(job: Job, known: dict[Any, Any] | None = None) -> Job:
     prepared: dict[str, Any] = {}
     for name, arguments in job.arguments.items():
         own = {key: value for key, value in arguments.items() if key in looked_at}
-        key = (job.method.name, job.seed, repr(sorted(own.items())))
+        key = (job.method.name, job.seed, repr(sorted(own.items())), Same(job.examples))
         if key not in known:
             known[key] = call_with(prepare, {**own, "models": job.models, "seed": job.seed, "examples": job.examples})
         prepared[name] = known[key]
@@ -264,22 +280,25 @@ def merge_into(job: Job, name: str, merged: Tensor, chunk: slice, vector: Tensor
 
 
 @torch.no_grad()
-def add_scaled(job: Job, name: str, vector: Tensor, merged: Tensor, room: Tensor) -> None:
-    """Write θ0 + λ·τ_m for a tensor whose merged task vector is known; ``room`` is written over, block by block."""
-    assert job.models.base is not None
-    base = job.models.base.get(name)
-    start, direction, into = (each.reshape(-1) for each in (base, vector, merged))
+def add_scaled(job: Job, name: str, base: Tensor, vector: Tensor, merged: Tensor, *, bounded: bool = False) -> None:
+    """Write θ0 + λ·τ_m for (a part of) a tensor whose merged task vector is known.
+
+    Args:
+        job: a checked request.
+        name: the tensor.
+        base: the base's entries, flat, of any length.
+        vector: τ_m, float32 or float64.
+        merged: takes the result.
+        bounded: it is known that no entry of the result is too large for its dtype.
+    """
     scale = job.arguments[name].get("lambda_", 1.0)
-    dtypes = {start.dtype, direction.dtype, into.dtype, room.dtype, job.stored_dtype(name)}
-    alike = len(dtypes) == 1 and start.device == into.device == room.device
-    for part in blocks(into.numel(), room.numel()):
-        if alike:  # the same two roundings, and nothing is copied
-            scaled = torch.mul(direction[part], scale, out=room[: part.stop - part.start])
-            torch.add(scaled, start[part], out=into[part])
-            if not all_finite(into[part]):
-                rounded(job, name, into[part], into[part])
-        else:
-            into[part] = rounded(job, name, _added(placed(job, start[part]), direction[part], scale), into[part])
+    alike = len({base.dtype, vector.dtype, merged.dtype, job.stored_dtype(name)}) == 1
+    if not alike or not base.device == vector.device == merged.device:
+        merged.copy_(rounded(job, name, _added(placed(job, base), vector, scale), merged))
+        return
+    torch.mul(vector, scale, out=merged).add_(base)  # the same two roundings, and nothing is copied
+    if not bounded and not all_finite(merged):
+        rounded(job, name, merged, merged)
 
 
 def _call(job: Job, site: Site, base: Tensor | None, experts: list[Tensor], vector: Tensor | None = None) -> object:

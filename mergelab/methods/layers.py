@@ -21,20 +21,28 @@ Kind = Literal["linear", "conv1d", "embedding", "layer_norm", "rms_norm"]
 
 @dataclass(frozen=True)
 class Use:
-    """One run of a layer in a forward pass: its input (b, …) and its output (b, …)."""
+    """One run of a layer in a forward pass.
+
+    Attributes:
+        layer, kind: which layer.
+        input, output: (b, …).
+        in_decoder: whether the input stands for the decoder's tokens, in a sequence-to-sequence model.
+    """
 
     layer: nn.Module
     kind: Kind
     input: Tensor
     output: Tensor
+    in_decoder: bool = False
 
 
 @dataclass
 class _Notes(threading.local):
-    """What the calling thread's forward pass has noted so far, and its number of examples."""
+    """What the calling thread's forward pass has noted so far, its number of examples, and what the encoder gave."""
 
     size: int = 0
     uses: list[Use] = field(default_factory=list)
+    encoded: list[Tensor] = field(default_factory=list)
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
@@ -65,6 +73,9 @@ class Recorder:
     def __init__(self, module: nn.Module, kinds: dict[nn.Module, Kind], until: nn.Module | None = None) -> None:
         self._module, self._kinds, self._until = module, kinds, until
         self._notes = _Notes()
+        self._encoder = encoder_of(module)
+        self._in_encoder = frozenset(self._encoder.modules()) if self._encoder is not None else frozenset()
+        self._projection = getattr(module, "enc_to_dec_proj", None)
 
     @contextmanager
     def watching(self) -> Iterator[Recorder]:
@@ -73,6 +84,9 @@ class Recorder:
         try:
             if self._until is not None:
                 handles.append(self._until.register_forward_pre_hook(_stop))
+            for part in (self._encoder, self._projection):
+                if part is not None:
+                    handles.append(part.register_forward_hook(self._note_encoded))
             for layer, kind in self._kinds.items():
                 if kind == "embedding":
                     handles.append(layer.register_forward_pre_hook(self._one_row_each))
@@ -87,12 +101,12 @@ class Recorder:
 
         The output is None where the pass has ended at ``until``.
         """
-        self._notes.size, self._notes.uses = len(next(iter(batch.values()))), []
+        self._notes.size, self._notes.uses, self._notes.encoded = len(next(iter(batch.values()))), [], []
         try:
             output = self._module(**batch)
         except _Enough:
             output = None
-        uses, self._notes.uses = self._notes.uses, []
+        uses, self._notes.uses, self._notes.encoded = self._notes.uses, [], []
         return output, uses
 
     def _one_row_each(self, layer: nn.Module, arguments: tuple[Any, ...]) -> Any:
@@ -109,8 +123,28 @@ class Recorder:
         if torch.is_grad_enabled() and not output.requires_grad:  # the first layer, as no parameter asks for gradients
             watched = output.detach().requires_grad_()
             output = watched.clone()  # what comes next may write into it
-        self._notes.uses.append(Use(layer, self._kinds[layer], arguments[0].detach(), watched))
+        given = arguments[0].detach()
+        self._notes.uses.append(Use(layer, self._kinds[layer], given, watched, self._is_in_decoder(layer, given)))
         return output
+
+    def _note_encoded(self, part: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        found = output if isinstance(output, Tensor) else output[0]
+        self._notes.encoded.append(found)
+
+    def _is_in_decoder(self, layer: nn.Module, given: Tensor) -> bool:
+        """Tell whether an input stands for the decoder's tokens: cross-attention's keys and values do not."""
+        if self._encoder is None or layer in self._in_encoder:
+            return False
+        places = [(encoded.data_ptr(), encoded.shape) for encoded in self._notes.encoded]
+        return (given.data_ptr(), given.shape) not in places
+
+
+def encoder_of(module: nn.Module) -> nn.Module | None:
+    """Find the encoder of a sequence-to-sequence model; None in other models."""
+    if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        return None
+    found = [path for path, _ in module.named_modules() if path.rpartition(".")[2] == "encoder"]
+    return module.get_submodule(min(found, key=lambda path: path.count("."))) if found else None
 
 
 class _Enough(Exception):

@@ -63,8 +63,22 @@ def _weights(value: object) -> object:
     return tuple(float(number) for number in taken)
 
 
+@dataclass(frozen=True)
+class OfExperts:
+    """Marks a parameter that may be given for each expert, by name; the function gets a tuple in their order then.
+
+    Attributes:
+        number: the type of each.
+    """
+
+    number: Any
+
+
 Density = Annotated[float, Field(gt=0, le=1)]
+Densities = Annotated[float | Sequence[float], OfExperts(Density)]
+OptionalDensities = Annotated[float | Sequence[float] | None, OfExperts(Density | None)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Fractions = Annotated[float | Sequence[float], OfExperts(Fraction)]
 Lambda = Annotated[float, Field()]
 Weights = Annotated[Sequence[float] | Mapping[str, float] | None, PlainValidator(_weights)]
 
@@ -83,6 +97,7 @@ class Parameters(BaseModel):
         arbitrary_types_allowed=True,
     )
     _varied: Varied | None = PrivateAttr(None)
+    _each: Mapping[str, Mapping[str, float]] = PrivateAttr({})  # by config key and expert
     _method: str = PrivateAttr("")
 
     def arguments(self) -> dict[str, Any]:
@@ -91,8 +106,31 @@ class Parameters(BaseModel):
 
     def by_key(self) -> dict[str, Any]:
         """Answer the values by the names that configs use (``lambda``), as they were given."""
-        values = {key_of(name): value for name, value in self.arguments().items()}
+        values = {key_of(name): value for name, value in self.arguments().items()} | {
+            key: dict(numbers) for key, numbers in self._each.items()
+        }
         return values if self._varied is None else values | self._varied.by_key()
+
+    def of_experts(self, names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+        """Answer the values that were given for each expert, in the order of ``names``, by the function's names.
+
+        Raises:
+            ConfigError: an expert is unknown, or one has no value.
+        """
+        check_experts(self._each, names)
+        found = {key: tuple(float(numbers[name]) for name in names) for key, numbers in self._each.items()}
+        return {name: found[key_of(name)] for name in type(self).model_fields if key_of(name) in found}
+
+    def check_experts(self, names: Sequence[str]) -> None:
+        """Raise `ConfigError` where values for each expert, those of rules among them, do not fit the experts."""
+        check_experts(self._each, names)
+        for index, rule in enumerate(self._varied.rules if self._varied is not None else ()):
+            mappings = {key: value for key, value in rule.values.items() if isinstance(value, Mapping)}
+            check_experts({key: value for key, value in mappings.items() if self._is_of_experts(key)}, names, index)
+
+    @classmethod
+    def _is_of_experts(cls, key: str) -> bool:
+        return any(key_of(name) == key and _mark(field.metadata) for name, field in cls.model_fields.items())
 
     def by_tensor(self, names: Sequence[str]) -> list[tuple[Parameters, list[str]]]:
         """Answer the parameters that hold for tensors, each with the names of those that they hold for.
@@ -107,7 +145,14 @@ class Parameters(BaseModel):
         for name, own in self._varied.at(names):
             groups.setdefault(repr(own), (own, []))[1].append(name)
         plain = {key_of(name): value for name, value in self.arguments().items()}
-        return [(validated(type(self), plain | own, self._method), tensors) for own, tensors in groups.values()]
+        return [(self._with(plain, {**self._each, **own}), tensors) for own, tensors in groups.values()]
+
+    def _with(self, plain: Mapping[str, Any], own: Mapping[str, Any]) -> Parameters:
+        """Answer these parameters with other values of some, by key."""
+        each = {key: value for key, value in own.items() if isinstance(value, Mapping) and self._is_of_experts(key)}
+        changed = validated(type(self), {**plain, **own, **{key: plain[key] for key in each}}, self._method)
+        changed._each = each
+        return changed
 
 
 class OpenParameters(Parameters):
@@ -119,6 +164,19 @@ class OpenParameters(Parameters):
 def key_of(name: str) -> str:
     """Answer the config key of a Python parameter: ``lambda_`` → ``lambda``."""
     return name.removesuffix("_")
+
+
+def check_experts(each: Mapping[str, Mapping[str, float]], names: Sequence[str], rule: int | None = None) -> None:
+    """Raise `ConfigError` where a value is for an expert that there is not, or an expert has none."""
+    where = "method" if rule is None else f"method.rules[{rule}]"
+    for key, numbers in each.items():
+        if unknown := [name for name in numbers if name not in names]:
+            hint = did_you_mean(unknown[0], names) or f"; there are {listed(names)}"
+            raise ConfigError(f"{where}.{key}: no expert is called {unknown[0]!r}{hint}")
+        if missing := [name for name in names if name not in numbers]:
+            raise ConfigError(
+                f"{where}.{key}={dict(numbers)}: must have a number for every expert, also {listed(missing)}"
+            )
 
 
 def is_number(value: object) -> bool:
@@ -143,7 +201,7 @@ def parameters_of(
             extra = True
         elif parameter.name not in skip and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
             default = ... if parameter.default is parameter.empty else parameter.default
-            annotation = _checkable(_resolved(parameter.annotation, function))
+            annotation = _checkable(_of_one(_resolved(parameter.annotation, function)))
             fields[parameter.name] = (annotation, Field(default, alias=key_of(parameter.name)))
     name = "".join(word.title() for word in getattr(function, "__name__", "custom").split("_"))
     return create_model(f"{name}Parameters", __base__=OpenParameters if extra else Parameters, **fields)
@@ -159,6 +217,16 @@ def _resolved(annotation: Any, function: Callable[..., Any]) -> Any:
         return eval(annotation, scope)  # what typing.get_type_hints does, one annotation at a time
     except Exception:  # names that only a type checker imports
         return Any
+
+
+def _mark(metadata: Sequence[Any]) -> OfExperts | None:
+    return next((mark for mark in metadata if isinstance(mark, OfExperts)), None)
+
+
+def _of_one(annotation: Any) -> Any:
+    """Answer what is checked of one number, where a parameter may be given for each expert."""
+    mark = _mark(get_args(annotation)[1:]) if get_origin(annotation) is Annotated else None
+    return annotation if mark is None else Annotated[mark.number, mark]
 
 
 def _checkable(annotation: Any) -> Any:
@@ -179,16 +247,41 @@ def parameters_from(model: type[Parameters], values: Mapping[str, Any], method: 
     numbers = {key_of(name) for name, field in model.model_fields.items() if _takes_numbers(field.annotation)}
     stated = None if rules.KEY in model.model_fields else plain.pop(rules.KEY, None)
     curves = {key: tuple(value) for key, value in plain.items() if key_of(key) in numbers and rules.is_curve(value)}
+    each = {key: value for key, value in plain.items() if _is_of_each(model, key, value)}
+    first = {key: curve[0] for key, curve in curves.items()} | {key: _first(value) for key, value in each.items()}
     for key, curve in curves.items():
         for number in curve:
-            validated(model, plain | {each: curves[each][0] for each in curves} | {key: number}, method)
-    checked = validated(model, plain | {key: curve[0] for key, curve in curves.items()}, method)
+            validated(model, plain | first | {key: number}, method)
+    for key, value in each.items():
+        _check_each(model, plain | first, key, value, method)
+    checked = validated(model, plain | first, method)
     if curves or stated:
-        given = checked.by_key()
-        by_name = _checked_rules(model, stated or [], given, numbers, method)
+        by_name = _checked_rules(model, stated or [], checked.by_key(), numbers, method)
         checked._varied = rules.Varied({key_of(key): curve for key, curve in curves.items()}, by_name)
         checked._method = method
+    checked._each = {key_of(key): {str(name): number for name, number in own.items()} for key, own in each.items()}
     return checked
+
+
+def _is_of_each(model: type[Parameters], key: str, value: object) -> bool:
+    """Tell a value that is given for each expert."""
+    return isinstance(value, Mapping) and len(value) > 0 and model._is_of_experts(key_of(key))
+
+
+def _first(value: Mapping[str, Any]) -> Any:
+    return next(iter(value.values()))
+
+
+def _check_each(
+    model: type[Parameters], values: Mapping[str, Any], key: str, each: Mapping[str, Any], method: str
+) -> None:
+    """Check every number of a parameter that is given for each expert, among ``values`` of the others."""
+    for name, number in each.items():
+        try:
+            validated(model, {**values, key: number}, method)
+        except ConfigError as error:
+            said = f"method.{key_of(key)}="
+            raise ConfigError(str(error).replace(said, f"{said[:-1]}.{name}=", 1)) from None
 
 
 def _checked_rules(
@@ -206,11 +299,14 @@ def _checked_rules(
         if not values:
             raise ConfigError(f"{where}: sets no parameter of {method}")
         for key, value in values.items():
-            for each in value if key in numbers and rules.is_curve(value) else [value]:
-                try:
+            try:
+                if _is_of_each(model, key, value):
+                    _check_each(model, given, key, value, method)
+                    continue
+                for each in value if key in numbers and rules.is_curve(value) else [value]:
                     validated(model, {**given, key: each}, method)
-                except ConfigError as error:
-                    raise ConfigError(str(error).replace("method.", f"{where}.", 1)) from None
+            except ConfigError as error:
+                raise ConfigError(str(error).replace("method.", f"{where}.", 1)) from None
         own = {k: tuple(v) if k in numbers and rules.is_curve(v) else v for k, v in values.items()}
         checked.append(rules.Rule(entry[rules.MATCH], own))
     return tuple(checked)
@@ -255,13 +351,18 @@ def _message(model: type[Parameters], given: Mapping[str, Any], problem: str, ke
         return f"method.{key}: {method} needs it" + (f"; {allowed}" if allowed else "")
     if problem.startswith(("greater_than", "less_than")):
         allowed = _ranges(field.metadata) or allowed
-    return f"method.{key}={given[key]!r}: must be {allowed or 'another value'}"
+    alike = isinstance(given[key], Mapping) and given[key] and _takes_numbers(field.annotation)
+    same = ", the same for all experts" if alike and _mark(field.metadata) is None else ""
+    return f"method.{key}={given[key]!r}: must be {allowed or 'another value'}{same}"
 
 
 def allowed_values(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     """Say in words which values a parameter takes: ``a number greater than 0 and at most 1``."""
     if any(isinstance(mark, PlainValidator) and mark.func is _weights for mark in metadata):
         return "one number per expert, as a list or by the expert's name"
+    if _mark(metadata) is not None:
+        others = [mark for mark in metadata if not isinstance(mark, OfExperts)]
+        return f"{allowed_values(annotation, others)}, or one for each expert by name"
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return allowed_values(arguments[0], [*arguments[1:], *metadata])

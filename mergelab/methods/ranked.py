@@ -1,12 +1,13 @@
-"""Every order statistic of long vectors at once: sorted magnitudes, kept in half the space.
+"""Every order statistic of long vectors: magnitudes grouped by their leading bits, kept in half the space.
 
-Non-negative floats order as their bit patterns do. Of a sorted float32 vector only the lower 16 bits of each entry are
-kept, and for every value of the upper 16 bits where its entries begin; the k-th largest is then looked up.
+Non-negative floats order as their bit patterns do. A vector is cut into runs that a core's cache holds; the entries of
+each run are grouped by the upper 16 bits of their pattern, and how many there are in each group is summed over the
+runs. So the group that has the k-th largest entry is looked up, and the entry is selected within it, which holds about
+a hundredth of the vector. Grouping takes a fraction of the time that sorting does.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,101 +15,130 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mergelab.methods.blocks import blocks
+from mergelab.methods.blocks import BLOCK, blocks
 from mergelab.methods.order import Array, Open, rank_of
-from mergelab.methods.workers import chunks, in_order
+from mergelab.methods.workers import in_order
+
+RUN = 4 * BLOCK  # entries that are grouped at once
+
+
+@dataclass(frozen=True)
+class Run:
+    """A part of a vector, its entries grouped.
+
+    Attributes:
+        first: the smallest upper bits that occur.
+        starts: where in ``entries`` each group begins, from the one of ``first`` on; at the end, where the last ends.
+        entries: the patterns' lower 16 bits of float32 entries; the whole pattern of float64 entries.
+    """
+
+    first: int
+    starts: NDArray[np.uint32]
+    entries: NDArray[Any]
+
+    def group(self, upper: int) -> NDArray[Any]:
+        """Answer the entries with these upper bits."""
+        at = upper - self.first
+        if not 0 <= at < len(self.starts) - 1:
+            return self.entries[:0]
+        return self.entries[self.starts[at] : self.starts[at + 1]]
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """A sorted vector of non-negative entries.
+    """A vector of non-negative entries of which any rank can be looked up.
 
     Attributes:
-        starts: where the entries with upper bits 0, 1, … begin; None for float64 entries, which are kept whole.
-        entries: ascending; uint16 lower halves, or float64.
+        first: the smallest upper bits that occur.
+        below: how many entries have upper bits less than ``first``, ``first`` + 1 and so on; at the end, how many there
+            are.
+        runs: the entries.
     """
 
-    starts: NDArray[np.int64] | None
-    entries: NDArray[Any]
+    first: int
+    below: NDArray[np.int64]
+    runs: tuple[Run, ...]
 
     def __len__(self) -> int:
-        return len(self.entries)
-
-    def at(self, place: int) -> float:
-        """Answer the entry at ``place`` in ascending order."""
-        if self.starts is None:
-            return float(self.entries[place])
-        upper = int(np.searchsorted(self.starts, place, side="right")) - 1
-        return float(np.uint32(upper << 16 | int(self.entries[place])).view(np.float32))
-
-    def below(self, value: float) -> int:
-        """Count the entries less than ``value``, which is one that the entries' dtype can hold."""
-        if self.starts is None:
-            return int(np.searchsorted(self.entries, value))
-        bits = int(np.float32(value).view(np.uint32))
-        start, stop = (int(self.starts[bits >> 16]), int(self.starts[(bits >> 16) + 1]))
-        return start + int(np.searchsorted(self.entries[start:stop], np.uint16(bits & 0xFFFF)))
+        return int(self.below[-1])
 
 
-def ranked(entries: Array) -> Ranked:
-    """Sort ``entries`` in place and keep them as `Ranked` does."""
-    if entries.dtype == np.float64:
-        entries.sort()
-        return Ranked(None, entries)
-    bits = entries.view(np.uint32)
-    bits.sort()
-    edges = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
-    starts = np.append(np.searchsorted(bits, edges), len(bits)).astype(np.int64)
-    return Ranked(starts, bits.astype(np.uint16))
+def grouped(entries: Array) -> Run:
+    """Group a run's entries by the upper 16 bits of their patterns."""
+    short = entries.itemsize == 4
+    bits: NDArray[Any] = entries.view(np.uint32 if short else np.uint64)
+    upper = (bits >> (16 if short else 48)).astype(np.uint16)
+    order = np.argsort(upper, kind="stable")  # a radix sort, as these are 16 bits
+    first = int(upper[order[0]])
+    starts = np.zeros(int(upper[order[-1]]) - first + 2, dtype=np.uint32)
+    np.cumsum(np.bincount(upper - np.uint16(first)), out=starts[1:])
+    return Run(first, starts, (bits.astype(np.uint16) if short else bits).take(order))
 
 
-def rank_vector(open_: Open, sizes: Mapping[str, int]) -> Ranked:
-    """Sort a vector that is read in pieces.
+def rank_each(open_: Open, sizes: Mapping[str, int], vectors: int) -> dict[str, tuple[Ranked, ...]]:
+    """Group the entries of vectors that are read in pieces, each tensor's on their own.
 
     Args:
-        open_: gives access to the vector's parts in a tensor, as for `mergelab.methods.order.kth_largest` with T = 1.
+        open_: gives access to the T vectors' parts in a tensor, as for `mergelab.methods.order.kth_largest`.
         sizes: the length of each tensor.
+        vectors: T.
+
+    Returns:
+        For each tensor T `Ranked`.
     """
-    offsets = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
-    some = next((name for name, size in sizes.items() if size), None)
-    dtype = np.dtype(np.float32) if some is None else open_(some)(slice(0, 1))[0].dtype
-    entries = np.empty(sum(sizes.values()), dtype=dtype)
 
-    def copy(place: tuple[str, slice]) -> None:
-        name, chunk = place
-        read = open_(name)
-        for part in blocks(chunk.stop, start=chunk.start):
-            entries[offsets[name] + part.start : offsets[name] + part.stop] = read(part)[0]
+    def through(place: tuple[str, slice]) -> tuple[str, list[Run]]:
+        name, part = place
+        return name, [grouped(entries) for entries in open_(name)(part)]
 
-    for _ in in_order(copy, chunks(sizes)):
-        pass
-    return ranked(entries)
+    runs: dict[str, list[list[Run]]] = {name: [] for name in sizes}
+    for name, found in in_order(through, ((name, part) for name, size in sizes.items() for part in blocks(size, RUN))):
+        runs[name].append(found)
+    return {name: tuple(_ranked([run[at] for run in some]) for at in range(vectors)) for name, some in runs.items()}
+
+
+def together(parts: Sequence[Ranked]) -> Ranked:
+    """Answer the concatenation of parts of a vector."""
+    return Ranked(
+        *_counted([(part.first, part.below) for part in parts]), tuple(r for part in parts for r in part.runs)
+    )
+
+
+def _ranked(runs: Sequence[Run]) -> Ranked:
+    return Ranked(*_counted([(run.first, run.starts) for run in runs]), tuple(runs))
 
 
 def kth_of(vectors: Sequence[Ranked], density: float, *, pooled: bool = False) -> tuple[float, ...]:
     """Look up what `mergelab.methods.order.kth_largest` selects."""
-    if not pooled:
-        return tuple(v.at(len(v) - rank_of(density, len(v))) if len(v) else 0.0 for v in vectors)
-    total = sum(map(len, vectors))
+    if pooled:
+        return (_selected(vectors, density),) * len(vectors)
+    return tuple(_selected([vector], density) for vector in vectors)
+
+
+def _selected(vectors: Sequence[Ranked], density: float) -> float:
+    """Answer the smallest entry that ``density`` keeps of all the vectors' entries together."""
+    whole = vectors[0] if len(vectors) == 1 else together(vectors)
+    first, below = whole.first, whole.below
+    total = int(below[-1])
     if not total:
-        return (0.0,) * len(vectors)
-    place = total - rank_of(density, total)  # of the wanted entry in ascending order of all
-
-    def candidate(vector: Ranked) -> float:
-        """Find the smallest entry of one vector that more than ``place`` of all entries do not exceed."""
-        low, high = 0, len(vector)
-        while low < high:
-            middle = (low + high) // 2
-            if sum(other.below(_next(vector.at(middle), other)) for other in vectors) > place:
-                high = middle
-            else:
-                low = middle + 1
-        return vector.at(low) if low < len(vector) else math.inf
-
-    return (min(map(candidate, vectors)),) * len(vectors)
+        return 0.0
+    place = total - rank_of(density, total)  # in ascending order
+    at = int(np.searchsorted(below, place, side="right")) - 1
+    inside = np.concatenate([run.group(first + at) for run in whole.runs])
+    inside.partition(place - int(below[at]))
+    entry = int(inside[place - int(below[at])])
+    if inside.dtype == np.uint16:
+        return float(np.uint32(first + at << 16 | entry).view(np.float32))
+    return float(np.uint64(entry).view(np.float64))
 
 
-def _next(value: float, vector: Ranked) -> float:
-    """Answer the next larger number of the vector's dtype."""
-    kind: Any = np.float64 if vector.starts is None else np.float32
-    return float(np.nextafter(kind(value), kind(np.inf)))
+def _counted(parts: Sequence[tuple[int, NDArray[Any]]]) -> tuple[int, NDArray[np.int64]]:
+    """Add up how many entries lie below each group, of parts whose own counts begin at different groups."""
+    parts = [(first, below) for first, below in parts if below[-1]]
+    if not parts:
+        return 0, np.zeros(1, dtype=np.int64)
+    lowest = min(first for first, _ in parts)
+    counts = np.zeros(max(first + len(below) - 1 for first, below in parts) - lowest, dtype=np.int64)
+    for first, below in parts:
+        counts[first - lowest : first - lowest + len(below) - 1] += below[1:].astype(np.int64) - below[:-1]
+    return lowest, np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])

@@ -94,8 +94,13 @@ def rebasin(
     return Substitute(method, parameters, replace(models, experts=tuple(in_order(align, models.experts))))
 
 
-def head_groups(sources: Sequence[TensorSource], heads: int | None, kv_heads: int | None) -> int:
+def head_groups(sources: Sequence[object], heads: int | None, kv_heads: int | None, method: str = "rebasin") -> int:
     """Answer how many groups of attention heads there are: of those that share keys and values.
+
+    Args:
+        sources: models, some of them perhaps with a config.
+        heads, kv_heads: where given, they count.
+        method: for the error.
 
     Raises:
         ConfigError: neither the parameters nor a model's config tell.
@@ -104,7 +109,7 @@ def head_groups(sources: Sequence[TensorSource], heads: int | None, kv_heads: in
     heads = heads or config.get("num_attention_heads") or config.get("n_head")
     groups = kv_heads or config.get("num_key_value_heads") or heads
     if groups is None:
-        raise ConfigError("method.heads: rebasin needs the number of attention heads, as the models have no config")
+        raise ConfigError(f"method.heads: {method} needs the number of attention heads, as the models have no config")
     if heads is not None and heads % groups:
         raise ConfigError(f"method.kv_heads={groups}: must divide the number of heads, {heads}")
     return int(groups)

@@ -52,6 +52,8 @@ class MergeMethod:
             is the function's ``prepared``. Where the method needs data it can name ``examples`` too.
         check: called with ``models`` and any parameters it names (``weights`` resolved) before a tensor is read; reads
             none, and raises ConfigError.
+        session: called with ``compiling``, as `mergelab.methods.warm.Warm` takes it; makes what merges there again and
+            again in fewer passes than ``prepare`` and the function do, to the same result.
         order_matters: permuting the experts may change the result; otherwise the engine sorts them by name, so that it
             cannot, not even in the last bit.
         identical_at: parameters with which T identical experts give that expert; None where there are none.
@@ -74,6 +76,7 @@ class MergeMethod:
     elementwise: bool = False
     prepare: Callable[..., Any] | None = None
     check: Callable[..., None] | None = None
+    session: Callable[[bool], Any] | None = None
     order_matters: bool = False
     identical_at: Mapping[str, Any] | None = field(default_factory=dict)
     custom: bool = False
@@ -110,6 +113,7 @@ def merge_method(
     elementwise: bool = False,
     prepare: Callable[..., Any] | None = None,
     check: Callable[..., None] | None = None,
+    session: Callable[[bool], Any] | None = None,
     order_matters: bool = False,
     identical_at: Mapping[str, Any] | None = None,
     family: str = "",
@@ -157,6 +161,7 @@ def merge_method(
             elementwise=elementwise,
             prepare=prepare,
             check=check,
+            session=session,
             order_matters=order_matters,
             identical_at=identical_at,
             family=family,
@@ -257,8 +262,10 @@ def resolve_weights(
         weights: the models' own weights (``models.experts.<name>.weight``), one per expert.
 
     Raises:
-        ConfigError: wrong length, unknown name, not finite numbers, or weights for a method that has none.
+        ConfigError: wrong length, unknown name, not finite numbers, or weights for a method that has none; or other
+            parameters are given for other experts than these.
     """
+    parameters.check_experts(names)
     own = tuple(weights) if weights is not None else (1.0,) * len(names)
     if len(own) != len(names):
         raise ConfigError(f"models: {len(own)} weights are given for {len(names)} experts")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mergelab.errors import ModelError
+from mergelab.errors import ConfigError, ModelError
 from mergelab.methods.blocks import blocks
 from mergelab.methods.examples import Batch, ExpertExamples
 from mergelab.methods.layers import Matrices, PerExample, Recorder, Rows, Use, Vectors, kind_of, per_example
@@ -30,7 +30,8 @@ Estimator = Literal["expected", "sampled", "empirical"]
 _BLOCK = 131_072
 _ACCELERATOR_BLOCK = 1 << 27
 
-# Answers, for the outputs (b, C) of examples from a position on, the directions (b, C, R) to differentiate them in.
+# Answers, for the outputs (b, C) of examples from a position on, the directions (b, C, R) to differentiate them in; for
+# outputs of tokens (b, l, C), with the tokens (b, l) that should follow, directions (b, l, C, R).
 Directions = Callable[[Tensor, Tensor | None, int], Tensor]
 
 
@@ -41,15 +42,22 @@ def diagonal_fisher(examples: ExpertExamples, *, estimator: Estimator = "expecte
     p(·|x) for each example; "empirical": its label. A module with one output is a regression, p(y|x) a Gaussian around
     it with variance 1. Squares are of one example's gradient, never of a sum over examples or classes.
 
+    A module that writes tokens answers logits (b, l, C) on texts that are given: log p is the sum over the positions
+    that have a label, "sampled" draws a token for each of them. As draws are independent given the text, the expected
+    square of the sum's gradient is the sum of the positions' own expected squares.
+
     Returns:
         By common name, a tensor of the parameter's shape, on the CPU.
 
     Raises:
-        ModelError: the module's output has no logits (b, C).
+        ModelError: the module's output has no logits (b, C) or (b, l, C).
+        ConfigError: "expected" for a module that writes tokens, which would take a pass for each token it knows.
     """
     key = stream_key(seed, "fisher", examples.key)
 
     def directions(logits: Tensor, labels: Tensor | None, position: int) -> Tensor:
+        if logits.dim() == 3:
+            return _token_scores(logits, labels, estimator, key, position)
         if estimator == "expected":
             return covariance_root(logits)
         if estimator == "sampled":
@@ -105,6 +113,26 @@ def label_scores(logits: Tensor, labels: Tensor) -> Tensor:
     return (nn.functional.one_hot(labels.long(), logits.shape[1]) - p).to(logits.dtype)[..., None]
 
 
+def _token_scores(logits: Tensor, labels: Tensor | None, estimator: Estimator, key: int, position: int) -> Tensor:
+    """Answer δ_y − p of each position that has a label, y the label or drawn from p; 0 elsewhere: (b, l, C, 1)."""
+    if estimator == "expected":
+        raise ConfigError(
+            "method.estimator=expected: takes a pass for every token of a vocabulary; for models that write text take "
+            "sampled (a token drawn at each position) or empirical (the text's own)"
+        )
+    if labels is None or labels.shape != logits.shape[:2]:
+        raise ModelError("the Fisher information of a model that writes tokens needs the token to follow each position")
+    counts = labels >= 0
+    if estimator == "sampled":
+        uniform = np.stack([words(key, (position + row) << 24, logits.shape[1]) for row in range(len(logits))])
+        below = logits.softmax(2).cumsum(2)
+        drawn = (torch.from_numpy((uniform + 0.5) / 2.0**32).to(below)[..., None] >= below[..., :-1]).sum(2)
+        labels = drawn
+    scores = -logits.softmax(2)
+    scores.scatter_add_(2, labels.clamp(min=0)[..., None], torch.ones_like(scores[..., :1]))
+    return (scores * counts[..., None])[..., None]
+
+
 # ------------------------------------------------------------------------------------------------- squares of gradients
 
 
@@ -118,8 +146,8 @@ class _Trace:
 
     def gradients(self, parameters: Mapping[str, _Parameter], direction: int) -> dict[str, PerExample]:
         """Go back once, and describe each example's gradients of the parameters."""
-        last = direction == self.directions.shape[2] - 1
-        found = _backward(self.logits, self.directions[:, :, direction], self.uses, keep=not last)
+        last = direction == self.directions.shape[-1] - 1
+        found = _backward(self.logits, self.directions[..., direction], self.uses, keep=not last)
         described = {}
         for name, parameter in parameters.items():
             own = [(use, g) for use, g in found if use.layer in parameter.layers]
@@ -149,7 +177,7 @@ def squared_gradients(
     not agree with autograd's in a trial, are differentiated for one example after the other.
 
     Args:
-        module: answers an object with ``logits`` (b, C).
+        module: answers an object with ``logits`` (b, C) or (b, l, C).
         batches: inputs, of at least one example each.
         directions: see there.
         names: common name of each parameter that is wanted.
@@ -177,7 +205,7 @@ def squared_gradients(
             placed = list(zip(starts, group, strict=False))
             with recorder.watching():
                 traces = list(in_order(lambda at: _forward(recorder, directions, device, *at), placed, threads=threads))
-            for direction in range(traces[0].directions.shape[2]):
+            for direction in range(traces[0].directions.shape[-1]):
                 back = partial(_Trace.gradients, parameters=covered, direction=direction)
                 seen = list(in_order(back, traces, threads=threads))
                 _add_squares(totals, seen, threads)
@@ -325,9 +353,9 @@ def _add_one_by_one(
             logits = _logits(module(**inputs))
         columns = directions(logits.detach(), labels, at[0])
         sums = [torch.zeros_like(tensor) for tensor in tensors]
-        for r in range(columns.shape[2]) if logits.requires_grad else ():
-            keep = r < columns.shape[2] - 1
-            found = torch.autograd.grad(logits, tensors, columns[:, :, r], retain_graph=keep, allow_unused=True)
+        for r in range(columns.shape[-1]) if logits.requires_grad else ():
+            keep = r < columns.shape[-1] - 1
+            found = torch.autograd.grad(logits, tensors, columns[..., r], retain_graph=keep, allow_unused=True)
             for total, gradient in zip(sums, found, strict=True):
                 if gradient is not None:
                     total.addcmul_(gradient, gradient)
@@ -346,8 +374,8 @@ def _add_one_by_one(
 
 def _logits(output: Any) -> Tensor:
     logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        raise ModelError("the Fisher information is of a model with outputs (logits) of classes or one score")
+    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
+        raise ModelError("the Fisher information is of a model with outputs (logits) of classes, one score, or tokens")
     return logits
 
 

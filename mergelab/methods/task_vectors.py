@@ -40,6 +40,18 @@ def factors(weights: Weights, count: int) -> tuple[float, ...]:
     return tuple(weights)
 
 
+def of_each(number: float | Sequence[float], count: int) -> tuple[float, ...]:
+    """Answer one number per expert: those given, or the same for all.
+
+    Raises:
+        ValueError: there are not ``count`` of them.
+    """
+    numbers = tuple(number) if isinstance(number, Sequence) else (number,) * count
+    if len(numbers) != count:
+        raise ValueError(f"{count} numbers are needed, in the experts' order")
+    return numbers
+
+
 def scaled(tensor: Tensor, factor: float) -> Tensor:
     """Multiply by ``factor``; the tensor itself when that is 1."""
     return tensor if factor == 1 else tensor * factor
@@ -57,11 +69,11 @@ def trim(task_vector: Tensor, threshold: float) -> Tensor:
     """Set entries of magnitude below ``threshold`` to zero; those equal to it stay."""
     if threshold <= 0:
         return task_vector
-    return torch.nn.functional.hardshrink(task_vector, _just_below(threshold, task_vector.dtype))
+    return torch.nn.functional.hardshrink(task_vector, just_below(threshold, task_vector.dtype))
 
 
 @lru_cache(maxsize=4096)
-def _just_below(threshold: float, dtype: torch.dtype) -> float:
+def just_below(threshold: float, dtype: torch.dtype) -> float:
     """Answer the largest number of ``dtype`` under ``threshold``: hardshrink keeps what is larger than its bound."""
     bound = torch.tensor(threshold, dtype=dtype)
     if bound.item() >= threshold:

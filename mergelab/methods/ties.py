@@ -12,15 +12,17 @@ from mergelab.methods.consensus import (
     Scope,
     WeightsAt,
     ZeroSign,
+    check_pooled,
     check_weights,
     elected,
     election_factors,
     open_task_vectors,
     prepare_consensus,
 )
-from mergelab.methods.parameters import Density, Site, Weights
+from mergelab.methods.parameters import Densities, Site, Weights
 from mergelab.methods.registry import merge_method
 from mergelab.methods.task_vectors import Election, Reduce, disjoint_reduce, factors, resolve_zeros, trim
+from mergelab.methods.ties_session import TiesSession
 from mergelab.weights.align import AlignedModels
 
 
@@ -28,7 +30,7 @@ def ties_consensus(
     models: AlignedModels,
     *,
     weights: Sequence[float],
-    density: float,
+    density: float | Sequence[float],
     scope: Scope,
     election: Election,
     zero_sign: ZeroSign,
@@ -48,11 +50,18 @@ def ties_consensus(
     )
 
 
+def check_ties(weights: Sequence[float], density: float | Sequence[float], scope: Scope) -> None:
+    """Raise `ConfigError` for weights that no mean can take, and for each expert's own share of what is pooled."""
+    check_weights(weights)
+    check_pooled("density", density, scope)
+
+
 @merge_method(
     lambda_=1.0,
     elementwise=True,
     prepare=ties_consensus,
-    check=check_weights,
+    check=check_ties,
+    session=TiesSession,
     identical_at={"density": 1.0},
     family="task vectors",
     paper="Yadav et al. 2023, arXiv:2306.01708",
@@ -62,7 +71,7 @@ def ties(
     *,
     site: Site,
     prepared: Mapping[str, Consensus],
-    density: Density = 0.2,
+    density: Densities = 0.2,
     weights: Weights = None,
     scope: Scope = "model",
     election: Election = "mass",
@@ -86,7 +95,7 @@ def ties(
         vectors: T task vectors, float32 or float64.
         site: whose ``name`` is looked up in ``prepared``.
         prepared: thresholds and tie sign by tensor name.
-        density: fraction of entries kept.
+        density: fraction of entries kept; may be given for each expert, but where they are pooled.
         lambda_: scale of the merged task vector; the engine applies it.
         weights: per expert, at least 0; default 1.
         scope: what the fraction is of: an expert's whole task vector, each tensor of it, or all experts' together.
@@ -99,7 +108,7 @@ def ties(
         τ_m, of the vectors' shape and dtype.
 
     Raises:
-        ConfigError: a weight is negative, or none is above 0.
+        ConfigError: a weight is negative, or none is above 0; a density for each expert where they are pooled.
     """
     shares = factors(weights, len(vectors))
     here = prepared[site.name]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +24,8 @@ from mergelab.weights.checkpoint import CONFIG
 from mergelab.weights.shards import PART, WeightFiles, as_stored, byte_size, write_json
 from mergelab.weights.source import DictSource, TensorInfo
 
+# Where an encoder-decoder has the tokenizer of what it writes, if that is not the one of what it reads.
+DECODER_TOKENIZER = "decoder_tokenizer"
 # What a model needs beside config and weights; training leftovers, code and other formats of the weights stay behind.
 COMPANIONS = (
     "generation_config.json",
@@ -36,6 +40,7 @@ COMPANIONS = (
     "*.tiktoken",
     "chat_template.*",
     "additional_chat_templates",
+    DECODER_TOKENIZER,
     "preprocessor_config.json",
     "image_processor_config.json",
     "video_preprocessor_config.json",
@@ -61,7 +66,8 @@ def save_folder(
 
     Everything is written into a hidden folder beside the target and renamed at the end; on any error that folder is
     removed. The config is written last and each file's header after its data, so what a killed process leaves behind
-    cannot be loaded. With ``layout`` the tensors are written as they arrive and none is kept.
+    cannot be loaded; the next one that writes the target removes it. With ``layout`` the tensors are written as they
+    arrive and none is kept.
 
     Args:
         tensors: names and tensors, in any order; without ``layout`` they are all taken into memory first.
@@ -170,8 +176,9 @@ def _folder_in_making(folder: Path, size: int, key: str | None) -> Iterator[Path
     with _told(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     if key is None:
-        making = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:12]}.partial"
+        making = folder.parent / f".{folder.name}.{_here()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.partial"
         with _told(folder):
+            _remove_remains(folder)
             _check_room(folder, size)
             making.mkdir()
         try:
@@ -199,6 +206,21 @@ def _folder_in_making(folder: Path, size: int, key: str | None) -> Iterator[Path
             elif isinstance(error, ModelError):
                 raise ModelError(f"{error}; the {kept} complete files stay in {making} for the next attempt") from error
             raise
+
+
+def _remove_remains(folder: Path) -> None:
+    """Remove what processes of this machine left when they were killed while they wrote ``folder`` without a key."""
+    import psutil
+
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.{_here()}-*-*.partial"):
+        process = path.name.split("-")[-2]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _here() -> str:
+    """Name this machine, as others may write to the same disk."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 @contextmanager

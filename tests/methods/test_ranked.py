@@ -1,4 +1,4 @@
-"""Sorted magnitudes answer what selecting answers."""
+"""Grouped magnitudes answer what selecting answers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from mergelab.methods.order import Array, kth_largest
-from mergelab.methods.ranked import Ranked, kth_of, rank_vector, ranked
+from mergelab.methods.ranked import Ranked, grouped, kth_of, rank_each, together
 from tests.methods.test_order import KINDS, LENGTH, made, opened
 
 
 def rank_vectors(vectors: list[Array], sizes: dict[str, int]) -> list[Ranked]:
-    return [rank_vector(opened([vector], sizes), sizes) for vector in vectors]
+    parts = rank_each(opened(vectors, sizes), sizes, len(vectors))
+    return [together([parts[name][at] for name in sizes]) for at in range(len(vectors))]
 
 
 DENSITIES = [1e-9, 0.01, 0.2, 0.5, 0.999, 1.0]
@@ -28,9 +29,21 @@ def test_every_density_is_looked_up_exactly(kind: str, pooled: bool) -> None:
         assert kth_of(known, density, pooled=pooled) == expected, density
 
 
-def test_a_float32_vector_takes_two_bytes_an_entry() -> None:
-    vector = ranked(np.abs(np.random.default_rng(0).standard_normal(1000)).astype(np.float32))
-    assert vector.entries.nbytes == 2000
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_tensors_part_is_looked_up_on_its_own(kind: str) -> None:
+    vectors = [made(kind), made(kind)[::-1] / 2]
+    sizes = {"a": 1, "b": 0, "c": LENGTH - 1}
+    parts = rank_each(opened(vectors, sizes), sizes, 2)
+    for name, start in (("a", 0), ("b", 1), ("c", 1)):
+        own = [vector[start : start + sizes[name]] for vector in vectors]
+        expected = kth_largest(opened(own, {name: sizes[name]}), {name: sizes[name]}, 0.3, 2)
+        assert kth_of(parts[name], 0.3) == expected, name
+
+
+def test_a_float32_vector_takes_about_two_bytes_an_entry() -> None:
+    run = grouped(np.abs(np.random.default_rng(0).standard_normal(131_072)).astype(np.float32))
+    assert run.entries.nbytes == 2 * 131_072
+    assert run.starts.nbytes < 0.1 * run.entries.nbytes
 
 
 def test_float64_keeps_every_bit() -> None:
@@ -39,7 +52,7 @@ def test_float64_keeps_every_bit() -> None:
     assert kth_of(known, 0.3) == (float(np.sort(vector)[::-1][299]),)
 
 
-def test_nothing_to_sort_is_zero() -> None:
+def test_nothing_to_look_up_is_zero() -> None:
     empty = np.zeros(0, dtype=np.float32)
     known = rank_vectors([empty, empty], {"a": 0})
     assert kth_of(known, 0.5) == kth_of(known, 0.5, pooled=True) == (0.0, 0.0)

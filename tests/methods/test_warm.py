@@ -89,14 +89,34 @@ def test_thresholds_of_any_density_are_looked_up(scope: str, monkeypatch: pytest
     session = Warm(models, targets)
     for density in (0.3, 0.4):
         session.merge(get_method("ties"), {"scope": scope, "density": density})
-    monkeypatch.setattr("mergelab.methods.consensus.rank_vector", None)
+    monkeypatch.setattr("mergelab.methods.consensus.rank_each", None)
     for density in (0.9, 0.01, 0.5):
         parameters = {"density": density, "scope": scope}
         session.merge(get_method("ties"), parameters)
         expected = {name: session._targets[name].clone() for name in SHAPES}
         monkeypatch.undo()
         assert same(expected, merged("ties", models, **parameters))
-        monkeypatch.setattr("mergelab.methods.consensus.rank_vector", None)
+        monkeypatch.setattr("mergelab.methods.consensus.rank_each", None)
+
+
+@pytest.mark.parametrize("name", ["fisher", "regmean"])
+def test_other_examples_are_learnt_from_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, models = get_method(name), toy_models(2)
+    session = Warm(models, room(models))
+    asked: list[object] = []
+    found = ToyExamples.of
+
+    def noted(self: ToyExamples, expert: str, **options: Any) -> Any:
+        asked.append(self)
+        return found(self, expert, **options)
+
+    monkeypatch.setattr(ToyExamples, "of", noted)
+    first, second = ToyExamples(models), ToyExamples(models)  # equal, but not the same
+    for examples, learns in ((first, True), (first, False), (second, True), (first, False)):
+        asked.clear()
+        session.merge(method, {}, examples=examples)
+        assert bool(asked) == learns
+        assert all(one is examples for one in asked)
 
 
 def test_the_models_weights_count() -> None:

@@ -1,0 +1,175 @@
+"""TIES in one pass: block by block in given room, or as one function for a compiler. Both count votes while they merge.
+
+Both compute what `mergelab.methods.ties.ties` computes, with the same roundings in the same order. They are written on
+their own because what is fast differs: plain operations must write into room that a core's cache holds already, and
+compiled ones must keep to what becomes few vector instructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from mergelab.methods.task_vectors import Election, Reduce, just_below
+
+TINY = torch.finfo(torch.float32).tiny
+# Called with base, experts, thresholds (T,), sign of cancelled votes, weights (T,), λ, and where θ0 + λ·τ_m and, unless
+# None, τ_m are written; answers how many more entries are elected + than −, and how many have cancelled votes.
+Compiled = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Vote:
+    """How signs are elected and what is made of the entries that agree: TIES' parameters of these names."""
+
+    weights: tuple[float, ...]
+    election: Election
+    reduce: Reduce
+    before: bool
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the experts differ in weight, or have another one than 1."""
+        return any(weight != 1 for weight in self.weights)
+
+
+def room_for(experts: int, length: int) -> Tensor:
+    """Make room for merging blocks of up to ``length`` entries: a row for each expert, and for each intermediate."""
+    return torch.empty(experts + 6, length)
+
+
+def merge_block(
+    vote: Vote,
+    base: Tensor,
+    ends: Sequence[Tensor],
+    thresholds: Sequence[float],
+    sign: float,
+    room: Tensor,
+    into: Tensor | None = None,
+) -> tuple[Tensor, int, bool]:
+    """Merge a block in plain operations that allocate nothing.
+
+    Args:
+        vote: how.
+        base: the base's block, flat, of any floating-point dtype but float64, as all are.
+        ends: the experts' blocks.
+        thresholds: per expert, the magnitude below which an entry is dropped.
+        sign: of entries whose votes cancel.
+        room: see `room_for`; it is written over.
+        into: takes τ_m, in float32; default: a part of ``room``.
+
+    Returns:
+        τ_m; how many more entries are elected positive than negative; whether votes may have cancelled.
+    """
+    *rows, start, signs, free, result, shares, spare = room[:, : base.numel()].unbind()
+    start = base if base.dtype == torch.float32 else start.copy_(base)
+    for row, end, threshold in zip(rows, ends, thresholds, strict=True):
+        torch.sub(end if end.dtype == torch.float32 else row.copy_(end), start, out=row)
+        if threshold > 0:
+            torch.ops.aten.hardshrink.out(row, just_below(threshold, torch.float32), out=row)
+    ones = (1.0,) * len(rows)
+    _combine(rows, vote.weights if vote.before else ones, signs, spare, counting=vote.election == "count")
+    surplus = int(signs.sign_().sum())  # exact: a block has fewer than 2^24 entries
+    if sign:  # where it is 0, it becomes ``sign``
+        torch.abs(signs, out=free).mul_(-sign).add_(sign)
+        signs.add_(free)
+    for row in rows:
+        row.mul_(signs).clamp_min_(0)  # magnitudes of what agrees
+    _combine(rows, vote.weights, result, spare, operation=torch.maximum if vote.reduce == "max" else torch.add)
+    # What the other sign would give is seen in what this one gives, unless weights differ.
+    cancelled = bool(sign) and (vote.weighted or float(torch.dot(free, result)) != 0)
+    if vote.reduce == "mean":
+        for row in rows:
+            row.sign_()
+        _combine(rows, vote.weights, shares, spare)
+        result.div_(shares.clamp_min_(TINY))
+    return torch.mul(result, signs, out=result if into is None else into), surplus, cancelled
+
+
+def _combine(
+    rows: Sequence[Tensor],
+    weights: Sequence[float],
+    into: Tensor,
+    spare: Tensor,
+    *,
+    operation: Callable[..., Tensor] = torch.add,
+    counting: bool = False,
+) -> None:
+    """Write w_1 x_1 ∘ w_2 x_2 ∘ …, from the left, or the same of the products' signs."""
+
+    def piece(at: int) -> Tensor:
+        row = rows[at] if weights[at] == 1 else torch.mul(rows[at], weights[at], out=spare)
+        return torch.sign(row, out=spare) if counting else row
+
+    done = 1
+    if len(rows) > 1 and not counting and weights[0] == 1:
+        operation(rows[0], piece(1), out=into)
+        done = 2
+    else:
+        into.copy_(piece(0))
+    for at in range(done, len(rows)):
+        operation(into, piece(at), out=into)
+
+
+@cache
+def compiled(election: Election, reduce: Reduce, before: bool, weighted: bool) -> Compiled:
+    """Compile the whole of it, for tensors of any length; the result's first call takes seconds, and may fail.
+
+    Thresholds, signs, weights and λ are tensors, so that one function serves a whole sweep.
+    """
+    whole = partial(_whole, election=election, reduce=reduce, before=before, weighted=weighted)
+    return torch.compile(whole, dynamic=True, fullgraph=True)
+
+
+def _whole(
+    base: Tensor,
+    ends: list[Tensor],
+    thresholds: Tensor,
+    sign: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    target: Tensor,
+    vector: Tensor | None,
+    *,
+    election: Election,
+    reduce: Reduce,
+    before: bool,
+    weighted: bool,
+) -> tuple[Tensor, Tensor]:
+    start = base.float()
+    differences = [end.float() - start for end in ends]
+    trimmed = [torch.where(row.abs() >= at, row, 0.0) for row, at in zip(differences, thresholds.unbind(), strict=True)]
+    shares = weights.unbind()
+    votes = [row * weight for row, weight in zip(trimmed, shares, strict=True)] if before and weighted else trimmed
+    votes = votes if election == "mass" else [_sign(row, 0.0) for row in votes]
+    total = votes[0]
+    for row in votes[1:]:
+        total = total + row
+    signs = _sign(total, sign)
+    agreeing = [torch.relu(row * signs) for row in trimmed]
+    parts = [row * weight for row, weight in zip(agreeing, shares, strict=True)] if weighted else agreeing
+    result = parts[0]
+    for row in parts[1:]:
+        result = torch.maximum(result, row) if reduce == "max" else result + row
+    cancelled = total == 0 if weighted else (total == 0) & (result > 0)
+    if reduce == "mean":
+        counted = [torch.where(row > 0, w if weighted else 1.0, 0.0) for row, w in zip(agreeing, shares, strict=True)]
+        count = counted[0]
+        for more in counted[1:]:
+            count = count + more
+        result = result / count.clamp_min(TINY)
+    merged = result * signs
+    if vector is not None:
+        vector.copy_(merged)
+    target.copy_(merged * scale + start)
+    elected = torch.where(total == 0, 0.0, signs).to(torch.int32)
+    return elected.sum(dtype=torch.int32), cancelled.sum(dtype=torch.int32)
+
+
+def _sign(tensor: Tensor, zero: Tensor | float) -> Tensor:
+    """Answer the sign, and ``zero`` for 0; comparisons and choices are single instructions, where sign() is nine."""
+    return torch.where(tensor > 0, 1.0, torch.where(tensor < 0, -1.0, zero))

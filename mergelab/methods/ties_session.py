@@ -1,0 +1,200 @@
+"""TIES merged again and again in a warm session: one pass over the models for each density.
+
+The sign of entries whose votes cancel is the one that most entries of the model elect, which is known only when all are
+counted. So a pass goes with the sign that the last pass found, and counts; where it turns out to be another one, which
+is rare, the parts of the tensors that hold such entries are merged once more.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mergelab.errors import MergelabError, MergeWarning
+from mergelab.methods.blocks import BLOCK, blocks
+from mergelab.methods.consensus import Scope, ZeroSign, find_thresholds, open_task_vectors, sign_of
+from mergelab.methods.job import Job, add_scaled
+from mergelab.methods.ties_kernels import Vote, compiled, merge_block, room_for
+from mergelab.methods.workers import CHUNK, in_order
+
+Path = Literal["plain", "compiled"]
+WORTH_A_CALL = 1 << 8  # entries of a tensor; shorter ones are merged in plain operations in any case
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a tensor, flat: the models', and where the results are written."""
+
+    name: str
+    base: Tensor
+    ends: Sequence[Tensor]
+    target: Tensor
+    vector: Tensor | None
+
+    def cut(self, part: slice) -> Part:
+        """Answer a part of it."""
+        vector = None if self.vector is None else self.vector[part]
+        return Part(self.name, self.base[part], [end[part] for end in self.ends], self.target[part], vector)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, and the thresholds for it by tensor."""
+
+    job: Job
+    vote: Vote
+    thresholds: Mapping[str, Sequence[float]]
+
+
+# Merges a part with a sign for cancelled votes; answers how many more of its entries are elected positive than are
+# elected negative, and whether votes may have cancelled.
+Merge = Callable[[Part, float], tuple[int, bool]]
+
+
+class TiesSession:
+    """What is kept between merges: the signs of cancelled votes, and room for blocks.
+
+    Args:
+        compiling: whether to merge with a compiled function.
+    """
+
+    def __init__(self, compiling: bool) -> None:
+        self._compiling = compiling
+        self._signs: dict[str, float] = {}
+        self._rooms: SimpleQueue[Tensor] = SimpleQueue()  # as many as there are threads
+        self._largest: dict[str, float] = {}
+        self._double: bool | None = None
+
+    def path(self, job: Job, targets: Mapping[str, Tensor]) -> Path | None:
+        """Say how a request would be merged; None: not here, but as other methods are.
+
+        That is so on an accelerator, for float64 models, and where parameters differ between tensors.
+        """
+        settings = [{k: v for k, v in own.items() if k != "lambda_"} for own in _distinct(job.arguments.values())]
+        if self._double is None:
+            sources = [source for source in (job.models.base, *job.models.experts) if source is not None]
+            self._double = any(source.dtype(name) == torch.float64 for source in sources for name in targets)
+        if self._double or job.device.type != "cpu" or any(own != settings[0] for own in settings):
+            return None
+        # The compiled function rounds once, from float32 to the target's dtype.
+        once = all(job.stored_dtype(name) in (torch.float32, target.dtype) for name, target in targets.items())
+        return "compiled" if self._compiling and once else "plain"
+
+    def merge(self, job: Job, path: Path, targets: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> Path:
+        """Merge into the targets, and keep the merged task vector in ``vectors`` where it has room.
+
+        Returns:
+            How it was done: ``path``, or "plain" with a warning where compiling failed.
+        """
+        own = job.arguments[job.models.names[0]]
+        sizes = {name: target.numel() for name, target in targets.items()}
+        thresholds = find_thresholds(
+            partial(open_task_vectors, job.models), sizes, own["density"], own["scope"], job.models, job.models.memo
+        )
+        vote = Vote(tuple(own["weights"]), own["election"], own["reduce"], own["weights_at"] == "before")
+        asked = Asked(job, vote, thresholds)
+        parts = [part for name in targets for part in _parts(job, name, targets[name], vectors.get(name))]
+        if path == "compiled":
+            try:
+                self._pass(partial(self._compiled, asked), parts, own["zero_sign"], own["scope"], threads=1)
+                return path
+            except MergelabError:
+                raise
+            except Exception as error:
+                self._compiling = False
+                line = (str(error).splitlines() or [""])[0]
+                warnings.warn(
+                    f"TIES is merged in plain torch operations, as compiling it failed: {type(error).__name__}: {line}",
+                    MergeWarning,
+                    stacklevel=3,
+                )
+        self._pass(partial(self._plain, asked), parts, own["zero_sign"], own["scope"], threads=job.threads)
+        return "plain"
+
+    def _pass(self, merge: Merge, parts: Sequence[Part], zero_sign: ZeroSign, scope: Scope, *, threads: int) -> None:
+        """Merge all parts, and those again that were merged with another sign for cancelled votes than they must be."""
+        if zero_sign == "majority":
+            assumed = {part.name: self._signs.get(part.name) or 1.0 for part in parts}
+        else:
+            assumed = {part.name: 1.0 if zero_sign == "positive" else 0.0 for part in parts}
+        found = list(in_order(lambda part: merge(part, assumed[part.name]), parts, threads=threads))
+        if zero_sign != "majority":
+            return
+        surplus = dict.fromkeys(assumed, 0)
+        for part, (more, _) in zip(parts, found, strict=True):
+            surplus[part.name] += more
+        whole = sum(surplus.values())
+        signs = {name: sign_of(more if scope == "tensor" else whole) for name, more in surplus.items()}
+        wrong = [
+            part
+            for part, (_, cancelled) in zip(parts, found, strict=True)
+            if cancelled and signs[part.name] != assumed[part.name]
+        ]
+        for _ in in_order(lambda part: merge(part, signs[part.name]), wrong, threads=threads):
+            pass
+        self._signs = signs
+
+    def _plain(self, asked: Asked, part: Part, sign: float) -> tuple[int, bool]:
+        try:
+            room = self._rooms.get_nowait()
+        except Empty:
+            room = room_for(len(part.ends), BLOCK)
+        surplus, doubt = 0, False
+        for cut in blocks(part.base.numel()):
+            here = part.cut(cut)
+            vector, more, cancelled = merge_block(
+                asked.vote, here.base, here.ends, asked.thresholds[part.name], sign, room, here.vector
+            )
+            surplus, doubt = surplus + more, doubt or cancelled
+            add_scaled(asked.job, part.name, here.base, vector, here.target)
+        self._rooms.put(room)
+        return surplus, doubt
+
+    def _compiled(self, asked: Asked, part: Part, sign: float) -> tuple[int, bool]:
+        vote, scale = asked.vote, float(asked.job.arguments[part.name].get("lambda_", 1.0))
+        if part.base.numel() < WORTH_A_CALL or not self._bounded(asked, part, scale):
+            return self._plain(asked, part, sign)
+        function = compiled(vote.election, vote.reduce, vote.before, vote.weighted)
+        thresholds, given, weights, factor = map(torch.tensor, (asked.thresholds[part.name], sign, vote.weights, scale))
+        surplus, cancelled = function(
+            part.base, list(part.ends), thresholds, given, weights, factor, part.target, part.vector
+        )
+        return int(surplus), bool(cancelled)
+
+    def _bounded(self, asked: Asked, part: Part, scale: float) -> bool:
+        """Tell whether no entry of the result can be too large for its dtype: the compiled function does not look."""
+        if part.name not in self._largest:
+            sources = [source for source in (asked.job.models.base, *asked.job.models.experts) if source is not None]
+            self._largest[part.name] = max(map(largest, (source.get(part.name) for source in sources)))
+        reach = self._largest[part.name] * (1 + 2 * max(1.0, abs(scale)) * max(1.0, sum(asked.vote.weights)))
+        return reach < 0.99 * torch.finfo(part.target.dtype).max
+
+
+def largest(tensor: Tensor) -> float:
+    """Answer the largest magnitude; 0 of an empty tensor."""
+    if not tensor.numel():
+        return 0.0
+    ends = torch.aminmax(tensor)
+    return max(-float(ends.min), float(ends.max))
+
+
+def _parts(job: Job, name: str, target: Tensor, vector: Tensor | None) -> Iterator[Part]:
+    """Divide a tensor into parts that it is cheap to merge again."""
+    base, ends = job.open(name)
+    assert base is not None
+    flat = None if vector is None else vector.view(-1)
+    whole = Part(name, base.reshape(-1), [end.reshape(-1) for end in ends], target.view(-1), flat)
+    for part in blocks(target.numel(), CHUNK):
+        yield whole.cut(part)
+
+
+def _distinct(values: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Leave out what is the same object as an earlier one."""
+    return list({id(value): value for value in values}.values())
