@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice", "ForQuestionAnswering")
+_GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "EncoderDecoderModel")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -34,6 +35,11 @@ class Architecture:
     prefix: str
     is_classifier: bool
     id2label: Mapping[int, str]
+
+    @property
+    def is_generator(self) -> bool:
+        """Whether it writes texts."""
+        return self.name.endswith(_GENERATORS)
 
 
 def read_config(folder: Path, model: str) -> dict[str, Any]:
@@ -122,14 +128,47 @@ def open_classifier(folder: Path, model: str, num_labels: int) -> nn.Module:
     Raises:
         ModelError: transformers cannot build it.
     """
-    import torch
     from transformers import AutoModelForSequenceClassification
+
+    return _opened(
+        AutoModelForSequenceClassification, folder, model, num_labels=num_labels, ignore_mismatched_sizes=True
+    )
+
+
+def open_generator(folder: Path, model: str) -> nn.Module:
+    """Open a model that writes texts, alone or behind an encoder, float32, in evaluation mode, to pour weights into.
+
+    Raises:
+        ModelError: transformers cannot build it, or it looks ahead, so that it cannot write.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, EncoderDecoderModel
+
+    config = read_config(folder, model)
+    if config.get("model_type") == "encoder-decoder":
+        cls: Any = EncoderDecoderModel
+    elif config.get("is_encoder_decoder"):
+        cls = AutoModelForSeq2SeqLM
+    else:
+        cls = AutoModelForCausalLM
+    opened: Any = _opened(cls, folder, model)
+    if getattr(opened.config, "is_decoder", True) is False and "ForMaskedLM" in _siblings(opened):
+        raise ModelError(f"model {model}: is_decoder is false in its config.json: it looks ahead and cannot write")
+    return opened  # type: ignore[no-any-return]
+
+
+def _siblings(module: nn.Module) -> str:
+    """Answer the names of the classes that stand beside a module's in transformers, such as BertForMaskedLM."""
+    import sys
+
+    return " ".join(dir(sys.modules[type(module).__module__]))
+
+
+def _opened(cls: Any, folder: Path, model: str, **options: Any) -> nn.Module:
+    import torch
 
     try:
         with quiet_transformers():
-            module: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-                folder, num_labels=num_labels, dtype=torch.float32, ignore_mismatched_sizes=True, local_files_only=True
-            )
+            module: nn.Module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"model {model}: transformers cannot open it: {' '.join(str(error).split())[:300]}") from error
     return module.eval()

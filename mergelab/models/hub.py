@@ -30,8 +30,9 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 _TOKENIZER = re.compile(
-    r"tokenizer\.(json|model)|tokenizer_config\.json|vocab\.(txt|json)|merges\.txt|bpe\.codes|spiece\.model"
-    r"|sentencepiece(\.bpe)?\.model|spm\.model|(source|target)\.spm|special_tokens_map\.json|added_tokens\.json"
+    r"(decoder_tokenizer/)?(tokenizer\.(json|model)|tokenizer_config\.json|vocab\.(txt|json)|merges\.txt|bpe\.codes"
+    r"|spiece\.model|sentencepiece(\.bpe)?\.model|spm\.model|(source|target)\.spm|special_tokens_map\.json"
+    r"|added_tokens\.json)"
 )
 _SETTINGS = re.compile(
     r"config\.json|generation_config\.json|chat_template\.(jinja|json)|additional_chat_templates/[^/]+\.jinja"
@@ -126,12 +127,12 @@ def commit(path: Path) -> str | None:
     return path.name if inside and _COMMIT.fullmatch(path.name) else None
 
 
-def dataset_cached(task: str) -> bool:
-    """Tell whether ``datasets`` has prepared this task of ``nyu-mll/glue`` before, so that it loads without network."""
+def dataset_cached(path: str, config: str | None) -> bool:
+    """Tell whether ``datasets`` has prepared this dataset before, so that it loads without network."""
     from huggingface_hub import constants
 
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets").expanduser()
-    prepared = (cache / "nyu-mll___glue" / task).glob("*/*/dataset_info.json")
+    prepared = (cache / path.replace("/", "___") / (config or "default")).glob("*/*/dataset_info.json")
     return any(not path.parent.name.endswith(".incomplete") for path in prepared)
 
 

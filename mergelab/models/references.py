@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mergelab.config import PairConfig
 from mergelab.errors import ModelError
 
 _HUB_ID = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")
@@ -20,15 +22,63 @@ class Reference:
     repository: str | None = None
     revision: str | None = None
 
+    @property
+    def models(self) -> tuple[Reference, ...]:
+        """The models that have to be had: this one."""
+        return (self,)
 
-def parse_reference(text: str) -> Reference:
-    """Read ``org/name``, ``org/name@revision`` or a local folder's path.
+    @property
+    def label(self) -> str:
+        """What tables call it: as the user did; of a long path the end is what tells models apart."""
+        return self.text if self.folder is None or len(self.text) <= 40 else f"…{self.text[-39:]}"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An encoder and a decoder that are to be joined.
+
+    Attributes:
+        seed: of the weights that neither has.
+        token_ids: of ``decoder_start_token_id``, ``pad_token_id`` and ``eos_token_id`` those that the user gave.
+    """
+
+    encoder: Reference
+    decoder: Reference
+    seed: int
+    token_ids: Mapping[str, int]
+
+    @property
+    def models(self) -> tuple[Reference, ...]:
+        """The models that have to be had: both."""
+        return (self.encoder, self.decoder)
+
+    @property
+    def text(self) -> str:
+        """The pair in words."""
+        return f"{self.encoder.text} + {self.decoder.text}"
+
+    @property
+    def label(self) -> str:
+        """What tables call it: by the ends of the models' names, and the seed that tells warm starts apart."""
+        names = (reference.text.rstrip("/").rsplit("/", 1)[-1] for reference in self.models)
+        return " + ".join(names) + (f" (seed {self.seed})" if self.seed else "")
+
+
+def parse_reference(reference: str | PairConfig) -> Reference | Pair:
+    """Read ``org/name``, ``org/name@revision``, a local folder's path, or a pair of these.
 
     What exists as a folder is that folder; what is written like a path (``./x``, ``/x``, ``~/x``) must be one.
 
     Raises:
         ModelError: a path without a folder, or text that is neither a path nor a hub id.
     """
+    if isinstance(reference, str):
+        return _parsed(reference)
+    ids = reference.model_dump(include={"decoder_start_token_id", "pad_token_id", "eos_token_id"}, exclude_none=True)
+    return Pair(_parsed(reference.encoder), _parsed(reference.decoder), reference.seed, ids)
+
+
+def _parsed(text: str) -> Reference:
     folder = Path(text).expanduser()
     if folder.is_dir():
         return Reference(text, folder=folder.absolute())

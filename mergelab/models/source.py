@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Literal
 from mergelab.config import ModelsConfig
 from mergelab.errors import ConfigError, HubError, listed
 from mergelab.models import hub, mini
-from mergelab.models.references import Reference, parse_reference
+from mergelab.models.mini import text
+from mergelab.models.references import Pair, Reference, parse_reference
 
 Source = Literal["hub", "mini", "local"]
 Progress = Callable[[str, float], None]
@@ -47,11 +49,14 @@ class LocatedModels:
     mini_data: Mapping[str, Path]
 
 
-def decide_source(wanted: str, models: ModelsConfig, tasks: Sequence[str], *, data_is_local: bool) -> Source:
+def decide_source(
+    wanted: str, models: ModelsConfig, tasks: Mapping[str, tuple[str, str | None]], *, data_is_local: bool
+) -> Source:
     """Decide between hub, miniature and local folders; takes at most three seconds.
 
     ``wanted`` is ``auto``, ``hub`` or ``mini``. With ``auto`` the hub's local cache comes first, then the hub itself,
-    then the miniature; models and data that are all local need none of them.
+    then the miniature; models and data that are all local need none of them. ``tasks`` names, for each task that needs
+    data, the dataset and its configuration.
 
     Raises:
         HubError: ``hub`` was wanted, or is the only possibility, and neither it nor its cache can serve.
@@ -62,8 +67,9 @@ def decide_source(wanted: str, models: ModelsConfig, tasks: Sequence[str], *, da
     remote = [reference for reference in _references(models) if reference.repository]
     if not remote and data_is_local:
         return "local"
-    missing = [r.text for r in remote if r.repository and hub.cached(r.repository, r.revision) is None]
-    data_cached = data_is_local or all(hub.dataset_cached(task) for task in tasks)
+    absent = (r.text for r in remote if r.repository and hub.cached(r.repository, r.revision) is None)
+    missing = list(dict.fromkeys(absent))
+    data_cached = data_is_local or all(hub.dataset_cached(*data) for data in tasks.values())
     if (not missing and data_cached) or hub.reachable():
         return "hub" if remote else "local"
     lacking = [*missing, *([] if data_cached else [f"the data of {listed(tasks)}"])]
@@ -89,34 +95,50 @@ def locate(
     base = None
     if models.base is not None:
         reference = parse_reference(models.base)
-        folder = _folder(reference)
-        base = LocatedModel("base", _label(reference), folder, hub.commit(folder))
+        folder = local_folder(reference, "models.base")
+        base = LocatedModel("base", reference.label, folder, _revision(reference))
     experts = []
     for count, (name, expert) in enumerate(models.experts.items()):
-        progress(f"reading {expert.reference}", count / len(models.experts))
+        where = f"models.experts.{name}"
         reference = parse_reference(expert.reference)
-        folder = _folder(reference)
+        progress(f"reading {reference.text}", count / len(models.experts))
+        folder, label = local_folder(reference, where), reference.label
+        if expert.part is not None:
+            from mergelab.models.parts import with_part
+
+            assert base is not None
+            folder, label = with_part(base.folder, folder, expert.part, where=where), f"{label} ({expert.part})"
         labels = tuple(expert.labels) if expert.labels else None
         experts.append(
-            LocatedExpert(
-                name, _label(reference), folder, hub.commit(folder), expert.weight, expert.task or name, labels
-            )
+            LocatedExpert(name, label, folder, _revision(reference), expert.weight, expert.task or name, labels)
         )
     return LocatedModels(models.name, source, base, tuple(experts), {})
 
 
 def _references(models: ModelsConfig) -> list[Reference]:
-    texts = [*([models.base] if models.base else []), *(expert.reference for expert in models.experts.values())]
-    return [parse_reference(text) for text in texts]
+    written = [*([models.base] if models.base else []), *(expert.reference for expert in models.experts.values())]
+    return [model for reference in written for model in parse_reference(reference).models]
 
 
-def _label(reference: Reference) -> str:
-    """Call a model as the user did; of a long path the end is what tells models apart."""
-    text = reference.text
-    return text if reference.folder is None or len(text) <= 40 else f"…{text[-39:]}"
+def _revision(reference: Reference | Pair) -> str | None:
+    """Answer the commit of a model that the hub's cache has, or those of a pair's two."""
+    commits = [hub.commit(local_folder(model, "")) for model in reference.models]
+    return " + ".join(commit or "local" for commit in commits) if any(commits) else None
 
 
-def _folder(reference: Reference) -> Path:
+def local_folder(reference: Reference | Pair, where: str) -> Path:
+    """Answer the folder of a model: the user's own, one that the hub's cache has or gets, or that of a joined pair.
+
+    ``where`` is the configuration's key of the reference, for messages.
+
+    Raises:
+        HubError, ModelError: it cannot be had.
+    """
+    if isinstance(reference, Pair):
+        from mergelab.models.encoder_decoder import warm_start
+
+        encoder, decoder = (local_folder(model, where) for model in reference.models)
+        return warm_start(encoder, decoder, where=where, seed=reference.seed, token_ids=reference.token_ids)
     if reference.folder is not None:
         return reference.folder
     assert reference.repository is not None
@@ -125,6 +147,8 @@ def _folder(reference: Reference) -> Path:
 
 def _locate_mini(models: ModelsConfig, tasks: Sequence[str], progress: Progress) -> LocatedModels:
     """Put a miniature expert in the place of each expert, of the task that it serves or else of the measured one."""
+    if models.mini is not None:
+        return _locate_text(models, models.mini, tasks, progress)
     served = {
         name: next((task for task in (expert.task, name) if task in mini.TASKS), None if len(tasks) > 1 else tasks[0])
         for name, expert in models.experts.items()
@@ -154,3 +178,36 @@ def _locate_mini(models: ModelsConfig, tasks: Sequence[str], progress: Progress)
     base = LocatedModel("base", "mini/base", some.base) if models.base is not None else None
     what = tasks[0] if len(tasks) == 1 else "+".join(tasks)
     return LocatedModels(f"mini/{what}", "mini", base, tuple(experts), {task: made.data for task, made in sets.items()})
+
+
+def _locate_text(models: ModelsConfig, name: str, tasks: Sequence[str], progress: Progress) -> LocatedModels:
+    """Put an expert of the text miniature ``name`` in the place of each expert: of its kind, or of those in turn."""
+    measured = {task: text.kind_of(name, task) for task in tasks}
+    if unknown := [task for task, kind in measured.items() if kind is None]:
+        known = [task for about in text.SETS[name].values() for task in about.tasks]
+        raise ConfigError(
+            f"the embedded miniature mini/{name} has nothing for {listed(unknown)} (it has {', '.join(known)}); "
+            "choose among those, or give local folders and task.data_dir"
+        )
+    turns = itertools.cycle(dict.fromkeys(filter(None, measured.values())) or text.SETS[name])
+    kinds = {
+        called: text.kind_of(name, expert.task) or text.kind_of(name, called) or next(turns)
+        for called, expert in models.experts.items()
+    }
+    for kind, count in Counter(kinds.values()).items():
+        if count > (most := len(text.SETS[name][kind].experts)):
+            raise ConfigError(
+                f"the embedded miniature mini/{name} has {most} expert{'s' * (most > 1)} for {kind}; "
+                f"{models.name} names {count}"
+            )
+    made = text.build(name, progress=progress)
+    free = {kind: iter(folders.items()) for kind, folders in made.experts.items()}
+    experts = []
+    for called, kind in kinds.items():
+        expert, folder = next(free[kind])
+        task = next((task for task in tasks if measured[task] == kind), text.SETS[name][kind].tasks[0])
+        experts.append(
+            LocatedExpert(called, f"mini/{name}/{expert}", folder, None, models.experts[called].weight, task)
+        )
+    base = LocatedModel("base", f"mini/{name}/base", made.base) if models.base is not None else None
+    return LocatedModels(f"mini/{name}", "mini", base, tuple(experts), {task: made.data[task] for task in tasks})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergelab.errors import ModelError, listed
 from mergelab.models.architecture import quiet_transformers, tokenizer_folder
-from mergelab.weights.writer import COMPANIONS
+from mergelab.weights.writer import COMPANIONS, DECODER_TOKENIZER
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -25,8 +25,14 @@ _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.spm"
 # What of a model's companions belongs to its tokenizer; chat templates are looked for by themselves.
 _TOKENIZER = (
     *("tokenizer.json", _CONFIG, _ADDED, "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "*.spm"),
-    *("*.tiktoken", "additional_chat_templates"),
+    *("*.tiktoken", "additional_chat_templates", DECODER_TOKENIZER),
 )
+
+
+def decoder_tokenizer(folder: Path) -> Path:
+    """Answer where the tokenizer is that belongs to what a model writes: for most models the only one."""
+    own = folder / DECODER_TOKENIZER
+    return own if own.is_dir() else folder
 
 
 def tokenizer_content(folder: Path) -> bytes | None:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from mergelab.models.tokens import (
     as_added,
     chat_template,
     copy_companions,
+    decoder_tokenizer,
     drop_stale,
     extended_tokenizer,
     ids_after_adding,
@@ -72,16 +73,24 @@ class Vocabulary:
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    """Answer the number of rows of a model's embedding by its ``config.json``; None for models without tokens."""
+    """Answer the number of rows of a model's embedding by its ``config.json``; None for models without just one."""
+    if is_encoder_decoder_pair(config):
+        return None
     inner = config.get("text_config")
     size = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, Mapping) else None)
     return size if isinstance(size, int) else None
+
+
+def is_encoder_decoder_pair(config: Mapping[str, Any]) -> bool:
+    """Tell a model whose encoder and decoder have embeddings, and may have tokenizers, of their own."""
+    return all(isinstance(config.get(part), Mapping) for part in ("encoder", "decoder"))
 
 
 def check_vocabularies(models: Sequence[Checkpoint], *, has_base: bool) -> None:
     """Check that models can be merged row by row: that they have as many rows, and the same token in each.
 
     Tokens are compared where the tokenizers' files differ; a model without a readable tokenizer is taken as it is.
+    Encoder and decoder are compared each on its own.
 
     Raises:
         ModelError: they differ; names the models and what can be done.
@@ -89,11 +98,38 @@ def check_vocabularies(models: Sequence[Checkpoint], *, has_base: bool) -> None:
     ways = "models.vocab=union merges by token and keeps every model's tokens"
     if has_base:
         ways = f"models.vocab=base merges by token and keeps the base's tokens, {ways}"
-    sizes = {model.name: size for model in models if (size := vocabulary_size(model.config)) is not None}
+    if all(is_encoder_decoder_pair(model.config) for model in models):
+        ways = (
+            "encoder-decoders are merged row by row; merge those of the same tokenizers, or only the part that shares "
+            "one (models.experts.<name>.part=encoder or decoder)"
+        )
+        for part in ("encoder", "decoder"):
+            _check_rows([_row_names(model, part) for model in models], f" of the {part}s", ways)
+        return
+    _check_rows([_row_names(model) for model in models], "", ways)
+
+
+class _Rows(NamedTuple):
+    """A model, how many rows its embedding has, and the folder of the tokenizer that says what they stand for."""
+
+    name: str
+    size: int | None
+    folder: Path
+
+
+def _row_names(model: Checkpoint, part: str | None = None) -> _Rows:
+    if part is None:
+        return _Rows(model.name, vocabulary_size(model.config), model.folder)
+    folder = decoder_tokenizer(model.folder) if part == "decoder" else model.folder
+    return _Rows(model.name, vocabulary_size(model.config[part]), folder)
+
+
+def _check_rows(models: Sequence[_Rows], whose: str, ways: str) -> None:
+    sizes = {model.name: model.size for model in models if model.size is not None}
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ModelError(f"the models' vocabularies differ in size ({told}): {ways}")
-    contents: dict[bytes, Checkpoint] = {}
+        raise ModelError(f"the models' vocabularies{whose} differ in size ({told}): {ways}")
+    contents: dict[bytes, _Rows] = {}
     for model in models:
         if model.name in sizes and (content := tokenizer_content(model.folder)) is not None:
             contents.setdefault(content, model)
@@ -107,8 +143,8 @@ def check_vocabularies(models: Sequence[Checkpoint], *, has_base: bool) -> None:
         if odd := sorted(row for row in here.keys() & seen.keys() if here[row][0] != seen[row][0]):
             (token, other), rows = seen[odd[0]], f"{len(odd)} rows" if len(odd) > 1 else "1 row"
             raise ModelError(
-                f"the models' tokens differ in {rows}: {odd[0]} is {token!r} in {other} but {here[odd[0]][0]!r} in "
-                f"{model.name}: {ways}"
+                f"the models' tokens{whose} differ in {rows}: {odd[0]} is {token!r} in {other} but {here[odd[0]][0]!r} "
+                f"in {model.name}: {ways}"
             )
         seen = here | seen
 
@@ -143,6 +179,11 @@ def _vocabularies(policy: Policy, models: Sequence[Checkpoint]) -> tuple[Vocabul
     """Read the models' tokens; one without tokenizer has those of the first model that has one and as many rows."""
     sizes = []
     for model in models:
+        if is_encoder_decoder_pair(model.config):
+            raise ModelError(
+                f"models.vocab={policy}: {model.name} is an encoder-decoder, whose vocabularies are not merged by "
+                "token; leave models.vocab out and merge models of the same tokenizers"
+            )
         if (size := vocabulary_size(model.config)) is None:
             raise ModelError(f"models.vocab={policy}: {model.name} has no vocab_size in its {CONFIG}")
         sizes.append(size)

@@ -117,6 +117,7 @@ def _leading_parts(keys: Iterable[str]) -> Sequence[str]:
 
 # The number of a layer, after what it is a layer of: encoder.layer.3., transformer.h.3., decoder.block.3.
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
+_PART = re.compile(r"(^|\.)(encoder|decoder)(\.|$)")
 _BEFORE_LAYERS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)(\.|$)")
 
 
@@ -137,3 +138,15 @@ def depths(names: Sequence[str]) -> dict[str, float]:
         else:
             found[name] = 0.0 if _BEFORE_LAYERS.search(name) else 1.0
     return found
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """Answer in which part's stack ("encoder", "decoder", or "" where the name does not say) a tensor lies, and where.
+
+    Layers are counted from 0 in each stack; None for what is in no layer.
+    """
+    match = _LAYER.match(name)
+    if match is None:
+        return None
+    part = _PART.search(match[1])
+    return (part[2] if part else "", int(match[2]))

@@ -54,10 +54,11 @@ def test_fetch_brings_the_index_and_every_shard(empty_hub: HubServer, client: Cl
     assert client(CACHED.format("org/sharded", None)) is None
 
 
-def test_fetch_gives_generation_settings_and_chat_templates_too(
+def test_fetch_gives_generation_settings_chat_templates_and_a_decoders_tokenizer_too(
     empty_hub: HubServer, client: Client, checkpoint: Path
 ) -> None:
     extra = ["generation_config.json", "chat_template.jinja", "additional_chat_templates/tools.jinja"]
+    extra += ["decoder_tokenizer/tokenizer.json", "decoder_tokenizer/tokenizer_config.json"]
     for name in extra:
         (checkpoint / name).parent.mkdir(exist_ok=True)
         (checkpoint / name).write_text("{}")

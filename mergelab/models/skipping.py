@@ -1,0 +1,83 @@
+"""Tensors that skip the merge: layers that stay the base's, and weights that no checkpoint had."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mergelab.config import LayersConfig
+from mergelab.errors import ConfigError
+from mergelab.models.heads import mean_tensor
+from mergelab.weights.naming import layer_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergelab.config import LeaveOut
+    from mergelab.weights.align import AlignedModels
+
+
+def left_out(names: Sequence[str], leave_out: LeaveOut, *, key: str) -> list[str]:
+    """Answer the tensors of layers that are to be left out of the merge.
+
+    Args:
+        names: of the models' tensors.
+        leave_out: numbers of layers from 0, for encoder and decoder alike, or for each.
+        key: what messages call them.
+
+    Raises:
+        ConfigError: there is no such layer.
+    """
+    layers = {name: found for name in names if (found := layer_of(name)) is not None}
+    parts = {part for part, _ in layers.values()}
+    if isinstance(leave_out, LayersConfig):
+        wanted = {"encoder": leave_out.encoder, "decoder": leave_out.decoder}
+        for part, numbers in wanted.items():
+            if numbers and part not in parts:
+                raise ConfigError(
+                    f"{key}.{part}={numbers}: the models' layers are not those of a{'n' * (part == 'encoder')} {part}; "
+                    f"{key}=[…] counts them as they are"
+                )
+            _check_numbers(f"{key}.{part}", numbers, {number for at, number in layers.values() if at == part})
+    else:
+        _check_numbers(key, leave_out, {number for _, number in layers.values()})
+        wanted = dict.fromkeys(parts, leave_out)
+    return [name for name, (part, number) in layers.items() if number in wanted.get(part, ())]
+
+
+def _check_numbers(key: str, numbers: Sequence[int], there_are: Collection[int]) -> None:
+    for number in numbers:
+        if number not in there_are:
+            known = f"layers 0 to {max(there_are)}" if there_are else "no numbered layers"
+            raise ConfigError(f"{key}={list(numbers)}: there is no layer {number}; the models have {known}")
+
+
+def set_aside(
+    aligned: AlignedModels, leave_out: Collection[str] = (), new: Sequence[Collection[str]] = ()
+) -> tuple[AlignedModels, dict[str, Tensor]]:
+    """Take tensors out of the merge, and answer the models without them and what the merged model has in their place.
+
+    For layers that are left out that is the base's. For a tensor that is newly initialised in some model it is the mean
+    of the experts in which it is not; if there is none, the base's; if it is new there too, the base's all the same, or
+    the first expert's where there is no base.
+
+    Args:
+        aligned: the models.
+        leave_out: names of tensors that stay the base's.
+        new: for each model, the base first where there is one, which tensors are newly initialised.
+    """
+    kept: dict[str, Tensor] = {}
+    any_new = frozenset[str]().union(*new)
+    experts_new = new[-len(aligned.experts) :] if new else ()
+    first = aligned.base or aligned.experts[0]
+    for name in aligned.names:
+        if name in leave_out:
+            kept[name] = first.get(name)
+        elif name in any_new:
+            trained = [e.get(name) for e, own in zip(aligned.experts, experts_new, strict=True) if name not in own]
+            kept[name] = mean_tensor(trained) if trained else first.get(name)
+    merged = tuple(name for name in aligned.names if name not in kept)
+    ties = {alias: name for alias, name in aligned.aliases.items() if name not in kept}
+    kept |= {alias: kept[name] for alias, name in aligned.aliases.items() if name in kept}
+    return replace(aligned, names=merged, aliases=ties), kept
