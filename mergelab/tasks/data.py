@@ -1,4 +1,4 @@
-"""Read a task's examples from the hub or from a folder of Parquet files, and check them."""
+"""Read a task's examples from the hub or from a folder of Parquet files."""
 
 from __future__ import annotations
 
@@ -14,23 +14,29 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mergelab.errors import DataError, HubError, listed
-from mergelab.tasks.labels import same_label
-from mergelab.tasks.protocol import stratified_sample
+from mergelab.tasks.rows import Rows, read_rows
 
 if TYPE_CHECKING:
     from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
-Origin = Literal["hub", "folder", "mini"]
+Origin = Literal["hub", "folder", "mini", "given"]
 
 
 @dataclass(frozen=True)
 class TaskData:
     """A task's examples, checked.
 
-    ``texts`` has one text per column and example. ``labels`` (n,) are int64 in the order of ``spec.labels``, -1 where
-    hidden, or float32 scores, NaN where hidden. ``parts`` (n,) is the position in ``spec.splits`` of the split that an
-    example is from, ``idx`` (n,) its number there. ``fingerprint`` is the SHA-256 of texts and labels.
+    Attributes:
+        texts: what a model gets of each example: for a classifier one text or a pair, for a generator the prompt; for
+            language modelling what stands between the example before and this one, and the text that is scored.
+        labels: (n,) int64 in the order of ``spec.labels``, -1 where hidden, or float32 scores, NaN where hidden; zeros
+            where there is nothing to divide the examples by.
+        idx: (n,) an example's number in its split.
+        parts: (n,) the position in ``spec.splits`` of the split that an example is from.
+        fingerprint: the SHA-256 of texts, labels and references.
+        references: (n,) of tuples of texts, the answers that generated texts are compared with; ``None``: there are
+            none.
     """
 
     spec: TaskSpec
@@ -42,20 +48,20 @@ class TaskData:
     origin: Origin
     location: str
     fingerprint: str
+    references: Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def truth(self) -> Array:
+        """What a model's outputs are compared with: (n,) labels, or tuples of reference texts."""
+        return self.labels if self.references is None else self.references
 
     @property
     def labelled(self) -> bool:
         """Whether the labels are known, so that predictions can be scored."""
         return not bool((np.isnan(self.labels) if self.spec.is_regression else self.labels < 0).any())
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """One split's examples."""
-
-    texts: list[tuple[str, ...]]
-    labels: Array
-    idx: Array
 
 
 def load_data(
@@ -75,7 +81,8 @@ def load_data(
         data_dir: a folder with ``<task>/<split>.parquet`` or ``<split>.parquet``, or the hub's shards
             ``<split>-00000-of-0000N.parquet`` in either place.
         origin: what the data are called in records; by default ``folder`` or ``hub``.
-        limit: examples to keep of each split. They are drawn so that every label keeps its share, and stay in order.
+        limit: examples to keep of each split. They are drawn so that every label keeps its share, and stay in order; of
+            rows that are read as one text they are the first.
         split: one split instead of the task's own.
         seed: of the draw.
 
@@ -84,14 +91,20 @@ def load_data(
     """
     if limit is not None and limit < 1:
         raise DataError(f"task.limit={limit}: must be at least 1")
+    if spec.kind == "prompts":
+        return _prompts(spec, limit)
+    if spec.kind == "lm_eval":
+        return _harness(spec)
     folder = None if data_dir is None else Path(data_dir).expanduser()
     if split is not None:
         spec = replace(spec, splits=(split,))
     rows = [_from_hub(spec, name) if folder is None else _from_folder(spec, folder, name) for name in spec.splits]
     if limit is not None:
-        rows = [_limited(part, limit, seed) for part in rows]
+        # Rows that are read as one text stay together.
+        rows = [part.sample(limit, seed) if spec.join is None else part.first(limit) for part in rows]
     texts = tuple(text for part in rows for text in part.texts)
     labels = np.concatenate([part.labels for part in rows])
+    references = np.concatenate([part.references for part in rows if part.references is not None] or [labels[:0]])
     return TaskData(
         spec=spec,
         texts=texts,
@@ -101,20 +114,46 @@ def load_data(
         split="+".join(spec.splits),
         origin=origin or ("hub" if folder is None else "folder"),
         location=spec.path + (f"/{spec.config}" if spec.config else "") if folder is None else str(folder),
-        fingerprint=_fingerprint(texts, labels),
+        fingerprint=_fingerprint(texts, labels, references),
+        references=references if len(references) else None,
     )
 
 
-def _limited(rows: _Rows, limit: int, seed: int) -> _Rows:
-    if limit >= len(rows.texts):
-        return rows
-    kept = stratified_sample(rows.labels, limit, seed)
-    return _Rows([rows.texts[i] for i in kept], rows.labels[kept], rows.idx[kept])
+def _prompts(spec: TaskSpec, limit: int | None) -> TaskData:
+    """Take the prompts that the configuration lists, or those of the file that it names, one a line.
+
+    Raises:
+        DataError: the file cannot be read, or holds none.
+    """
+    texts = [text for text in spec.prompts if text.strip()]
+    if spec.file is not None:
+        file = Path(spec.file).expanduser()
+        try:
+            texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"task.file={spec.file}: cannot be read: {_first_line(error)}") from error
+        if not texts:
+            raise DataError(f"task.file={spec.file}: holds no prompt; it needs one on each line")
+    rows = tuple((text,) for text in texts[:limit])
+    zeros = np.zeros(len(rows), dtype=np.int64)
+    return TaskData(
+        spec, rows, zeros, np.arange(len(rows)), zeros, "prompts", "given", spec.file or "task.prompts",
+        _fingerprint(rows, zeros, zeros[:0]),
+    )  # fmt: skip
 
 
-def _fingerprint(texts: Sequence[tuple[str, ...]], labels: Array) -> str:
+def _harness(spec: TaskSpec) -> TaskData:
+    """Leave the examples to lm-eval."""
+    from importlib.metadata import version
+
+    none = np.zeros(0, dtype=np.int64)
+    told = hashlib.sha256(f"lm-eval {version('lm-eval')}".encode()).hexdigest()
+    return TaskData(spec, (), none, none, none, listed(spec.lm_eval_tasks), "given", "lm-eval", told)
+
+
+def _fingerprint(texts: Sequence[tuple[str, ...]], labels: Array, references: Array) -> str:
     digest = hashlib.sha256(labels.tobytes())
-    for example in texts:
+    for example in (*texts, *references):
         digest.update(json.dumps(example).encode())
     return digest.hexdigest()
 
@@ -122,16 +161,16 @@ def _fingerprint(texts: Sequence[tuple[str, ...]], labels: Array) -> str:
 # ---------------------------------------------------------------------------------------------------------- hub, folder
 
 
-def _from_hub(spec: TaskSpec, split: str) -> _Rows:
+def _from_hub(spec: TaskSpec, split: str) -> Rows:
     import datasets
 
     from mergelab.models import hub
 
-    where = f"{spec.path}{f'/{spec.config}' if spec.config else ''}"
+    where, part = f"{spec.path}{f'/{spec.config}' if spec.config else ''}", spec.slices.get(split, split)
     reachable = hub.reachable()
     try:
         with _no_bars(), contextlib.nullcontext() if reachable else hub.offline():
-            found = datasets.load_dataset(spec.path, spec.config, split=split, revision=spec.revision)
+            found = datasets.load_dataset(spec.path, spec.config, split=part, revision=spec.revision)
     except Exception as error:  # the transport's own exceptions come from several libraries, by version
         if not reachable:
             message = f"the hub at {hub.endpoint()} cannot be reached, and the local cache does not have it"
@@ -139,7 +178,7 @@ def _from_hub(spec: TaskSpec, split: str) -> _Rows:
         kind = DataError if isinstance(error, ValueError) else HubError
         raise kind(f"{spec.name}: cannot load {where} from the hub: {_first_line(error)}") from error
     names = getattr(found.features.get(spec.label_column), "names", None)
-    return _rows(spec, found.with_format("arrow")[:], names, f"{where}, split {split}")
+    return read_rows(spec, found.with_format("arrow")[:], names, f"{where}, split {part}")
 
 
 @contextlib.contextmanager
@@ -161,7 +200,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _from_folder(spec: TaskSpec, folder: Path, split: str) -> _Rows:
+def _from_folder(spec: TaskSpec, folder: Path, split: str) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -180,12 +219,13 @@ def _from_folder(spec: TaskSpec, folder: Path, split: str) -> _Rows:
         raise DataError(
             f"{spec.name}: the shards of {split} in {files[0].parent} differ: {_first_line(error)}"
         ) from error
-    return _rows(spec, table, _class_names(spec, tables[0].schema), str(files[0]))
+    return read_rows(spec, table, _class_names(spec, tables[0].schema), str(files[0]))
 
 
 def _files(spec: TaskSpec, folder: Path, split: str) -> list[Path]:
     """Find the file or all the shards of a split."""
-    for place in (folder / spec.name, folder):
+    places = _places(spec, folder)
+    for place in places:
         if (whole := place / f"{split}.parquet").is_file():
             return [whole]
         shards = sorted(place.glob(f"{split}-[0-9]*-of-[0-9]*.parquet"))
@@ -194,18 +234,18 @@ def _files(spec: TaskSpec, folder: Path, split: str) -> list[Path]:
             if len(shards) != count:
                 raise DataError(f"{spec.name}: {place} has {len(shards)} of the {count} shards of {split}")
             return shards
-    present = sorted(
-        {
-            re.sub(r"-\d+-of-\d+$", "", file.stem)
-            for place in (folder / spec.name, folder)
-            for file in place.glob("*.parquet")
-        }
-    )
+    present = sorted({re.sub(r"-\d+-of-\d+$", "", file.stem) for place in places for file in place.glob("*.parquet")})
     hint = f"; it has {listed(present)} (task.splits=[...] chooses)" if present else ""
     raise DataError(
         f"{spec.name}: no data of the split {split} in {folder} (looked for {spec.name}/{split}.parquet, "
         f"{split}.parquet and {split}-00000-of-NNNNN.parquet){hint}"
     )
+
+
+def _places(spec: TaskSpec, folder: Path) -> list[Path]:
+    """List where in a folder a task's files may be: under the task's name, under its dataset's, or plainly."""
+    names = dict.fromkeys([spec.name, *filter(None, [spec.config])])
+    return [*(folder / name for name in names), folder]
 
 
 def _class_names(spec: TaskSpec, schema: Any) -> list[str] | None:
@@ -216,99 +256,3 @@ def _class_names(spec: TaskSpec, schema: Any) -> list[str] | None:
     except (KeyError, TypeError, ValueError):
         return None
     return [str(name) for name in names]
-
-
-# ------------------------------------------------------------------------------------------------------------- checking
-
-
-def _rows(spec: TaskSpec, table: Any, names: Sequence[str] | None, where: str) -> _Rows:
-    """Check a split's table and bring its labels into the task's order."""
-    needed = [*spec.columns, spec.label_column]
-    if missing := [column for column in needed if column not in table.column_names]:
-        raise DataError(
-            f"{spec.name}: {where} lacks the columns {listed(missing)}: needs {listed(needed)}, "
-            f"has {listed(table.column_names)}"
-        )
-    if table.num_rows == 0:
-        raise DataError(f"{spec.name}: {where} has no examples")
-    texts = [_texts(spec, table[column], column, where) for column in spec.columns]
-    labels = _scores(spec, table, where) if spec.labels is None else _classes(spec, table, names, where)
-    has_idx = "idx" in table.column_names and table["idx"].null_count == 0
-    idx = table["idx"].to_numpy() if has_idx else np.arange(table.num_rows)
-    return _Rows(list(zip(*texts, strict=True)), labels, idx)
-
-
-def _texts(spec: TaskSpec, column: Any, name: str, where: str) -> list[str]:
-    import pyarrow as pa
-
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
-        raise DataError(f"{spec.name}: {where}: the column {name} must hold text, it holds {column.type}")
-    if column.null_count:
-        raise DataError(f"{spec.name}: {where}: the column {name} has {column.null_count} empty (null) texts")
-    found: list[str] = column.to_pylist()
-    return found
-
-
-def _scores(spec: TaskSpec, table: Any, where: str) -> Array:
-    """Read a regression's labels (n,) as float32; a split without any stays unlabelled."""
-    import pyarrow as pa
-
-    column = table[spec.label_column]
-    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
-        raise DataError(
-            f"{spec.name}: {where}: the column {spec.label_column} must hold numbers, it holds {column.type}"
-        )
-    scores: Array = column.cast(pa.float32(), safe=False).to_numpy()
-    if not np.isfinite(scores).all() and not np.isnan(scores).all():
-        raise DataError(f"{spec.name}: {where}: the column {spec.label_column} has scores that are not finite numbers")
-    return scores
-
-
-def _classes(spec: TaskSpec, table: Any, names: Sequence[str] | None, where: str) -> Array:
-    """Read class labels (n,) as int64 positions in ``spec.labels``; -1 throughout where they are hidden."""
-    import pyarrow as pa
-
-    column, labels = table[spec.label_column], spec.labels or ()
-    if column.null_count:
-        raise DataError(f"{spec.name}: {where}: the column {spec.label_column} has {column.null_count} null labels")
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        column = column.combine_chunks().dictionary_encode()
-        names, values = column.dictionary.to_pylist(), column.indices.to_numpy()
-        # A sample of the data need not show every label.
-        to_task = [_position(spec, name, where) for name in names]
-    elif pa.types.is_integer(column.type):
-        values = column.to_numpy()
-        to_task = _class_order(spec, names, where)
-    else:
-        raise DataError(
-            f"{spec.name}: {where}: the column {spec.label_column} must hold class numbers or names, "
-            f"it holds {column.type}"
-        )
-    if (values == -1).all():
-        return np.full(len(values), -1, dtype=np.int64)
-    if (wrong := np.flatnonzero((values < 0) | (values >= len(to_task)))).size:
-        raise DataError(
-            f"{spec.name}: {where}: label {values[wrong[0]]} in row {wrong[0]} is outside 0 to {len(labels) - 1} "
-            f"({listed(labels)})"
-        )
-    found: Array = np.asarray(to_task, dtype=np.int64)[values]
-    return found
-
-
-def _class_order(spec: TaskSpec, names: Sequence[str] | None, where: str) -> list[int]:
-    """Say which of the task's labels each class number of the data is."""
-    labels = spec.labels or ()
-    if names is None:
-        return list(range(len(labels)))
-    order = [_position(spec, name, where) for name in names]
-    if sorted(order) != list(range(len(labels))):
-        raise DataError(f"{spec.name}: {where} has {len(names)} classes ({listed(names)}), not {listed(labels)}")
-    return order
-
-
-def _position(spec: TaskSpec, name: str, where: str) -> int:
-    labels = spec.labels or ()
-    for position, label in enumerate(labels):
-        if same_label(name, label):
-            return position
-    raise DataError(f"{spec.name}: {where} has the label {name!r}, which is none of {listed(labels)}")

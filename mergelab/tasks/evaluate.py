@@ -18,9 +18,12 @@ if TYPE_CHECKING:
     from mergelab.tasks.data import TaskData
 
 Array = np.ndarray[Any, Any]
+Watch = Callable[[Array, Array], None]
 
 # Beyond this many tokens a batch makes a CPU no faster: the products fill it, the caches overflow, padding grows.
 _CPU_BATCH_TOKENS = 512
+# In a random order there are at least so many batches: who asks for it wants to stop early.
+_RANDOM_BATCHES = 24
 # Models that have no limit of their own on positions still get inputs of at most this many tokens.
 _DEFAULT_LENGTH = 512
 
@@ -44,6 +47,12 @@ class Encoded:
     def starts(self) -> Array:
         """Where each example begins: (n,)."""
         return np.cumsum(self.lengths) - self.lengths
+
+    def take(self, members: Array) -> Encoded:
+        """Answer some of the examples: those at the positions ``members`` (m,), in that order."""
+        lengths = self.lengths[members]
+        positions = np.concatenate([np.arange(s, s + n) for s, n in zip(self.starts[members], lengths, strict=True)])
+        return Encoded({name: values[positions] for name, values in self.columns.items()}, lengths, self.pad_id)
 
 
 def encode(data: TaskData, tokenizer: Any, max_length: int | None = None) -> Encoded:
@@ -88,15 +97,22 @@ def max_input_length(config: Any, tokenizer: Any, wanted: int | None = None) -> 
         DataError: ``wanted`` is more than they allow.
     """
     allowed = int(min(getattr(tokenizer, "model_max_length", None) or 10**9, 10**9))
-    if positions := getattr(config, "max_position_embeddings", None):
-        # RoBERTa-like models count positions from the padding index on.
-        offset = config.pad_token_id + 1 if "roberta" in str(getattr(config, "model_type", "")) else 0
-        allowed = min(allowed, int(positions) - offset)
+    if (positions := model_positions(config)) is not None:
+        allowed = min(allowed, positions)
     if wanted is None:
         return min(allowed, _DEFAULT_LENGTH)
     if wanted > allowed:
         raise DataError(f"eval.max_length={wanted}: the model allows {allowed} tokens")
     return wanted
+
+
+def model_positions(config: Any) -> int | None:
+    """Answer how many tokens a model of this configuration can take; ``None`` where nothing limits it."""
+    if not (positions := getattr(config, "max_position_embeddings", None)):
+        return None
+    # RoBERTa-like models count positions from the padding index on.
+    offset = config.pad_token_id + 1 if "roberta" in str(getattr(config, "model_type", "")) else 0
+    return int(positions) - offset
 
 
 def best_device(name: str = "auto") -> torch.device:
@@ -126,6 +142,8 @@ def predict(
     dtype: torch.dtype | str | None = None,
     batch_tokens: int = 4096,
     progress: Callable[[float], None] | None = None,
+    watch: Watch | None = None,
+    seed: int | None = None,
 ) -> Array:
     """Run a sequence classifier over encoded examples.
 
@@ -135,6 +153,9 @@ def predict(
         dtype: to compute in (``"float32"``, ``"bfloat16"``); by default the model's own.
         batch_tokens: upper bound of one batch, padding included; one longer example is a batch of its own.
         progress: called with the fraction done.
+        watch: called after each batch with its examples' positions and logits; what it raises ends the prediction.
+        seed: draws the order of the batches, so that what is done by any moment is a fair sample; by default the
+            longest examples come first.
 
     Returns:
         (n, C) float32 logits in the examples' order.
@@ -143,13 +164,16 @@ def predict(
         DataError: an example is longer than the model allows. NonFinite: the model answers NaN or infinity.
     """
     done, logits = 0, None
-    for members, found in predict_batches(model, encoded, device=device, dtype=dtype, batch_tokens=batch_tokens):
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "batch_tokens": batch_tokens, "seed": seed}
+    for members, found in predict_batches(model, encoded, **options):
         if logits is None:
             logits = np.empty((len(encoded), found.shape[1]), dtype=np.float32)
         logits[members] = found
         done += int(encoded.lengths[members].sum())
         if progress is not None:
             progress(done / int(encoded.lengths.sum()))
+        if watch is not None:
+            watch(members, found)
     if logits is None:
         raise DataError("there are no examples to predict")
     if bad := int((~np.isfinite(logits).all(axis=1)).sum()):
@@ -165,8 +189,9 @@ def predict_batches(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     batch_tokens: int = 4096,
+    seed: int | None = None,
 ) -> Iterator[tuple[Array, Array]]:
-    """Run a sequence classifier batch by batch, long examples first; arguments as in `predict`.
+    """Run a sequence classifier batch by batch, long examples first without a ``seed``; arguments as in `predict`.
 
     Yields:
         Positions (b,) of a batch's examples, and their logits (b, C) float32.
@@ -177,15 +202,15 @@ def predict_batches(
     copied = inference_copy(model, here, kind)
     pad_id = agree_on_padding(copied, encoded.pad_id)
     budget = min(batch_tokens, _CPU_BATCH_TOKENS) if here.type == "cpu" else batch_tokens
-    for members, inputs in input_batches(copied, encoded, pad_id, budget):
+    for members, inputs in input_batches(copied, encoded, pad_id, budget, seed):
         found = copied(**{name: values.to(here) for name, values in inputs.items()}).logits
         yield members, found.float().cpu().numpy()
 
 
 def input_batches(
-    model: nn.Module, encoded: Encoded, pad_id: int, batch_tokens: int
+    model: nn.Module, encoded: Encoded, pad_id: int, batch_tokens: int, seed: int | None = None
 ) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
-    """Make the padded inputs that a model takes, long examples first.
+    """Make the padded inputs that a model takes, long examples first, or in an order that ``seed`` draws.
 
     Yields:
         Positions (b,) of a batch's examples, and its inputs (b, l) on the CPU, the attention mask among them.
@@ -193,7 +218,9 @@ def input_batches(
     accepted = set(inspect.signature(model.forward).parameters)
     columns = {name: values for name, values in encoded.columns.items() if name in accepted}
     starts = encoded.starts
-    for members in plan_batches(encoded.lengths, batch_tokens):
+    if seed is not None:
+        batch_tokens = min(batch_tokens, int(encoded.lengths.sum()) // _RANDOM_BATCHES)
+    for members in plan_batches(encoded.lengths, batch_tokens, seed):
         lengths = encoded.lengths[members]
         filled = np.arange(lengths.max()) < lengths[:, None]
         positions = np.concatenate(
@@ -207,15 +234,20 @@ def input_batches(
         yield members, inputs
 
 
-def plan_batches(lengths: Array, batch_tokens: int) -> list[Array]:
-    """Group examples of like length: positions of each batch, longest first, none padded to over ``batch_tokens``."""
+def plan_batches(lengths: Array, batch_tokens: int, seed: int | None = None) -> list[Array]:
+    """Group examples of like length: positions of each batch, none padded to over ``batch_tokens``.
+
+    The batches come longest first, or in an order that ``seed`` draws.
+    """
     order = np.argsort(-lengths, kind="stable")
     batches, start = [], 0
     while start < len(order):
         size = max(1, batch_tokens // int(lengths[order[start]]))
         batches.append(order[start : start + size])
         start += size
-    return batches
+    if seed is None:
+        return batches
+    return [batches[index] for index in np.random.default_rng(seed).permutation(len(batches))]
 
 
 def check_lengths(model: nn.Module, encoded: Encoded) -> None:

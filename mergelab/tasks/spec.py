@@ -1,78 +1,127 @@
-"""What a task is: where its data are, which columns hold the texts, the order of its labels, and its metrics."""
+"""What a task is: where its data are, what a model gets of them and is to answer, and its metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from pydantic import Field
-
-from mergelab.config import CONF_DIR, Schema, check
+from mergelab.config import CONF_DIR, check
 from mergelab.errors import ConfigError, DataError, did_you_mean, listed
-from mergelab.tasks.metrics import METRICS
+from mergelab.tasks.harness import check_installed
+from mergelab.tasks.metrics import METRICS, Direction, metric_directions
+from mergelab.tasks.metrics.text import TEXT_METRICS
+from mergelab.tasks.prompting import AnswerKind, plain_word, template_columns, worked_examples
+from mergelab.tasks.schema import (
+    SCHEMAS,
+    GenerationTask,
+    LabelledTask,
+    LanguageModellingTask,
+    LmEvalTask,
+    PromptsTask,
+    SuiteSchema,
+)
 
-Name = Annotated[str, Field(pattern=r"^[\w.\-]+$")]
-
-
-class _Dataset(Schema):
-    path: str
-    name: str | None = None
-    revision: str | None = None
-
-
-class _Task(Schema):
-    name: Name
-    version: int
-    dataset: _Dataset
-    splits: Annotated[list[Name], Field(min_length=1)] = Field(default=["validation"])
-    columns: Annotated[list[str], Field(min_length=1, max_length=2)]
-    label_column: str = "label"
-    labels: Annotated[list[str], Field(min_length=2)] | None
-    metrics: Annotated[list[str], Field(min_length=1)]
-    primary: str
-    limit: Annotated[int, Field(ge=1)] | None = None
-    data_dir: str | None = None
+Kind = Literal["classification", "regression", "generation", "language_modelling", "prompts", "lm_eval"]
 
 
-class _Suite(Schema):
-    name: Name
-    version: int
-    members: Annotated[list[str], Field(min_length=1)]
-    splits: dict[str, list[Name]] = Field(default={})
-    limit: Annotated[int, Field(ge=1)] | None = None
-    data_dir: str | None = None
+@dataclass(frozen=True)
+class Decoding:
+    """How texts are generated.
+
+    Greedily; with ``num_beams`` > 1 by beam search (scores divided by length ** ``length_penalty``); with ``do_sample``
+    by sampling at ``temperature`` from the smallest set of tokens that has ``top_p`` of the probability, each example
+    from its own stream of random numbers. A text ends with the model's end token, after ``max_new_tokens``, or before
+    the first of the ``stop`` texts.
+    """
+
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class TaskSpec:
     """A task, as ``conf/task/<name>.yaml`` says it.
 
-    ``path``, ``config`` and ``revision`` are the hub dataset's; ``labels`` are in the dataset's order, and ``None`` for
-    regression. With several ``splits`` every metric is of all their examples, and of each split on its own beside that.
+    Attributes:
+        kind: ``classification`` and ``regression`` ask a classifier; ``generation`` scores texts that a model generates
+            from prompts; ``language_modelling`` how likely given text is to it; ``prompts`` shows generations without
+            scoring them; ``lm_eval`` leaves data and scores to the package of that name.
+        path, config, revision: the hub dataset's.
+        slices: what of the hub's dataset a split is, in the words of ``datasets``, where it is not the split so named.
+        splits: with several, every metric is of all their examples, and of each split on its own beside that.
+        columns: what a model gets of a row.
+        label_column, labels: the column of labels and their names in the dataset's order; ``None``: scores.
+        metrics, primary: in order; the one that models are ranked by.
+        prompt: of generation: a template over the columns (``"summarize: {dialogue}"``).
+        worked_examples: what goes before each prompt.
+        references: columns with a reference text or a list of them; none: the answer is the label, said in words.
+        answer: how the answer is found in texts and references, as `mergelab.tasks.prompting.answer` does it.
+        group_by: rows that have the same value there are one example with all their references.
+        label_words: what to answer for each label, in the order of ``labels``; ``None``: the labels themselves.
+        max_prompt_tokens: longer prompts are cut; ``None``: one that is too long for the model is an error.
+        window, stride: of language modelling, in tokens: how many a model sees at once, and how many of them are new;
+            ``None``: as many as the model allows, and all of them.
+        join: what stands between rows that are read as one text; ``None``: each row is a text of its own.
+        prompts, file: of the kind ``prompts``: the texts, or the file that has one on each line and is read instead.
+        lm_eval_tasks, lm_eval_shots, lm_eval_limit, include_path: what lm-eval is asked for.
     """
 
     name: str
     version: int
-    path: str
-    config: str | None
-    revision: str | None
-    splits: tuple[str, ...]
-    columns: tuple[str, ...]
-    label_column: str
-    labels: tuple[str, ...] | None
-    metrics: tuple[str, ...]
-    primary: str
+    kind: Kind
+    path: str = ""
+    config: str | None = None
+    revision: str | None = None
+    slices: Mapping[str, str] = field(default_factory=dict, hash=False)
+    splits: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    label_column: str = "label"
+    labels: tuple[str, ...] | None = None
+    metrics: tuple[str, ...] = ()
+    primary: str = ""
+    prompt: str = ""
+    worked_examples: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    answer: AnswerKind = "text"
+    group_by: str | None = None
+    label_words: tuple[str, ...] | None = None
+    max_prompt_tokens: int | None = None
+    decoding: Decoding = field(default_factory=Decoding)
+    window: int | None = None
+    stride: int | None = None
+    join: str | None = None
+    prompts: tuple[str, ...] = ()
+    file: str | None = None
+    lm_eval_tasks: tuple[str, ...] = ()
+    lm_eval_shots: int | None = None
+    lm_eval_limit: int | None = None
+    include_path: str | None = None
 
     @property
     def is_regression(self) -> bool:
-        """Whether the labels are scores."""
-        return self.labels is None
+        """Whether a classifier's one output is a score."""
+        return self.kind == "regression"
 
     @property
     def outputs(self) -> int:
-        """How many outputs a model for this task has."""
+        """How many outputs a classifier for this task has; 0 where the task asks no classifier."""
+        if self.kind not in ("classification", "regression"):
+            return 0
         return 1 if self.labels is None else len(self.labels)
+
+    @property
+    def direction(self) -> Direction:
+        """Whether models are better when their primary metric is greater, or when it is less."""
+        return metric_directions(self.kind).get(self.primary, "maximize")
 
 
 @dataclass(frozen=True)
@@ -91,36 +140,162 @@ def task_from_config(node: Mapping[str, Any]) -> TaskSpec:
     Raises:
         ConfigError: a key is unknown or missing, or a value is not usable.
     """
-    task = check(_Task, node, "task")
-    kind = "regression" if task.labels is None else "classification"
-    for metric in task.metrics:
-        if metric not in METRICS:
-            raise ConfigError(
-                f"task.metrics: no metric {metric!r}{did_you_mean(metric, METRICS)} (there are {listed(METRICS)})"
-            )
-        if METRICS[metric].kind != kind:
-            raise ConfigError(f"task.metrics: {metric} is not for {kind}")
-    if "f1" in task.metrics and task.labels is not None and len(task.labels) != 2:
+    kind = node.get("kind") or "classification"
+    if kind not in SCHEMAS:
+        raise ConfigError(f"task.kind={kind!r}: must be one of {listed(SCHEMAS)}{did_you_mean(str(kind), SCHEMAS)}")
+    task = check(SCHEMAS[kind], node, "task")
+    return _FROM[type(task)](task)
+
+
+# -------------------------------------------------------------------------------------------------------- kinds of task
+
+
+def _labelled(task: Any) -> TaskSpec:
+    kind: Kind = "regression" if task.labels is None else "classification"
+    if task.kind not in (None, kind):
+        raise ConfigError(f"task.kind={task.kind}: task.labels {'is null' if task.labels is None else 'names classes'}")
+    spec = _scored(
+        task, kind=kind, columns=tuple(task.columns), label_column=task.label_column, labels=_tuple(task.labels)
+    )
+    if "f1" in spec.metrics and len(spec.labels or "12") != 2:
+        raise ConfigError(f"task.metrics: f1 is for two labels, {task.name} has {len(spec.labels or ())}")
+    return spec
+
+
+def _generation(task: Any) -> TaskSpec:
+    if bool(task.references) == bool(task.labels):
+        raise ConfigError("task.references: name the columns of references, or task.labels, and not both")
+    answer: AnswerKind = task.answer or ("label" if task.labels else "text")
+    if bool(task.labels) != (answer == "label"):
+        raise ConfigError(f"task.answer={answer}: must be label where there are task.labels, and only there")
+    if task.group_by is not None and task.labels:
+        raise ConfigError(f"task.group_by={task.group_by}: examples are grouped by their references, not by labels")
+    if task.label_words is not None and len(task.label_words) != len(task.labels or ()):
+        raise ConfigError(f"task.label_words={task.label_words}: must be as many as task.labels, one for each")
+    words = list(map(plain_word, task.label_words or task.labels or ()))
+    if len(set(words)) < len(words) or not all(words):
+        raise ConfigError(f"task.label_words={task.label_words}: must differ in more than case and punctuation")
+    _check_text_metrics(task, answer)
+    if task.shots is not None and task.examples is None:
+        raise ConfigError(f"task.shots={task.shots}: task.examples names no worked examples")
+    return _scored(
+        task,
+        kind="generation",
+        columns=template_columns(task.prompt),
+        label_column=task.label_column,
+        labels=_tuple(task.labels),
+        prompt=task.prompt,
+        worked_examples=() if task.examples is None else worked_examples(task.examples, task.shots),
+        references=tuple(task.references),
+        answer=answer,
+        group_by=task.group_by,
+        label_words=_tuple(task.label_words),
+        max_prompt_tokens=task.max_prompt_tokens,
+        decoding=_decoding(task.decoding),
+    )
+
+
+def _check_text_metrics(task: Any, answer: AnswerKind) -> None:
+    """Check that the metrics are of such answers; that there are such metrics is checked for all kinds of tasks."""
+    for metric in TEXT_METRICS.keys() & task.metrics:
+        if answer not in (fitting := TEXT_METRICS[metric].of):
+            raise ConfigError(f"task.metrics: {metric} is of answers of the kind {listed(fitting)}, not of {answer}")
+    if "f1" in task.metrics and len(task.labels) != 2:
         raise ConfigError(f"task.metrics: f1 is for two labels, {task.name} has {len(task.labels)}")
-    if task.primary not in task.metrics:
-        raise ConfigError(f"task.primary={task.primary!r}: must be one of task.metrics: {listed(task.metrics)}")
-    for key in ("splits", "columns", "labels", "metrics"):
-        values = getattr(task, key) or []
-        if len(set(values)) < len(values):
-            raise ConfigError(f"task.{key}={values}: must not repeat a name")
+
+
+def _language_modelling(task: Any) -> TaskSpec:
+    if task.window is not None and task.stride is not None and task.stride > task.window:
+        raise ConfigError(f"task.stride={task.stride}: must be at most task.window={task.window}")
+    columns = tuple(task.columns)
+    return _scored(
+        task, kind="language_modelling", columns=columns, join=task.join, window=task.window, stride=task.stride
+    )
+
+
+def _prompts(task: Any) -> TaskSpec:
+    if task.file is None and not any(text.strip() for text in task.prompts):
+        raise ConfigError(f"task.prompts={task.prompts}: needs at least one prompt, or a file of them as task.file")
     return TaskSpec(
+        task.name,
+        task.version,
+        "prompts",
+        prompts=tuple(task.prompts),
+        file=task.file,
+        max_prompt_tokens=task.max_prompt_tokens,
+        decoding=_decoding(task.decoding),
+    )
+
+
+def _lm_eval(task: Any) -> TaskSpec:
+    return TaskSpec(
+        task.name,
+        task.version,
+        "lm_eval",
+        primary=task.primary or "",
+        lm_eval_tasks=tuple(task.tasks),
+        lm_eval_shots=task.shots,
+        lm_eval_limit=task.limit,
+        include_path=task.include_path,
+    )
+
+
+_FROM = {
+    LabelledTask: _labelled,
+    GenerationTask: _generation,
+    LanguageModellingTask: _language_modelling,
+    PromptsTask: _prompts,
+    LmEvalTask: _lm_eval,
+}
+
+
+def _scored(task: Any, **own: Any) -> TaskSpec:
+    """Make the specification of a task on a dataset, and check what such tasks have in common."""
+    spec = TaskSpec(
         name=task.name,
         version=task.version,
         path=task.dataset.path,
         config=task.dataset.name,
         revision=task.dataset.revision,
+        slices=task.dataset.slices,
         splits=tuple(task.splits),
-        columns=tuple(task.columns),
-        label_column=task.label_column,
-        labels=None if task.labels is None else tuple(task.labels),
         metrics=tuple(task.metrics),
         primary=task.primary,
+        **own,
     )
+    known = metric_directions(spec.kind)
+    for metric in spec.metrics:
+        if metric not in known and metric in METRICS:
+            raise ConfigError(f"task.metrics: {metric} is not for {spec.kind}")
+        if metric not in known:
+            raise ConfigError(
+                f"task.metrics: no metric {metric!r}{did_you_mean(metric, known)} (there are {listed(known, 20)})"
+            )
+    if spec.primary not in spec.metrics:
+        raise ConfigError(f"task.primary={spec.primary!r}: must be one of task.metrics: {listed(spec.metrics)}")
+    for key in ("splits", "columns", "labels", "label_words", "references", "metrics"):
+        values = getattr(spec, key) or ()
+        if len(set(values)) < len(values):
+            raise ConfigError(f"task.{key}={list(values)}: must not repeat a name")
+    return spec
+
+
+def _decoding(config: Any) -> Decoding:
+    if config.do_sample and config.num_beams > 1:
+        raise ConfigError(f"task.decoding.num_beams={config.num_beams}: beams are searched, not sampled (do_sample)")
+    if config.min_new_tokens > config.max_new_tokens:
+        raise ConfigError(
+            f"task.decoding.min_new_tokens={config.min_new_tokens}: must be at most max_new_tokens="
+            f"{config.max_new_tokens}"
+        )
+    return Decoding(**{**config.model_dump(), "stop": tuple(config.stop)})
+
+
+def _tuple(values: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if values is None else tuple(values)
+
+
+# ------------------------------------------------------------------------------------------------------ suites, loading
 
 
 def tasks_from_config(node: Mapping[str, Any]) -> Suite:
@@ -131,8 +306,11 @@ def tasks_from_config(node: Mapping[str, Any]) -> Suite:
         DataError: a suite names a task that does not exist.
     """
     if "members" not in node:
-        return Suite(str(node.get("name")), (task_from_config(node),), node.get("data_dir"), node.get("limit"))
-    suite = check(_Suite, node, "task")
+        task = task_from_config(node)
+        if task.kind == "lm_eval":
+            check_installed()
+        return Suite(task.name, (task,), node.get("data_dir"), node.get("limit"))
+    suite = check(SuiteSchema, node, "task")
     if len(set(suite.members)) < len(suite.members):
         raise ConfigError(f"task.members={suite.members}: must not repeat a task")
     for name in suite.splits:

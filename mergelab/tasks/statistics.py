@@ -2,17 +2,26 @@
 
 Every class metric depends on an example only through its cell in the confusion matrix. Drawing n examples with
 replacement is therefore drawing the cells' counts from a multinomial distribution, which costs the same for 70 examples
-as for 40 000. Correlations are computed from how often each example was drawn.
+as for 40 000. Correlations are computed from how often each example was drawn. Metrics of generated texts and of the
+likelihood of given text are computed from the statistics of the drawn examples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergelab.tasks.metrics import check_scorable, part_members, predicted
+from mergelab.tasks.metrics import (
+    check_scorable,
+    example_statistics,
+    part_members,
+    predicted,
+    score,
+    value_of_rows,
+)
 
 if TYPE_CHECKING:
     from mergelab.tasks.spec import TaskSpec
@@ -25,8 +34,8 @@ _CHUNK = 2_000_000
 
 def bootstrap_interval(
     spec: TaskSpec,
-    logits: Array,
-    labels: Array,
+    outputs: Array,
+    truth: Array,
     *,
     samples: int = 1000,
     seed: int = 0,
@@ -36,7 +45,7 @@ def bootstrap_interval(
     """Compute each metric's percentile bootstrap interval over examples (Efron & Tibshirani 1993, ch. 13).
 
     Args:
-        spec, logits, labels, parts: as `mergelab.tasks.metrics.score` takes them; the same names come back.
+        spec, outputs, truth, parts: as `mergelab.tasks.metrics.score` takes them; the same names come back.
         samples: resamples.
         seed: of the draws.
         level: the share of resamples inside the interval.
@@ -44,12 +53,12 @@ def bootstrap_interval(
     Raises:
         DataError: the examples have no labels, or shapes do not fit.
     """
-    check_scorable(spec, logits, labels)
+    check_scorable(spec, outputs, truth)
     tail = (1 - level) / 2
     bounds: dict[str, tuple[float, float]] = {}
-    for suffix, members in [("", np.arange(len(labels))), *((f"_{name}", m) for name, m in part_members(spec, parts))]:
+    for suffix, members in [("", np.arange(len(truth))), *((f"_{name}", m) for name, m in part_members(spec, parts))]:
         random = np.random.default_rng([seed, len(bounds)])
-        (values,) = _resampled(spec, [predicted(spec, logits[members])], labels[members], samples, random)
+        (values,) = _resampled(spec, [outputs[members]], truth[members], samples, random)
         for name in spec.metrics:
             low, high = np.quantile(values[name], [tail, 1 - tail])
             bounds[name + suffix] = (float(low), float(high))
@@ -57,7 +66,7 @@ def bootstrap_interval(
 
 
 def paired_test(
-    spec: TaskSpec, first: Array, second: Array, labels: Array, *, samples: int = 10_000, seed: int = 0
+    spec: TaskSpec, first: Array, second: Array, truth: Array, *, samples: int = 10_000, seed: int = 0
 ) -> float:
     """Test whether two models differ on the task's primary metric: paired bootstrap, two-sided.
 
@@ -69,57 +78,75 @@ def paired_test(
     the added one: Davison & Hinkley 1997, §4.2.
 
     Args:
-        first, second: (n, C) outputs of the two models, in the order of the dataset's labels.
-        labels: (n,) true labels.
+        first, second: outputs of the two models, as `mergelab.tasks.metrics.score` takes them.
+        truth: as there.
 
     Raises:
         DataError: the examples have no labels, or shapes do not fit.
     """
-    check_scorable(spec, first, labels)
-    check_scorable(spec, second, labels)
-    both = [predicted(spec, first), predicted(spec, second)]
-    ones = np.ones((1, len(labels)))
-    if spec.is_regression:
-        at = [float(_correlations(spec.metrics, values, labels, ones)[spec.primary][0]) for values in both]
-    else:
-        at = [float(_from_counts(spec.primary, _confusion(spec, values, labels)[None])[0]) for values in both]
+    spec = replace(spec, metrics=(spec.primary,))
+    at = [score(spec, outputs, truth)[spec.primary] for outputs in (first, second)]
     delta = at[0] - at[1]
-    drawn = _resampled(spec, both, labels, samples, np.random.default_rng(seed))
+    drawn = _resampled(spec, [first, second], truth, samples, np.random.default_rng(seed))
     moved = drawn[0][spec.primary] - drawn[1][spec.primary] - delta
     # The tolerance keeps ties, which are common with few examples, from being decided by rounding.
     hits = int((np.abs(moved) >= abs(delta) - 1e-12).sum())
     return (1 + hits) / (1 + samples)
 
 
-def chance_level(spec: TaskSpec, labels: Array) -> float:
-    """Answer what the best constant prediction gets on the primary metric; correlations, which it has not, are 0."""
-    if spec.is_regression:
+def chance_level(spec: TaskSpec, truth: Array) -> float | None:
+    """Answer what the best constant prediction gets on the primary metric; ``None`` where there is no such thing.
+
+    Correlations, which a constant has not, are 0, and so is what an empty text gets.
+    """
+    if spec.direction == "minimize" or not spec.metrics:
+        return None
+    if spec.kind == "generation" and spec.labels is not None:
+        constants = [np.full(len(truth), word) for word in spec.label_words or spec.labels]
+        return max(score(replace(spec, metrics=(spec.primary,)), c, truth)[spec.primary] for c in constants)
+    if spec.labels is None:
         return 0.0
-    constants = [np.full(len(labels), label) for label in range(spec.outputs)]
-    return max(float(_from_counts(spec.primary, _confusion(spec, c, labels)[None])[0]) for c in constants)
+    constants = [np.full(len(truth), label) for label in range(spec.outputs)]
+    return max(float(_from_counts(spec.primary, _confusion(spec, c, truth)[None])[0]) for c in constants)
 
 
 # -------------------------------------------------------------------------------------------------------------- drawing
 
 
 def _resampled(
-    spec: TaskSpec, predictions: Sequence[Array], labels: Array, samples: int, random: np.random.Generator
+    spec: TaskSpec, outputs: Sequence[Array], truth: Array, samples: int, random: np.random.Generator
 ) -> list[dict[str, Array]]:
-    """Score each model's predictions (n,) on the same resamples: per model and metric, (samples,) values."""
+    """Score each model's outputs on the same resamples: per model and metric, (samples,) values."""
+    if not spec.outputs:
+        return _resampled_rows(spec, [example_statistics(spec, own, truth) for own in outputs], samples, random)
+    predictions = [predicted(spec, own) for own in outputs]
     if spec.is_regression:
         found: list[list[dict[str, Array]]] = [[] for _ in predictions]
-        for counts in _draw_counts(len(labels), samples, random):
+        for counts in _draw_counts(len(truth), samples, random):
             for model, values in zip(found, predictions, strict=True):
-                model.append(_correlations(spec.metrics, values, labels, counts))
+                model.append(_correlations(spec.metrics, values, truth, counts))
         return [{name: np.concatenate([chunk[name] for chunk in model]) for name in spec.metrics} for model in found]
     classes = spec.outputs
     shape = (classes,) * (len(predictions) + 1)
-    cells = np.ravel_multi_index((*predictions, labels), shape)
-    frequency = np.bincount(cells, minlength=int(np.prod(shape))) / len(labels)
-    drawn = random.multinomial(len(labels), frequency, size=samples).reshape(samples, *shape)
+    cells = np.ravel_multi_index((*predictions, truth), shape)
+    frequency = np.bincount(cells, minlength=int(np.prod(shape))) / len(truth)
+    drawn = random.multinomial(len(truth), frequency, size=samples).reshape(samples, *shape)
     models = range(len(predictions))
     confusions = [drawn.sum(axis=tuple(1 + other for other in models if other != model)) for model in models]
     return [{name: _from_counts(name, confusion) for name in spec.metrics} for confusion in confusions]
+
+
+def _resampled_rows(
+    spec: TaskSpec, models: Sequence[dict[str, Array]], samples: int, random: np.random.Generator
+) -> list[dict[str, Array]]:
+    found = [{name: np.empty(samples) for name in spec.metrics} for _ in models]
+    count = len(models[0][spec.metrics[0]])
+    for index in range(samples):
+        drawn = random.integers(count, size=count)
+        for values, rows in zip(found, models, strict=True):
+            for name in spec.metrics:
+                values[name][index] = value_of_rows(spec, name, rows[name][drawn])
+    return found
 
 
 def _draw_counts(examples: int, samples: int, random: np.random.Generator) -> Iterator[Array]:

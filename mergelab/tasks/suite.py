@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from mergelab.errors import DataError, listed
 
@@ -14,8 +14,12 @@ def average(scores: Mapping[str, float]) -> float:
     return sum(scores.values()) / len(scores)
 
 
-def normalised(scores: Mapping[str, float], experts: Mapping[str, float]) -> dict[str, float]:
-    """Divide each task's score by that of the task's own expert: 1.0 is as good as not merging.
+def normalised(
+    scores: Mapping[str, float], experts: Mapping[str, float], minimized: Collection[str] = ()
+) -> dict[str, float]:
+    """Divide each task's score by that of the task's own expert: 1.0 is as good as not merging, more is better.
+
+    Of the tasks in ``minimized``, whose scores are better when they are less, the expert's is divided by the score.
 
     Raises:
         DataError: a task's expert was not measured, or its score is not positive.
@@ -24,13 +28,16 @@ def normalised(scores: Mapping[str, float], experts: Mapping[str, float]) -> dic
         raise DataError(f"no expert was measured on {listed(lacking)}, there is nothing to normalise by")
     if low := [f"{task} {experts[task]:.4f}" for task in scores if not experts[task] > 0]:
         raise DataError(f"cannot normalise by an expert's score that is not positive: {listed(low)}")
-    return {task: score / experts[task] for task, score in scores.items()}
+    ratios = {task: score / experts[task] for task, score in scores.items()}
+    return {task: 1 / ratio if task in minimized and ratio else ratio for task, ratio in ratios.items()}
 
 
-def normalised_average(scores: Mapping[str, float], experts: Mapping[str, float]) -> float:
+def normalised_average(
+    scores: Mapping[str, float], experts: Mapping[str, float], minimized: Collection[str] = ()
+) -> float:
     """Average `normalised` over the tasks.
 
     Raises:
         DataError: as `normalised` and `average`.
     """
-    return average(normalised(scores, experts))
+    return average(normalised(scores, experts, minimized))

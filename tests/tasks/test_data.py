@@ -13,6 +13,7 @@ from mergelab.errors import DataError, HubError
 from mergelab.tasks.data import load_data
 from mergelab.tasks.spec import TaskSpec, load_task
 from tests.tasks.tiny import rte_columns, write_parquet
+from tests.tasks.writers import generation_task, language_task
 
 NAMES = ["entailment", "not_entailment"]
 
@@ -225,3 +226,109 @@ def test_real_glue_data_are_read_as_they_are(task: str, glue_data: Path) -> None
     np.testing.assert_array_equal(data.labels, table["label"].to_numpy())
     np.testing.assert_array_equal(data.idx, table["idx"].to_numpy())
     assert data.labelled
+
+
+def _sums(tmp_path: Path, columns: dict[str, Any], **settings: Any) -> Any:
+    write_parquet(tmp_path / "validation.parquet", columns)
+    return load_data(generation_task(**settings), data_dir=tmp_path)
+
+
+def test_prompts_are_made_of_columns_and_references_may_be_texts_or_lists(tmp_path: Path) -> None:
+    columns = {
+        "question": ["one and one", "two and two"],
+        "unit": ["eggs", "cups"],
+        "answer": ["2", "4"],
+        "others": [["two", "ii"], ["four"]],
+    }
+    prompt = {"prompt": "How many {unit}: {question}?", "references": ["answer", "others"]}
+    data = _sums(tmp_path, columns, **prompt)
+    assert data.texts == (("How many eggs: one and one?",), ("How many cups: two and two?",))
+    assert data.references.tolist() == [("2", "two", "ii"), ("4", "four")]
+    assert data.truth is data.references
+    assert data.labelled
+
+
+def test_rows_with_one_value_are_one_example_with_all_their_references(tmp_path: Path) -> None:
+    columns = {"question": ["a", "b", "a", "c", "a"], "answer": ["1", "2", "3", "4", "5"]}
+    data = _sums(tmp_path, columns, group_by="question")
+    assert data.texts == (("a",), ("b",), ("c",))
+    assert data.references.tolist() == [("1", "3", "5"), ("2",), ("4",)]
+    assert data.idx.tolist() == [0, 1, 3]
+    assert len(_sums(tmp_path, columns, group_by=None)) == 5
+
+
+def test_answers_are_found_in_references_too(tmp_path: Path) -> None:
+    columns = {"question": ["a", "b"], "answer": ["3 + 4 = 7\n#### 7", "so 1,200 it is\n#### 1,200"]}
+    assert _sums(tmp_path, columns, answer="number").references.tolist() == [("7",), ("1200",)]
+
+
+def test_labels_are_answered_by_their_words_and_scores_with_one_digit(rte: TaskSpec, tmp_path: Path) -> None:
+    words = {"references": [], "labels": list(rte.labels or ()), "label_words": ["yes", "no"], "metrics": ["accuracy"]}
+    settings = {**words, "primary": "accuracy", "prompt": "{sentence1} / {sentence2}?"}
+    write_parquet(tmp_path / "validation.parquet", rte_columns([0, 1, 1]), NAMES[::-1])
+    data = load_data(generation_task(**settings), data_dir=tmp_path)
+    assert (data.labels.tolist(), data.references.tolist()) == ([1, 0, 0], [("no",), ("yes",), ("yes",)])
+    scores = {"references": ["label"], "answer": "score", "metrics": ["pearson"], "primary": "pearson"}
+    write_parquet(tmp_path / "validation.parquet", rte_columns([0.0, 2.46, 5.0]))
+    data = load_data(generation_task(**{**scores, "prompt": "{sentence1}"}), data_dir=tmp_path)
+    assert data.references.tolist() == [("0.0",), ("2.5",), ("5.0",)]
+    assert data.labels.tolist() == [0.0, 2.5, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "message"),
+    [
+        ({"question": ["a"]}, {}, "lacks the columns answer: needs question, answer, has question"),
+        ({"question": ["a", "b"], "answer": ["1", None]}, {}, "1 of 2 rows have no reference in answer .*row 1"),
+        ({"question": ["a"], "answer": [[]]}, {}, "1 of 1 rows have no reference"),
+        ({"question": ["a"], "answer": ["none"]}, {"answer": "number"}, r"no reference in answer \(answer: number\)"),
+        ({"question": ["a"], "answer": [1]}, {}, "the column answer must hold texts or lists of texts, it holds int64"),
+        ({"question": ["a"], "answer": ["1"]}, {"group_by": "topic"}, "lacks the columns topic"),
+    ],
+)
+def test_references_that_are_missing_are_one_line(
+    tmp_path: Path, columns: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message) as raised:
+        _sums(tmp_path, {**columns, "more": ["x"] * len(columns["question"])}, **settings)
+    assert "\n" not in str(raised.value)
+
+
+def test_rows_that_are_read_as_one_text_keep_every_character(tmp_path: Path) -> None:
+    rows = ["", " = Title = \n", "", "The judge .\n", " ", "Kings .\n", ""]
+    write_parquet(tmp_path / "test.parquet", {"text": rows})
+    data = load_data(language_task(join="\n\n"), data_dir=tmp_path)
+    assert "".join(before + text for before, text in data.texts) == "\n\n".join(rows)
+    assert [text.strip() for _, text in data.texts] == ["= Title =", "The judge .", "Kings ."]
+    assert data.idx.tolist() == [1, 3, 5]
+    assert load_data(language_task(join="\n\n"), data_dir=tmp_path, limit=2).texts == data.texts[:2]
+    assert load_data(language_task(), data_dir=tmp_path).texts == (
+        ("", " = Title = \n"),
+        ("", "The judge .\n"),
+        ("", "Kings .\n"),
+    )
+    write_parquet(tmp_path / "test.parquet", {"text": ["", " "]})
+    with pytest.raises(DataError, match="no row has any words"):
+        load_data(language_task(), data_dir=tmp_path)
+
+
+def test_data_may_lie_under_the_name_of_the_datasets_configuration(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "wikitext-2-raw-v1" / "test.parquet", {"text": ["The judge ."]})
+    assert len(load_data(load_task("wikitext"), data_dir=tmp_path)) == 1
+
+
+def test_the_fingerprint_changes_with_the_references(tmp_path: Path) -> None:
+    first = _sums(tmp_path, {"question": ["a"], "answer": ["1"]})
+    assert _sums(tmp_path, {"question": ["a"], "answer": ["2"]}).fingerprint != first.fingerprint
+
+
+@pytest.mark.real_data
+def test_real_texts_are_read_as_they_are(glue_data: Path) -> None:
+    folder = glue_data.parent / "generation"
+    wikitext = load_data(load_task("wikitext"), data_dir=folder)
+    rows = pq.read_table(folder / "wikitext-2-raw-v1" / "test.parquet")["text"].to_pylist()
+    assert "".join(before + text for before, text in wikitext.texts) == "\n\n".join(rows)
+    e2e = load_data(load_task("e2e_nlg"), data_dir=folder)
+    table = pq.read_table(folder / "e2e_nlg" / "validation.parquet")
+    assert len(e2e) == len(set(table["meaning_representation"].to_pylist())) == 547
+    assert sum(map(len, e2e.references)) == table.num_rows

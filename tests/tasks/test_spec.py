@@ -136,3 +136,61 @@ def test_every_task_file_composes_with_the_models_that_it_is_for(name: str) -> N
     assert (suite.name, suite.limit) == (name, 7)
     assert config.models.name
     assert len((CONF_DIR / "task" / f"{name}.yaml").read_text().splitlines()) <= 15
+
+
+GENERATION = {
+    "name": "sums", "version": 1, "kind": "generation", "dataset": {"path": "x"}, "prompt": "{question}",
+    "references": ["answer"], "metrics": ["exact_match"], "primary": "exact_match",
+}  # fmt: skip
+LANGUAGE = {
+    "name": "words", "version": 1, "kind": "language_modelling", "dataset": {"path": "x"}, "columns": ["text"],
+    "metrics": ["word_perplexity"], "primary": "word_perplexity",
+}  # fmt: skip
+PROMPTS = {"name": "prompts", "version": 1, "kind": "prompts", "prompts": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "message"),
+    [
+        (GENERATION, {"kind": "generating"}, r"task\.kind='generating': must be one of .*did you mean 'generation'"),
+        (GENERATION, {"prompt": "{question} {"}, r"task\.prompt="),
+        (GENERATION, {"prompt": "no column"}, "must name a column in braces"),
+        (GENERATION, {"references": []}, "name the columns of references, or task.labels"),
+        (GENERATION, {"labels": ["a", "b"]}, "and not both"),
+        (GENERATION, {"answer": "label"}, "must be label where there are task.labels"),
+        (GENERATION, {"answer": "digits"}, r"task\.answer='digits'"),
+        (GENERATION, {"references": [], "labels": ["a", "b"], "label_words": ["a", "b", "c"]}, "must be as many as"),
+        (GENERATION, {"references": [], "labels": ["a", "b"], "group_by": "a"}, r"task\.group_by=a"),
+        (GENERATION, {"shots": 2}, "task.examples names no worked examples"),
+        (GENERATION, {"metrics": ["rouge3"]}, "no metric 'rouge3'; did you mean 'rouge"),
+        (GENERATION, {"metrics": ["word_perplexity"]}, "no metric 'word_perplexity'"),
+        (GENERATION, {"decoding": {"temprature": 1.0}}, r"task\.decoding\.temprature: no such key; did you mean"),
+        (GENERATION, {"decoding": {"temperature": 0.0}}, r"task\.decoding\.temperature=0\.0: must be greater than 0"),
+        (GENERATION, {"decoding": {"do_sample": True, "num_beams": 2}}, "beams are searched, not sampled"),
+        (GENERATION, {"decoding": {"min_new_tokens": 80}}, "must be at most max_new_tokens=64"),
+        (LANGUAGE, {"stride": 20, "window": 10}, r"task\.stride=20: must be at most task\.window=10"),
+        (LANGUAGE, {"metrics": ["rougeL"], "primary": "rougeL"}, "no metric 'rougeL'"),
+        (LANGUAGE, {"columns": ["text", "more"]}, "columns"),
+        (PROMPTS, {"prompts": []}, r"task\.prompts=\[\]: needs at least one prompt"),
+        (PROMPTS, {"prompts": [" "]}, "needs at least one prompt"),
+        (PROMPTS, {"metrics": ["rouge1"]}, r"task\.metrics: no such key"),
+    ],
+)
+def test_what_is_wrong_in_a_task_of_texts_is_one_line(
+    task: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as raised:
+        task_from_config(task | changes)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_task_says_in_which_direction_models_are_better() -> None:
+    assert task_from_config(LANGUAGE).direction == "minimize"
+    assert task_from_config(GENERATION).direction == "maximize"
+    invalid = {"answer": "number", "metrics": ["invalid_rate"], "primary": "invalid_rate"}
+    assert task_from_config(GENERATION | invalid).direction == "minimize"
+    assert load_task("rte").direction == "maximize"
+
+
+def test_the_prompts_columns_are_those_that_its_template_names() -> None:
+    assert task_from_config(GENERATION | {"prompt": "{b} and {a}, {b}"}).columns == ("b", "a")

@@ -13,6 +13,7 @@ from mergelab.tasks import statistics
 from mergelab.tasks.metrics import predicted, score
 from mergelab.tasks.spec import TaskSpec, load_task
 from mergelab.tasks.statistics import bootstrap_interval, chance_level, paired_test
+from tests.tasks.writers import generation_task, language_task
 
 Array = np.ndarray[Any, Any]
 BINARY = replace(load_task("mrpc"), metrics=("accuracy", "f1", "matthews_correlation"))
@@ -200,3 +201,60 @@ def test_hidden_labels_have_no_statistics() -> None:
         bootstrap_interval(load_task("rte"), logits, hidden)
     with pytest.raises(DataError, match="hidden"):
         paired_test(load_task("rte"), logits, logits, hidden)
+
+
+LANGUAGE = language_task()
+
+
+def likelihoods(count: int, seed: int, mean: float = 3.0) -> Array:
+    draw = np.random.default_rng(seed)
+    tokens = draw.integers(5, 40, size=count).astype(np.float64)
+    return np.column_stack([draw.normal(mean, 0.4, size=count) * tokens, tokens, np.ceil(tokens / 1.3)])
+
+
+def test_perplexity_has_an_interval_that_agrees_with_scipys_bootstrap() -> None:
+    rows, truth = likelihoods(120, 0), np.zeros(120, dtype=np.int64)
+    found = bootstrap_interval(LANGUAGE, rows, truth, samples=4000, seed=1)
+    for column, name in ((1, "token_perplexity"), (2, "word_perplexity")):
+        expected = stats.bootstrap(
+            (rows[:, 0], rows[:, column]), lambda nll, units: np.exp(nll.sum() / units.sum()), method="percentile",
+            n_resamples=4000, vectorized=False, paired=True, rng=0,
+        ).confidence_interval  # fmt: skip
+        low, high = found[name]
+        assert expected.low == pytest.approx(low, abs=0.05 * (high - low))
+        assert expected.high == pytest.approx(high, abs=0.05 * (high - low))
+        assert low < score(LANGUAGE, rows, truth)[name] < high
+
+
+def test_likelihoods_of_two_models_are_compared_in_pairs() -> None:
+    rows, truth = likelihoods(80, 0), np.zeros(80, dtype=np.int64)
+    better = rows - np.outer(0.1 * rows[:, 1], [1, 0, 0])  # on every example a little
+    assert paired_test(LANGUAGE, rows, better, truth, samples=1000) == pytest.approx(1 / 1001)
+    assert paired_test(LANGUAGE, rows, likelihoods(80, 5), truth, samples=1000) > 0.05
+    assert paired_test(LANGUAGE, rows, rows.copy(), truth, samples=1000) == 1.0
+    assert chance_level(LANGUAGE, truth) is None
+
+
+def test_generated_texts_have_intervals_and_tests_like_any_other_answers() -> None:
+    spec = generation_task(metrics=["exact_match", "rouge1"], primary="rouge1")
+    truth = np.empty(60, dtype=object)
+    truth[:] = [(f"the judge calls nurse {i}", "kings") for i in range(60)]
+    good, bad = truth.copy(), truth.copy()
+    good[:] = [texts[0] if i % 3 else "farmers" for i, texts in enumerate(truth)]
+    bad[:] = ["the farmers follow"] * 60
+    values, bounds = score(spec, good, truth), bootstrap_interval(spec, good, truth, samples=300)
+    assert values["exact_match"] == pytest.approx(40 / 60)
+    for name, (low, high) in bounds.items():
+        assert low < values[name] < high
+    assert paired_test(spec, good, bad, truth, samples=300) == pytest.approx(1 / 301)
+    assert chance_level(spec, truth) == 0.0
+
+
+def test_answered_labels_are_at_chance_where_one_word_would_do() -> None:
+    words = {"references": [], "labels": ["a", "b"], "label_words": ["yes", "no"]}
+    spec = generation_task(**words, metrics=["accuracy", "invalid_rate"], primary="accuracy")
+    truth = np.empty(10, dtype=object)
+    truth[:] = [("yes",)] * 7 + [("no",)] * 3
+    assert chance_level(spec, truth) == pytest.approx(0.7)
+    said = np.array(["Yes."] * 5 + ["maybe"] * 3 + ["no"] * 2, dtype=object)
+    assert score(spec, said, truth) == pytest.approx({"accuracy": 0.7, "invalid_rate": 0.3})

@@ -32,3 +32,9 @@ def test_an_expert_without_a_positive_score_is_no_measure(score: float) -> None:
 def test_nothing_cannot_be_averaged() -> None:
     with pytest.raises(DataError, match="nothing to average"):
         average({})
+
+
+def test_where_less_is_better_the_experts_score_is_divided() -> None:
+    scores, experts = {"samsum": 0.3, "wikitext": 40.0}, {"samsum": 0.4, "wikitext": 30.0}
+    assert normalised(scores, experts, minimized=["wikitext"]) == pytest.approx({"samsum": 0.75, "wikitext": 0.75})
+    assert normalised_average(scores, experts, ["wikitext"]) == pytest.approx(0.75)

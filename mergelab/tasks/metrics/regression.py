@@ -28,6 +28,16 @@ def _correlation(function: Callable[..., Any], predictions: Any, references: Any
     return 0.0 if math.isnan(value) else value
 
 
+def pearson(predictions: Any, references: Any) -> float:
+    """Compute Pearson's correlation of two sequences of n ≥ 2 numbers."""
+    return _correlation(pearsonr, predictions, references)
+
+
+def spearman(predictions: Any, references: Any) -> float:
+    """Compute Spearman's rank correlation of two sequences of n ≥ 2 numbers."""
+    return _correlation(spearmanr, predictions, references)
+
+
 class Pearson(evaluate.Metric):  # type: ignore[misc]
     """Pearson's linear correlation."""
 
@@ -35,7 +45,7 @@ class Pearson(evaluate.Metric):  # type: ignore[misc]
         return _info("Pearson's linear correlation.")
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"pearson": _correlation(pearsonr, predictions, references)}
+        return {"pearson": pearson(predictions, references)}
 
 
 class Spearmanr(evaluate.Metric):  # type: ignore[misc]
@@ -45,4 +55,4 @@ class Spearmanr(evaluate.Metric):  # type: ignore[misc]
         return _info("Spearman's rank correlation.")
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"spearmanr": _correlation(spearmanr, predictions, references)}
+        return {"spearmanr": spearman(predictions, references)}
