@@ -8,12 +8,17 @@ import sys
 from typing import Any
 
 from mergelab.config import CONF_DIR
-from mergelab.errors import MergelabError, did_you_mean
+from mergelab.errors import ConfigError, MergelabError, did_you_mean
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-# Keys that a ready config need not have: a method's parameters, experts of the user's own, a vocabulary. What is
-# unknown there is found out, with a better message, when the method and the models are checked.
-_OPEN_KEYS = re.compile(r"^(method\.[\w.]+|models\.vocab|models\.experts\.[\w.\-]+)=")
+# Keys that a ready config need not have: parameters of a method, settings of a task, experts of the user's own, how
+# models are merged, options of Ray's. What is unknown there is found out, with a better message, when the part of
+# mergelab that owns it looks.
+_OPEN_KEYS = re.compile(
+    r"^(method\.[\w.]+|task\.[\w.\-]+|models\.(vocab|leave_out|merge_new|base\.\w+|experts\.[\w.\-]+)"
+    r"|hydra\.launcher\.ray\.(init|remote)\.[\w.]+)="
+)
+_WHOLE = re.compile(r"^(models\.experts)=|^(models\.base)=\s*\{")
 
 
 def main() -> None:
@@ -39,9 +44,9 @@ def main() -> None:
 
 
 def _for_hydra(argument: str) -> list[str]:
-    """Spell an override for Hydra: open keys may be new, and a whole set of experts takes the old one's place."""
-    if argument.startswith("models.experts="):
-        return ["~models.experts", f"+{argument}"]
+    """Spell an override for Hydra: open keys may be new; a whole set of experts, or a pair, replaces the old one."""
+    if match := _WHOLE.match(argument):
+        return [f"~{match[1] or match[2]}", f"+{argument}"]
     return [f"++{argument}" if _OPEN_KEYS.match(argument) else argument]
 
 
@@ -50,13 +55,24 @@ def _compose_and_run() -> None:
 
     failures: list[MergelabError] = []
 
-    def job(config: Any) -> float | None:
+    def job(config: Any) -> Any:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
+        from omegaconf import OmegaConf
 
+        if OmegaConf.select(config, "sweep.job") is not None:
+            from mergelab.trial import run_job
+
+            return run_job(config)
         from mergelab.experiment import run_experiment
 
         try:
+            if config.get("sweep") is not None and HydraConfig.get().mode == RunMode.RUN:
+                chosen = HydraConfig.get().runtime.choices.get("sweep")
+                raise ConfigError(
+                    f"sweep={chosen}: a sweep is started with -m: python -m mergelab -m sweep={chosen} ...; "
+                    "without -m this is one experiment: leave sweep out"
+                )
             return run_experiment(config)
         except MergelabError as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -104,14 +120,14 @@ def _one_line(error: BaseException) -> str | None:
 
 
 def _known_keys() -> list[str]:
-    """List every key and group of the default configuration."""
+    """List every key and group of the default configuration, a sweep's among them."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        config = compose("config")
+        config = compose("config", ["sweep=ties"])
 
     def walk(node: Any, prefix: str) -> list[str]:
         names = []

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mergelab.tasks.data import TaskData
     from mergelab.tasks.evaluate import Encoded
     from mergelab.tasks.spec import TaskSpec
+    from mergelab.tasks.teaching import Taught
 
 Progress = Callable[[str, float], None]
 TRAINING_SPLIT = "train"
@@ -47,7 +48,7 @@ class TrainingExamples:
     @property
     def count(self) -> int:
         """How many examples there are."""
-        return len(self.data.texts)
+        return len(self.data.texts) if self.data.spec.outputs else len(self._taught)
 
     @property
     def key(self) -> str:
@@ -80,14 +81,19 @@ class TrainingExamples:
         from mergelab.tasks.evaluate import agree_on_padding, check_lengths, input_batches
 
         module = self.session.module(self.data.spec.outputs)
-        check_lengths(module, self._encoded)
-        pad_id = agree_on_padding(module, self._encoded.pad_id)
+        if self.data.spec.outputs:
+            check_lengths(module, self._encoded)
+            pad_id = agree_on_padding(module, self._encoded.pad_id)
+            lengths = self._encoded.lengths
+            batches = input_batches(module, self._encoded, pad_id, self._batch_tokens)
+        else:
+            lengths, batches = self._taught.lengths, self._taught.batches(self._batch_tokens)
         done = 0
-        for members, inputs in input_batches(module, self._encoded, pad_id, self._batch_tokens):
+        for members, inputs in batches:
             yield {**inputs, LABELS: torch.from_numpy(self.data.labels[members])} if self.labelled else inputs
-            done += int(self._encoded.lengths[members].sum())
+            done += int(lengths[members].sum())
             message = f"running {self.label} on {self.count} training examples of {self.data.spec.name}"
-            self.progress(message, done / int(self._encoded.lengths.sum()))
+            self.progress(message, done / int(lengths.sum()))
 
     @cached_property
     def _encoded(self) -> Encoded:
@@ -96,6 +102,23 @@ class TrainingExamples:
         tokenizer = self.session.tokenizer
         config = self.session.module(self.data.spec.outputs).config
         return encode(self.data, tokenizer, max_input_length(config, tokenizer, self.session.config.eval.max_length))
+
+    @cached_property
+    def _taught(self) -> Taught:
+        from mergelab.tasks.teaching import taught
+
+        found = taught(
+            self.data,
+            self.session.module(self.data.spec.outputs).config,
+            self.session.tokenizer,
+            writes_with=self.session.decoder_tokenizer,
+            max_length=self.session.config.eval.max_length,
+        )
+        if not len(found):
+            raise DataError(
+                f"the training split of {self.data.spec.name} has no example that is long enough to learn from"
+            )
+        return found
 
     @property
     def _batch_tokens(self) -> int:
@@ -135,6 +158,8 @@ class Calibration:
 
         index = [each.name for each in self.session.located.experts].index(expert)
         task = self._task(index)
+        if task.kind in ("prompts", "lm_eval"):
+            raise ConfigError(f"method={self.method}: learns from training examples, and {task.name} has none")
         if TRAINING_SPLIT in task.splits:
             raise ConfigError(
                 f"method={self.method}: learns from the training split of {task.name}, "
@@ -152,6 +177,8 @@ class Calibration:
             )
         except DataError as error:
             raise DataError(f"method={self.method}: needs the training split of {task.name}: {error}") from error
+        if not task.outputs:  # what is to be written is the examples' own
+            labelled = False
         if labelled and not data.labelled:
             raise DataError(f"method={self.method}: needs labels, and the training split of {task.name} has none")
         self.drawn[expert] = TrainingExamples(self.session, index, data, labelled, self.progress)

@@ -8,7 +8,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from mergelab.errors import ConfigError, did_you_mean, listed
 
@@ -41,10 +50,51 @@ class Schema(BaseModel):
     )
 
 
+class PairConfig(Schema):
+    """An encoder and a decoder that are joined, as ``EncoderDecoderModel.from_encoder_decoder_pretrained`` does it."""
+
+    encoder: str
+    decoder: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the weights that neither of the two has: the cross-attention."""
+    decoder_start_token_id: Annotated[int, Field(ge=0)] | None = None
+    pad_token_id: Annotated[int, Field(ge=0)] | None = None
+    eos_token_id: Annotated[int, Field(ge=0)] | None = None
+    """By default these three are the decoder's own."""
+
+
+def _kind_of_reference(value: object) -> str:
+    return _PAIR if isinstance(value, Mapping | PairConfig) else _NAME
+
+
+# Steps of pydantic's paths that are no keys of the configuration are in brackets.
+_NAME, _PAIR = "[name]", "[pair]"
+ReferenceConfig = Annotated[
+    Annotated[str, Tag(_NAME)] | Annotated[PairConfig, Tag(_PAIR)], Discriminator(_kind_of_reference)
+]
+_Layers = list[Annotated[int, Field(ge=0)]]
+
+
+class LayersConfig(Schema):
+    """Numbers of layers, from 0, of an encoder and of a decoder."""
+
+    encoder: _Layers = []
+    decoder: _Layers = []
+
+
+_BOTH, _EACH = "[both]", "[each]"
+LeaveOut = Annotated[
+    Annotated[_Layers, Tag(_BOTH)] | Annotated[LayersConfig, Tag(_EACH)],
+    Discriminator(lambda value: _EACH if isinstance(value, Mapping | LayersConfig) else _BOTH),
+]
+
+
 class ExpertConfig(Schema):
     """One expert: where it is, its weight in the merge, and what it was made for."""
 
-    reference: str
+    reference: ReferenceConfig
+    part: Literal["encoder", "decoder"] | None = None
+    """Which part of an encoder-decoder base it takes the place of; the other part is the base's."""
     weight: float = 1.0
     task: str | None = None
     """The task that its head serves; by default the expert's name where that is a task's name."""
@@ -56,12 +106,18 @@ class ModelsConfig(Schema):
     """What is merged."""
 
     name: str
-    base: str | None = None
+    base: ReferenceConfig | None = None
     experts: dict[str, ExpertConfig] = Field(min_length=1)
     head: str = "average"
     passthrough: list[str] = []
+    leave_out: LeaveOut = []
+    """Layers that skip the merge and stay the base's; a plain list counts in the encoder and in the decoder."""
+    merge_new: bool = False
+    """Whether weights that no checkpoint had, such as a warm start's cross-attention, are merged like any other."""
     vocab: Literal["base", "union"] | None = None
     """Whose tokens the merged model has, where the models' differ: the base's, or those of all; None: they do not."""
+    mini: Literal["law_recipes", "summaries"] | None = None
+    """The embedded miniature that takes the models' place without a hub; None: that of the measured GLUE tasks."""
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -70,11 +126,26 @@ class ModelsConfig(Schema):
             experts = _names(experts)
         if isinstance(experts, Mapping):
             return {
-                str(name): {"reference": value} if isinstance(value, str) else value
+                str(name): _with_reference(value)
                 for name, value in experts.items()
                 if value is not None  # `models.experts.NAME=null` leaves an expert of a ready set out
             }
         return experts
+
+    @field_validator("experts")
+    @classmethod
+    def _parts_have_a_base(cls, experts: dict[str, ExpertConfig], info: ValidationInfo) -> dict[str, ExpertConfig]:
+        for name, expert in experts.items():
+            if expert.part and info.data.get("base", "") is None:
+                raise ValueError(f"{name} has part={expert.part}, and there is no base model for the other part")
+        return experts
+
+    @field_validator("leave_out")
+    @classmethod
+    def _leaves_the_bases(cls, leave_out: LeaveOut, info: ValidationInfo) -> LeaveOut:
+        if leave_out and info.data.get("base", "") is None:
+            raise ValueError("there is no base model (models.base is null) whose layers are kept")
+        return leave_out
 
     @field_validator("head")
     @classmethod
@@ -94,17 +165,33 @@ class ModelsConfig(Schema):
         return vocab
 
 
+def _with_reference(expert: object) -> object:
+    """Bring the short forms of an expert, a reference or a pair alone, to the long one."""
+    if isinstance(expert, str):
+        return {"reference": expert}
+    if isinstance(expert, Mapping) and "reference" not in expert and expert.keys() & {"encoder", "decoder"}:
+        pair = {key: value for key, value in expert.items() if key in PairConfig.model_fields}
+        return {"reference": pair, **{key: value for key, value in expert.items() if key not in pair}}
+    return expert
+
+
 def _names(references: Sequence[object]) -> dict[str, object]:
     """Name the experts of a plain list after the last part of their references, numbered where that repeats."""
     named: dict[str, object] = {}
     for entry in references:
-        text = entry.get("reference", "") if isinstance(entry, Mapping) else entry
-        stem = re.sub(r"@.*$", "", str(text)).rstrip("/").rsplit("/", 1)[-1] or "expert"
+        expert = _with_reference(entry)
+        reference = expert.get("reference", "") if isinstance(expert, Mapping) else expert
+        pair = [reference.get("encoder", ""), reference.get("decoder", "")] if isinstance(reference, Mapping) else None
+        stem = "-".join(_stem(text) for text in pair or [reference])
         name, number = stem, 2
         while name in named:
             name, number = f"{stem}-{number}", number + 1
         named[name] = entry
     return named
+
+
+def _stem(reference: object) -> str:
+    return re.sub(r"@.*$", "", str(reference)).rstrip("/").rsplit("/", 1)[-1] or "expert"
 
 
 class EvalConfig(Schema):
@@ -171,7 +258,7 @@ def check(schema: type[SchemaT], values: Mapping[str, Any], where: str = "") -> 
 
 def _line(schema: type[BaseModel], where: str, problem: Any) -> str:
     """Say one of pydantic's problems as ``method.density=0: must be greater than 0``."""
-    path = ".".join(str(part) for part in (*filter(None, [where]), *problem["loc"]) if part != "[key]")
+    path = ".".join(str(part) for part in (*filter(None, [where]), *problem["loc"]) if not str(part).startswith("["))
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         known = [field.alias or name for name, field in _schema_at(schema, problem["loc"][:-1]).model_fields.items()]
@@ -187,6 +274,7 @@ def _line(schema: type[BaseModel], where: str, problem: Any) -> str:
         "literal_error": "must be one of {expected}",
         "float_type": "must be a number",
         "int_type": "must be a whole number",
+        "list_type": "must be a list",
         "int_from_float": "must be a whole number",
         "bool_type": "must be true or false",
         "string_type": "must be text",
@@ -200,6 +288,8 @@ def _line(schema: type[BaseModel], where: str, problem: Any) -> str:
 def _schema_at(schema: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:
     """Find the schema of the node at ``path`` below ``schema``."""
     for part in path:
+        tagged: dict[Any, type[BaseModel]] = {_PAIR: PairConfig, _EACH: LayersConfig}
+        schema = tagged.get(part, schema)
         field = schema.model_fields.get(str(part))
         inner = getattr(field, "annotation", None)
         if isinstance(inner, type) and issubclass(inner, BaseModel):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float], None]
 _SHOWN_WARNINGS = 6
+_LONG = 10_000  # scores from here on, as of perplexity, are shown with the digits that say something
 
 
 def console(*, error: bool = False) -> Console:
@@ -98,20 +99,29 @@ def progress() -> Iterator[Progress]:
 
 
 def result_table(result: ExperimentResult) -> None:
-    """Print base, experts and merged model with their scores; the best score of each column is marked."""
+    """Print base, experts and merged model with their scores; the best score of each column is marked.
+
+    Of tasks without metrics, the texts that the models write are printed side by side.
+    """
     from rich.table import Table
     from rich.text import Text
 
+    _texts_tables(result)
+    if not any(model.scored for model in result.models):
+        say(result.note)
+        return
     table = Table(title=f"{result.title}", title_justify="left", title_style="bold", caption=_caption(result))
     table.caption_justify = "left"
     table.add_column("model", overflow="fold", min_width=12)
     columns = _columns(result)
+    less = _minimized(result)
     for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(f"{name} ↓" if name in less else name, justify="right", no_wrap=True)
     for name in ("p vs best expert",) * (len(result.tasks) == 1) + ("merge s", "eval s", "peak MB"):
         table.add_column(name, justify="right", no_wrap=True)
     best = {
-        name: max((cell[0] for m in result.models if (cell := read(m))), default=None) for name, read in columns.items()
+        name: (min if name in less else max)((cell[0] for m in result.models if (cell := read(m))), default=None)
+        for name, read in columns.items()
     }
     for model in result.models:
         row: list[Text | str] = [Text(model.label, style="bold" if model.role == "merged" else "")]
@@ -131,6 +141,33 @@ def result_table(result: ExperimentResult) -> None:
     console().print(table)
 
 
+def _texts_tables(result: ExperimentResult) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    for task in result.tasks:
+        models = [model for model in result.models if task in model.results and model.results[task].texts]
+        if not models:
+            continue
+        table = Table(title=f"{result.title}: {task}", title_justify="left", title_style="bold", show_lines=True)
+        table.add_column("prompt", overflow="fold", ratio=2)
+        for model in models:
+            table.add_column(Text(model.label), overflow="fold", ratio=3)
+        for row, (prompt, _) in enumerate(models[0].results[task].texts):
+            table.add_row(Text(prompt), *(Text(model.results[task].texts[row][1].strip()) for model in models))
+        console().print(table, soft_wrap=False)
+
+
+def _minimized(result: ExperimentResult) -> set[str]:
+    """Name the score columns that are better when they are less."""
+    results = [own for model in result.models for own in model.scored.values()]
+    if len(result.tasks) == 1:
+        found = {name for own in results for name in own.minimized}
+        return found | ({"select"} if result.direction == "minimize" else set())
+    tasks = {own.task for own in results if own.direction == "minimize"}
+    return tasks | ({"average"} if result.direction == "minimize" else set())
+
+
 Cell = tuple[float, str]
 
 
@@ -143,12 +180,18 @@ def _columns(result: ExperimentResult) -> Mapping[str, Callable[[ModelResult], C
             if task not in model.results:
                 return None
             score = model.results[task].report[name]
+            if max(map(abs, (score.value, score.low, score.high))) >= _LONG:
+                return score.value, f"{score.value:.5g}{gap}[{score.low:.4g}, {score.high:.4g}]"
             return score.value, f"{score.value:.4f}{gap}[{score.low:.3f}, {score.high:.3f}]"
 
         return read
 
     def single(value: Callable[[ModelResult], float | None]) -> Callable[[ModelResult], Cell | None]:
-        return lambda model: None if (found := value(model)) is None else (found, f"{found:.4f}")
+        def read(model: ModelResult) -> Cell | None:
+            found = value(model)
+            return None if found is None else (found, f"{found:.4f}" if abs(found) < _LONG else f"{found:.5g}")
+
+        return read
 
     if len(result.tasks) == 1:
         task = result.tasks[0]
@@ -159,16 +202,19 @@ def _columns(result: ExperimentResult) -> Mapping[str, Callable[[ModelResult], C
             columns["select"] = single(lambda model: model.select_score)
         return columns
     for task in result.tasks:
-        primary = next((m.results[task].primary for m in result.models if task in m.results), "")
-        columns[task] = metric(task, primary, gap="\n")
-    columns["average"] = single(lambda model: model.average)
-    columns["normalised"] = single(lambda model: model.normalised)
+        if primary := next((m.scored[task].primary for m in result.models if task in m.scored), ""):
+            columns[task] = metric(task, primary, gap="\n")
+    if any(model.average is not None for model in result.models):
+        columns["average"] = single(lambda model: model.average)
+    if any(model.normalised is not None for model in result.models):
+        columns["normalised"] = single(lambda model: model.normalised)
     return columns
 
 
 def _caption(result: ExperimentResult) -> str:
     return (
-        f"{result.note}\n* best of its column; [95 % bootstrap interval]; times marked c are from the cache of scores"
+        f"{result.note}\n* best of its column (↓: less is better); [95 % bootstrap interval]; times marked c are from "
+        "the cache of scores"
     )
 
 

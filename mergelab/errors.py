@@ -42,6 +42,10 @@ class TrackingError(MergelabError):
     """The tracking store cannot be used."""
 
 
+class SweepError(MergelabError):
+    """A sweep's study, its storage or its search space cannot be used."""
+
+
 class MergeWarning(UserWarning):
     """Something about a merge that its user should know; the command line prints the message."""
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mergelab import console
 from mergelab.tracking import TrackingConfig, open_tracking, tracking_config
+from mergelab.tracking.grid import BASIC_SWEEPER
 
 _open: list[tuple[Path, TrackingConfig]] = []
 
@@ -21,7 +22,9 @@ class GridTable(Callback):
     """Hydra callback that shows the table when the last job has ended."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember where the jobs write."""
+        """Remember where the jobs write; a sweep shows its own table."""
+        if OmegaConf.select(config, "hydra.sweeper._target_") != BASIC_SWEEPER:
+            return
         _open.append((Path(config.hydra.sweep.dir).absolute(), tracking_config(config.tracking)))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

@@ -23,13 +23,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mergelab.config import LayersConfig, LeaveOut, PairConfig, check
 from mergelab.errors import ConfigError, ModelError, did_you_mean
 from mergelab.methods.engine import merge
 from mergelab.methods.registry import check_parameters, get_method, method_names
-from mergelab.models import hub
 from mergelab.models.architecture import Architecture, architecture, architecture_of, head_names, quiet_transformers
+from mergelab.models.encoder_decoder import PAIRED, newly_initialised
 from mergelab.models.heads import ReorderedSource, mean_tensor
-from mergelab.models.references import parse_reference
+from mergelab.models.references import Pair, Reference, parse_reference
+from mergelab.models.skipping import left_out, set_aside
+from mergelab.models.source import local_folder
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.checkpoint import open_checkpoint
 from mergelab.weights.module import copy_module, load_into, module_of
@@ -75,6 +78,7 @@ def method_function(name: str) -> Callable[..., Any]:
         task: str | None = None,
         base_index: int | None = 0 if method.needs_base else None,
         passthrough: Sequence[str] = (),
+        leave_out: Sequence[int] | Mapping[str, Sequence[int]] = (),
         seed: int = 0,
         **parameters: Any,
     ) -> Any:
@@ -91,22 +95,24 @@ def method_function(name: str) -> Callable[..., Any]:
             return dict(merge(method, checked, aligned, seed=seed, output=output))
 
         if not method.several:
-            return _merge_models(models, combine, task, base_index, passthrough)
+            return _merge_models(models, combine, task, base_index, passthrough, leave_out)
 
         def for_expert(index: int) -> Any:
             def own(aligned: AlignedModels) -> dict[str, Tensor]:
                 return combine(aligned, aligned.experts[index].name)
 
-            return _merge_models(models, own, task, base_index, passthrough)
+            return _merge_models(models, own, task, base_index, passthrough, leave_out)
 
         return [for_expert(index) for index in range(len(models) - (base_index is not None))]
 
     merged.__name__ = merged.__qualname__ = name
     merged.__doc__ = (
         f"{inspect.getdoc(method.function)}\n\n"
-        "``models`` are hub ids, local folders, modules, pipelines or state dicts, ``base_index`` says which is the\n"
-        "base; the result is of the last one's kind (a pipeline of ``task`` for ids and folders). Tensors that match\n"
-        "``passthrough`` skip the merge: the experts' mean is taken."
+        "``models`` are hub ids, local folders, pairs ``{'encoder': …, 'decoder': …}`` of these, modules, pipelines\n"
+        "or state dicts, ``base_index`` says which is the base; the result is of the last one's kind (a pipeline of\n"
+        "``task`` for ids and folders; without ``task`` an ``EncoderDecoderModel`` for pairs and folders of such).\n"
+        "Tensors that match ``passthrough`` skip the merge: the experts' mean is taken. The layers ``leave_out``\n"
+        "(``[0, 1]``: of the encoder and of the decoder, or ``{'encoder': [0], 'decoder': [1]}``) stay the base's."
         + (" The answer is a list of models, one for each expert." if method.several else "")
     )
     return merged
@@ -181,6 +187,7 @@ def _merge_models(
     task: str | None,
     base_index: int | None,
     passthrough: Sequence[str],
+    leave_out: Sequence[int] | Mapping[str, Sequence[int]] = (),
 ) -> Any:
     """Open ``models``, combine what they share, average what skips the merge, and give back the last one's kind."""
     if not models:
@@ -199,9 +206,16 @@ def _merge_models(
     for pattern in passthrough:
         if not fnmatch.filter(names, pattern):
             raise ConfigError(f"passthrough: no tensor matches {pattern!r}{did_you_mean(pattern, names)}")
+    if leave_out and base is None:
+        raise ConfigError("leave_out: there is no base model (base_index) whose layers are kept")
     aligned = align(base.source if base else None, [expert.source for expert in experts], ignore=list(passthrough))
+    aligned, kept = set_aside(
+        aligned,
+        left_out(aligned.names, _layers(leave_out), key="leave_out"),
+        [newly_initialised(model.folder) if model.folder else () for model in (*([base] if base else []), *experts)],
+    )
     with torch.no_grad():
-        merged = combine(aligned)
+        merged = {**combine(aligned), **kept}
         skipped = {name for pattern in passthrough for name in fnmatch.filter(names, pattern)} | set(
             aligned.experts_only
         )
@@ -210,6 +224,12 @@ def _merge_models(
     for name in aligned.integers:
         merged.setdefault(name, (aligned.base or aligned.experts[0]).get(name))
     return _same_kind(template, merged, task)
+
+
+def _layers(leave_out: Sequence[int] | Mapping[str, Sequence[int]]) -> LeaveOut:
+    if isinstance(leave_out, Mapping):
+        return check(LayersConfig, {part: list(numbers) for part, numbers in leave_out.items()}, "leave_out")
+    return list(leave_out)
 
 
 def _same_label_order(opened: Sequence[_Opened]) -> list[_Opened]:
@@ -228,7 +248,7 @@ def _same_label_order(opened: Sequence[_Opened]) -> list[_Opened]:
 
 def _labels(model: _Opened) -> list[str]:
     """Answer a classifier's label names in the order of its outputs; nothing for other models and for dicts."""
-    if isinstance(model.given, Mapping):
+    if isinstance(model.given, Mapping) and model.folder is None:
         return []
     labels = _kind(model).id2label
     return [labels[index].lower() for index in sorted(labels)] if _kind(model).is_classifier else []
@@ -243,30 +263,39 @@ def _kind(model: _Opened) -> Architecture:
 def _open(model: Any, index: int) -> _Opened:
     name = f"models[{index}]"
     if isinstance(model, str | Path):
-        reference = parse_reference(str(model))
-        folder = reference.folder
-        if folder is None:
-            assert reference.repository is not None
-            repository, revision = reference.repository, reference.revision
-            folder = hub.cached(repository, revision) or hub.fetch(repository, revision)
-        return _Opened(model, open_checkpoint(folder, reference.text), folder)
+        return _open_reference(model, parse_reference(str(model)), name)
+    if isinstance(model, Mapping) and any(isinstance(value, str | Path) for value in model.values()):
+        paths = {key: str(value) if isinstance(value, Path) else value for key, value in model.items()}
+        return _open_reference(model, parse_reference(check(PairConfig, paths, name)), name)
     if (module := module_of(model)) is not None:
         return _Opened(model, DictSource(name, dict(module.named_parameters())))
     if isinstance(model, Mapping):
         return _Opened(model, DictSource(name, dict(model)))
     raise ModelError(
-        f"{name} is a {type(model).__name__}; it must be a hub id, a local folder, a module, a pipeline or a state dict"
+        f"{name} is a {type(model).__name__}; it must be a hub id, a local folder, a pair of these, a module, a "
+        "pipeline or a state dict"
     )
+
+
+def _open_reference(given: Any, reference: Reference | Pair, name: str) -> _Opened:
+    folder = local_folder(reference, name)
+    return _Opened(given, open_checkpoint(folder, reference.text), folder)
 
 
 def _same_kind(template: _Opened, merged: dict[str, Tensor], task: str | None) -> Any:
     given = template.given
-    if isinstance(given, Mapping):
+    if isinstance(given, Mapping) and template.folder is None:
         return StateDict(merged)
     if isinstance(given, nn.Module):
         return load_into(copy_module(given), merged)
     if template.folder is None:
         return pipeline_with(given, load_into(copy_module(given.model), merged))
+    if task is None and _kind(template).name == PAIRED:
+        from transformers import EncoderDecoderModel
+
+        with quiet_transformers():
+            module = EncoderDecoderModel.from_pretrained(template.folder, local_files_only=True, dtype="auto")
+        return load_into(module, merged)
     if task is None:
         raise ConfigError("merging hub ids or folders makes a pipeline: say which with task='text-classification'")
     with quiet_transformers():

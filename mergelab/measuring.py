@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, TypeVar
 
 from mergelab.config import ExperimentConfig
 from mergelab.errors import DataError
-from mergelab.results import ModelResult, Role
+from mergelab.results import ModelResult, Role, common_direction
 from mergelab.tasks.measure import Examples, compare, measure, split_examples
 from mergelab.tasks.metrics import score
 from mergelab.tasks.statistics import chance_level
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from mergelab.session import Prediction, Session
     from mergelab.tasks.data import TaskData
+    from mergelab.tasks.measure import TaskResult
+    from mergelab.tasks.metrics import Direction
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,28 @@ class Bench:
     data: Mapping[str, TaskData]
     progress: Callable[[str, float], None]
 
-    @property
+    @cached_property
     def examples(self) -> dict[str, Examples]:
         """Which examples of each task select and which report."""
         return {name: split_examples(data, self.config.eval, self.config.seed) for name, data in self.data.items()}
+
+    @property
+    def note(self) -> str:
+        """Say what is measured on, and how."""
+        parts = []
+        for name, data in self.data.items():
+            real = "GLUE" if data.spec.path == "nyu-mll/glue" else data.spec.path
+            label = f"mini/{name} (generated, not {real})" if data.origin == "mini" else name
+            count = len(self.examples[name].report)
+            what = f"{data.spec.primary} on {count} {data.split} examples" if data.spec.metrics else data.split
+            what = f"{count} prompts" if data.spec.kind == "prompts" else what
+            parts.append(f"{label}: {what}")
+        protocol = {
+            "full": "whole split",
+            "holdout": "other examples select than report",
+            "oracle": "ORACLE: the same examples select and report",
+        }[self.config.eval.protocol]
+        return "\n".join([*parts, f"protocol {self.config.eval.protocol} ({protocol})"])
 
     def baselines(self) -> list[ModelResult]:
         """Measure the base (with the merged model's heads) and every expert (with its own head, on its tasks)."""
@@ -79,13 +99,18 @@ class Bench:
         for model in baselines:
             for name, prediction in model.predictions.items() if model.role == "expert" else ():
                 data = self.data[name]
-                chance = chance_level(data.spec, data.labels)
-                value = score(data.spec, prediction.logits, data.labels)[data.spec.primary]
+                if (chance := chance_level(data.spec, data.truth)) is None:
+                    continue
+                value = score(data.spec, prediction.outputs, data.truth)[data.spec.primary]
                 if not value > chance:
+                    hint = "are its labels in another order (models.experts.<name>.labels=[...])?"
+                    if data.spec.kind == "generation":
+                        hint = (
+                            f"does it write what task.prompt asks for? Its first text is {prediction.outputs[0]!r:.60}."
+                        )
                     raise DataError(
                         f"expert {model.label} is at chance on its own task {name}: {data.spec.primary} {value:.4f}, "
-                        f"a constant answer gets {chance:.4f}; are its labels in another order "
-                        "(models.experts.<name>.labels=[...])? eval.preflight=false goes on without this check"
+                        f"a constant answer gets {chance:.4f}; {hint} eval.preflight=false goes on without this check"
                     )
 
     def merged(
@@ -99,11 +124,11 @@ class Bench:
             for name, data in self.data.items()
         }
         result = self._result(label, "merged", predictions)
-        experts = [model for model in baselines if model.role == "expert" and model.results]
-        if len(self.data) == 1 and experts:
-            name, data = next(iter(self.data.items()))
-            best = max(experts, key=lambda model: model.score)
-            own, other = predictions[name].logits, best.predictions[name].logits
+        experts = [model for model in baselines if model.role == "expert" and model.scored]
+        name, data = next(iter(self.data.items()))
+        if len(self.data) == 1 and experts and data.spec.metrics:
+            best = _best(experts, lambda model: model.results[name].score.value, result.results[name].direction)
+            own, other = predictions[name].outputs, best.predictions[name].outputs
             p = compare(data, own, other, self.examples[name], self.config.eval, self.config.seed)
             result = replace(result, p_value=p)
         return self._with_averages([*baselines, result])[-1]
@@ -116,7 +141,7 @@ class Bench:
     ) -> ModelResult:
         examples, config = self.examples, self.config
         results = {
-            name: measure(self.data[name], prediction.logits, examples[name], config.eval, config.seed)
+            name: measure(self.data[name], prediction.outputs, examples[name], config.eval, config.seed)
             for name, prediction in predictions.items()
         }
         return ModelResult(
@@ -131,17 +156,56 @@ class Bench:
 
     def _with_averages(self, models: Sequence[ModelResult]) -> list[ModelResult]:
         """Add a suite's averages to the models that were measured on all of its tasks."""
-        if len(self.data) == 1:
+        tasks = list(models[-1].scored) if models else []
+        experts = [model for model in models if model.role == "expert"]
+        if len(tasks) < 2 or any(not any(name in model.scored for model in experts) for name in tasks):
             return list(models)
-        own = {
-            name: max(m.results[name].score.value for m in models if m.role == "expert" and name in m.results)
-            for name in self.data
-        }
+        results = models[-1].scored
+        less = [name for name in tasks if results[name].direction == "minimize"]
+
+        def best(read: Callable[[TaskResult], float]) -> dict[str, float]:
+            return {
+                name: read(
+                    _best(
+                        [model.scored[name] for model in experts if name in model.scored],
+                        read,
+                        results[name].direction,
+                    )
+                )
+                for name in tasks
+            }
 
         def averaged(model: ModelResult) -> ModelResult:
-            if set(model.results) != set(self.data):
+            if set(model.scored) != set(tasks):
                 return model
-            scores = {name: result.score.value for name, result in model.results.items()}
-            return replace(model, average=average(scores), normalised=normalised_average(scores, own))
+            scores = {name: _reported(result) for name, result in model.scored.items()}
+            found = replace(model, normalised=_normalised(scores, best(_reported), less))
+            if common_direction(results.values()) is not None:
+                found = replace(found, average=average(scores))
+            if model.select_score is not None:
+                selected = {name: _selected(result) for name, result in model.scored.items()}
+                found = replace(found, select_normalised=_normalised(selected, best(_selected), less))
+            return found
 
         return [averaged(model) for model in models]
+
+
+def _normalised(scores: Mapping[str, float], experts: Mapping[str, float], less: Sequence[str]) -> float | None:
+    """Average relative to the experts; None where an expert's score is no measure: zero or negative."""
+    return normalised_average(scores, experts, less) if all(value > 0 for value in experts.values()) else None
+
+
+def _reported(result: TaskResult) -> float:
+    return result.score.value
+
+
+def _selected(result: TaskResult) -> float:
+    return result.select[result.primary]
+
+
+T = TypeVar("T")
+
+
+def _best(found: Sequence[T], read: Callable[[T], float], direction: Direction) -> T:
+    """Answer the one that is best by what ``read`` answers."""
+    return (max if direction == "maximize" else min)(found, key=read)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,8 @@ class Merging:
     session: Session
     progress: Callable[[str, float], None]
     examples: Calibration | BenchSelection | None = None
+    weights: Sequence[float] | None = None
+    """The experts' own weights, where they are others than those that the session was opened with."""
 
     def in_memory(self) -> tuple[dict[str, Mapping[str, Tensor]], float]:
         """Merge the backbone.
@@ -80,7 +82,7 @@ class Merging:
             self.method,
             self.parameters,
             aligned,
-            weights=[expert.weight for expert in self.session.located.experts],
+            weights=self.weights or [expert.weight for expert in self.session.located.experts],
             seed=self.session.config.seed,
             device=self.session.device,
             dtype=Saving(self.session).dtype,

@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from mergelab.tracking import BASELINE_KEY, PRIMARY
+from mergelab.results import common_direction
+from mergelab.tracking import BASELINE_KEY, DIRECTION, PRIMARY
 
 if TYPE_CHECKING:
     from mergelab.calibration import Calibration
@@ -57,14 +58,16 @@ def log_coefficients(run: Run, examples: Calibration | None) -> None:
 
 
 def log_dataset(run: Run, data: TaskData) -> None:
-    """Record which examples of which dataset were used."""
+    """Record which examples of which dataset were used, where that is known."""
     spec = data.spec
+    if not len(data):
+        return
     run.log_dataset(
         f"mini/{spec.name}" if data.origin == "mini" else spec.name,
         origin=data.origin,
         location=data.location,
         fingerprint=data.fingerprint,
-        rows=len(data.labels),
+        rows=len(data),
         split=data.split,
         config=spec.name,
     )
@@ -83,6 +86,7 @@ def result_metrics(model: ModelResult) -> dict[str, float]:
     others = {
         "report/average": model.average,
         "report/normalised_average": model.normalised,
+        "select/normalised_average": model.select_normalised,
         "report/p_vs_best_expert": model.p_value,
         "time/merge_s": model.merge_seconds,
         "time/eval_s": model.eval_seconds,
@@ -93,26 +97,34 @@ def result_metrics(model: ModelResult) -> dict[str, float]:
 
 def primary_metric(model: ModelResult) -> str:
     """Name the metric that a run is judged by."""
-    if len(model.results) > 1:
-        return "report/average"
-    return f"report/{next(iter(model.results.values())).primary}"
+    if len(model.scored) > 1:
+        return "report/average" if model.average is not None else "report/normalised_average"
+    return f"report/{next(iter(model.scored.values())).primary}"
+
+
+def _judged_by(model: ModelResult) -> dict[str, str]:
+    """Say by which metric a run is judged, and which direction is better; nothing where there is no score."""
+    if not model.scored:
+        return {}
+    direction = common_direction(model.results.values()) or "maximize"
+    return {PRIMARY: primary_metric(model), DIRECTION: direction}
 
 
 def record_result(run: Run, result: ExperimentResult, bench: Bench) -> None:
     """Record the merged model's scores, the table, and the predictions of every example."""
     merged = result.merged
     run.log_metrics(result_metrics(merged))
-    run.set_tags(
-        {PRIMARY: primary_metric(merged), "mergelab.task": ",".join(result.tasks), "mergelab.note": result.note}
-    )
+    run.set_tags({**_judged_by(merged), "mergelab.task": ",".join(result.tasks), "mergelab.note": result.note})
     run.log_table([_row(model) for model in result.models], "table.csv")
+    for task, rows in generations(result).items():
+        run.log_table(rows, f"{task}.json")
     _log_predictions(run, merged, bench)
 
 
 def record_baseline(tracker: Tracker, experiment: str, model: ModelResult, bench: Bench, source: str) -> None:
     """Give the base or an expert a run of its own beside the merges, once for the same weights, data and protocol."""
     key = _baseline_key(model, bench)
-    if not model.results:
+    if not model.scored:
         return
     with tracker.exclusively():  # jobs side by side would all find that it is not there
         if tracker.find_run({BASELINE_KEY: key}, experiment=experiment) is None:
@@ -131,7 +143,7 @@ def _record_baseline(
         "mergelab.protocol": bench.config.eval.protocol,
         "mergelab.seed": bench.config.seed,
         "mergelab.task": task,
-        PRIMARY: primary_metric(model),
+        **_judged_by(model),
     }
     params = {"models.name": model.label, "role": model.role, "task.name": task, "eval": bench.config.eval.model_dump()}
     with tracker.start_run(name, experiment=experiment, tags=tags, params=params) as run:
@@ -159,22 +171,49 @@ def _row(model: ModelResult) -> dict[str, Any]:
     return {"model": model.label, "role": model.role, **result_metrics(model), "cached": model.cached}
 
 
+def generations(result: ExperimentResult) -> dict[str, list[dict[str, str]]]:
+    """Put side by side, for each task without metrics, what every model makes of each prompt."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for model in result.models:
+        for name, own in model.results.items():
+            if own.texts:
+                rows = found.setdefault(name, [{"prompt": prompt} for prompt, _ in own.texts])
+                for row, (_, text) in zip(rows, own.texts, strict=True):
+                    row[f"{model.role}: {model.label}"] = text
+    return found
+
+
 def _log_predictions(run: Run, model: ModelResult, bench: Bench) -> None:
-    """Write a Parquet file per task: the example's index, label, outputs, and whether it selects or reports."""
+    """Write a Parquet file per task: each example, its labels or references, outputs, whether it selects or reports."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     for name, prediction in model.predictions.items():
         data, examples = bench.data[name], bench.examples[name]
-        columns: dict[str, Any] = {"idx": data.idx, "label": data.labels}
-        for output in range(prediction.logits.shape[1]):
-            columns[f"output_{output}"] = prediction.logits[:, output]
-        if prediction.logits.shape[1] > 1:
-            columns["prediction"] = prediction.logits.argmax(axis=1)
-        columns["selects"] = np.isin(np.arange(len(data.labels)), examples.select)
-        columns["reports"] = np.isin(np.arange(len(data.labels)), examples.report)
+        if not len(data):
+            continue
+        columns = {"idx": data.idx, **_prediction_columns(data, prediction.outputs)}
+        columns["selects"] = np.isin(np.arange(len(data)), examples.select)
+        columns["reports"] = np.isin(np.arange(len(data)), examples.report)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"{name}.parquet"
             pq.write_table(pa.table(columns), file)
             run.log_artifact(file, "predictions")
+
+
+def _prediction_columns(data: TaskData, outputs: Any) -> dict[str, Any]:
+    """Name what a model was given, what is right, and what it made of it."""
+    if data.spec.kind == "language_modelling":
+        nll, tokens, words = outputs.T
+        texts = [text for _, text in data.texts]
+        return {"text": texts, "negative_log_likelihood": nll, "tokens": tokens, "words": words}
+    if not data.spec.outputs:
+        right = {} if data.references is None else {"references": [list(texts) for texts in data.references]}
+        return {"prompt": [prompt for (prompt,) in data.texts], **right, "prediction": outputs.tolist()}
+    columns: dict[str, Any] = {"label": data.labels}
+    for output in range(outputs.shape[1]):
+        columns[f"output_{output}"] = outputs[:, output]
+    if outputs.shape[1] > 1:
+        columns["prediction"] = outputs.argmax(axis=1)
+    return columns

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergelab.tasks.measure import Score, TaskResult
+from mergelab.tasks.metrics import Direction
 
 if TYPE_CHECKING:
     from mergelab.session import Prediction
@@ -25,8 +26,9 @@ class ModelResult:
     """What one model got on each task it was measured on, and what that cost.
 
     Times in seconds, memory in MB. ``contents`` names what its weights are made of, by hash, where these are on disk.
-    ``p_value`` is that of the paired test against the best expert; ``average`` and
-    ``normalised`` are means over a suite's primary metrics, the latter divided by each task's own expert's.
+    ``p_value`` is that of the paired test against the best expert; ``average`` and ``normalised`` are means over a
+    suite's primary metrics, the latter divided by each task's own expert's, and ``select_normalised`` is that of the
+    selecting examples.
     """
 
     label: str
@@ -41,11 +43,18 @@ class ModelResult:
     p_value: float | None = None
     average: float | None = None
     normalised: float | None = None
+    select_normalised: float | None = None
 
     @property
-    def score(self) -> float:
-        """Its primary score: of its one task, or the mean over its tasks."""
-        return sum(result.score.value for result in self.results.values()) / len(self.results)
+    def scored(self) -> dict[str, TaskResult]:
+        """Its results on the tasks that have metrics."""
+        return {name: result for name, result in self.results.items() if result.report}
+
+    @property
+    def score(self) -> float | None:
+        """Its primary score: of its one task, or the mean over its tasks; None without any."""
+        scores = [result.score.value for result in self.scored.values()]
+        return sum(scores) / len(scores) if scores else None
 
     @property
     def select_score(self) -> float | None:
@@ -69,9 +78,27 @@ class ExperimentResult:
         return self.models[-1]
 
     @property
-    def objective(self) -> float:
-        """What a sweep selects on: the selection score where the protocol has one, else the reported one."""
-        return self.merged.score if self.merged.select_score is None else self.merged.select_score
+    def direction(self) -> Direction:
+        """Whether less of the objective is better."""
+        return common_direction(self.merged.results.values()) or "maximize"
+
+    @property
+    def objective(self) -> float | None:
+        """What a sweep selects on: the selection score where the protocol has one, else the reported one.
+
+        Where some tasks' scores are better when greater and others' when less, it is the normalised average; None
+        where no task has a score.
+        """
+        merged = self.merged
+        if common_direction(merged.results.values()) is None:
+            return merged.normalised if merged.select_normalised is None else merged.select_normalised
+        return merged.score if merged.select_score is None else merged.select_score
+
+
+def common_direction(results: Iterable[TaskResult]) -> Direction | None:
+    """Answer the direction that the primary scores of all tasks share; None where they do not, or there are none."""
+    found = {result.direction for result in results if result.report}
+    return found.pop() if len(found) == 1 else None
 
 
 def write_result(result: ExperimentResult, file: Path) -> None:
@@ -85,7 +112,9 @@ def read_result(file: Path) -> ExperimentResult:
     """Read what `write_result` wrote."""
 
     def task(values: dict[str, Any]) -> TaskResult:
-        return TaskResult(**{**values, "report": {name: Score(**score) for name, score in values["report"].items()}})
+        report = {name: Score(**score) for name, score in values["report"].items()}
+        texts = tuple((prompt, text) for prompt, text in values["texts"])
+        return TaskResult(**{**values, "report": report, "minimized": tuple(values["minimized"]), "texts": texts})
 
     def model(values: dict[str, Any]) -> ModelResult:
         return ModelResult(**{**values, "results": {name: task(inner) for name, inner in values["results"].items()}})

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.models.architecture import tokenizer_folder
+from mergelab.models.encoder_decoder import PAIRED, companions
 from mergelab.weights.source import TensorInfo, layout_of
 from mergelab.weights.writer import writing_folder
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from mergelab.methods.registry import MergeMethod
     from mergelab.session import Session
     from mergelab.tasks.spec import TaskSpec
+    from mergelab.tracking import Run
 
 
 class Saving:
@@ -70,6 +73,9 @@ class Saving:
             info._replace(dtype=dtype or info.dtype) if info.name in self._session.aligned.names else info
             for info in layout_of(reference, [*self._session.aligned.names, *self._session.aligned.integers])
         ]
+        layout += [
+            info._replace(name=alias) for alias, name in self._copies.items() for info in layout if info.name == name
+        ]
         own = [
             TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self._session.passed_through.items()
         ]
@@ -108,6 +114,16 @@ class Saving:
         name = self._session.config.save.dtype
         return None if name is None else getattr(torch, name)
 
+    @cached_property
+    def _copies(self) -> dict[str, str]:
+        """Find tied tensors that are stored under both names: an encoder's and its decoder's.
+
+        Transformers 5 does not tie these when it loads a model, and would draw the decoder's anew.
+        """
+        if self._session.kind.name != PAIRED:
+            return {}
+        return {alias: name for alias, name in self._session.aligned.aliases.items() if _part(alias) != _part(name)}
+
     def _write(
         self,
         folder: Path,
@@ -131,7 +147,7 @@ class Saving:
                         config_updates=updates,
                         dtype=self.dtype,
                         max_shard_bytes=self._session.config.save.max_shard_bytes,
-                        aliases=self._session.aligned.aliases,
+                        aliases={a: n for a, n in self._session.aligned.aliases.items() if a not in self._copies},
                         inputs=self._session.folders(),
                         key=key,
                     )
@@ -148,7 +164,7 @@ class Saving:
 
     def _model_folders(self, folder: Path, only: str | None) -> list[tuple[Path, Mapping[str, Tensor], dict[str, Any]]]:
         """Answer the folders to write, each with its head and what its configuration says of the labels."""
-        if not self._session.heads:
+        if not self._session.head_names:
             return [(folder, {}, {})]
         if self._session.config.models.head != "per_task" or len(self._session.tasks) == 1:
             return [
@@ -160,6 +176,8 @@ class Saving:
     def _companions(self) -> contextlib.AbstractContextManager[Path]:
         """Answer a folder whose config, tokenizer, generation config and chat template are copied."""
         chosen = self._companions_of()
+        if self._session.kind.name == PAIRED:
+            return companions(chosen, [folder for folder in self._session.folders() if folder != chosen])
         if self._session.vocabulary is None:
             return contextlib.nullcontext(chosen)
         return self._session.vocabulary.companions(
@@ -179,6 +197,24 @@ class Saving:
                 f"(there are {listed(folders_by_name)})"
             )
         return folders_by_name[chosen]
+
+
+def keep(
+    saving: Saving, backbones: Mapping[str, Mapping[str, Tensor]], run: Run, output: str | None, *, log: bool
+) -> None:
+    """Write a merged model into the folder ``output``, if that is given, and with ``log`` among the run's artifacts."""
+    from mergelab.tracking.grid import MODEL
+
+    if output is not None:
+        saving.save(backbones, Path(output).expanduser())
+    if log and run.id:
+        with tempfile.TemporaryDirectory() as folder:
+            saving.save(backbones, Path(folder) / MODEL)
+            run.log_artifacts(Path(folder) / MODEL, MODEL)
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _all_of(tensors: Mapping[str, Tensor], _missing: frozenset[str]) -> Iterable[tuple[str, Tensor]]:

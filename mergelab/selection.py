@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from mergelab.errors import ConfigError
 from mergelab.methods.engine import merge
 from mergelab.methods.registry import get_method
+from mergelab.results import common_direction
 
 if TYPE_CHECKING:
     from mergelab.measuring import Bench
@@ -29,7 +31,13 @@ class BenchSelection:
     chosen: list[str] = field(default_factory=list)
 
     def score(self, experts: Sequence[str]) -> float:
-        """Measure the uniform average of the named experts: the mean of the tasks' primary scores."""
+        """Measure the uniform average of the named experts: the mean of the tasks' primary scores.
+
+        Scores that are better when they are less are answered with their sign turned.
+
+        Raises:
+            ConfigError: some tasks' scores are better when greater, others' when less.
+        """
         session = self.bench.session
         session.average_heads_of(experts)
         members = tuple(expert for expert in session.aligned.experts if expert.name in experts)
@@ -37,9 +45,18 @@ class BenchSelection:
         backbone = {**session.passed_through, **dict(merge(get_method("soup"), {}, models))}
         title = f"soup of {len(members)}"
         measured = self.bench.merged(dict.fromkeys(self.bench.data, backbone), title, ())
-        score = fmean(result.select[result.primary] for result in measured.results.values())
+        if unselected := [name for name, result in measured.scored.items() if not result.select]:
+            raise ConfigError(f"method=greedy_soup: no part of {', '.join(unselected)} can be set apart to select on")
+        direction = common_direction(measured.results.values())
+        if direction is None:
+            told = ", ".join(f"{name} {result.primary}" for name, result in measured.scored.items())
+            raise ConfigError(
+                f"method=greedy_soup: chooses by one score, and of these ({told or 'none'}) some are better when "
+                "greater, others when less"
+            )
+        score = fmean(result.select[result.primary] for result in measured.scored.values())
         self.trials.append((tuple(experts), score))
-        return score
+        return score if direction == "maximize" else -score
 
     def settle(self, experts: Sequence[str]) -> None:
         """Give the merged model the averaged head of the chosen experts."""

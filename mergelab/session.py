@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mergelab.config import ExperimentConfig
 from mergelab.errors import ConfigError, ModelError, did_you_mean, listed
 from mergelab.models.architecture import (
@@ -18,14 +20,18 @@ from mergelab.models.architecture import (
     architecture,
     head_names,
     open_classifier,
+    open_generator,
+    read_config,
     tokenizer_folder,
 )
+from mergelab.models.encoder_decoder import PAIRED, newly_initialised
 from mergelab.models.heads import Head, mean_head, mean_tensor, read_head
-from mergelab.models.tokens import load_tokenizer
+from mergelab.models.skipping import left_out, set_aside
+from mergelab.models.tokens import decoder_tokenizer, load_tokenizer
 from mergelab.models.vocabulary import check_vocabularies, merged_vocabulary
 from mergelab.tasks.labels import label_order
 from mergelab.tasks.measure import PredictionCache, prediction_key
-from mergelab.weights.align import AlignedModels, align, check_finite
+from mergelab.weights.align import align, check_finite
 from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
 from mergelab.weights.module import load_into
 
@@ -35,7 +41,8 @@ if TYPE_CHECKING:
     from mergelab.models.source import LocatedExpert, LocatedModels
     from mergelab.models.vocabulary import MergedVocabulary
     from mergelab.tasks.data import TaskData
-    from mergelab.tasks.evaluate import Encoded
+    from mergelab.tasks.evaluate import Watch
+    from mergelab.tasks.inputs import Inputs
     from mergelab.tasks.measure import Array
     from mergelab.tasks.spec import TaskSpec
     from mergelab.weights.source import TensorSource
@@ -45,9 +52,9 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's outputs (n, C) for a task's examples, the seconds they took, and whether they came from the cache."""
+    """A model's outputs (n, …) for a task's examples, the seconds they took, and whether they came from the cache."""
 
-    logits: Array
+    outputs: Array
     seconds: float
     cached: bool
 
@@ -74,19 +81,24 @@ class Session:
         experts = [self.checkpoints[expert.name] for expert in located.experts]
         self.head_names = head_names(experts[0].keys(), self.kind)
         self.vocabulary = self._merged_vocabulary([base, *experts] if base is not None else experts)
-        self.aligned: AlignedModels = align(
+        aligned = align(
             base,
             experts,
             ignore=[*self.head_names, *config.models.passthrough],
             backbone_prefix=f"{self.kind.prefix}." if self.kind.is_classifier else None,
             adapt=None if self.vocabulary is None else partial(self.vocabulary.adapt, heads=self.head_names),
         )
-        self.passed_through = self._passed_through(experts[0].keys())
+        self.aligned, kept = set_aside(
+            aligned,
+            left_out(aligned.names, config.models.leave_out, key="models.leave_out"),
+            [] if config.models.merge_new else [newly_initialised(folder) for folder in self.folders()],
+        )
+        self.passed_through = {**self._passed_through(experts[0].keys()), **kept}
         self._tokenizer: Any = None
         self._modules: dict[int, nn.Module] = {}
-        self._encoded: dict[str, Encoded] = {}
+        self._inputs: dict[str, Inputs] = {}
         self._averaged = frozenset(expert.name for expert in located.experts)
-        self.heads = {task.name: self._merged_head(task) for task in self.tasks} if self.head_names else {}
+        self.heads = {task.name: self._merged_head(task) for task in self.tasks}
 
     # ------------------------------------------------------------------------------------------------ what is opened
 
@@ -100,6 +112,16 @@ class Session:
         if odd:
             raise ModelError(
                 f"experts must be of one architecture: {next(iter(kinds))} is a {first.name}, {listed(odd)}"
+            )
+        base = self.located.base
+        if (
+            base is not None
+            and first.name == PAIRED
+            and PAIRED not in (at := read_config(base.folder, base.label).get("architectures") or [PAIRED])
+        ):
+            raise ModelError(
+                f"models.base: {base.label} is a {listed(at)}, and the experts are encoder-decoders; give a pair "
+                "{encoder: …, decoder: …} or a saved encoder-decoder"
             )
         self._kinds = kinds
         return first
@@ -125,8 +147,10 @@ class Session:
         return self.config.models.head != "per_task" or expert.task == task.name
 
     def expert_head(self, index: int, task: TaskSpec) -> Head:
-        """Read an expert's head with its outputs in the order of ``task``'s labels."""
+        """Read an expert's head with its outputs in the order of ``task``'s labels; empty where none is asked for."""
         expert = self.located.experts[index]
+        if not (self.head_names and task.outputs):
+            return Head({}, expert.name)
         labels = self._kinds[expert.name].id2label
         order = label_order(task, labels, model=expert.label, override=expert.labels)
         return read_head(self.aligned.experts[index], self.head_names, order)
@@ -135,6 +159,8 @@ class Session:
         policy = self.config.models.head
         names = [expert.name for expert in self.located.experts]
         if policy == "base":
+            if not (self.head_names and task.outputs):
+                return Head({}, "base")
             if self.located.base is None or self.aligned.base is None:
                 raise ConfigError("models.head=base: there is no base model (models.base is null)")
             kind = architecture(self.located.base.folder, self.located.base.label)
@@ -157,9 +183,11 @@ class Session:
 
     def average_heads_of(self, experts: Collection[str]) -> None:
         """Let the merged model's head, where it is the experts' average, be that of these experts."""
+        if frozenset(experts) == self._averaged:
+            return
         self._averaged = frozenset(experts)
         if self.config.models.head == "average":
-            self.heads = {task.name: self._merged_head(task) for task in self.tasks} if self.head_names else {}
+            self.heads = {task.name: self._merged_head(task) for task in self.tasks}
 
     # -------------------------------------------------------------------------------------------- weights to measure
 
@@ -205,13 +233,30 @@ class Session:
         base = [self.located.base.folder] if self.located.base else []
         return [*base, *(expert.folder for expert in self.located.experts)]
 
+    @property
+    def decoder_tokenizer(self) -> Any:
+        """The tokenizer of what encoder-decoders write, where it is another than that of what they read."""
+        folder = tokenizer_folder(self.folders())
+        if folder is None or (own := decoder_tokenizer(folder)) == folder:
+            return None
+        return load_tokenizer([own], self.located.name)
+
     def module(self, outputs: int) -> nn.Module:
-        """The resident model with ``outputs`` outputs; opened at first use."""
+        """The resident model with ``outputs`` outputs, or with 0 the one that writes texts; opened at first use.
+
+        Raises:
+            ModelError: the models are of another kind.
+        """
         if outputs not in self._modules:
-            if not self.kind.is_classifier:
-                raise ModelError(f"{self.located.name}: a {self.kind.name} cannot be measured on a classification task")
+            fits = self.kind.is_classifier if outputs else self.kind.is_generator
+            if not fits:
+                asked = "classification" if outputs else "generation or language modelling"
+                raise ModelError(f"{self.located.name}: a {self.kind.name} cannot be measured on a {asked} task")
             expert = self.located.experts[0]
-            module = open_classifier(expert.folder, expert.label, outputs)
+            if outputs:
+                module = open_classifier(expert.folder, expert.label, outputs)
+            else:
+                module = open_generator(expert.folder, expert.label)
             if self.vocabulary is not None:
                 module = self.vocabulary.fit(module, expert.folder)
             self._modules[outputs] = module.to(self.device)
@@ -233,35 +278,50 @@ class Session:
         *,
         key: Sequence[str] | None = None,
         progress: Progress = lambda _message, _done: None,
+        members: Array | None = None,
+        watch: Watch | None = None,
+        seed: int | None = None,
     ) -> Prediction:
         """Measure weights on a task's examples.
 
         ``backbone`` is called only where the predictions are not in the cache; ``key`` names the content of the
-        weights, without it nothing is cached.
+        weights, without it nothing is cached. ``members`` (m,) chooses examples by position, in the order of which the
+        outputs then come; ``watch`` and ``seed`` are `mergelab.tasks.evaluate.predict`'s.
         """
-        from mergelab.tasks.evaluate import encode, max_input_length, predict
-
         name = self.data_key(data, key) if key is not None and self.config.eval.cache else None
         if name is not None and (kept := self.cache.get(name)) is not None:
             return Prediction(*kept, cached=True)
-        module = self.module(head.outputs)
-        if data.spec.name not in self._encoded:
-            longest = max_input_length(module.config, self.tokenizer, self.config.eval.max_length)
-            self._encoded[data.spec.name] = encode(data, self.tokenizer, longest)
+        module, inputs = self.module(data.spec.outputs), self._inputs_of(data)
         load_into(module, {**backbone(), **head.tensors})
         started = time.perf_counter()
-        logits = predict(
+        outputs = (inputs if members is None else inputs.take(members)).run(
             module,
-            self._encoded[data.spec.name],
             device=self.device,
             dtype=self.config.eval.dtype,
             batch_tokens=self.config.eval.batch_tokens,
             progress=lambda done: progress(f"evaluating {model} on {data.spec.name}", done),
+            watch=watch,
+            seed=seed,
         )
         seconds = time.perf_counter() - started
         if name is not None:
-            self.cache.put(name, logits, seconds)
-        return Prediction(logits, seconds, cached=False)
+            self.cache.put(name, outputs, seconds)
+        return Prediction(outputs, seconds, cached=False)
+
+    def _inputs_of(self, data: TaskData) -> Inputs:
+        """Tokenise a task's examples, once."""
+        from mergelab.tasks.inputs import prepare
+
+        if data.spec.name not in self._inputs:
+            config: Any = self.module(data.spec.outputs).config
+            self._inputs[data.spec.name] = prepare(
+                data,
+                config,
+                self.tokenizer,
+                writes_with=self.decoder_tokenizer,
+                max_length=self.config.eval.max_length,
+            )
+        return self._inputs[data.spec.name]
 
     def data_key(self, data: TaskData, content: Sequence[str]) -> str:
         """Name all that what a model of this content makes of these examples depends on."""
@@ -269,7 +329,8 @@ class Session:
 
         folder = tokenizer_folder(self.folders())
         assert folder is not None
-        files = sorted(file for file in folder.iterdir() if "token" in file.name or "vocab" in file.name)
+        named = ("token", "vocab", ".model")
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and any(n in file.name for n in named))
         digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
         evaluation = self.config.eval
         parts = {
@@ -281,6 +342,9 @@ class Session:
             "device": self.device.type,
             "versions": [version("torch"), version("transformers"), version("mergelab")],
         }
+        if not data.spec.outputs:
+            numbers = hashlib.sha256(np.stack([data.parts, data.idx]).astype("<i8").tobytes()).hexdigest()
+            parts["task"] = [repr(data.spec), numbers]  # sampled texts depend on an example's number
         if self.vocabulary is not None:  # what a model lacks is read from the others
             contents = [self.content(name) for name in self.checkpoints]
             parts["vocabulary"] = [self.vocabulary.digest, contents]

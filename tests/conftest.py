@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.standins import BERT_BASE, BERT_RTE_EXPERTS, glue_table
 
 pytest_plugins = ["tests.hub_fixtures"]
 
@@ -29,6 +32,14 @@ def glue_data() -> Path:
     if not (REAL_DATA / "glue").is_dir():
         pytest.skip("needs the GLUE data in ../shared/data")
     return REAL_DATA / "glue"
+
+
+@pytest.fixture(scope="session")
+def generation_data() -> Path:
+    """The folder of real generation and language-modelling data, a folder per corpus."""
+    if not (REAL_DATA / "generation").is_dir():
+        pytest.skip("needs the generation data in ../shared/data")
+    return REAL_DATA / "generation"
 
 
 @dataclass(frozen=True)
@@ -75,3 +86,16 @@ def mergelab_command(
     yield run
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None
+
+
+@pytest.fixture
+def arguments(bert_checkpoints: Mapping[str, Path], workplace: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A base, three experts (one with its labels in the other order), RTE-shaped data, and an empty cache."""
+    import pyarrow.parquet as pq
+
+    monkeypatch.setenv("MERGELAB_CACHE", str(workplace / "cache"))
+    for name, repository in zip(("base", "a", "b", "c"), (BERT_BASE, *BERT_RTE_EXPERTS[1:4]), strict=True):
+        shutil.copytree(bert_checkpoints[repository], workplace / name)
+    (workplace / "data").mkdir()
+    pq.write_table(glue_table("rte", 120, 1), workplace / "data" / "validation.parquet")
+    return ["models.base=./base", "models.experts=[./a,./b,./c]", "task.data_dir=data"]

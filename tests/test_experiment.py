@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,8 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
 from tests.conftest import Outcome
-from tests.standins import BERT_BASE, BERT_RTE_EXPERTS, glue_table
 
 Command = Callable[..., Outcome]
-
-
-@pytest.fixture
-def arguments(bert_checkpoints: Mapping[str, Path], workplace: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A base, three experts (one with its labels in the other order), RTE-shaped data, and an empty cache."""
-    monkeypatch.setenv("MERGELAB_CACHE", str(workplace / "cache"))
-    for name, repository in zip(("base", "a", "b", "c"), (BERT_BASE, *BERT_RTE_EXPERTS[1:4]), strict=True):
-        shutil.copytree(bert_checkpoints[repository], workplace / name)
-    (workplace / "data").mkdir()
-    pq.write_table(glue_table("rte", 120, 1), workplace / "data" / "validation.parquet")
-    return ["models.base=./base", "models.experts=[./a,./b,./c]", "task.data_dir=data"]
 
 
 def results(folder: Path) -> list[dict[str, Any]]:

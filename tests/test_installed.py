@@ -37,6 +37,9 @@ def test_a_wheel_carries_its_configs(installed: Path, tmp_path: Path) -> None:
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert Path(where.stdout.strip()) == installed / "mergelab" / "conf"
+    assert (installed / "mergelab" / "tasks" / "prompts" / "gsm8k_cot.txt").is_file()
+    assert (installed / "hydra_plugins" / "mergelab_sweeper.py").is_file()
+    assert not (installed / "hydra_plugins" / "__init__.py").exists()  # other packages' plugins live there too
     done = run(installed, tmp_path, "--cfg", "job", "method=dare", "task=mrpc")
     assert done.returncode == 0, done.stderr
     assert "name: bert_base_mrpc" in done.stdout

@@ -19,6 +19,7 @@ import pytest
 
 from mergelab.methods.__main__ import main as catalogue
 from tests.conftest import ROOT, Outcome
+from tests.models import pairs
 from tests.standins import BERT_BASE, BERT_RTE_EXPERTS, glue_table
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,6 +33,14 @@ COMMANDS = [line.partition("  #")[0].strip() for block in blocks("bash") for lin
 RUNS = [line for line in COMMANDS if line.startswith("python -m mergelab ")]
 CATALOGUE = [line for line in COMMANDS if line.startswith("python -m mergelab.methods")]
 FIRST = "python -m mergelab method=ties task=rte"
+
+
+@pytest.fixture
+def own_models(workplace: Path) -> None:
+    """The folders that the README takes an encoder and a decoder from."""
+    pairs.bert(workplace / "bert")
+    pairs.bert(workplace / "other-bert", seed=1)
+    pairs.gpt2(workplace / "gpt2")
 
 
 @pytest.fixture
@@ -50,13 +59,13 @@ def test_every_command_is_of_a_kind_that_a_test_below_runs() -> None:
 
 
 @pytest.mark.parametrize("line", [line for line in RUNS if "joblib" not in line and line != FIRST])
-@pytest.mark.usefixtures("own_method")
+@pytest.mark.usefixtures("own_method", "own_models")
 def test_a_command_works(mergelab_command: Callable[..., Outcome], line: str) -> None:
     outcome = mergelab_command(*shlex.split(line)[3:])
     assert outcome.code == 0, outcome.err
     assert outcome.out
     if "--" not in line and "evaluate=false" not in line:
-        assert "accuracy" in outcome.out or "matthews" in outcome.out
+        assert re.search("accuracy|matthews|perplexity|rougeL|omelette", outcome.out)
 
 
 @pytest.mark.parametrize("line", CATALOGUE)
@@ -84,7 +93,7 @@ def test_the_first_command_runs_in_a_process_of_its_own_and_prints_what_the_read
 def test_a_grid_on_joblib_is_one_parent_with_its_children(tmp_path: Path) -> None:
     from mlflow.tracking import MlflowClient
 
-    (line,) = (line for line in RUNS if "joblib" in line)
+    (line,) = (line for line in RUNS if "joblib" in line and "sweep=" not in line)
     done = real_command(line, tmp_path)
     assert done.returncode == 0, done.stderr
     client = MlflowClient(f"sqlite:///{tmp_path}/outputs/mlflow.db")
@@ -95,6 +104,13 @@ def test_a_grid_on_joblib_is_one_parent_with_its_children(tmp_path: Path) -> Non
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert "method=soup" in done.stdout
     assert "method=ties" in done.stdout
+
+
+def test_a_sweep_on_joblib_has_all_its_trials(tmp_path: Path) -> None:
+    (line,) = (line for line in RUNS if "joblib" in line and "sweep=" in line)
+    done = real_command(line, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "4 trials:" in done.stdout
 
 
 def test_the_ui_opens_on_the_store_that_a_run_made(mergelab_command: Callable[..., Outcome], workplace: Path) -> None:

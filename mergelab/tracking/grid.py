@@ -32,7 +32,7 @@ DIRECTION = "mergelab.direction"  # a child's tag: "minimize" where less is bett
 RUN_FOLDER = "mergelab.run_folder"  # a child's tag: where the job worked
 MODEL = "model"  # the merged model's folder in there, and among a run's artifacts
 
-_BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _SETTLE_S = 3.0  # for killed workers to be gone
 
 
@@ -61,7 +61,7 @@ class GridCallback(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Open the parent run."""
-        if OmegaConf.select(config, "hydra.sweeper._target_") != _BASIC_SWEEPER:
+        if OmegaConf.select(config, "hydra.sweeper._target_") != BASIC_SWEEPER:
             return
         try:
             open_grid(config, self._decide())

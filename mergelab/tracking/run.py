@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from mergelab.errors import TrackingError
 from mergelab.tracking import interrupts
 from mergelab.tracking.store import mlflow_calls
-from mergelab.tracking.values import MAX_TAG, flatten, one_line, shortened, tidy_name
+from mergelab.tracking.values import MAX_TAG, flatten, one_line, shortened, tidy_name, without_password
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,12 @@ class Run:
                     self._client.set_tag(self.id, "error", error)
                 self._client.set_terminated(self.id, status)
         finally:
+            interrupts.release()
+
+    def abandon(self) -> None:
+        """Leave the run, as it is, to the process that has opened it again since."""
+        if self._open:
+            self._open = False
             interrupts.release()
 
     def log_params(self, values: Mapping[str, Any]) -> None:
@@ -171,7 +177,7 @@ class Run:
     def log_dict(self, values: dict[str, Any] | list[Any], path: str) -> None:
         """Write ``values`` as a ``.json`` or ``.yaml`` artifact."""
         if path.endswith((".yaml", ".yml")):
-            self.log_text(OmegaConf.to_yaml(OmegaConf.create(values)), path)
+            self.log_text(without_password(OmegaConf.to_yaml(OmegaConf.create(values))), path)
         else:
             self.log_text(json.dumps(values, indent=1, ensure_ascii=False), path)
 

@@ -141,11 +141,29 @@ class Tracker:
         if self.client is None:
             return Run(None, None, run_id, "")
         with mlflow_calls(f"resume run {run_id}"):
-            info = self.client.get_run(run_id).info
+            found = self.client.get_run(run_id)
+            info = found.info
+            if "error" in found.data.tags:  # of what ended it before
+                self.client.delete_tag(run_id, "error")
             for name, value in processes.process_tags().items():
                 self.client.set_tag(run_id, name, value)
             self.client.update_run(run_id, status="RUNNING")
             return Run(self.client, run_id, info.run_name, self.client.get_experiment(info.experiment_id).name)
+
+    def reopened(self, run_id: str) -> Run | None:
+        """Open again a run that may be gone; None when this store does not have it, or only among the deleted."""
+        if self.client is None:
+            return Run(None, None, run_id, "")
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if self.client.get_run(run_id).info.lifecycle_stage != "active":
+                return None
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return self.resume_run(run_id)
 
     def runs(
         self, tags: Mapping[str, str] | None = None, *, experiment: str | None = None, status: str | None = None

@@ -18,6 +18,7 @@ MAX_PARAM = 6000
 MAX_TAG = 5000
 
 _PASSWORD = re.compile(r"(://[^:/@\s]*):[^@/\s]+@")
+_PASSWORD_OPTION = re.compile(r"([?&]password=)[^&\s'\"]+")
 
 
 def flatten(values: Mapping[str, Any] | Container) -> dict[str, str]:
@@ -58,7 +59,7 @@ def _text(value: Any) -> str:
 
 def without_password(text: str) -> str:
     """Mask the password in every URL that ``text`` holds: what is logged is read by others."""
-    return _PASSWORD.sub(r"\1:***@", text)
+    return _PASSWORD_OPTION.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))
 
 
 def tidy_name(name: str) -> str:

@@ -152,3 +152,13 @@ def test_a_process_that_nobody_has_waited_for_counts_as_ended(tracker: Tracker) 
     assert tracker.reconcile() == [run.id]
     process.communicate()
     run.end("KILLED")
+
+
+def test_an_abandoned_run_is_left_to_whoever_has_it(tracker: Tracker, mlflow_client: Any) -> None:
+    with tracker.start_run("ties", experiment="rte") as run:
+        run.abandon()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    run.end("FAILED", "too late")
+    recorded = mlflow_client.get_run(run.id)
+    assert recorded.info.status == "RUNNING"
+    assert "error" not in recorded.data.tags

@@ -1,0 +1,36 @@
+"""Hydra finds its plugins in this namespace: ``hydra/sweeper=mergelab``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hydra.plugins.sweeper import Sweeper
+
+if TYPE_CHECKING:
+    from hydra.types import HydraContext, TaskFunction
+    from omegaconf import DictConfig
+
+
+class MergelabSweeper(Sweeper):
+    """Sweep with Optuna (4.9 or newer): persistent, pruned, and reported on examples that did not select."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Take what Hydra has composed."""
+        from hydra.core.plugins import Plugins
+
+        self.hydra_context, self.config = hydra_context, config
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Run the sweep that the settings and the command line's ``arguments`` describe."""
+        from omegaconf import OmegaConf
+
+        from mergelab.sweeping import run_sweep
+
+        node: Any = OmegaConf.to_container(self.config.hydra.sweeper, resolve=True)
+        run_sweep(node, self.config, self.launcher, self.hydra_context.config_loader, arguments)

@@ -1,0 +1,100 @@
+"""Which process has a trial: marks in the study's storage, so that no trial is done by two processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mergelab.sweep.study import ATTEMPTS
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
+
+# Attributes of a trial: who measures it, and how many of its attempts were ended by the user.
+BEGUN, FORGIVEN = "mergelab:begun", "mergelab:forgiven"
+
+
+class Superseded(Exception):
+    """The trial was given to another process, or has its result."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One process's hold on a trial.
+
+    Attributes:
+        again: the trial was begun before: there may be a run of it.
+    """
+
+    storage: BaseStorage
+    trial_id: int
+    mark: dict[str, Any]
+    again: bool
+
+    def check(self) -> None:
+        """Make sure that the trial is still this process's.
+
+        Raises:
+            Superseded: it is not.
+        """
+        trial = self.storage.get_trial(self.trial_id)
+        if trial.state.is_finished() or trial.user_attrs.get(BEGUN) != self.mark:
+            raise Superseded
+
+
+@contextlib.contextmanager
+def attempting(storage: BaseStorage, trial_id: int, attempt: int) -> Iterator[Attempt]:
+    """Mark a trial as this process's for as long as the block lasts.
+
+    A launcher may start a job again by itself (Ray does when a worker dies): the attempt has the same number then, and
+    the later process has the trial.
+
+    Raises:
+        Superseded: a later attempt was begun, or the trial has its result.
+    """
+    from mergelab.tracking.processes import process_tags
+
+    trial = storage.get_trial(trial_id)
+    known = trial.user_attrs.get(BEGUN)
+    if trial.state.is_finished() or (known and known["attempt"] > attempt):
+        raise Superseded
+    times = known["times"] + 1 if known and known["attempt"] == attempt else 1
+    mark = {"attempt": attempt, "times": times, "by": process_tags()}
+    storage.set_trial_user_attr(trial_id, BEGUN, mark)
+    held = Attempt(storage, trial_id, mark, known is not None)
+    try:
+        yield held
+    finally:
+        with contextlib.suppress(Superseded):
+            held.check()
+            storage.set_trial_user_attr(trial_id, BEGUN, {**mark, "by": None})
+
+
+def tries(trial: FrozenTrial) -> int:
+    """Count how often a trial was tried, without the times that the user ended it."""
+    attempts = int(trial.user_attrs.get(ATTEMPTS, 0))
+    begun = trial.user_attrs.get(BEGUN)
+    again = begun["times"] - 1 if begun and begun["attempt"] == attempts else 0
+    return attempts - int(trial.user_attrs.get(FORGIVEN, 0)) + again
+
+
+def has_begun(trial: FrozenTrial) -> bool:
+    """Answer whether a process began the trial's last attempt."""
+    begun = trial.user_attrs.get(BEGUN)
+    return begun is not None and bool(begun["attempt"] == trial.user_attrs.get(ATTEMPTS))
+
+
+def measured_by(trial: FrozenTrial) -> str | None:
+    """Name the living process of this machine, other than this one, that measures the trial."""
+    from mergelab.tracking.processes import HOST, NAMESPACE, PID, has_ended, process_tags
+
+    own = process_tags()
+    by = (trial.user_attrs.get(BEGUN) or {}).get("by") or {}
+    elsewhere = any(by.get(what) != own.get(what) for what in (HOST, NAMESPACE))
+    if elsewhere or by.get(PID) == str(os.getpid()) or has_ended(by):
+        return None
+    return str(by[PID])

@@ -1,0 +1,71 @@
+"""What a user sets about a sweep, and what a sweep tells each of its jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from mergelab.config import Schema, check
+
+Direction = Literal["maximize", "minimize"]
+# Steps of pydantic's paths that are no keys of the configuration are in brackets.
+_ONE, _EACH = "[one]", "[each]"
+_Directions = Annotated[
+    Annotated[Direction, Tag(_ONE)] | Annotated[list[Direction], Tag(_EACH)],
+    Discriminator(lambda value: _EACH if isinstance(value, list) else _ONE),
+]
+
+
+class SweepConfig(Schema):
+    """The ``hydra.sweeper`` node of ``hydra/sweeper=mergelab``; ``sweep.<key>`` sets the same keys."""
+
+    n_trials: Annotated[int, Field(ge=1)] = 50
+    """In total: the same command again goes on to it."""
+    n_jobs: Annotated[int, Field(ge=1)] = 1
+    """Trials that are started together, for launchers that run jobs side by side."""
+    sampler: str | dict[str, Any] = "tpe"
+    pruner: str | dict[str, Any] = "futility"
+    objective: str | list[str] | None = None
+    """Metrics (``f1``), or tasks of a suite (``rte``); None: the primary metric, of a suite the average."""
+    direction: _Directions | None = None
+    storage: str | None = None
+    study_name: str | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    params: dict[str, Any] | None = None
+    first: list[dict[str, Any]] | None = None
+    """Points that are tried before the sampler's."""
+    retries: Annotated[int, Field(ge=0)] = 1
+    """How often a trial is started again whose process died."""
+    compile: bool = False
+    """Merge with a compiled function where the method has one; equal within float32 rounding, not bit by bit."""
+    max_failure_rate: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """The sweep stops when more than this share of its trials failed."""
+
+
+class Job(Schema):
+    """What a sweep tells a job: whose trial it is, and whether it measures that trial or reports the winner."""
+
+    study: str
+    number: int
+    source: Literal["hub", "mini", "local"]
+    folder: str
+    """Where the user started the sweep: what is relative is relative to it."""
+    host: str
+    pid: int
+    """The sweeper's."""
+    tracking: str | None = None
+    """The tracking store's address, unless it holds a password: then the worker's environment must name it too."""
+    parent: str | None = None
+    attempt: int = 1
+    stage: Literal["trial", "report"] = "trial"
+
+
+def sweep_config(node: Mapping[str, Any]) -> SweepConfig:
+    """Check the settings of a sweep.
+
+    Raises:
+        ConfigError: a key is unknown or a value is not usable.
+    """
+    return check(SweepConfig, {key: value for key, value in node.items() if key != "_target_"}, "sweep")

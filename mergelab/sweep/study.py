@@ -1,0 +1,200 @@
+"""A study that can be gone on with: every trial has one number, is handed out whole, and is told once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mergelab.errors import SweepError
+from mergelab.sweep.samplers import make_sampler
+from mergelab.sweep.storage import open_storage, storage_errors
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+    from mergelab.sweep.config import Direction, SweepConfig
+    from mergelab.sweep.space import Space
+
+# Attributes of a trial.
+ATTEMPTS, OUTCOME, ERROR, SCORES = "mergelab:attempts", "mergelab:outcome", "mergelab:error", "mergelab:scores"
+# What a sampler remembers of the whole study, kept with each trial so that both are written at once.
+_MEMORY = "mergelab:sampler"
+# Attributes of a study.
+_DEFINITION, SWEEPER, PARENT = "mergelab:definition", "mergelab:sweeper", "mergelab:parent"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A trial that is to be run: its number and the point of the space."""
+
+    number: int
+    params: Mapping[str, Any]
+
+
+class SweepStudy:
+    """An Optuna study, opened or created.
+
+    Points are drawn in a copy of the study in memory, each by a sampler of its own (see `make_sampler`), and a trial
+    reaches the storage whole. So a process that is killed at any moment leaves no half-drawn trial behind.
+
+    Args:
+        url: of the storage.
+        name: of the study.
+        space: what is searched.
+        config: sampler, seed and first points.
+        directions: one for each objective.
+        definition: what makes trials comparable (space, models, task, …); a study with another one is not gone on with.
+
+    Raises:
+        SweepError: the storage cannot be used, or has a study of that name with another definition.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        space: Space,
+        config: SweepConfig,
+        directions: Sequence[Direction],
+        definition: Mapping[str, str],
+    ) -> None:
+        import optuna
+
+        self.space, self.config, self.directions = space, config, tuple(directions)
+        self.first = list(config.first or [])
+        self.storage = open_storage(url)
+        self.study = self._opened(url, name, dict(definition))
+        self._memory = optuna.storages.InMemoryStorage()
+        self._copy = optuna.create_study(storage=self._memory, directions=list(directions), study_name=name)
+        for trial in self.study.get_trials(deepcopy=False):
+            self._copy.add_trial(trial)
+            self._remember(trial.system_attrs.get(_MEMORY, {}))
+
+    def _opened(self, url: str, name: str, definition: dict[str, str]) -> Study:
+        import optuna
+
+        with storage_errors(url, OSError):
+            study = optuna.create_study(
+                storage=self.storage, study_name=name, directions=list(self.directions), load_if_exists=True
+            )
+            if [direction.name.lower() for direction in study.directions] != list(self.directions):
+                raise _other(name, "direction", ",".join(d.name.lower() for d in study.directions), self.directions)
+            known: dict[str, str] | None = study.user_attrs.get(_DEFINITION)
+            if known is None and study.get_trials(deepcopy=False):
+                raise SweepError(f"sweep.study_name={name}: is not a study of mergelab's; choose another name")
+            for key in {**known, **definition} if known is not None else ():
+                told = (known or {}).get(key)
+                if told != definition.get(key):
+                    raise _other(name, key, told, definition.get(key))
+            if known is None:
+                study.set_user_attr(_DEFINITION, definition)
+            return study
+
+    # ------------------------------------------------------------------------------------------------- handing out
+
+    def pending(self) -> list[FrozenTrial]:
+        """List the trials that were handed out and have no result: those of a process that died."""
+        from optuna.trial import TrialState
+
+        return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """All trials, by number."""
+        return self.study.get_trials(deepcopy=False)
+
+    @property
+    def count(self) -> int:
+        """How many trials there are, whatever became of them."""
+        return len(self.trials)
+
+    def ask(self, *, side_by_side: bool = False) -> Asked:
+        """Draw the next trial's point and write the trial down."""
+        from optuna.trial import create_trial
+
+        number = self.count
+        self._copy.sampler = make_sampler(
+            self.config.sampler,
+            self.space,
+            seed=self.config.seed,
+            number=number,
+            objectives=len(self.directions),
+            side_by_side=side_by_side,
+        )
+        if number < len(self.first):
+            self._copy.enqueue_trial(self.first[number])
+        drawn = self._copy.ask(dict(self.space.distributions)).number
+        frozen = self._copy.get_trials(deepcopy=False)[drawn]
+        memory = self._memory.get_study_system_attrs(self._id)
+        whole = create_trial(
+            state=frozen.state,
+            params=frozen.params,
+            distributions=frozen.distributions,
+            system_attrs={**frozen.system_attrs, _MEMORY: memory},
+        )
+        self.study.add_trial(whole)
+        assert self.count == number + 1, "another process adds trials to this study"
+        return Asked(number, frozen.params)
+
+    def hand_out(self, number: int) -> int:
+        """Note that a trial is started; answer how often it has been."""
+        trial = self.trials[number]
+        attempts = int(trial.user_attrs.get(ATTEMPTS, 0)) + 1
+        self.storage.set_trial_user_attr(trial._trial_id, ATTEMPTS, attempts)
+        return attempts
+
+    def tell(self, number: int, values: Sequence[float] | None, *, pruned_at: int | None = None) -> None:
+        """Write down a result: the values, or the value so far at ``pruned_at`` examples, or None for a failure."""
+        from optuna.trial import TrialState
+
+        if pruned_at is not None and values is not None:
+            state = TrialState.PRUNED
+            self.storage.set_trial_intermediate_value(self.trials[number]._trial_id, pruned_at, values[0])
+        else:
+            state = TrialState.FAIL if values is None else TrialState.COMPLETE
+        self.study.tell(number, list(values or ()) if state == TrialState.COMPLETE else None, state=state)
+        told = self.trials[number]
+        for step, value in told.intermediate_values.items():  # the job's own reports among them
+            self._memory.set_trial_intermediate_value(number, step, value)
+        self._memory.set_trial_state_values(number, state, told.values)
+
+    def note(self, number: int, key: str, value: Any) -> None:
+        """Keep an attribute with a trial."""
+        self.storage.set_trial_user_attr(self.trials[number]._trial_id, key, value)
+
+    # ----------------------------------------------------------------------------------------------------- results
+
+    def best(self) -> FrozenTrial | None:
+        """Answer the best complete trial, the earliest of equals; by the first objective where there are several."""
+        from optuna.trial import TrialState
+
+        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        sign = -1 if self.directions[0] == "minimize" else 1
+        return max(complete, key=lambda trial: (sign * trial.values[0], -trial.number), default=None)
+
+    def _remember(self, memory: Mapping[str, Any]) -> None:
+        for key, value in memory.items():
+            self._memory.set_study_system_attr(self._id, key, value)
+
+    @property
+    def _id(self) -> int:
+        return self._memory.get_study_id_from_name(self._copy.study_name)
+
+
+def load(url: str, name: str) -> tuple[BaseStorage, Study]:
+    """Open a study that a sweeper has made, to report to it from a job."""
+    import optuna
+
+    storage = open_storage(url)
+    return storage, optuna.load_study(storage=storage, study_name=name)
+
+
+def _other(name: str, what: str, known: object, asked: object) -> SweepError:
+    told = ",".join(asked) if isinstance(asked, tuple) else asked
+    return SweepError(
+        f"sweep.study_name={name}: the study exists with another {what}: {known}, not {told}; "
+        f"choose a new name, such as sweep.study_name={name}-2"
+    )

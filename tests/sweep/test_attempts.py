@@ -1,0 +1,129 @@
+"""A trial belongs to the process that began its last attempt last."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import FrozenTrial, TrialState
+
+from mergelab.sweep.attempts import BEGUN, FORGIVEN, Superseded, attempting, has_begun, measured_by, tries
+from mergelab.sweep.storage import open_storage
+from mergelab.sweep.study import ATTEMPTS
+from mergelab.tracking.processes import process_tags
+
+
+@pytest.fixture
+def storage() -> optuna.storages.BaseStorage:
+    storage = optuna.storages.InMemoryStorage()
+    study = optuna.create_study(storage=storage)
+    study.ask()
+    return storage
+
+
+def trial(storage: optuna.storages.BaseStorage) -> FrozenTrial:
+    return storage.get_trial(0)
+
+
+def hand_out(storage: optuna.storages.BaseStorage) -> None:
+    storage.set_trial_user_attr(0, ATTEMPTS, int(trial(storage).user_attrs.get(ATTEMPTS, 0)) + 1)
+
+
+def test_the_first_attempt_is_not_again_and_leaves_no_process_behind(storage: optuna.storages.BaseStorage) -> None:
+    hand_out(storage)
+    assert not has_begun(trial(storage))
+    with attempting(storage, 0, 1) as held:
+        assert not held.again
+        held.check()
+        assert trial(storage).user_attrs[BEGUN]["by"] == process_tags()
+    assert trial(storage).user_attrs[BEGUN]["by"] is None
+    assert has_begun(trial(storage))
+    assert tries(trial(storage)) == 1
+
+
+def test_an_attempt_is_over_once_a_later_one_has_begun_and_cannot_begin_after_it(
+    storage: optuna.storages.BaseStorage,
+) -> None:
+    with attempting(storage, 0, 1) as first:
+        with attempting(storage, 0, 2) as second:
+            assert second.again
+            with pytest.raises(Superseded):
+                first.check()
+            second.check()
+        assert trial(storage).user_attrs[BEGUN]["attempt"] == 2
+    assert trial(storage).user_attrs[BEGUN]["attempt"] == 2  # the first leaves the second's mark alone
+    with pytest.raises(Superseded), attempting(storage, 0, 1):
+        pass
+
+
+@pytest.mark.parametrize("url", ["sqlite:///{}/study.db", "journal:{}/study.log"])
+def test_what_another_process_has_written_is_seen(url: str, tmp_path: Path) -> None:
+    own, other = (open_storage.__wrapped__(url.format(tmp_path)) for _ in range(2))
+    study = optuna.create_study(storage=own)
+    study.ask()
+    trial_id = own.get_trial_id_from_study_id_trial_number(study._study_id, 0)
+    other.get_all_trials(study._study_id)  # what is kept of it now is old then
+    with attempting(own, trial_id, 1) as first, attempting(other, trial_id, 2) as second:
+        with pytest.raises(Superseded):
+            first.check()
+        second.check()
+        study.tell(0, 1.0)
+        with pytest.raises(Superseded):
+            second.check()
+
+
+def test_a_job_that_the_launcher_starts_again_takes_the_trial_over_and_counts(
+    storage: optuna.storages.BaseStorage,
+) -> None:
+    hand_out(storage)
+    with attempting(storage, 0, 1) as first, attempting(storage, 0, 1) as second:
+        assert second.again
+        with pytest.raises(Superseded):
+            first.check()
+    assert tries(trial(storage)) == 2
+
+
+def test_a_trial_with_a_result_belongs_to_nobody(storage: optuna.storages.BaseStorage) -> None:
+    with attempting(storage, 0, 1) as held:
+        storage.set_trial_state_values(0, TrialState.COMPLETE, [1.0])
+        with pytest.raises(Superseded):
+            held.check()
+    with pytest.raises(Superseded), attempting(storage, 0, 2):
+        pass
+
+
+def test_what_the_user_ended_does_not_count(storage: optuna.storages.BaseStorage) -> None:
+    hand_out(storage)
+    with attempting(storage, 0, 1):
+        pass
+    storage.set_trial_user_attr(0, FORGIVEN, 1)
+    assert tries(trial(storage)) == 0
+    hand_out(storage)
+    assert tries(trial(storage)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "alive"),
+    [({}, True), ({"mergelab.host": "elsewhere"}, False), ({"mergelab.pid_namespace": "pid:[1]"}, False)],
+)
+def test_only_a_living_process_of_this_machine_is_waited_for(
+    storage: optuna.storages.BaseStorage, changes: Mapping[str, str], alive: bool
+) -> None:
+    def marked(pid: int) -> FrozenTrial:
+        tags = process_tags() | {"mergelab.pid": str(pid), "mergelab.process_start": started, **changes}
+        storage.set_trial_user_attr(0, BEGUN, {"attempt": 1, "times": 1, "by": tags})
+        return trial(storage)
+
+    import psutil
+
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        started = f"{psutil.Process(other.pid).create_time():.2f}"
+        assert measured_by(marked(other.pid)) == (str(other.pid) if alive else None)
+        assert measured_by(marked(os.getpid())) is None  # a job of the sweeper's own process
+        other.kill()
+    assert measured_by(marked(other.pid)) is None
