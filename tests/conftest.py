@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from absl import logging as absl_logging
 
 from tests.standins import BERT_BASE, BERT_RTE_EXPERTS, glue_table
 
@@ -22,6 +23,9 @@ REAL_DATA = ROOT.parent / "shared" / "data"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# absl, which rouge-score imports, takes the standard error of that moment, pytest's; and closes it when Hydra sets up
+# logging.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "HYDRA_FULL_ERROR"):
     os.environ.pop(name, None)
 

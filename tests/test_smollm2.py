@@ -55,7 +55,7 @@ def _fine_tune(model: Any, tokenizer: Any, domain: str) -> None:
     import torch
 
     torch.manual_seed(0)
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.5)
     model.train()
     for step in range(STEPS):
         batch = tokenizer(
