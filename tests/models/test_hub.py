@@ -232,7 +232,7 @@ def test_name_resolution_that_hangs_does_not_hold_the_program(client: Client) ->
 
 
 def test_a_cached_dataset_is_known_and_loads_offline_without_a_request(hub: HubServer, client: Client) -> None:
-    known = "from mergelab.models import hub\nresult = hub.dataset_cached('rte')"
+    known = "from mergelab.models import hub\nresult = hub.dataset_cached('nyu-mll/glue', 'rte')"
     load = """
 import datasets, huggingface_hub
 from mergelab.models import hub
