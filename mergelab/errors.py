@@ -30,6 +30,10 @@ class NonFinite(ModelError):
     """A tensor holds NaN or infinity."""
 
 
+class NoRoom(ModelError):
+    """The memory has no room for the models."""
+
+
 class DataError(MergelabError):
     """Evaluation data, its columns or its labels cannot be used."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from mergelab import console
 from mergelab.calibration import Calibration
-from mergelab.errors import ModelError
+from mergelab.errors import NoRoom
 from mergelab.measuring import Bench
 from mergelab.merging import Merging
 from mergelab.models.source import LocatedModels, Source, locate
@@ -106,9 +106,7 @@ class Resident:
                 device=self.session.device,
                 compiling=self.compiling,
             )
-        except ModelError as error:
-            if "in memory takes" not in str(error):
-                raise
+        except NoRoom as error:
             console.warn(f"{error}. Every trial of this sweep reads the models again.")
             return None
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from mlflow.tracking import MlflowClient
 
+from mergelab.methods import warm
 from mergelab.sweep.config import SweepConfig
 from mergelab.sweep.pruning import unpacked
 from mergelab.sweep.space import space_from
@@ -157,6 +158,24 @@ def test_trials_select_and_the_winners_report_are_those_of_single_runs(
     assert mergelab_command(*arguments, "method=soup", "eval.protocol=holdout", "tracking=none").code == 0
     assert reported[-3]["results"] == single(workplace)["models"][-1]["results"]
     assert "paired test of the winner on the reporting examples: p" in outcome.out
+
+
+def test_models_that_memory_has_no_room_for_are_read_again_in_every_trial(
+    sweep: Callable[..., Outcome],
+    mergelab_command: Command,
+    arguments: list[str],
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(warm, "check_memory", lambda models, memory=None, ask=warm.check_memory: ask(models, 0))
+    outcome = sweep("ties", "sweep.n_trials=2", "sweep.pruner=none")
+    assert outcome.code == 0, outcome.err
+    assert "not even one of them fits" in outcome.err
+    for trial in trials(workplace):
+        values = [f"{key}={value}" for key, value in trial.params.items()]
+        plain = [*arguments, "method=ties", *values, "eval.protocol=holdout", "tracking=none"]
+        assert mergelab_command(*plain).code == 0
+        assert trial.value == single(workplace)["models"][-1]["results"]["rte"]["select"]["accuracy"]
 
 
 def test_no_trial_is_measured_on_an_example_that_reports(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
+from mergelab.errors import KeyMismatch, NoRoom, ShapeMismatch, listed
 from mergelab.methods.blocks import blocks
 from mergelab.methods.engine import chunks_of, merge_models
 from mergelab.methods.job import Job, Same, add_scaled, checked_job, checked_source, merge_into, prepared_job
@@ -56,7 +56,7 @@ class Warm:
         path: how the last merge computed: "compiled" or "plain" torch operations.
 
     Raises:
-        ModelError: the models do not fit into memory.
+        NoRoom: the models do not fit into memory.
         KeyMismatch, ShapeMismatch: the targets are not those of the models.
     """
 
@@ -206,7 +206,7 @@ def residence(models: AlignedModels, device: torch.device, memory: int | None = 
 
 
 def check_memory(models: AlignedModels, memory: int | None = None) -> None:
-    """Raise `ModelError` when the main memory has no room for the models; it says what would fit."""
+    """Raise `NoRoom` when the main memory has no room for the models; it says what would fit."""
     import psutil
 
     room = psutil.virtual_memory().available if memory is None else memory
@@ -216,7 +216,7 @@ def check_memory(models: AlignedModels, memory: int | None = None) -> None:
     count = len(models.experts)
     each = sum(_bytes_of(expert, models.names) for expert in models.experts) / count
     fitting = max(0, int(count - (needed - room) / each))
-    raise ModelError(
+    raise NoRoom(
         f"keeping {count} experts in memory takes {needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free: "
         f"{f'{fitting} of them would fit' if fitting else 'not even one of them fits'}; "
         "a merge to disk (evaluate=false output=...) holds only a few tensors at a time"
