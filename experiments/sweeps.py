@@ -3,7 +3,7 @@
 Usage:
     python experiments/sweeps.py                            # five seeds, 50 trials each
     python experiments/sweeps.py --seeds 1 --trials 10      # a quick look
-    python experiments/sweeps.py --work /tmp/sweeps         # keeps what is done: started again, it goes on from there
+    python experiments/sweeps.py --work outputs/compared     # keeps what is done: started again, it goes on from there
 
 Each row is the command ``python -m mergelab -m sweep=ties task=rte source=mini ...`` with the options that the page
 shows, run in this one process so that models are loaded once.

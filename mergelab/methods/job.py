@@ -17,7 +17,7 @@ from mergelab.methods.parameters import Parameters, Site
 from mergelab.methods.registry import MergeMethod, check_capabilities, check_parameters, resolve_weights
 from mergelab.methods.workers import thread_count
 from mergelab.weights.align import AlignedModels, check_finite
-from mergelab.weights.source import TensorSource
+from mergelab.weights.source import TensorSource, WrappedSource
 
 ACCELERATOR_BLOCK = 1 << 23  # entries; an accelerator wants more work at once than a core's cache holds
 
@@ -35,34 +35,13 @@ class Same:
         return id(self.value)
 
 
-class Checked:
+class Checked(WrappedSource):
     """A source whose tensors are looked through for NaN and infinity when they are first read, by whichever thread."""
 
     def __init__(self, source: TensorSource) -> None:
         self.source = source
-        self.name = source.name
         self._seen: dict[str, bool] = {}
         self._locks: dict[str, Lock] = {}
-
-    def keys(self) -> list[str]:
-        """List the tensors."""
-        return self.source.keys()
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Answer the shape of ``key``."""
-        return self.source.shape(key)
-
-    def dtype(self, key: str) -> torch.dtype:
-        """Answer the dtype of ``key``."""
-        return self.source.dtype(key)
-
-    def aliases(self) -> dict[str, str]:
-        """Answer the further names of tied tensors."""
-        return self.source.aliases()
-
-    def prefetch(self, key: str) -> None:
-        """Let the data of ``key`` be fetched in the background."""
-        self.source.prefetch(key)
 
     def get(self, key: str) -> Tensor:
         """Read ``key``, and look it through at the first time."""

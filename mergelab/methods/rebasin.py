@@ -23,7 +23,7 @@ from mergelab.methods.random import stream_key, words
 from mergelab.methods.registry import Substitute, merge_method
 from mergelab.methods.workers import in_order
 from mergelab.weights.align import AlignedModels
-from mergelab.weights.source import TensorSource
+from mergelab.weights.source import TensorSource, WrappedSource
 
 Order = NDArray[np.intp]  # which of the expert's units comes in each place
 Orders = Mapping[str, Order]
@@ -126,7 +126,7 @@ def config_of(source: object) -> Mapping[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class PermutedSource:
+class PermutedSource(WrappedSource):
     """A source whose tensors' axes are in another order.
 
     Attributes:
@@ -137,37 +137,12 @@ class PermutedSource:
     source: TensorSource
     indices: Mapping[str, Mapping[int, Tensor]]
 
-    @property
-    def name(self) -> str:
-        """What errors call the model."""
-        return self.source.name
-
-    def keys(self) -> list[str]:
-        """List the tensors, one name for each tied group."""
-        return self.source.keys()
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Answer the shape of ``key``."""
-        return self.source.shape(key)
-
-    def dtype(self, key: str) -> torch.dtype:
-        """Answer the dtype of ``key``."""
-        return self.source.dtype(key)
-
     def get(self, key: str) -> Tensor:
         """Read ``key`` and put its axes in order."""
         tensor = self.source.get(key)
         for axis, index in self.indices.get(key, {}).items():
             tensor = tensor.index_select(axis, index)
         return tensor
-
-    def aliases(self) -> dict[str, str]:
-        """Answer the further names of tied tensors."""
-        return self.source.aliases()
-
-    def prefetch(self, key: str) -> None:
-        """Let the data of ``key`` be fetched."""
-        self.source.prefetch(key)
 
 
 def indices(

@@ -30,7 +30,7 @@ from mergelab.methods.registry import MergeMethod, Substitute, check_parameters,
 from mergelab.methods.workers import in_order
 from mergelab.methods.zipping import Likeness, Places, zipped
 from mergelab.weights.align import AlignedModels
-from mergelab.weights.source import TensorSource
+from mergelab.weights.source import TensorSource, WrappedSource
 
 TOKENS = 2048  # of all examples together whose features are compared, where there are so few examples
 CONSTANT = 1e-6  # a feature that varies less, beside its size, does not vary
@@ -246,7 +246,7 @@ def axes_of(
 
 
 @dataclass(frozen=True)
-class ZippedSource:
+class ZippedSource(WrappedSource):
     """An expert whose features are in common places, those of one group added up.
 
     Attributes:
@@ -259,23 +259,6 @@ class ZippedSource:
     _last: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     _lock: Lock = field(default_factory=Lock, compare=False, repr=False)
 
-    @property
-    def name(self) -> str:
-        """What errors call the model."""
-        return self.source.name
-
-    def keys(self) -> list[str]:
-        """List the tensors, one name for each tied group."""
-        return self.source.keys()
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Answer the shape of ``key``."""
-        return self.source.shape(key)
-
-    def dtype(self, key: str) -> torch.dtype:
-        """Answer the dtype that ``key`` is stored in."""
-        return self.source.dtype(key)
-
     def get(self, key: str) -> Tensor:
         """Read ``key`` and add up what goes together, in float32 or float64; made once for all parts of a tensor."""
         if key not in self.axes:
@@ -285,14 +268,6 @@ class ZippedSource:
                 self._last.clear()
                 self._last[key] = gathered(self.source.get(key), self.axes[key])
             return self._last[key]
-
-    def aliases(self) -> dict[str, str]:
-        """Answer the further names of tied tensors."""
-        return self.source.aliases()
-
-    def prefetch(self, key: str) -> None:
-        """Let the data of ``key`` be fetched."""
-        self.source.prefetch(key)
 
 
 def gathered(tensor: Tensor, axes: Mapping[int, Axis]) -> Tensor:

@@ -46,6 +46,37 @@ class TensorSource(Protocol):
         ...
 
 
+class WrappedSource:
+    """What a source that changes another one's tensors leaves as it is: names, shapes, dtypes, ties."""
+
+    source: TensorSource
+
+    @property
+    def name(self) -> str:
+        """What errors call the model."""
+        return self.source.name
+
+    def keys(self) -> list[str]:
+        """List the tensors, one name for each tied group."""
+        return self.source.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Answer the shape of ``key``."""
+        return self.source.shape(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Answer the dtype that ``key`` is stored in."""
+        return self.source.dtype(key)
+
+    def aliases(self) -> dict[str, str]:
+        """Answer the further names of tied tensors."""
+        return self.source.aliases()
+
+    def prefetch(self, key: str) -> None:
+        """Let the data of ``key`` be fetched in the background."""
+        self.source.prefetch(key)
+
+
 class TensorInfo(NamedTuple):
     """A tensor's name, shape and dtype, known before its data is."""
 
