@@ -18,8 +18,8 @@ from mergelab.methods.task_vectors import Election, Reduce, just_below
 
 TINY = torch.finfo(torch.float32).tiny
 # Called with base, experts, thresholds (T,), sign of cancelled votes, weights (T,), λ, and where θ0 + λ·τ_m and, unless
-# None, τ_m are written; answers how many more entries are elected + than −, and how many have cancelled votes.
-Compiled = Callable[..., tuple[Tensor, Tensor]]
+# None, τ_m are written; answers how many more entries are elected + than −.
+Compiled = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Vote:
 
 def room_for(experts: int, length: int) -> Tensor:
     """Make room for merging blocks of up to ``length`` entries: a row for each expert, and for each intermediate."""
-    return torch.empty(experts + 6, length)
+    return torch.empty(experts + 5, length)
 
 
 def merge_block(
@@ -50,8 +50,8 @@ def merge_block(
     sign: float,
     room: Tensor,
     into: Tensor | None = None,
-) -> tuple[Tensor, int, bool]:
-    """Merge a block in plain operations that allocate nothing.
+) -> tuple[Tensor, int]:
+    """Merge a block in plain operations that allocate nothing, and of which there are few: two threads share one lock.
 
     Args:
         vote: how.
@@ -63,9 +63,11 @@ def merge_block(
         into: takes τ_m, in float32; default: a part of ``room``.
 
     Returns:
-        τ_m; how many more entries are elected positive than negative; whether votes may have cancelled.
+        τ_m; how many more entries are elected positive than negative.
     """
-    *rows, start, signs, free, result, shares, spare = room[:, : base.numel()].unbind()
+    here = room[:, : base.numel()]
+    all_rows = here[: len(ends)]
+    *rows, start, signs, result, shares, spare = here.unbind()
     start = base if base.dtype == torch.float32 else start.copy_(base)
     for row, end, threshold in zip(rows, ends, thresholds, strict=True):
         torch.sub(end if end.dtype == torch.float32 else row.copy_(end), start, out=row)
@@ -75,19 +77,14 @@ def merge_block(
     _combine(rows, vote.weights if vote.before else ones, signs, spare, counting=vote.election == "count")
     surplus = int(signs.sign_().sum())  # exact: a block has fewer than 2^24 entries
     if sign:  # where it is 0, it becomes ``sign``
-        torch.abs(signs, out=free).mul_(-sign).add_(sign)
-        signs.add_(free)
-    for row in rows:
-        row.mul_(signs).clamp_min_(0)  # magnitudes of what agrees
+        signs.add_(sign / 2).sign_()
+    all_rows.mul_(signs).relu_()  # magnitudes of what agrees
     _combine(rows, vote.weights, result, spare, operation=torch.maximum if vote.reduce == "max" else torch.add)
-    # What the other sign would give is seen in what this one gives, unless weights differ.
-    cancelled = bool(sign) and (vote.weighted or float(torch.dot(free, result)) != 0)
     if vote.reduce == "mean":
-        for row in rows:
-            row.sign_()
+        all_rows.sign_()
         _combine(rows, vote.weights, shares, spare)
         result.div_(shares.clamp_min_(TINY))
-    return torch.mul(result, signs, out=result if into is None else into), surplus, cancelled
+    return torch.mul(result, signs, out=result if into is None else into), surplus
 
 
 def _combine(
@@ -139,7 +136,7 @@ def _whole(
     reduce: Reduce,
     before: bool,
     weighted: bool,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     start = base.float()
     differences = [end.float() - start for end in ends]
     trimmed = [torch.where(row.abs() >= at, row, 0.0) for row, at in zip(differences, thresholds.unbind(), strict=True)]
@@ -155,7 +152,6 @@ def _whole(
     result = parts[0]
     for row in parts[1:]:
         result = torch.maximum(result, row) if reduce == "max" else result + row
-    cancelled = total == 0 if weighted else (total == 0) & (result > 0)
     if reduce == "mean":
         counted = [torch.where(row > 0, w if weighted else 1.0, 0.0) for row, w in zip(agreeing, shares, strict=True)]
         count = counted[0]
@@ -166,8 +162,7 @@ def _whole(
     if vector is not None:
         vector.copy_(merged)
     target.copy_(merged * scale + start)
-    elected = torch.where(total == 0, 0.0, signs).to(torch.int32)
-    return elected.sum(dtype=torch.int32), cancelled.sum(dtype=torch.int32)
+    return torch.where(total == 0, 0.0, signs).to(torch.int32).sum(dtype=torch.int32)
 
 
 def _sign(tensor: Tensor, zero: Tensor | float) -> Tensor:

@@ -2,7 +2,7 @@
 
 The sign of entries whose votes cancel is the one that most entries of the model elect, which is known only when all are
 counted. So a pass goes with the sign that the last pass found, and counts; where it turns out to be another one, which
-is rare, the parts of the tensors that hold such entries are merged once more.
+is rare, the tensors that it is the sign for are merged once more.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mergelab.methods.ties_kernels import Vote, compiled, merge_block, room_for
 from mergelab.methods.workers import CHUNK, in_order
 
 Path = Literal["plain", "compiled"]
+COMPILED_PART = 1 << 28  # entries that one call of a compiled function, which has threads of its own, works through
 WORTH_A_CALL = 1 << 8  # entries of a tensor; shorter ones are merged in plain operations in any case
 
 
@@ -54,8 +55,8 @@ class Asked:
 
 
 # Merges a part with a sign for cancelled votes; answers how many more of its entries are elected positive than are
-# elected negative, and whether votes may have cancelled.
-Merge = Callable[[Part, float], tuple[int, bool]]
+# elected negative.
+Merge = Callable[[Part, float], int]
 
 
 class TiesSession:
@@ -100,7 +101,8 @@ class TiesSession:
         )
         vote = Vote(tuple(own["weights"]), own["election"], own["reduce"], own["weights_at"] == "before")
         asked = Asked(job, vote, thresholds)
-        parts = [part for name in targets for part in _parts(job, name, targets[name], vectors.get(name))]
+        size = COMPILED_PART if path == "compiled" else CHUNK
+        parts = [part for name in targets for part in _parts(job, name, targets[name], vectors.get(name), size)]
         if path == "compiled":
             try:
                 self._pass(partial(self._compiled, asked), parts, own["zero_sign"], own["scope"], threads=1)
@@ -128,45 +130,37 @@ class TiesSession:
         if zero_sign != "majority":
             return
         surplus = dict.fromkeys(assumed, 0)
-        for part, (more, _) in zip(parts, found, strict=True):
+        for part, more in zip(parts, found, strict=True):
             surplus[part.name] += more
         whole = sum(surplus.values())
-        signs = {name: sign_of(more if scope == "tensor" else whole) for name, more in surplus.items()}
-        wrong = [
-            part
-            for part, (_, cancelled) in zip(parts, found, strict=True)
-            if cancelled and signs[part.name] != assumed[part.name]
-        ]
-        for _ in in_order(lambda part: merge(part, signs[part.name]), wrong, threads=threads):
+        self._signs = {name: sign_of(more if scope == "tensor" else whole) for name, more in surplus.items()}
+        wrong = [part for part in parts if self._signs[part.name] != assumed[part.name]]
+        for _ in in_order(lambda part: merge(part, self._signs[part.name]), wrong, threads=threads):
             pass
-        self._signs = signs
 
-    def _plain(self, asked: Asked, part: Part, sign: float) -> tuple[int, bool]:
+    def _plain(self, asked: Asked, part: Part, sign: float) -> int:
         try:
             room = self._rooms.get_nowait()
         except Empty:
             room = room_for(len(part.ends), BLOCK)
-        surplus, doubt = 0, False
+        surplus = 0
         for cut in blocks(part.base.numel()):
             here = part.cut(cut)
-            vector, more, cancelled = merge_block(
+            vector, more = merge_block(
                 asked.vote, here.base, here.ends, asked.thresholds[part.name], sign, room, here.vector
             )
-            surplus, doubt = surplus + more, doubt or cancelled
+            surplus += more
             add_scaled(asked.job, part.name, here.base, vector, here.target)
         self._rooms.put(room)
-        return surplus, doubt
+        return surplus
 
-    def _compiled(self, asked: Asked, part: Part, sign: float) -> tuple[int, bool]:
+    def _compiled(self, asked: Asked, part: Part, sign: float) -> int:
         vote, scale = asked.vote, float(asked.job.arguments[part.name].get("lambda_", 1.0))
         if part.base.numel() < WORTH_A_CALL or not self._bounded(asked, part, scale):
             return self._plain(asked, part, sign)
         function = compiled(vote.election, vote.reduce, vote.before, vote.weighted)
         thresholds, given, weights, factor = map(torch.tensor, (asked.thresholds[part.name], sign, vote.weights, scale))
-        surplus, cancelled = function(
-            part.base, list(part.ends), thresholds, given, weights, factor, part.target, part.vector
-        )
-        return int(surplus), bool(cancelled)
+        return int(function(part.base, list(part.ends), thresholds, given, weights, factor, part.target, part.vector))
 
     def _bounded(self, asked: Asked, part: Part, scale: float) -> bool:
         """Tell whether no entry of the result can be too large for its dtype: the compiled function does not look."""
@@ -185,13 +179,13 @@ def largest(tensor: Tensor) -> float:
     return max(-float(ends.min), float(ends.max))
 
 
-def _parts(job: Job, name: str, target: Tensor, vector: Tensor | None) -> Iterator[Part]:
-    """Divide a tensor into parts that it is cheap to merge again."""
+def _parts(job: Job, name: str, target: Tensor, vector: Tensor | None, size: int) -> Iterator[Part]:
+    """Divide a tensor into parts of ``size`` entries."""
     base, ends = job.open(name)
     assert base is not None
     flat = None if vector is None else vector.view(-1)
     whole = Part(name, base.reshape(-1), [end.reshape(-1) for end in ends], target.view(-1), flat)
-    for part in blocks(target.numel(), CHUNK):
+    for part in blocks(target.numel(), size):
         yield whole.cut(part)
 
 

@@ -148,8 +148,9 @@ class Warm:
             self._sessions[method.name] = method.session(self._compiling)
         session = self._sessions.get(method.name)
         path = None if session is None else session.path(job, self._targets)
-        # A compiled merge takes half as long again where its task vector is kept: not before it is asked for twice.
-        keep = method.adds and (again or path != "compiled")
+        # Where a merge reads and writes little else, it takes half as long again if its task vector is kept: not before
+        # it is asked for twice.
+        keep = method.adds and (again or path is None)
         if keep and not self._vectors:
             self._vectors = {name: self._space(name) for name in self.models.names}
         vectors = self._vectors if keep else {}

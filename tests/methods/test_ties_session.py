@@ -96,27 +96,30 @@ def test_a_majority_that_turns_out_to_be_another_is_put_right(
     assert signs == [1.0, -1.0, -1.0, 1.0]
 
 
-def test_only_the_parts_where_votes_cancel_are_merged_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_tensors_whose_sign_turns_out_otherwise_are_merged_again(monkeypatch: pytest.MonkeyPatch) -> None:
     models = aligned(
         {"a": torch.zeros(50), "b": torch.zeros(50)},
         [
-            {"a": -torch.arange(1.0, 51), "b": torch.cat([torch.tensor([60.0]), -torch.ones(49)])},
-            {"a": -torch.arange(2.0, 52), "b": torch.cat([torch.tensor([-60.0]), -torch.ones(49)])},
+            {"a": torch.arange(1.0, 51), "b": torch.cat([torch.tensor([60.0]), -torch.ones(49)])},
+            {"a": torch.arange(2.0, 52), "b": torch.cat([torch.tensor([-60.0]), -torch.ones(49)])},
         ],
     )
     seen: list[tuple[str, float]] = []
     plain = TiesSession._plain
 
-    def noted(self: TiesSession, asked: Any, part: Any, sign: float) -> tuple[int, bool]:
+    def noted(self: TiesSession, asked: Any, part: Any, sign: float) -> int:
         seen.append((part.name, sign))
         return plain(self, asked, part, sign)
 
     monkeypatch.setattr(TiesSession, "_plain", noted)
     targets = room(models)
     session = Warm(models, targets, compiling=False)
-    session.merge(TIES, {"density": 1.0})
+    session.merge(TIES, {"density": 1.0, "scope": "tensor"})
     assert sorted(seen) == [("a", 1.0), ("b", -1.0), ("b", 1.0)]
-    assert same(targets, merged("ties", models, density=1.0))
+    assert same(targets, merged("ties", models, density=1.0, scope="tensor"))
+    seen.clear()
+    session.merge(TIES, {"density": 0.9, "scope": "tensor"})
+    assert sorted(seen) == [("a", 1.0), ("b", -1.0)]  # what the last merge found
 
 
 def test_float64_models_and_parameters_by_tensor_are_merged_as_by_other_methods() -> None:
@@ -171,11 +174,14 @@ def test_a_result_that_is_too_large_is_an_error(compiling: bool, monkeypatch: py
         session.merge(TIES, {"lambda": 1e39})
 
 
-def test_a_compiled_merge_keeps_the_task_vector_when_it_is_asked_for_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiling", [False, True])
+def test_the_merged_task_vector_is_kept_when_it_is_asked_for_twice(
+    compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ties_session, "compiled", uncompiled)
     models = toy_models(3)
     targets = room(models)
-    session = Warm(models, targets, compiling=True)
+    session = Warm(models, targets, compiling=compiling)
     ways = []
     for density, scale in ((0.3, 0.2), (0.5, 0.3), (0.5, 0.4), (0.5, 0.6), (0.4, 0.6), (0.4, 0.6)):
         ways.append(session.merge(TIES, {"density": density, "lambda": scale}))

@@ -57,6 +57,8 @@ def test_a_change_of_lambda_alone_is_one_scaled_addition(name: str, monkeypatch:
     session = Warm(models, targets)
     extra = needed(method, models)
     assert session.merge(method, {"lambda": 0.2}, **extra) == "merged"
+    if method.session is not None:  # keeps the task vector when it is asked for twice
+        assert session.merge(method, {"lambda": 0.3}, **extra) == "merged"
     with monkeypatch.context() as patched:
         patched.setattr(warm, "merge_into", None)
         patched.setattr(warm, "prepared_job", None)
@@ -142,7 +144,8 @@ def test_a_request_that_cannot_be_met_changes_nothing() -> None:
     models = toy_models(2)
     targets = room(models)
     session = Warm(models, targets)
-    session.merge(get_method("ties"), {"density": 0.5})
+    for scale in (1.0, 0.9):
+        session.merge(get_method("ties"), {"density": 0.5, "lambda": scale})
     before = {name: target.clone() for name, target in targets.items()}
     with pytest.raises(ConfigError, match="density"):
         session.merge(get_method("ties"), {"density": 0})
@@ -157,10 +160,12 @@ def test_no_tensor_of_the_models_size_is_made_in_a_trial() -> None:
     generator = torch.Generator().manual_seed(0)
     models = one_tensor(*(torch.randn(length, generator=generator) for _ in range(4)))
     session = Warm(models, room(models))
-    session.merge(get_method("ties"), {})
+    for scale in (0.9, 1.0):  # makes room for the task vector when it is asked for twice
+        session.merge(get_method("ties"), {"lambda": scale})
     torch.set_num_threads(1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        session.merge(get_method("ties"), {"density": 0.3})
+        for scale in (0.9, 1.0):
+            session.merge(get_method("ties"), {"density": 0.3, "lambda": scale})
         assert session.merge(get_method("ties"), {"density": 0.3, "lambda": 0.5}) == "scaled"
     largest = max(event.self_cpu_memory_usage for event in seen.events())
     assert 0 < largest < length  # bytes; a tensor of the models' has four times as many
