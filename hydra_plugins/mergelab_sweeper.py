@@ -20,8 +20,14 @@ class MergelabSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take what Hydra has composed."""
         from hydra.core.plugins import Plugins
+        from hydra.types import HydraContext
 
-        self.hydra_context, self.config = hydra_context, config
+        from mergelab.job_configs import JobConfigs
+
+        self.loader, self.config = hydra_context.config_loader, config
+        if config.hydra.runtime.choices.get("hydra/launcher") == "basic":  # jobs in this process
+            configs: Any = JobConfigs(self.loader)
+            hydra_context = HydraContext(configs, hydra_context.callbacks)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -33,4 +39,4 @@ class MergelabSweeper(Sweeper):
         from mergelab.sweeping import run_sweep
 
         node: Any = OmegaConf.to_container(self.config.hydra.sweeper, resolve=True)
-        run_sweep(node, self.config, self.launcher, self.hydra_context.config_loader, arguments)
+        run_sweep(node, self.config, self.launcher, self.loader, arguments)
