@@ -101,6 +101,33 @@ def test_trials_are_compared_with_the_best_example_by_example(direction: str) ->
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED", "PRUNED"]
 
 
+def watched(study: optuna.Study, count: int) -> Watch:
+    number = study.ask().number
+    return Watch(make_pruner("futility"), study._storage, study, number, np.full(count, np.nan), lambda: 0.0)
+
+
+def test_a_trial_is_not_stopped_when_all_its_examples_are_measured() -> None:
+    study = optuna.create_study(direction="maximize")
+    for scores in (np.ones(200), np.zeros(200)):
+        watch = watched(study, 200)
+        watch.see(np.arange(200), scores)
+        watch.keep()
+        study.tell(watch.number, float(scores.mean()))
+
+
+def test_of_equally_good_trials_the_earliest_is_compared_with() -> None:
+    study = optuna.create_study(direction="maximize")
+    halves = np.repeat([1.0, 0.0], 100)
+    for scores in (halves, halves[::-1]):
+        watch = watched(study, 200)
+        watch.scores[:] = scores
+        watch.keep()
+        study.tell(watch.number, 0.5)
+    watch = watched(study, 200)
+    with pytest.raises(Pruned):
+        watch.see(np.arange(100), np.zeros(100))  # the first has these right, the other one the rest
+
+
 def test_scores_are_kept_as_they_are() -> None:
     scores = np.array([0.0, 1.0, -2.5, 1e-3])
     np.testing.assert_allclose(unpacked(packed(scores)), scores, rtol=1e-7)

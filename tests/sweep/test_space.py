@@ -48,6 +48,11 @@ def test_the_command_line_has_the_last_word_on_a_key() -> None:
     assert sorted(jobs) == ["++method.density=0.3", "++method.lambda=0.75", "seed=3", "task=rte"]
 
 
+def test_a_value_gives_way_to_a_later_interval_of_the_key() -> None:
+    space = space_from({"method.lambda": 0.7}, ["method.lambda=interval(0.5,1)", "seed=1"])
+    assert space.overrides({"method.lambda": 0.6}) == ["seed=1", "++method.lambda=0.6"]
+
+
 def test_a_point_reaches_a_job_as_it_was_drawn() -> None:
     space = space_from({"method.a": "choice(true,0.5,some-name)", "method": "choice(ties,dare)"}, [])
     for value, spelled in ((True, "true"), (0.5, "0.5"), ("some-name", "some-name")):

@@ -85,9 +85,9 @@ def test_an_interrupted_sweep_draws_the_points_of_an_undisturbed_one(
     assert drive(opened("disturbed", **told), lambda: opened("disturbed", **told), trials) == undisturbed
     other_seed = drive(opened("other", **{**told, "seed": 4}), None, trials)
     assert other_seed[1:] != undisturbed[1:]
-    if sampler == "grid":
+    if objectives == 1:  # evolution may repeat a good point
         assert len(set(undisturbed)) == trials
-    else:
+    if sampler != "grid":
         assert undisturbed[0] == tuple(FIRST.values())
 
 
