@@ -212,10 +212,9 @@ def _columns(result: ExperimentResult) -> Mapping[str, Callable[[ModelResult], C
 
 
 def _caption(result: ExperimentResult) -> str:
-    return (
-        f"{result.note}\n* best of its column (↓: less is better); [95 % bootstrap interval]; times marked c are from "
-        "the cache of scores"
-    )
+    best = "* best of its column (↓: less is better)" if _minimized(result) else "* best of its column"
+    cached = ["times marked c are from the cache of scores"] if any(model.cached for model in result.models) else []
+    return f"{result.note}\n{'; '.join([best, '[95 % bootstrap interval]', *cached])}"
 
 
 def _number(value: float | None, digits: int = 2, *, cached: bool = False) -> str:

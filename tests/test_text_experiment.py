@@ -72,6 +72,7 @@ def test_perplexity_is_measured_recorded_and_better_when_less(mergelab_command: 
     outcome = mergelab_command(*WIKITEXT, "method=soup", "eval.protocol=holdout")
     assert outcome.code == 0, outcome.err
     assert "word_perplexity ↓" in outcome.out
+    assert "* best of its column (↓: less is better)" in outcome.out
     models = result(place)["models"]
     scores = {m["label"]: m["results"]["wikitext"]["report"]["token_perplexity"]["value"] for m in models}
     best = min(scores, key=scores.__getitem__)
@@ -106,7 +107,10 @@ def test_summaries_are_generated_scored_kept_and_saved(mergelab_command: Command
         ids = tokenizer(prompt, return_tensors="pt")
         new = model.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=256)[0, ids["input_ids"].shape[1] :]
         assert tokenizer.decode(new, skip_special_tokens=True) == said
-    assert mergelab_command(*SAMSUM, "method=median", "eval.preflight=false", "tracking=none").code == 0
+    assert "times marked c" not in outcome.out
+    outcome = mergelab_command(*SAMSUM, "method=median", "eval.preflight=false", "tracking=none")
+    assert outcome.code == 0
+    assert "* best of its column; [95 % bootstrap interval]; times marked c are from the cache" in outcome.out
     cached = [json.loads(file.read_text())["models"] for file in sorted(place.glob("outputs/runs/*/*/result.json"))]
     assert [model["cached"] for model in cached[-1]] == [True, True, True, False]
 
