@@ -8,6 +8,7 @@ is rare, the tensors that it is the sign for are merged once more.
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,18 +27,38 @@ from mergelab.methods.workers import CHUNK, in_order
 
 Path = Literal["plain", "compiled"]
 COMPILED_PART = 1 << 28  # entries that one call of a compiled function, which has threads of its own, works through
-WORTH_A_CALL = 1 << 8  # entries of a tensor; shorter ones are merged in plain operations in any case
+SHORT = 1 << 14  # entries of a tensor; shorter ones are joined for it: a call takes as long as it computes on these
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a tensor, flat: the models', and where the results are written."""
+    """A part of a tensor, flat: the models', and where the results are written; or several short tensors joined."""
 
     name: str
     base: Tensor
     ends: Sequence[Tensor]
     target: Tensor
     vector: Tensor | None
+    joined: tuple[Part, ...] = ()
+
+    @classmethod
+    def join(cls, parts: Sequence[Part]) -> Part:
+        """Join tensors, with new room for the results."""
+        base = torch.cat([part.base for part in parts])
+        ends = [torch.cat(models) for models in zip(*(part.ends for part in parts), strict=True)]
+        target = torch.empty(len(base), dtype=parts[0].target.dtype)
+        vector = None if parts[0].vector is None else torch.empty(len(base))
+        return cls(parts[0].name, base, ends, target, vector, tuple(parts))
+
+    def divide(self) -> None:
+        """Copy the results to where those of the joined tensors belong."""
+        start = 0
+        for part in self.joined:
+            own = slice(start, start + len(part.base))
+            start = own.stop
+            part.target.copy_(self.target[own])
+            if part.vector is not None and self.vector is not None:
+                part.vector.copy_(self.vector[own])
 
     def cut(self, part: slice) -> Part:
         """Answer a part of it."""
@@ -52,6 +73,10 @@ class Asked:
     job: Job
     vote: Vote
     thresholds: Mapping[str, Sequence[float]]
+
+    def scale(self, name: str) -> float:
+        """Answer λ for a tensor."""
+        return float(self.job.arguments[name].get("lambda_", 1.0))
 
 
 # Merges a part with a sign for cancelled votes; answers how many more of its entries are elected positive than are
@@ -105,7 +130,8 @@ class TiesSession:
         parts = [part for name in targets for part in _parts(job, name, targets[name], vectors.get(name), size)]
         if path == "compiled":
             try:
-                self._pass(partial(self._compiled, asked), parts, own["zero_sign"], own["scope"], threads=1)
+                joined = parts if own["scope"] == "tensor" else _with_short_ones_joined(asked, parts)
+                self._pass(partial(self._compiled, asked), joined, own["zero_sign"], own["scope"], threads=1)
                 return path
             except MergelabError:
                 raise
@@ -155,12 +181,14 @@ class TiesSession:
         return surplus
 
     def _compiled(self, asked: Asked, part: Part, sign: float) -> int:
-        vote, scale = asked.vote, float(asked.job.arguments[part.name].get("lambda_", 1.0))
-        if part.base.numel() < WORTH_A_CALL or not self._bounded(asked, part, scale):
-            return self._plain(asked, part, sign)
+        vote, scale, pieces = asked.vote, asked.scale(part.name), part.joined or (part,)
+        if not all(self._bounded(asked, piece, scale) for piece in pieces):
+            return sum(self._plain(asked, piece, sign) for piece in pieces)
         function = compiled(vote.election, vote.reduce, vote.before, vote.weighted)
         thresholds, given, weights, factor = map(torch.tensor, (asked.thresholds[part.name], sign, vote.weights, scale))
-        return int(function(part.base, list(part.ends), thresholds, given, weights, factor, part.target, part.vector))
+        surplus = function(part.base, list(part.ends), thresholds, given, weights, factor, part.target, part.vector)
+        part.divide()
+        return int(surplus)
 
     def _bounded(self, asked: Asked, part: Part, scale: float) -> bool:
         """Tell whether no entry of the result can be too large for its dtype: the compiled function does not look."""
@@ -187,6 +215,18 @@ def _parts(job: Job, name: str, target: Tensor, vector: Tensor | None, size: int
     whole = Part(name, base.reshape(-1), [end.reshape(-1) for end in ends], target.view(-1), flat)
     for part in blocks(target.numel(), size):
         yield whole.cut(part)
+
+
+def _with_short_ones_joined(asked: Asked, parts: Iterable[Part]) -> list[Part]:
+    """Join short tensors that are merged with the same numbers."""
+    found, short = [], defaultdict(list)
+    for part in parts:
+        dtypes = (part.target.dtype, part.base.dtype, *(end.dtype for end in part.ends))
+        if part.base.numel() < SHORT:
+            short[tuple(asked.thresholds[part.name]), asked.scale(part.name), dtypes].append(part)
+        else:
+            found.append(part)
+    return found + [Part.join(alike) for alike in short.values()]
 
 
 def _distinct(values: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -81,7 +81,6 @@ def test_a_majority_that_turns_out_to_be_another_is_put_right(
 ) -> None:
     """Of a sweep's densities some elect more positive entries and some more negative ones."""
     monkeypatch.setattr(ties_session, "compiled", uncompiled)
-    monkeypatch.setattr(ties_session, "WORTH_A_CALL", 1)
     large, small = torch.tensor([4.0, -4.0, 3.0, 3.0, 0.0, 0.0, 0.0]), torch.tensor([-1.0, -1.0, -1.0])
     first = torch.cat([large, small])
     second = torch.cat([-large[:2], large[2:], small])  # the votes of the first two entries cancel
