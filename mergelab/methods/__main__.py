@@ -15,6 +15,12 @@ import sys
 from mergelab.errors import MergelabError
 from mergelab.methods.catalogue import COLUMNS, Entry, entries, entry, markdown
 
+LEGEND = (
+    "B: a base model, D: the experts' training examples, G: gradients, S: examples that select, 2: exactly two "
+    "experts\nevery number may also be given by layer or by tensor name, and many for each expert; "
+    "python -m mergelab.methods NAME tells all about one"
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Print what was asked for; answer the exit code."""
@@ -52,9 +58,7 @@ def _print_all(found: list[Entry]) -> None:
         family = each.family
         table.add_row(*each.cells())
     console.print(table)
-    console.print(
-        "B: a base model, D: the experts' training examples, G: gradients, 2: exactly two experts", markup=False
-    )
+    console.print(LEGEND, markup=False)
 
 
 def _print_one(found: Entry) -> None:

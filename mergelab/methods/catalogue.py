@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mergelab.methods.parameters import allowed_values, key_of
+from mergelab.methods.matrix_names import inputs_first
+from mergelab.methods.parameters import allowed_values, key_of, range_of
 from mergelab.methods.registry import MergeMethod, get_method, method_names
 
 COLUMNS = ("method", "family", "needs", "cost", "what it does", "parameters", "paper")
@@ -50,11 +51,11 @@ class Entry:
         if method.kind == "models":
             return f"{'runs the experts' if method.needs else 'whole models'}, then another method"
         if method.needs:
-            return "runs the experts, then one pass"
-        passes = "statistics, then one pass" if method.prepare is not None else "one pass"
-        return f"{passes}, {'in blocks' if method.elementwise else 'tensor by tensor'}" + (
-            ", for each expert" if method.several else ""
-        )
+            return "runs the experts, then one pass" + (f"; {method.work}" if method.work else "")
+        reads = method.prepare not in (None, inputs_first)  # the latter looks at names and shapes alone
+        passes = "statistics, then one pass" if reads else "one pass"
+        way = "in blocks" if method.elementwise else "tensor by tensor"
+        return f"{passes}, {way}{', for each expert' * method.several}" + (f"; {method.work}" if method.work else "")
 
     @property
     def summary(self) -> str:
@@ -70,10 +71,17 @@ class Entry:
             for name, field in fields.items()
         ]
 
+    @property
+    def settings(self) -> str:
+        """The parameters with their defaults and ranges, in short."""
+        fields = self.method.parameters.model_fields
+        ranges = [range_of(field.annotation, field.metadata) for field in fields.values()]
+        named = [f"{name}={default}" for name, default, _ in self.parameters]
+        return ", ".join(f"{each} ({limits})" if limits else each for each, limits in zip(named, ranges, strict=True))
+
     def cells(self) -> list[str]:
         """The row of the table."""
-        settings = ", ".join(f"{name}={default}" for name, default, _ in self.parameters)
-        return [self.name, self.family, self.needs, self.cost, self.summary, settings, self.paper]
+        return [self.name, self.family, self.needs, self.cost, self.summary, self.settings, self.paper]
 
 
 def entry(name: str) -> Entry:

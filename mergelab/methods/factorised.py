@@ -17,7 +17,8 @@ from mergelab.methods.blocks import blocks
 # Answers the rows in a slice, float64.
 Rows = Callable[[slice], Tensor]
 
-ROWS = 4096  # rows that are in memory at once
+ROWS = 2048  # rows that are in memory at once
+COLUMNS = 192  # columns of a symmetric product that are multiplied at once
 SQUARABLE = 1e-4  # σ_r/σ_1 above which float64 resolves σ_r² beside σ_1²
 SHARED = 1e-10  # eigenvalues of a Gram matrix of unit vectors that are this small beside the largest count as 0
 
@@ -29,17 +30,11 @@ class Tall:
     Attributes:
         read: its rows, in float64.
         rows, columns: its shape.
-        product: its rows times a matrix, where that is had cheaper than from the rows.
     """
 
     read: Rows
     rows: int
     columns: int
-    product: Callable[[slice, Tensor], Tensor] | None = None
-
-    def times(self, part: slice, right: Tensor) -> Tensor:
-        """Answer rows of the product with ``right``."""
-        return self.read(part) @ right if self.product is None else self.product(part, right)
 
     def parts(self) -> Iterator[slice]:
         """Cut the rows into slices."""
@@ -62,7 +57,7 @@ class Triplets:
 
     def left(self, part: slice) -> Tensor:
         """Answer rows of U: X·V/σ."""
-        return self.matrix.times(part, self.right / self.values)
+        return self.matrix.read(part) @ (self.right / self.values)
 
     def leading(self, rank: int) -> Triplets:
         """Answer the first ``rank`` of them, or all where there are fewer."""
@@ -93,11 +88,15 @@ def total(matrices: Sequence[Tall]) -> Tall:
     return Tall(read, first.rows, first.columns)
 
 
-def decompose(matrix: Tall) -> Triplets:
+def decompose(matrix: Tall, *, size: float = 0.0) -> Triplets:
     """Answer all singular triplets but those whose σ is 0 within rounding, m·ε·σ_1, so that the vectors are arbitrary.
 
     The matrix is reduced to a triangle by QR decompositions, block by block, and the triangle decomposed: nothing is
     squared, so small singular values are as accurate as float64 allows.
+
+    Args:
+        matrix: what to decompose.
+        size: of what the matrix is a difference of; where it is above σ_1, it takes its place in what counts as 0.
     """
     triangle: Tensor | None = None
     for part in matrix.parts():
@@ -106,24 +105,39 @@ def decompose(matrix: Tall) -> Triplets:
         triangle = torch.linalg.qr(stacked, mode="r").R
     assert triangle is not None
     _, values, right = torch.linalg.svd(triangle, full_matrices=False)
-    return _without_zeros(matrix, values, right.T)
+    return _without_zeros(matrix, values, right.T, size)
 
 
-def decompose_leading(matrix: Tall, rank: int) -> Triplets:
+def decompose_leading(matrix: Tall, rank: int, *, size: float = 0.0, gram: Tensor | None = None) -> Triplets:
     """Answer the ``rank`` largest singular triplets, fewer where others are 0 within rounding.
 
     They are the eigenvectors of XᵀX as long as squaring loses nothing that counts; else as `decompose` finds them.
+
+    Args:
+        matrix: X.
+        rank: how many.
+        size: as for `decompose`.
+        gram: XᵀX, up to the rounding of numbers of that size's square, where it is known.
     """
-    squares, vectors = torch.linalg.eigh(_gram(matrix))
+    squares, vectors = torch.linalg.eigh(_gram(matrix) if gram is None else gram)
     values = squares.clamp_min(0).sqrt().flip(0)[:rank]
-    if values[0] == 0:
-        return _without_zeros(matrix, values, vectors[:, :rank])
-    if values[-1] < SQUARABLE * values[0]:
-        return decompose(matrix).leading(rank)
+    if float(values[0]) <= _zero(matrix, values, size):
+        return Triplets(matrix, values[:0], vectors[:, :0])
+    if values[-1] < SQUARABLE * max(float(values[0]), size):
+        return decompose(matrix, size=size).leading(rank)
     return Triplets(matrix, values, vectors.flip(1)[:, :rank])
 
 
-def orthogonalised(parts: Sequence[Triplets], spectrum: Tensor, like: Tensor) -> Tensor:
+def beside(parts: Sequence[Triplets]) -> Tall:
+    """View the left vectors of several matrices' triplets as one matrix, [U_1 … U_T]."""
+
+    def left(rows: slice) -> Tensor:
+        return torch.cat([part.left(rows) for part in parts], dim=1)
+
+    return Tall(left, parts[0].matrix.rows, sum(len(part.values) for part in parts))
+
+
+def orthogonalised(left: Tall, right: Tensor, spectrum: Tensor, like: Tensor) -> Tensor:
     """Put triplets of several matrices together after making their vectors orthonormal on either side.
 
     Ũ·diag(s)·Ṽᵀ with Ũ = U(UᵀU)^−½ for U = [U_1 … U_T], the nearest matrix of orthonormal columns (Procrustes), and Ṽ
@@ -131,21 +145,15 @@ def orthogonalised(parts: Sequence[Triplets], spectrum: Tensor, like: Tensor) ->
     share of Ũ is that of least norm), where an SVD of U would fill up with arbitrary ones.
 
     Args:
-        parts: whose vectors to take.
+        left: U (m, Σ r_t).
+        right: V (n, Σ r_t).
         spectrum: (Σ r_t,) what stands in the place of the singular values.
-        like: has the shape and dtype of the answer; where it is wide, the parts' matrices are its transpose.
+        like: has the shape and dtype of the answer; where it is wide, the answer is transposed.
     """
-    right = torch.cat([part.right for part in parts], dim=1)
     if not right.shape[1]:
         return torch.zeros_like(like)
-    matrix = parts[0].matrix
-
-    def left(rows: slice) -> Tensor:
-        return torch.cat([part.left(rows) for part in parts], dim=1)
-
-    of_left = _gram(Tall(left, matrix.rows, right.shape[1]))
-    inner = _inverse_root(of_left) @ (spectrum[:, None] * (_inverse_root(right.T @ right) @ right.T))
-    return assembled(Tall(left, matrix.rows, right.shape[1]), inner, like)
+    inner = _inverse_root(_gram(left)) @ (spectrum[:, None] * (_inverse_root(self_product(right)) @ right.T))
+    return assembled(left, inner, like)
 
 
 def assembled(left: Tall, right: Tensor, like: Tensor) -> Tensor:
@@ -157,14 +165,28 @@ def assembled(left: Tall, right: Tensor, like: Tensor) -> Tensor:
     return result
 
 
-def _without_zeros(matrix: Tall, values: Tensor, right: Tensor) -> Triplets:
-    zero = matrix.rows * torch.finfo(values.dtype).eps * values[0]
-    kept = int((values > zero).sum())
+def self_product(matrix: Tensor) -> Tensor:
+    """Answer XᵀX, each pair of columns multiplied once."""
+    columns = matrix.shape[1]
+    product = matrix.new_empty(columns, columns)
+    for part in blocks(columns, COLUMNS):
+        above = matrix[:, : part.stop].T @ matrix[:, part]
+        product[: part.stop, part] = above
+        product[part, : part.start] = above[: part.start].T
+    return product
+
+
+def _without_zeros(matrix: Tall, values: Tensor, right: Tensor, size: float) -> Triplets:
+    kept = int((values > _zero(matrix, values, size)).sum())
     return Triplets(matrix, values[:kept], right[:, :kept])
 
 
+def _zero(matrix: Tall, values: Tensor, size: float) -> float:
+    return matrix.rows * torch.finfo(values.dtype).eps * max(float(values[0]), size)
+
+
 def _gram(matrix: Tall) -> Tensor:
-    products = [rows.T @ rows for rows in map(matrix.read, matrix.parts())]
+    products = [self_product(rows) for rows in map(matrix.read, matrix.parts())]
     return torch.stack(products).sum(0) if len(products) > 1 else products[0]
 
 

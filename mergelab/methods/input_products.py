@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mergelab.methods.examples import Batch, Examples, ExpertExamples
+from mergelab.methods.factorised import self_product
 from mergelab.methods.kept import kept
 from mergelab.methods.layers import Kind, Recorder, Use, kind_of
 from mergelab.methods.running import frozen, groups, on_one_thread, split_labels
@@ -98,8 +99,8 @@ class InputSums:
                     self._tokens[name] = self._tokens.get(name, 0) + sum(len(inputs[name]) for inputs in seen)
 
     def mean(self) -> InputProducts:
-        """Divide the sums by the number of tokens."""
-        products = {name: (total / self._tokens[name]).float().cpu() for name, total in self._sums.items()}
+        """Divide the sums by the number of tokens, and let go of them."""
+        products = {name: self._sums.pop(name).div_(self._tokens[name]).float().cpu() for name in list(self._sums)}
         return InputProducts(products, dict(sorted(self._shared.items())), self._input_first)
 
     @torch.no_grad()
@@ -123,7 +124,7 @@ class InputSums:
     @torch.no_grad()
     def _multiply(self, seen: Sequence[Mapping[str, Tensor]], name: str) -> None:
         tokens = torch.cat([inputs[name] for inputs in seen])
-        self._sums[name] += tokens.T @ tokens
+        self._sums[name] += self_product(tokens)
 
 
 def linear_layers(module: nn.Module, names: Mapping[str, str], batch: Batch) -> list[str]:

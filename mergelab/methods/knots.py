@@ -187,6 +187,7 @@ def _matrices(models: AlignedModels, name: str, turned: frozenset[str]) -> list[
     check=check_weights,
     identical_at=None,
     family="spectral",
+    work="decomposes every matrix of all experts side by side",
     paper="Stoica et al. 2024, arXiv:2410.19735",
 )
 def knots(
@@ -211,6 +212,9 @@ def knots(
     Departures: entries of M whose votes cancel are 0, as the signs of singular vectors are arbitrary, and with them
     the majority that the authors' code takes; the weights are an addition. Where singular values are equal the basis is
     arbitrary, and so is the result.
+
+    Cost: the eigenvectors of a symmetric matrix of min(m, T·n) columns for each (m, n), with n inputs: 12 s of a core
+    for 3072 columns, of which BERT-base has 12 such matrices, beside its embeddings.
 
     Args:
         vectors: T task vectors, float32 or float64; whole tensors. Decompositions are in float64.

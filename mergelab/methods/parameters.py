@@ -376,8 +376,24 @@ def allowed_values(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     return " ".join(part for part in (noun, _ranges(metadata)) if part)
 
 
+def range_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """Say in short which values a parameter takes: ``> 0, ≤ 1``, or its choices; nothing where any is taken."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return range_of(arguments[0], [*arguments[1:], *metadata])
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        return next((found for each in arguments if (found := range_of(each, metadata))), "")
+    return ", ".join(f"{sign} {limit:g}" for sign, limit in _limits(metadata, (">", "≥", "<", "≤")))
+
+
 def _ranges(metadata: Sequence[Any]) -> str:
-    words = {"gt": "greater than", "ge": "at least", "lt": "less than", "le": "at most"}
+    found = _limits(metadata, ("greater than", "at least", "less than", "at most"))
+    return " and ".join(f"{words} {limit:g}" for words, limit in found)
+
+
+def _limits(metadata: Sequence[Any], words: Sequence[str]) -> list[tuple[str, float]]:
     flat = [inner for mark in metadata for inner in (getattr(mark, "metadata", None) or [mark])]
-    limits = [f"{text} {getattr(mark, name):g}" for name, text in words.items() for mark in flat if hasattr(mark, name)]
-    return " and ".join(limits)
+    names = zip(("gt", "ge", "lt", "le"), words, strict=True)
+    return [(word, getattr(mark, name)) for name, word in names for mark in flat if hasattr(mark, name)]

@@ -59,6 +59,7 @@ class MergeMethod:
         identical_at: parameters with which T identical experts give that expert; None where there are none.
         custom: a user's own function: it gets float32 copies, and its errors are the user's to mend.
         family: heading in the catalogue.
+        work: what it does with every matrix, where that takes longer than going through the models.
         paper: authors, year and arXiv id.
     """
 
@@ -81,6 +82,7 @@ class MergeMethod:
     identical_at: Mapping[str, Any] | None = field(default_factory=dict)
     custom: bool = False
     family: str = ""
+    work: str = ""
     paper: str = ""
 
     @property
@@ -117,6 +119,7 @@ def merge_method(
     order_matters: bool = False,
     identical_at: Mapping[str, Any] | None = None,
     family: str = "",
+    work: str = "",
     paper: str = "",
 ) -> Callable[[F], F]:
     """Declare a function to be a merge method; it comes back unchanged, with a `MergeMethod` as ``.merge_method``.
@@ -165,6 +168,7 @@ def merge_method(
             order_matters=order_matters,
             identical_at=identical_at,
             family=family,
+            work=work,
             paper=paper,
         )
         return function

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from mergelab.errors import MergeWarning
 from mergelab.methods.averaging import soup
+from mergelab.methods.blocks import blocks
 from mergelab.methods.examples import Examples
 from mergelab.methods.fisher import Positive, Samples
 from mergelab.methods.input_products import InputProducts, input_products
 from mergelab.methods.parameters import Fraction, Site
 from mergelab.methods.registry import merge_method
 from mergelab.weights.align import AlignedModels
+
+ENTRIES = 1 << 20  # of a layer's weight that are solved for at once
 
 
 def prepare_products(
@@ -29,6 +32,7 @@ def prepare_products(
     needs=("data",),
     prepare=prepare_products,
     family="data",
+    work="solves a system for every linear layer",
     paper="Jin et al. 2023, arXiv:2212.09849",
 )
 def regmean(
@@ -93,15 +97,27 @@ def solve_layer(
     Returns:
         The weight in the dtype of ``mean``.
     """
-    centre = mean.double() if input_first else mean.double().T
-    system = torch.zeros(len(centre), len(centre), dtype=torch.float64, device=mean.device)
-    right = torch.zeros_like(centre)
-    for expert, product in zip(experts, products, strict=True):
-        own = scaled_off_diagonal(product.to(mean.device, torch.float64), alpha)
-        system += own
-        right += own @ ((expert.double() if input_first else expert.double().T) - centre)
-    solved = centre + solve(system, right, ridge, f"method={method}: the inputs of {name}")
-    return (solved if input_first else solved.T).to(mean.dtype)
+
+    def own(product: Tensor) -> Tensor:
+        return scaled_off_diagonal(product.to(mean.device, torch.float64), alpha)
+
+    first, *others = products
+    system = own(first)
+    for product in others:
+        system += own(product)
+    factor = factorise(system, ridge, f"method={method}: the inputs of {name}")
+    upright = [weight if input_first else weight.T for weight in experts]
+    solved = torch.empty_like(mean)
+    into, middle = (solved, mean) if input_first else (solved.T, mean.T)
+    for part in blocks(into.shape[1], max(1, ENTRIES // len(system))):  # one output does not depend on another
+        centre = middle[:, part].double()
+        if factor is not None:
+            right = torch.zeros_like(centre)
+            for weight, product in zip(upright, products, strict=True):
+                right += own(product) @ (weight[:, part].double() - centre)
+            centre += torch.cholesky_solve(right, factor)
+        into[:, part] = centre
+    return solved
 
 
 def scaled_off_diagonal(product: Tensor, alpha: float) -> Tensor:
@@ -111,12 +127,16 @@ def scaled_off_diagonal(product: Tensor, alpha: float) -> Tensor:
     return scaled
 
 
-def solve(system: Tensor, right: Tensor, ridge: float, inputs: str) -> Tensor:
-    """Solve a symmetric system of non-negative eigenvalues, with a ridge and a warning where it is singular."""
+def factorise(system: Tensor, ridge: float, inputs: str) -> Tensor | None:
+    """Answer the Cholesky factor of a symmetric matrix of non-negative eigenvalues; None for a matrix of zeros.
+
+    Where the matrix is singular, a warning says so, and a ridge is added.
+    """
     diagonal = system.diagonal().clone()
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(system)
     if not failed and bool((factor.diagonal().square() >= ridge * diagonal).all()):
-        return torch.cholesky_solve(right, factor)
+        return factor
     warnings.warn(
         f"{inputs} do not determine the layer (its Gram matrix is singular); a ridge draws it to the experts' mean",
         MergeWarning,
@@ -127,6 +147,6 @@ def solve(system: Tensor, right: Tensor, ridge: float, inputs: str) -> Tensor:
         added = system + ridge * level * torch.eye(len(system), dtype=system.dtype, device=system.device)
         factor, failed = torch.linalg.cholesky_ex(added)
         if not failed:
-            return torch.cholesky_solve(right, factor)
+            return factor
         level *= 10
-    return torch.zeros_like(right)
+    return None

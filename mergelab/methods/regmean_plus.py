@@ -131,6 +131,7 @@ def _pour(
     needs=("data",),
     prepare=prepare_layers,
     family="data",
+    work="solves a system for every linear layer",
     paper="Nguyen et al. 2025, arXiv:2508.03121",
 )
 def regmean_plus(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -11,10 +14,11 @@ from mergelab.methods.factorised import (
     Tall,
     Triplets,
     assembled,
+    beside,
     decompose,
     decompose_leading,
-    is_wide,
     orthogonalised,
+    self_product,
     tall,
     total,
 )
@@ -22,6 +26,7 @@ from mergelab.methods.matrix_names import inputs_first
 from mergelab.methods.parameters import Fraction, Site
 from mergelab.methods.registry import merge_method
 from mergelab.methods.task_vectors import weighted_sum
+from mergelab.weights.numerics import norm
 
 
 def is_matrix(tensor: Tensor) -> bool:
@@ -34,7 +39,13 @@ def mean(vectors: Sequence[Tensor]) -> Tensor:
     return weighted_sum(vectors, (1.0,) * len(vectors)) / len(vectors)
 
 
-@merge_method(lambda_=1.0, identical_at=None, family="spectral", paper="Gargiulo et al. 2025, arXiv:2412.00081")
+@merge_method(
+    lambda_=1.0,
+    identical_at=None,
+    family="spectral",
+    work="decomposes every matrix of every expert",
+    paper="Gargiulo et al. 2025, arXiv:2412.00081",
+)
 def tsv_m(vectors: Sequence[Tensor]) -> Tensor:
     """Add up the leading singular triplets of the task vectors after taking their vectors apart.
 
@@ -58,10 +69,17 @@ def tsv_m(vectors: Sequence[Tensor]) -> Tensor:
         return mean(vectors)
     rank = max(1, min(vectors[0].shape) // len(vectors))
     parts = [decompose_leading(tall(vector), rank) for vector in vectors]
-    return orthogonalised(parts, torch.cat([part.values for part in parts]), vectors[0])
+    right = torch.cat([part.right for part in parts], dim=1)
+    return orthogonalised(beside(parts), right, torch.cat([part.values for part in parts]), vectors[0])
 
 
-@merge_method(lambda_=1.0, identical_at=None, family="spectral", paper="Marczak et al. 2025, arXiv:2502.04959")
+@merge_method(
+    lambda_=1.0,
+    identical_at=None,
+    family="spectral",
+    work="decomposes every matrix",
+    paper="Marczak et al. 2025, arXiv:2502.04959",
+)
 def iso_c(vectors: Sequence[Tensor]) -> Tensor:
     """Add up the task vectors and give every singular direction of the sum the same weight.
 
@@ -91,6 +109,7 @@ def iso_c(vectors: Sequence[Tensor]) -> Tensor:
     identical_at=None,
     prepare=inputs_first,
     family="spectral",
+    work="decomposes every matrix of every expert",
     paper="Marczak et al. 2025, arXiv:2502.04959",
 )
 def iso_cts(
@@ -118,20 +137,41 @@ def iso_cts(
     Returns:
         σ̄ Ũ Ṽᵀ, of the vectors' shape and dtype.
     """
-    first = vectors[0]
-    if not is_matrix(first):
+    if not is_matrix(vectors[0]):
         return mean(vectors)
-    matrices = [tall(vector) for vector in vectors]
-    common_rank, own_rank = directions(matrices[0].columns, len(vectors), common_fraction)
-    common = decompose(total(matrices)).leading(common_rank)
-    parts = [common]
-    if own_rank:
-        outputs_are_columns = is_wide(first.shape) != (site.name in prepared)
-        remove = without_right if outputs_are_columns else without_left
-        parts += [decompose_leading(remove(matrix, common), own_rank) for matrix in matrices]
-    values = torch.cat([part.values for part in parts])
+    rows, columns = vectors[0].shape
+    # Outputs are along the columns where they can be: the projection is cheaper on that side.
+    turned = rows == columns and site.name not in prepared
+    upright = [vector.T for vector in vectors] if turned else vectors
+    outputs_are_columns = turned or (rows < columns) != (site.name in prepared)
+    merged = _with_own([tall(vector) for vector in upright], outputs_are_columns, common_fraction, upright[0])
+    return merged.T if turned else merged
+
+
+def _with_own(matrices: Sequence[Tall], outputs_are_columns: bool, common_fraction: float, like: Tensor) -> Tensor:
+    """Merge tall matrices as `iso_cts` does."""
+    common_rank, own_rank = directions(matrices[0].columns, len(matrices), common_fraction)
+    whole = total(matrices)
+    common = decompose(whole).leading(common_rank)
+    own: list[Own] = []
+    if own_rank and outputs_are_columns:
+        complement = torch.linalg.qr(common.right, mode="complete").Q[:, len(common.values) :]
+        own = [within(matrix, complement, own_rank) for matrix in matrices]
+    elif own_rank:
+        own = [without_left(matrix, common, own_rank) for matrix in matrices]
+    of_whole = torch.cat([common.right / common.values, *(-each.of_whole for each in own)], dim=1)
+    ends = list(accumulate((len(each.values) for each in own), initial=len(common.values)))
+
+    def left(part: slice) -> Tensor:
+        vectors = whole.read(part) @ of_whole
+        for matrix, each, (start, end) in zip(matrices, own, pairwise(ends), strict=False):
+            vectors[:, start:end] += matrix.read(part) @ each.of_own
+        return vectors
+
+    values = torch.cat([common.values, *(each.values for each in own)])
+    right = torch.cat([common.right, *(each.right for each in own)], dim=1)
     level = values.sum() / matrices[0].columns
-    return orthogonalised(parts, level.expand_as(values), first)
+    return orthogonalised(Tall(left, whole.rows, len(values)), right, level.expand_as(values), like)
 
 
 def directions(rank: int, tasks: int, common_fraction: float) -> tuple[int, int]:
@@ -140,29 +180,51 @@ def directions(rank: int, tasks: int, common_fraction: float) -> tuple[int, int]
     return rank - own * tasks, own
 
 
-def without_right(matrix: Tall, common: Triplets) -> Tall:
-    """Answer X − X V Vᵀ."""
+@dataclass(frozen=True)
+class Own:
+    """Leading triplets of a task's matrix X without the common directions; U = X·of_own − S·of_whole, S the sum.
 
-    def product(part: slice, right: Tensor) -> Tensor:
-        return matrix.times(part, right - common.right @ (common.right.T @ right))
+    Attributes:
+        values: (r,) σ.
+        right: (n, r) V.
+        of_own, of_whole: (n, r).
+    """
 
-    def read(part: slice) -> Tensor:
+    values: Tensor
+    right: Tensor
+    of_own: Tensor
+    of_whole: Tensor
+
+
+def within(matrix: Tall, space: Tensor, rank: int) -> Own:
+    """Decompose X C Cᵀ for a C of few orthonormal columns; that is X − X V Vᵀ where C spans what V does not."""
+    inside = Tall(lambda part: matrix.read(part) @ space, matrix.rows, space.shape[1])
+    found = decompose_leading(inside, rank, size=_size(matrix))
+    right = space @ found.right
+    return Own(found.values, right, right / found.values, torch.zeros_like(right))
+
+
+def without_left(matrix: Tall, common: Triplets, rank: int) -> Own:
+    """Decompose X − U Uᵀ X for the common U = S V/σ, S the matrix that the common triplets are of."""
+    whole, scaled = common.matrix, common.right / common.values
+    own = common.right.new_zeros(matrix.columns, matrix.columns)
+    shared = torch.zeros_like(own)
+    for part in matrix.parts():
         rows = matrix.read(part)
-        return rows - (rows @ common.right) @ common.right.T
-
-    return Tall(read, matrix.rows, matrix.columns, product)
-
-
-def without_left(matrix: Tall, common: Triplets) -> Tall:
-    """Answer X − U Uᵀ X, with U = S V/σ for S the matrix that the common triplets are of."""
-    shares = [common.matrix.read(part).T @ matrix.read(part) for part in matrix.parts()]
-    scaled = common.right / common.values
-    share = scaled @ (scaled.T @ torch.stack(shares).sum(0))
-
-    def product(part: slice, right: Tensor) -> Tensor:
-        return matrix.times(part, right) - common.matrix.times(part, share @ right)
+        own += self_product(rows)
+        shared += whole.read(part).T @ rows
+    seen = scaled.T @ shared  # Uᵀ X
+    share = scaled @ seen
 
     def read(part: slice) -> Tensor:
-        return matrix.read(part) - common.matrix.times(part, share)
+        return matrix.read(part) - whole.read(part) @ share
 
-    return Tall(read, matrix.rows, matrix.columns, product)
+    size = float(own.trace().sqrt())
+    rest = Tall(read, matrix.rows, matrix.columns)
+    found = decompose_leading(rest, rank, size=size, gram=own - self_product(seen))
+    of_own = found.right / found.values
+    return Own(found.values, found.right, of_own, share @ of_own)
+
+
+def _size(matrix: Tall) -> float:
+    return math.hypot(*(norm(matrix.read(part)) for part in matrix.parts()))

@@ -81,7 +81,7 @@ def ties(
 ) -> Tensor:
     """Merge task vectors after trimming small entries and resolving sign conflicts.
 
-    θ0 + λ·τ_m with τ̂_t = τ_t where \\|τ_t\\| ≥ the k-th largest magnitude, else 0; γ = sgn(Σ τ̂_t);
+    θ0 + λ·τ_m with τ̂_t = τ_t where |τ_t| ≥ the k-th largest magnitude, else 0; γ = sgn(Σ τ̂_t);
     τ_m = Σ w_t τ̂_t / Σ w_t over the experts whose τ̂_t has the sign γ, entry by entry (Yadav et al. 2023,
     arXiv:2306.01708).
 

@@ -30,6 +30,21 @@ def test_parameters_are_shown_with_the_defaults_of_the_configs() -> None:
                 assert float(defaults[key]) == pytest.approx(value), (each.name, key)
 
 
+def test_the_table_has_ranges_choices_and_what_takes_long() -> None:
+    assert "density=0.2 (> 0, ≤ 1)" in entry("ties").settings
+    assert "election=mass (mass | count)" in entry("ties").settings
+    assert entry("wudi").settings == "lambda=1, steps=300 (≥ 0), lr=1e-05 (> 0)"
+    assert entry("wudi").cost == "one pass, tensor by tensor; multiplies every matrix hundreds of times"
+    assert entry("ties").cost == "statistics, then one pass, in blocks"
+
+
+def test_every_letter_in_the_column_of_needs_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    legend = capsys.readouterr().out.splitlines()[-2]
+    for letter in {letter for each in entries() for letter in each.needs.split()}:
+        assert f"{letter}: " in legend
+
+
 def test_one_method_is_shown_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ties"]) == 0
     shown = capsys.readouterr().out

@@ -190,6 +190,7 @@ def test_a_warm_session_has_the_bits_of_one_merge(name: str) -> None:
         assert session.merge(get_method(name), {"density": density}) == "merged"
         expected = merged(name, models, density=density)
         assert all(torch.equal(targets[tensor], expected[tensor]) for tensor in models.names)
+    session.merge(get_method(name), {"density": numbers, "lambda": 0.7})  # TIES keeps what is asked for twice
     assert session.merge(get_method(name), {"density": numbers, "lambda": 0.5}) == "scaled"
 
 

@@ -177,6 +177,29 @@ def test_directions_that_no_expert_moved_in_stay_as_they_are(method: str) -> Non
     assert np.linalg.norm(result) > 0.1 * np.linalg.norm(vectors[0])
 
 
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (30, 30)])
+def test_a_task_whose_directions_are_all_common_has_none_of_its_own_in_iso_cts(shape: tuple[int, int]) -> None:
+    generator = np.random.default_rng(0)
+    vectors = [generator.standard_normal((shape[0], 10)) @ generator.standard_normal((10, shape[1]))] * 2
+    u, s, v = np.linalg.svd(vectors[0] + vectors[1])
+    expected = s.sum() / 30 * u[:, :10] @ v[:10]  # what is left of either beside the common ten is rounding
+    np.testing.assert_allclose(merged_matrices("iso_cts", vectors), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_own_directions_much_weaker_than_the_common_ones_are_found(turned: bool) -> None:
+    generator = np.random.default_rng(0)
+    bases = [np.linalg.qr(generator.standard_normal((size, 30)))[0] for size in (40, 30)]
+    spectra = np.zeros((2, 30))
+    spectra[:, :20] = generator.uniform(0.5, 1, (2, 20))
+    spectra[0, 20:25] = spectra[1, 25:] = 1e-7 * np.arange(10, 5, -1)
+    vectors = [(bases[0] * spectrum) @ bases[1].T for spectrum in spectra]
+    vectors = [vector.T for vector in vectors] if turned else vectors
+    expected = iso_cts_transcribed(vectors, 0.67)  # 20 common directions, and 5 for each
+    result = merged_matrices("iso_cts", vectors, common_fraction=0.67)
+    np.testing.assert_allclose(result, expected, rtol=0, atol=1e-7 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts"])
 def test_an_expert_equal_to_the_base_takes_no_direction(method: str) -> None:
     vectors = [*drawn((40, 30), 2), np.zeros((40, 30))]
@@ -225,6 +248,12 @@ def test_matrices_read_in_several_blocks_are_the_same(method: Any, monkeypatch: 
     whole = method([vector.clone() for vector in vectors], **options)
     monkeypatch.setattr(factorised, "ROWS", 17)
     torch.testing.assert_close(method(vectors, **options), whole, rtol=0, atol=1e-12)
+
+
+def test_a_self_product_of_more_columns_than_are_multiplied_at_once_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factorised, "COLUMNS", 7)
+    matrix = torch.from_numpy(drawn((12, 30), 1)[0])
+    torch.testing.assert_close(factorised.self_product(matrix), matrix.T @ matrix, rtol=1e-13, atol=1e-18)
 
 
 def test_small_singular_values_are_not_lost_by_squaring() -> None:
