@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mergelab.tasks.data import TaskData
     from mergelab.tasks.measure import TaskResult
     from mergelab.tasks.metrics import Direction
+    from mergelab.tasks.spec import TaskSpec
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Bench:
             count = len(self.examples[name].report)
             what = f"{data.spec.primary} on {count} {data.split} examples" if data.spec.metrics else data.split
             what = f"{count} prompts" if data.spec.kind == "prompts" else what
+            what += self._windows(data.spec) if data.spec.kind == "language_modelling" else ""
             parts.append(f"{label}: {what}")
         protocol = {
             "full": "whole split",
@@ -55,6 +57,14 @@ class Bench:
             "oracle": "ORACLE: the same examples select and report",
         }[self.config.eval.protocol]
         return "\n".join([*parts, f"protocol {self.config.eval.protocol} ({protocol})"])
+
+    def _windows(self, task: TaskSpec) -> str:
+        """Say what perplexity depends on besides model and text: how much of it a model sees at once."""
+        from mergelab.tasks.perplexity import window_and_stride
+
+        config = self.session.module(task.outputs).config
+        window, stride = window_and_stride(task, config, self.config.eval.max_length)
+        return f", windows of {window} tokens, {stride} of them new"
 
     def baselines(self) -> list[ModelResult]:
         """Measure the base (with the merged model's heads) and every expert (with its own head, on its tasks)."""

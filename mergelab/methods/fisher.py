@@ -56,7 +56,7 @@ def _diagonal(drawn: ExpertExamples, examples: Examples, seed: int, estimator: E
     parts = {
         "statistic": "diagonal fisher",
         "estimator": estimator,
-        "seed": seed if estimator == "sampled" else None,
+        "seed": seed if estimator in ("auto", "sampled") else None,
         "names": sorted(drawn.parameter_names.items()),
         "examples": drawn.key,
     }
@@ -111,7 +111,7 @@ def fisher(
     samples: Samples = 4096,
     normalize: bool = True,
     floor: Positive = 1e-6,
-    estimator: Estimator = "expected",
+    estimator: Estimator = "auto",
 ) -> Tensor:
     """Average the experts, each entry weighted by the expert's diagonal Fisher information.
 
@@ -132,7 +132,8 @@ def fisher(
         floor: smallest F_t that counts.
         estimator: "expected": exact over classes; "sampled": one class drawn from the model's own distribution for
             each example; "empirical": the example's label. Of models that write tokens a token is drawn at each
-            position, or the text's own taken; there is no "expected".
+            position, or the text's own taken; there is no "expected". "auto": "expected" where there is one, else
+            "sampled".
 
     Returns:
         Tensor of the experts' shape, float32 (float64 for float64 inputs).

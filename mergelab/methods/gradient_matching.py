@@ -40,7 +40,7 @@ def gradient_matching(
     weights: Weights = None,
     samples: Samples = 4096,
     delta0: Positive = 1e-12,
-    estimator: Estimator = "expected",
+    estimator: Estimator = "auto",
 ) -> Tensor:
     """Add up the task vectors, each scaled by its own Hessian over that of the merged model.
 

@@ -25,7 +25,7 @@ from mergelab.methods.random import stream_key, words
 from mergelab.methods.running import frozen, groups, on_one_thread, size_of, split_labels
 from mergelab.methods.workers import in_order, thread_count
 
-Estimator = Literal["expected", "sampled", "empirical"]
+Estimator = Literal["auto", "expected", "sampled", "empirical"]
 # Entries of a matrix that are squared at once: with the product they come from they stay in a core's cache.
 _BLOCK = 131_072
 _ACCELERATOR_BLOCK = 1 << 27
@@ -39,8 +39,9 @@ def diagonal_fisher(examples: ExpertExamples, *, estimator: Estimator = "expecte
     """Compute the diagonal of the Fisher information of the module's parameters, averaged over the examples.
 
     "expected": E_x Σ_c p(c|x) (∂ log p(c|x)/∂θ)², exactly, in C−1 backward passes; "sampled": one class drawn from
-    p(·|x) for each example; "empirical": its label. A module with one output is a regression, p(y|x) a Gaussian around
-    it with variance 1. Squares are of one example's gradient, never of a sum over examples or classes.
+    p(·|x) for each example; "empirical": its label; "auto": "expected", or "sampled" where tokens are written. A module
+    with one output is a regression, p(y|x) a Gaussian around it with variance 1. Squares are of one example's gradient,
+    never of a sum over examples or classes.
 
     A module that writes tokens answers logits (b, l, C) on texts that are given: log p is the sum over the positions
     that have a label, "sampled" draws a token for each of them. As draws are independent given the text, the expected
@@ -57,8 +58,8 @@ def diagonal_fisher(examples: ExpertExamples, *, estimator: Estimator = "expecte
 
     def directions(logits: Tensor, labels: Tensor | None, position: int) -> Tensor:
         if logits.dim() == 3:
-            return _token_scores(logits, labels, estimator, key, position)
-        if estimator == "expected":
+            return _token_scores(logits, labels, "sampled" if estimator == "auto" else estimator, key, position)
+        if estimator in ("auto", "expected"):
             return covariance_root(logits)
         if estimator == "sampled":
             return sampled_scores(logits, key, position)

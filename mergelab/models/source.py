@@ -64,7 +64,7 @@ def decide_source(
     """
     if wanted == "mini":
         return "mini"
-    remote = [reference for reference in _references(models) if reference.repository]
+    remote = [reference for reference in references(models) if reference.repository]
     if not remote and data_is_local:
         return "local"
     absent = (r.text for r in remote if r.repository and hub.cached(r.repository, r.revision) is None)
@@ -73,7 +73,7 @@ def decide_source(
     if (not missing and data_cached) or hub.reachable():
         return "hub" if remote else "local"
     lacking = [*missing, *([] if data_cached else [f"the data of {listed(tasks)}"])]
-    if wanted == "auto" and len(remote) == len(_references(models)) and not data_is_local:
+    if wanted == "auto" and len(remote) == len(references(models)) and not data_is_local:
         return "mini"
     raise HubError(
         f"the hub at {hub.endpoint()} cannot be reached and its cache lacks {listed(lacking, 3)}; "
@@ -115,7 +115,12 @@ def locate(
     return LocatedModels(models.name, source, base, tuple(experts), {})
 
 
-def _references(models: ModelsConfig) -> list[Reference]:
+def references(models: ModelsConfig) -> list[Reference]:
+    """List the models that are needed, the base's first; of a pair both.
+
+    Raises:
+        ModelError: a reference cannot be read.
+    """
     written = [*([models.base] if models.base else []), *(expert.reference for expert in models.experts.values())]
     return [model for reference in written for model in parse_reference(reference).models]
 
@@ -154,11 +159,12 @@ def _locate_mini(models: ModelsConfig, tasks: Sequence[str], progress: Progress)
         for name, expert in models.experts.items()
     }
     unknown = [task for task in tasks if task not in mini.TASKS]
-    unknown += [name for name, task in served.items() if task not in mini.TASKS and name not in unknown]
-    if unknown:
+    if unknown := unknown or [name for name, task in served.items() if task not in mini.TASKS]:
+        texts = [task for kinds in text.SETS.values() for about in kinds.values() for task in about.tasks]
         raise ConfigError(
-            f"the embedded miniature has nothing for {listed(unknown)} (it has {', '.join(mini.TASKS)}); "
-            "choose among those, or give local folders and task.data_dir"
+            f"the embedded miniature has nothing for {listed(unknown)} (it has classifiers for "
+            f"{', '.join(mini.TASKS)}, and models that write for {', '.join(texts)}); choose among those, or give "
+            "local folders and task.data_dir"
         )
     sets = {
         task: mini.build(task, progress=progress) for task in dict.fromkeys([*tasks, *filter(None, served.values())])

@@ -24,13 +24,14 @@ from mergelab.tasks.packing import inference_copy
 if TYPE_CHECKING:
     from mergelab.tasks.data import TaskData
     from mergelab.tasks.evaluate import Watch
+    from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
 
 # What a model sees at once where neither it nor the task sets a limit.
 _DEFAULT_WINDOW = 1024
-# Rows of scores that are worked on in float32 at a time.
-_ROWS = 256
+# Entries of the scores over the vocabulary that are worked on in float32 at a time: they stay in a CPU's caches.
+_ENTRIES, _ACCELERATOR_ENTRIES = 1 << 18, 1 << 27
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,10 @@ class Windows:
             inputs = torch.from_numpy(self.tokens[ids]).to(device)
             wanted = torch.from_numpy(self.tokens[targets]).to(device)
             logits = scored.logits(inputs, torch.from_numpy(rows * lengths.max() + columns).to(device))
+            rows_at_once = max((_ENTRIES if device.type == "cpu" else _ACCELERATOR_ENTRIES) // logits.shape[1], 1)
             losses = [
                 nn.functional.cross_entropy(part.float(), own, reduction="none")
-                for part, own in zip(torch.split(logits, _ROWS), torch.split(wanted, _ROWS), strict=True)
+                for part, own in zip(torch.split(logits, rows_at_once), torch.split(wanted, rows_at_once), strict=True)
             ]
             yield batch, targets, torch.cat(losses).double().cpu().numpy()
 
@@ -183,6 +185,19 @@ class _ScoredPositions:
 # ------------------------------------------------------------------------------------------------------------- encoding
 
 
+def window_and_stride(spec: TaskSpec, config: Any, max_length: int | None = None) -> tuple[int, int]:
+    """Answer how many tokens a model sees at once, and how many of them are new in each window.
+
+    Raises:
+        DataError: the task's window is longer than the model allows.
+    """
+    allowed = model_positions(config)
+    if allowed is not None and (spec.window or 0) > allowed:
+        raise DataError(f"task.window={spec.window}: the model has {allowed} positions")
+    window = min(n for n in (spec.window or allowed or _DEFAULT_WINDOW, max_length) if n is not None)
+    return window, min(spec.stride or window, window)
+
+
 def encode_windows(data: TaskData, config: Any, tokenizer: Any, max_length: int | None = None) -> Windows:
     """Tokenise running text and divide it into windows.
 
@@ -204,11 +219,7 @@ def encode_windows(data: TaskData, config: Any, tokenizer: Any, max_length: int 
         )
     if not tokenizer.is_fast:
         raise ModelError(f"{spec.name}: the tokenizer {tokenizer.name_or_path} does not say where its tokens are")
-    allowed = model_positions(config)
-    if allowed is not None and (spec.window or 0) > allowed:
-        raise DataError(f"task.window={spec.window}: the model has {allowed} positions")
-    window = min(n for n in (spec.window or allowed or _DEFAULT_WINDOW, max_length) if n is not None)
-    stride = min(spec.stride or window, window)
+    window, stride = window_and_stride(spec, config, max_length)
     numbers = np.arange(len(data))
     # A text begins with every example, or where rows are joined with every split.
     texts = np.split(numbers, np.flatnonzero(np.diff(data.parts)) + 1 if spec.join is not None else numbers[1:])

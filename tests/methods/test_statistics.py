@@ -96,6 +96,12 @@ def test_empirical_fisher_takes_the_labels(outputs: int) -> None:
     assert_same(found, expected)
 
 
+def test_auto_is_the_expected_fisher_for_classes() -> None:
+    module = classifier("bert", 3)
+    found, expected = diagonal_fisher(Expert(module), estimator="auto"), diagonal_fisher(Expert(module))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_sampled_fisher_depends_on_the_seed_alone_and_comes_near_the_expected_one() -> None:
     module = classifier("bert", 2, scale=1.5)
     draws = [diagonal_fisher(Expert(module), estimator="sampled", seed=seed) for seed in range(60)]

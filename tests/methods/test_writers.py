@@ -113,6 +113,16 @@ def test_what_is_drawn_for_a_text_does_not_depend_on_its_batch() -> None:
     assert torch.equal(together[2:, :3], alone)
 
 
+def test_auto_draws_tokens_where_the_expected_fisher_would_take_a_pass_for_each() -> None:
+    network = writer("gpt2")
+    estimates = {
+        name: diagonal_fisher(Writer(network, "gpt2"), estimator=name, seed=3)["transformer.h.0.mlp.c_fc.weight"]
+        for name in ("auto", "sampled", "empirical")
+    }
+    assert torch.equal(estimates["auto"], estimates["sampled"])
+    assert not torch.equal(estimates["auto"], estimates["empirical"])
+
+
 def test_a_text_without_the_tokens_that_follow_is_an_error() -> None:
     with pytest.raises(ModelError, match="needs the token to follow each position"):
         statistics._token_scores(torch.zeros(2, 3, 4), torch.zeros(2), "empirical", key=1, position=0)

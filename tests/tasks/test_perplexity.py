@@ -121,6 +121,17 @@ def test_the_vocabulary_is_looked_at_only_where_tokens_are_scored() -> None:
     assert sum(rows) == len(inputs.tokens) - 1
 
 
+@pytest.mark.parametrize("entries", [1, 2000])
+def test_losses_are_the_same_however_many_scores_are_turned_into_them_at_once(
+    entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = writer("gpt2")
+    inputs = prepare(running_text(ROWS, join="\n", window=32, stride=4), model.config, tokenizer)
+    whole = inputs.run(model)
+    monkeypatch.setattr("mergelab.tasks.perplexity._ENTRIES", entries)
+    np.testing.assert_allclose(inputs.run(model), whole, rtol=1e-6)
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model, tokenizer = writer("gpt2")
     prepare(running_text(ROWS), model.config, tokenizer).run(model, dtype="bfloat16")

@@ -218,6 +218,15 @@ def test_text_tasks_run_on_the_miniature_and_are_labelled_as_such(
             "the embedded miniature mini/law_recipes has 1 expert for legal; gpt2_law_recipes names 2",
         ),
         (["task=legal", "models.mini=poems"], "models.mini='poems'"),
+        (
+            ["task=cnn_dailymail"],
+            "the embedded miniature mini/summaries has nothing for cnn_dailymail (it has samsum, dialogsum, xsum)",
+        ),
+        (
+            ["task=t5_rte"],
+            "the embedded miniature has nothing for t5_rte (it has classifiers for rte, mrpc, stsb, sst2, cola, and "
+            "models that write for legal, recipes, samsum, dialogsum, xsum); choose among those, or give local folders",
+        ),
     ],
 )
 def test_what_the_miniature_does_not_have_is_one_line(
