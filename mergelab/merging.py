@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.methods.engine import merge
+from mergelab.methods.engine import merge, merge_in_parts
+from mergelab.methods.job import checked_job
 from mergelab.saving import Saving
-from mergelab.weights.shards import byte_size
+from mergelab.weights.shards import as_stored, byte_size
 from mergelab.weights.source import layout_of
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mergelab.methods.registry import MergeMethod
     from mergelab.selection import BenchSelection
     from mergelab.session import Session
+    from mergelab.weights.source import TensorPart
 
 
 @dataclass(frozen=True)
@@ -61,33 +63,55 @@ class Merging:
         saving = Saving(self.session)
         key = f"{saving.merge_key(self.method, self.parameters)} {data}"
         if not self.method.several:
-            saving.merging(folder, partial(self._tensors, None), key)
+            saving.merging(folder, partial(self._parts, None), key)
         else:
             for task, output in self.session.served().items():
-                saving.merging(folder, partial(self._tensors, output), f"{key} {output}", task)
+                saving.merging(folder, partial(self._parts, output), f"{key} {output}", task)
         return time.perf_counter() - started
 
     def _tasks(self) -> list[str]:
         return [task.name for task in self.session.tasks]
 
-    def _tensors(self, output: str | None, only: frozenset[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Answer the merged tensors one by one, and show how far it is, in bytes of the merged model."""
-        aligned = self.session.aligned
-        sizes = {info.name: byte_size(info) for info in layout_of(aligned.base or aligned.experts[0], aligned.names)}
-        total, done = max(sum(sizes.values()), 1), 0
-        title = f"merging with {self.method.name}" + (f" for {output}" if output else "")
-        options: dict[str, Any] = {"only": only, "output": output, "examples": self.examples}
-        self.progress(title, 0.0)
-        for name, tensor in merge(
-            self.method,
-            self.parameters,
-            aligned,
-            weights=self.weights or [expert.weight for expert in self.session.located.experts],
-            seed=self.session.config.seed,
-            device=self.session.device,
-            dtype=Saving(self.session).dtype,
-            **options,
-        ):
-            done += sizes.get(name, 0)
-            self.progress(f"{title}, {done / 1e9:.2f} of {total / 1e9:.2f} GB", done / total)
+    def _tensors(self, output: str | None) -> Iterator[tuple[str, Tensor]]:
+        """Answer the merged tensors one by one."""
+        told = self._teller(output, self.session.aligned.names)
+        for name, tensor in merge(self.method, self.parameters, self.session.aligned, **self._settings(output)):
+            told(name, tensor)
             yield name, tensor
+
+    def _parts(self, output: str | None, only: frozenset[str]) -> Iterator[TensorPart]:
+        """Answer the merged tensors of these names part by part; none is ever whole if the method is elementwise."""
+        told = self._teller(output, only)
+        job = checked_job(self.method, self.parameters, self.session.aligned, **self._settings(output))
+        for part in merge_in_parts(job, only):
+            told(part.name, part.entries)
+            yield part
+            del part  # let it go before the next one is made
+
+    def _settings(self, output: str | None) -> dict[str, Any]:
+        return {
+            "weights": self.weights or [expert.weight for expert in self.session.located.experts],
+            "seed": self.session.config.seed,
+            "device": self.session.device,
+            "dtype": self.session.saved_dtype,
+            "output": output,
+            "examples": self.examples,
+        }
+
+    def _teller(self, output: str | None, names: Collection[str]) -> Callable[[str, Tensor], None]:
+        """Answer what is told of each tensor, or part of one, and shows how far it is, in bytes of what is merged."""
+        aligned, dtype = self.session.aligned, self.session.saved_dtype
+        merged = [name for name in aligned.names if name in names]
+        total = max(
+            sum(byte_size(as_stored(i, dtype)) for i in layout_of(aligned.base or aligned.experts[0], merged)), 1
+        )
+        title = f"merging with {self.method.name}" + (f" for {output}" if output else "")
+        done, counted = 0, frozenset(merged)
+        self.progress(title if self.method.prepare is None else f"{title}, looking through the models", 0.0)
+
+        def told(name: str, tensor: Tensor) -> None:
+            nonlocal done
+            done += tensor.nbytes if name in counted else 0
+            self.progress(f"{title}, {done / 1e9:.2f} of {total / 1e9:.2f} GB", done / total)
+
+        return told

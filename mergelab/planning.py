@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab import console
-from mergelab.config import ExperimentConfig, check
+from mergelab.config import ExperimentConfig, ModelsConfig, check
 from mergelab.errors import ConfigError
-from mergelab.models.source import Source
+from mergelab.models.source import Source, references
 from mergelab.models.source import decide_source as _decide
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def plan_experiment(config: DictConfig) -> Plan:
     if not checked.evaluate and checked.output is None:
         raise ConfigError("evaluate=false: nothing would be made; say where the merged model goes with output=<folder>")
     if checked.output is not None:
-        check_output(checked.output)
+        check_output(checked.output, checked.models)
     return Plan(
         checked,
         resolved,
@@ -115,17 +115,20 @@ def warn_if_mini(plan: Plan, source: str) -> None:
         )
 
 
-def check_output(output: str) -> None:
-    """Check, before any work is done, that a merged model can be written to ``output``.
+def check_output(output: str, models: ModelsConfig) -> None:
+    """Check, before any work is done, that the merge of ``models`` can be written to ``output``.
 
     Raises:
-        ConfigError: it is a file, a folder in use, or inside something that is no folder.
+        ConfigError: it is a file, a folder in use, a model's own folder, or inside something that is no folder.
     """
     folder = Path(output).expanduser()
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise ConfigError(f"output={output}: {existing} is a file; a folder that does not exist yet is needed")
     if existing == folder and any(not _is_unfinished(path) for path in folder.iterdir()):
+        for reference in references(models):
+            if reference.folder is not None and folder.samefile(reference.folder):
+                raise ConfigError(f"output={output}: the folder is that of an input model; choose another one")
         raise ConfigError(f"output={output}: the folder is not empty; choose another one or remove it")
     if not os.access(existing, os.W_OK):
         raise ConfigError(f"output={output}: {existing} cannot be written to")

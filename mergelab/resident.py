@@ -16,7 +16,6 @@ from mergelab.errors import NoRoom
 from mergelab.measuring import Bench
 from mergelab.merging import Merging
 from mergelab.models.source import LocatedModels, Source, locate
-from mergelab.saving import Saving
 from mergelab.session import Session
 from mergelab.tasks.data import load_data
 
@@ -104,6 +103,7 @@ class Resident:
                 self._room,
                 seed=self.session.config.seed,
                 device=self.session.device,
+                dtype=self.session.saved_dtype,
                 compiling=self.compiling,
             )
         except NoRoom as error:
@@ -115,7 +115,7 @@ class Resident:
         """The tensors that merges are written to."""
         import torch
 
-        aligned, wanted = self.session.aligned, Saving(self.session).dtype
+        aligned, wanted = self.session.aligned, self.session.saved_dtype
         like = aligned.base or aligned.experts[0]
         return {name: torch.empty(like.shape(name), dtype=wanted or like.dtype(name)) for name in aligned.names}
 

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.models.architecture import tokenizer_folder
 from mergelab.models.encoder_decoder import PAIRED, companions
-from mergelab.weights.source import TensorInfo, layout_of
+from mergelab.weights.source import TensorInfo, TensorPart, layout_of
 from mergelab.weights.writer import writing_folder
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from mergelab.methods.parameters import Parameters
@@ -50,25 +49,25 @@ class Saving:
         for backbone, task in distinct.values():
             layout = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in backbone.items()]
             only = task if len(distinct) > 1 else None
-            self._write(folder, layout, partial(_all_of, backbone), None, only)
+            self._write(folder, layout, partial(_parts_of, backbone), None, only)
 
     def merging(
         self,
         folder: Path,
-        merge: Callable[[frozenset[str]], Iterable[tuple[str, Tensor]]],
+        merge: Callable[[frozenset[str]], Iterable[TensorPart]],
         key: str,
         task: str | None = None,
     ) -> None:
-        """Write a merged model as `save` does, tensor by tensor as it is merged.
+        """Write a merged model as `save` does, part by part as it is merged.
 
         Args:
             folder: as for `save`.
-            merge: answers the merged tensors of these names.
+            merge: answers the parts of the merged tensors of these names.
             key: names what is merged and how: what an interrupted call with the same key completed is not done again.
             task: the one whose folder is written; None: each one's that there is.
         """
         reference = self._session.aligned.base or self._session.aligned.experts[0]
-        dtype = self.dtype
+        dtype = self._session.saved_dtype
         layout = [
             info._replace(dtype=dtype or info.dtype) if info.name in self._session.aligned.names else info
             for info in layout_of(reference, [*self._session.aligned.names, *self._session.aligned.integers])
@@ -80,11 +79,11 @@ class Saving:
             TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self._session.passed_through.items()
         ]
 
-        def tensors(missing: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
-            yield from ((name, tensor) for name, tensor in self._session.passed_through.items() if name in missing)
+        def parts(missing: frozenset[str]) -> Iterator[TensorPart]:
+            yield from _parts_of(self._session.passed_through, missing)
             yield from merge(missing - self._session.passed_through.keys())
 
-        self._write(folder, [*layout, *own], tensors, key, task)
+        self._write(folder, [*layout, *own], parts, key, task)
 
     def merge_key(self, method: MergeMethod, parameters: Parameters) -> str:
         """Name all that the merged model's content depends on; a model's weights by its files' times of change."""
@@ -106,14 +105,6 @@ class Saving:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The dtype that merged tensors are rounded to when they are saved; None for the stored one."""
-        import torch
-
-        name = self._session.config.save.dtype
-        return None if name is None else getattr(torch, name)
-
     @cached_property
     def _copies(self) -> dict[str, str]:
         """Find tied tensors that are stored under both names: an encoder's and its decoder's.
@@ -128,7 +119,7 @@ class Saving:
         self,
         folder: Path,
         layout: Sequence[TensorInfo],
-        tensors: Callable[[frozenset[str]], Iterable[tuple[str, Tensor]]],
+        parts: Callable[[frozenset[str]], Iterable[TensorPart]],
         key: str | None,
         task: str | None = None,
     ) -> None:
@@ -145,7 +136,7 @@ class Saving:
                         layout=[*shared, *heads],
                         like=like,
                         config_updates=updates,
-                        dtype=self.dtype,
+                        dtype=self._session.saved_dtype,
                         max_shard_bytes=self._session.config.save.max_shard_bytes,
                         aliases={a: n for a, n in self._session.aligned.aliases.items() if a not in self._copies},
                         inputs=self._session.folders(),
@@ -155,12 +146,12 @@ class Saving:
                 for name in head.keys() & writer.missing:
                     writer.write(name, head[name])
                 writers.append(writer)
-            missing = frozenset().union(*(writer.missing for writer in writers))
-            for name, tensor in tensors(missing):
-                for writer in writers:
-                    if name in writer.missing:
-                        writer.write(name, tensor)
-                del tensor  # let it go before the next one is made
+            waiting = [(writer, writer.missing) for writer in writers]
+            for part in parts(frozenset().union(*(missing for _, missing in waiting))):
+                for writer, missing in waiting:
+                    if part.name in missing:
+                        writer.write_part(part)
+                del part  # let it go before the next one is made
 
     def _model_folders(self, folder: Path, only: str | None) -> list[tuple[Path, Mapping[str, Tensor], dict[str, Any]]]:
         """Answer the folders to write, each with its head and what its configuration says of the labels."""
@@ -217,8 +208,8 @@ def _part(name: str) -> str:
     return name.partition(".")[0]
 
 
-def _all_of(tensors: Mapping[str, Tensor], _missing: frozenset[str]) -> Iterable[tuple[str, Tensor]]:
-    return tensors.items()
+def _parts_of(tensors: Mapping[str, Tensor], names: frozenset[str]) -> Iterator[TensorPart]:
+    return (TensorPart(name, 0, tensor.reshape(-1)) for name, tensor in tensors.items() if name in names)
 
 
 def label_config(task: TaskSpec) -> dict[str, Any]:

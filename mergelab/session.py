@@ -36,6 +36,7 @@ from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
 from mergelab.weights.module import load_into
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from mergelab.models.source import LocatedExpert, LocatedModels
@@ -140,7 +141,8 @@ class Session:
                 raise ConfigError(f"models.passthrough: no tensor matches {pattern!r}{did_you_mean(pattern, names)}")
         chosen = {name for pattern in self.config.models.passthrough for name in fnmatch.filter(names, pattern)}
         chosen = (chosen | set(self.aligned.experts_only)) - set(self.head_names)
-        return {name: mean_tensor([expert.get(name) for expert in self.aligned.experts]) for name in sorted(chosen)}
+        experts, dtype = self.aligned.experts, self.saved_dtype
+        return {name: mean_tensor([expert.get(name) for expert in experts], dtype) for name in sorted(chosen)}
 
     def expert_serves(self, expert: LocatedExpert, task: TaskSpec) -> bool:
         """Say whether an expert's own head is for ``task``."""
@@ -179,7 +181,8 @@ class Session:
                     f"{listed(str(expert.task) for expert in self.located.experts)}); set models.experts.<name>.task"
                 )
             return self.expert_head(serving[0], task)
-        return mean_head([self.expert_head(index, task) for index, name in enumerate(names) if name in self._averaged])
+        averaged = [self.expert_head(index, task) for index, name in enumerate(names) if name in self._averaged]
+        return mean_head(averaged, self.saved_dtype)
 
     def average_heads_of(self, experts: Collection[str]) -> None:
         """Let the merged model's head, where it is the experts' average, be that of these experts."""
@@ -261,6 +264,14 @@ class Session:
                 module = self.vocabulary.fit(module, expert.folder)
             self._modules[outputs] = module.to(self.device)
         return self._modules[outputs]
+
+    @property
+    def saved_dtype(self) -> torch.dtype | None:
+        """The dtype that merged tensors are rounded to, once; None for the models' own."""
+        import torch
+
+        name = self.config.save.dtype
+        return None if name is None else getattr(torch, name)
 
     @property
     def device(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import mergelab as ml
 from mergelab.errors import ConfigError, KeyMismatch, ModelError
 from mergelab.weights.state_dict import StateDict
 from tests.standins import BERT_BASE, NAMED_LABELS, OTHER_LABEL_ORDER
+from tests.vocabularies import FIM, IM_END, bert, llama
 
 WEIGHT = "bert.encoder.layer.0.output.dense.weight"
 
@@ -118,6 +120,39 @@ def test_a_layer_function_gets_its_parameters() -> None:
         return sum(model**exponent for model in models)
 
     assert power([{"w": torch.tensor([2.0])}, {"w": torch.tensor([3.0])}], exponent=2)["w"].item() == 13.0
+
+
+def test_models_whose_tokens_differ_are_merged_by_token_where_it_is_asked_for(tmp_path: Path) -> None:
+    folders = [bert(tmp_path / "base", 0, masked=True), bert(tmp_path / "a", 1), bert(tmp_path / "b", 2, ["dog"])]
+    rows = [module(str(folder)).get_input_embeddings().weight.detach() for folder in folders[1:]]
+    models = [str(folder) for folder in folders]
+    asked = {"task": "text-classification", "base_index": 0}
+    with pytest.raises(ModelError, match=r"differ in size .* vocab=base merges by token .* vocab=union"):
+        ml.soup(models, **asked)
+    for vocab, words in (("base", 11), ("union", 12)):
+        pipe = ml.soup(models, vocab=vocab, **asked)
+        assert len(pipe.tokenizer) == pipe.model.config.vocab_size == words
+        assert pipe.tokenizer.tokenize("the dog")[1] == ("dog" if vocab == "union" else "[UNK]")
+        merged = pipe.model.get_input_embeddings().weight.detach()
+        torch.testing.assert_close(merged[:11], (rows[0] + rows[1][:11]) / 2)
+        assert torch.equal(merged[11:], rows[1][11:words])
+        assert pipe("the dog")[0]["label"] in ("LABEL_0", "LABEL_1")
+    with pytest.raises(ConfigError, match=r"vocab='base': there is no base model \(base_index\)"):
+        ml.soup(models, task="text-classification", base_index=None, vocab="base")
+    with pytest.raises(ConfigError, match=r"vocab='unoin': must be one of 'base', 'union', or None"):
+        ml.soup(models, vocab="unoin", **asked)
+    with pytest.raises(ConfigError, match=r"vocab='union': models\[1\] has no tokenizer"):
+        ml.soup([models[0], module(models[1])], vocab="union", **asked)
+
+
+def test_texts_end_at_the_merged_models_own_token(tmp_path: Path) -> None:
+    base, a = llama(tmp_path / "base", 0), llama(tmp_path / "a", 1, [FIM, IM_END], eos=IM_END)
+    (a / "generation_config.json").write_text(json.dumps({"eos_token_id": 258}))
+    asked = {"task": "text-generation", "lambda_": 1.0}
+    for vocab, end in (("union", IM_END), ("base", "<|endoftext|>")):
+        pipe = ml.task_arithmetic([str(base), str(a)], vocab=vocab, **asked)
+        assert pipe.model.generation_config.eos_token_id == pipe.tokenizer.convert_tokens_to_ids(end)
+        assert pipe.model.config.eos_token_id == pipe.model.generation_config.eos_token_id
 
 
 def test_bad_calls_are_named() -> None:

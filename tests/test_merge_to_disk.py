@@ -18,6 +18,7 @@ from torch import Tensor
 from mergelab.errors import ModelError
 from mergelab.weights.checkpoint import open_checkpoint
 from tests.conftest import Outcome
+from tests.vocabularies import bert
 
 Command = Callable[..., Outcome]
 
@@ -81,6 +82,22 @@ def test_another_dtype_is_rounded_once(mergelab_command: Command, models: list[s
     assert same({key: value.bfloat16() for key, value in wide.items()}, narrow)
 
 
+def test_the_mean_of_heads_is_rounded_once_too(mergelab_command: Command, workplace: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    for seed, name in enumerate("ab"):
+        model = AutoModelForSequenceClassification.from_pretrained(bert(workplace / f"whole-{name}", seed))
+        shutil.copytree(workplace / f"whole-{name}", workplace / name)
+        model.to(torch.bfloat16).save_pretrained(workplace / name)
+    settings = ["models.base=null", "models.experts=[./a,./b]", "evaluate=false", "tracking=none", "method=soup"]
+    outcome = mergelab_command(*settings, "save.dtype=float32", "output=merged")
+    assert outcome.code == 0, outcome.err
+    a, b, merged = (tensors(workplace / name) for name in ("a", "b", "merged"))
+    for name in ("classifier.weight", "bert.pooler.dense.weight"):
+        assert merged[name].dtype == torch.float32
+        assert torch.equal(merged[name], (a[name].float() + b[name].float()) / 2)
+
+
 def test_the_tokenizer_and_its_template_are_the_chosen_models(
     mergelab_command: Command, models: list[str], workplace: Path
 ) -> None:
@@ -98,10 +115,17 @@ def test_the_tokenizer_and_its_template_are_the_chosen_models(
         ("save.max_shard_size=5", "save.max_shard_size=5: must be text"),
         ("save.max_shard_size=fiveGB", "must be a number with kB, MB, GB or TB, such as 5GB"),
         ("save.dtype=int8", "save.dtype='int8': must be one of 'float32', 'bfloat16' or 'float16'"),
-        ("output=a", "output=a: the folder is not empty"),
+        ("output=a", "output=a: the folder is that of an input model; choose another one"),
+        ("output=./base/../link", "link: the folder is that of an input model"),
+        ("output=full", "output=full: the folder is not empty; choose another one or remove it"),
     ],
 )
-def test_a_wrong_setting_is_one_line(mergelab_command: Command, models: list[str], setting: str, said: str) -> None:
+def test_a_wrong_setting_is_one_line(
+    mergelab_command: Command, models: list[str], workplace: Path, setting: str, said: str
+) -> None:
+    (workplace / "link").symlink_to(workplace / "b")
+    (workplace / "full").mkdir()
+    (workplace / "full" / "notes.txt").write_text("x")
     outcome = mergelab_command(*models, "output=merged", setting)
     assert outcome.code == 2
     assert said in outcome.err
@@ -142,12 +166,12 @@ import mergelab.experiment, mergelab.session, mergelab.methods.ties, mergelab.mo
 from mergelab.__main__ import main
 from mergelab.weights import shards
 
-write = shards.WeightFiles.write
-def told(self, name, tensor):
+write = shards.WeightFiles.write_part
+def told(self, part):
     os.write(there, b"x")
     time.sleep(0.002)
-    write(self, name, tensor)
-shards.WeightFiles.write = told
+    write(self, part)
+shards.WeightFiles.write_part = told
 _, seed, times, *settings = sys.argv
 sys.argv = ["mergelab", *settings]
 generator = random.Random(int(seed))
@@ -249,6 +273,17 @@ def test_two_merges_into_one_folder_are_not_mixed(
     assert mergelab_command(*models, "output=merged").code == 0
 
 
+def test_too_little_room_leaves_nothing_behind(
+    mergelab_command: Command, models: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(workplace)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    outcome = mergelab_command(*models, "method=soup", "output=merged")
+    assert outcome.code == 2
+    assert "merged: needs 201.5 kB of disk space, but only 1.0 kB are free" in outcome.err
+    assert not (workplace / ".merged.partial").exists()
+
+
 def test_a_full_disk_keeps_the_complete_files_and_says_so(
     mergelab_command: Command, models: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +301,9 @@ def test_a_full_disk_keeps_the_complete_files_and_says_so(
         outcome = mergelab_command(*settings)
     assert outcome.code == 2
     assert "merged: the disk is full" in outcome.err
-    assert "complete files stay in .merged.partial for the next attempt" in outcome.err
+    assert "complete files stay in .merged.partial for the same merge again" in outcome.err
+    for part in (workplace / ".merged.partial").glob("*.part"):  # what is not complete takes no room
+        assert any(part.read_bytes()[:8])
     assert not (workplace / "merged").exists()
     assert mergelab_command(*settings).code == 0
     assert not (workplace / ".merged.partial").exists()

@@ -41,19 +41,22 @@ METHODS: dict[str, tuple[list[str], str, str]] = {
 
 ALONE = """
 import sys, time
-from mergelab.methods.engine import merge
+from mergelab.methods.engine import merge_in_parts
+from mergelab.methods.job import checked_job
 from mergelab.methods.registry import get_method
 from mergelab.weights.align import align
 from mergelab.weights.checkpoint import open_checkpoint
 from mergelab.weights.source import layout_of
-from mergelab.weights.writer import save_folder
+from mergelab.weights.writer import writing_folder
 name, density, out, base, *experts = sys.argv[1:]
 method = get_method(name)
 parameters = {} if density == "-" else {"density": float(density)}
 started = time.perf_counter()
 models = align(open_checkpoint(base, "base"), [open_checkpoint(folder) for folder in experts])
 layout = layout_of(models.base, models.names)
-save_folder(merge(method, parameters, models), out, like=base, layout=layout, aliases=models.aliases)
+with writing_folder(out, layout=layout, like=base, aliases=models.aliases) as writer:
+    for part in merge_in_parts(checked_job(method, parameters, models), models.names):
+        writer.write_part(part)
 print(time.perf_counter() - started)
 """
 
@@ -127,7 +130,7 @@ def run(command: list[str]) -> tuple[float, float, str]:
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            peak = max(peak, _anonymous(process.pid))
+            peak = max(peak, anonymous_memory(process.pid))
             time.sleep(0.02)
         seconds = time.perf_counter() - started
         said.seek(0)
@@ -137,7 +140,8 @@ def run(command: list[str]) -> tuple[float, float, str]:
     return seconds, peak, (text.strip().splitlines() or [""])[-1]
 
 
-def _anonymous(pid: int) -> float:
+def anonymous_memory(pid: int | str) -> float:
+    """Answer the anonymous memory of a process (or of "self") in MB; it leaves out mapped files."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:  # it has just ended
@@ -222,11 +226,14 @@ def plot_memory(args: argparse.Namespace, build_set: Callable[[int], list[Path]]
 
     counts, peaks = [2, 3, 4, 5], []
     for count in counts:
-        folders = build_set(count)
-        with tempfile.TemporaryDirectory(dir=args.folder) as work:
-            command = mergelab_command("ties", METHODS["ties"][0], folders, Path(work).absolute() / "out")
-            peaks.append(run(command)[1])
-        print(f"{count} experts: {peaks[-1]:.0f} MB, {peaks[-1] / peaks[0]:.3f} of that with 2", flush=True)
+        folders, found = build_set(count), []
+        for _ in range(args.runs):
+            with tempfile.TemporaryDirectory(dir=args.folder) as work:
+                command = mergelab_command("ties", METHODS["ties"][0], folders, Path(work).absolute() / "out")
+                found.append(run(command)[1])
+        peaks.append(statistics.median(found))
+        spread = f"{min(found):.0f} to {max(found):.0f}"
+        print(f"{count} experts: {peaks[-1]:.0f} MB ({spread}), {peaks[-1] / peaks[0]:.3f} of that with 2", flush=True)
     sizes = [
         sum(file.stat().st_size for folder in build_set(n) for file in folder.glob("*.safetensors")) for n in counts
     ]

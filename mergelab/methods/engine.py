@@ -7,7 +7,7 @@ for name, tensor in merge(get_method("ties"), {"density": 0.3}, align(base, expe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -19,11 +19,12 @@ from mergelab.methods.blocks import blocks
 from mergelab.methods.job import Job, checked_job, merge_into, placed, prepared_job, rounded, run
 from mergelab.methods.parameters import Parameters
 from mergelab.methods.registry import MergeMethod
-from mergelab.methods.workers import CHUNK, pool
+from mergelab.methods.workers import CHUNK, pool, return_memory
 from mergelab.weights.align import AlignedModels
+from mergelab.weights.source import TensorPart
 from mergelab.weights.state_dict import StateDict
 
-AHEAD = 1 << 26  # bytes of merged tensors that may wait for the one that comes before them
+AHEAD = 1 << 25  # bytes of merged tensors that may wait for the one that comes before them
 Progress = Callable[[int], None]
 
 
@@ -117,24 +118,55 @@ def merge_to_dict(
     return {name: merged[name] for name in dict.fromkeys([*ordered, *merged])}
 
 
+def merge_in_parts(job: Job, only: Collection[str] | None = None) -> Iterator[TensorPart]:
+    """Merge as `merge` does, and answer parts of the tensors: where the method is elementwise none is ever whole.
+
+    Args:
+        job: a checked request.
+        only: as for `merge`; nothing else is answered.
+
+    Returns:
+        The parts of each tensor in their order, an alias' each after that of the tensor that it names. A part's entries
+        are overwritten after the next one has been asked for.
+
+    Raises:
+        ConfigError, NonFinite: as `merge`, while merging.
+    """
+    models = job.models
+    wanted = {*models.names, *models.integers, *models.aliases} if only is None else frozenset(only)
+    asked: dict[str, list[str]] = {name: [name] for name in (*models.names, *models.integers) if name in wanted}
+    for alias, name in models.aliases.items():
+        if alias in wanted:
+            asked.setdefault(name, []).append(alias)
+    for part in _parts(job, [name for name in models.names if name in asked]):
+        for name in asked[part.name]:
+            yield part._replace(name=name)
+    for name in models.integers:
+        for each in asked.get(name, ()):
+            yield TensorPart(each, 0, job.reference.get(name).reshape(-1))
+
+
 def _stream(job: Job, progress: Progress | None, only: frozenset[str] | None) -> Iterator[tuple[str, Tensor]]:
     models = job.models
     aliases = {alias: name for alias, name in models.aliases.items() if only is None or alias in only}
     named = set(aliases.values())
     wanted = {*models.names, *models.integers} if only is None else only | named
-    names = [name for name in models.names if name in wanted]
-    merged: Iterable[tuple[str, Tensor]] = ()
-    if names and job.method.kind == "model":  # whole models go in, whatever is wanted of what comes out
-        merged = ((name, tensor) for name, tensor in merge_models(job, models.names) if name in wanted)
-    elif names:
-        merged = _merge_tensors(prepared_job(job), names)
+    made: dict[str, Tensor] = {}
     held: dict[str, Tensor] = {}
-    for name, tensor in merged:
+
+    def room(name: str) -> Tensor:
+        made[name] = job.empty(name)
+        return made[name]
+
+    for name, start, entries in _parts(job, [name for name in models.names if name in wanted], room):
+        if start + entries.numel() < made[name].numel():
+            continue
         if name in named:
-            held[name] = tensor
-        yield name, tensor
+            held[name] = made[name]
+        yield name, made[name]
         if progress is not None:
-            progress(tensor.numel())
+            progress(made[name].numel())
+        del made[name], entries
     for name in models.integers:
         if name in wanted:
             held[name] = job.reference.get(name).clone()
@@ -143,41 +175,96 @@ def _stream(job: Job, progress: Progress | None, only: frozenset[str] | None) ->
         yield alias, held[name]
 
 
-def _merge_tensors(job: Job, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """Merge tensor by tensor, several at once and large ones in chunks; few are ahead of the one that is answered."""
+def _parts(job: Job, names: Sequence[str], room: Callable[[str], Tensor] | None = None) -> Iterator[TensorPart]:
+    """Merge these tensors; ``room`` as for `_merged_parts`."""
+    if not names:
+        return
+    if job.method.kind != "model":
+        job = prepared_job(job)
+        return_memory()
+        yield from _merged_parts(job, names, room)
+        return
+    for name, tensor in merge_models(job, job.models.names):  # whole models go in, whatever is wanted of what comes out
+        if name in names:
+            into = tensor if room is None else room(name).copy_(tensor)
+            yield TensorPart(name, 0, into.view(-1))
+
+
+def _merged_parts(job: Job, names: Sequence[str], room: Callable[[str], Tensor] | None = None) -> Iterator[TensorPart]:
+    """Merge part by part, several at once; few are ahead of the one that is answered.
+
+    Args:
+        job: a prepared request.
+        names: of the tensors.
+        room: answers a new tensor that takes the result; default: parts share a piece of memory, and are overwritten
+            after the next one has been asked for.
+    """
+    ring = Ring(job, names)
     with pool(job.threads) as workers:
-        waiting: deque[tuple[str, Tensor, list[Future[None]]]] = deque()
+        waiting: deque[tuple[TensorPart, Future[None]]] = deque()
         ahead = 0
         for name in names:
-            merged = job.empty(name)
-            if workers is None:
-                for chunk in chunks_of(job, merged):
-                    merge_into(job, name, merged, chunk)
-                yield name, merged
-                continue
             job.prefetch(name)
-            work = [workers.submit(merge_into, job, name, merged, chunk) for chunk in chunks_of(job, merged)]
-            waiting.append((name, merged, work))
-            ahead += merged.nbytes
-            while ahead > AHEAD and len(waiting) > 1:
-                done, result = _finished(waiting.popleft())
-                ahead -= result.nbytes
-                yield done, result
-            del merged
+            count = torch.Size(job.reference.shape(name)).numel()
+            whole = None if room is None else room(name).view(-1)
+            for chunk in chunks_of(job, count):
+                into = ring.take(name, chunk.stop - chunk.start) if whole is None else whole[chunk]
+                part = TensorPart(name, chunk.start, into)
+                if workers is None:
+                    merge_into(job, name, into, chunk)
+                    yield part
+                    continue
+                waiting.append((part, workers.submit(merge_into, job, name, into, chunk)))
+                ahead += _padded(into.nbytes)
+                del part, into  # let them go when they have been answered
+                while ahead > AHEAD and len(waiting) > 1:
+                    ahead -= _padded(waiting[0][0].entries.nbytes)
+                    yield _finished(*waiting.popleft())
         while waiting:
-            yield _finished(waiting.popleft())
+            yield _finished(*waiting.popleft())
 
 
-def _finished(waiting: tuple[str, Tensor, list[Future[None]]]) -> tuple[str, Tensor]:
-    name, merged, work = waiting
-    for part in work:
-        part.result()
-    return name, merged
+class Ring:
+    """One piece of memory for parts that are let go of in the order in which they are taken.
+
+    When one is taken, those in use fill at most `AHEAD` bytes, or are a single part. So, with room for two parts beyond
+    these, the new one always fits behind the last, or at the start where the end is near. Memory that is taken from the
+    allocator for each part comes from all over, and much of it stays unused between others.
+    """
+
+    def __init__(self, job: Job, names: Sequence[str]) -> None:
+        self._job = job
+        sizes = {name: torch.Size(job.reference.shape(name)).numel() for name in names}
+        self._largest = max(_padded(min(sizes[name], CHUNK) * job.stored_dtype(name).itemsize) for name in names)
+        self._room = torch.empty(0, dtype=torch.uint8)  # made when it is first asked for
+        self._next = 0
+
+    def take(self, name: str, count: int) -> Tensor:
+        """Answer room for ``count`` entries of a tensor."""
+        dtype = self._job.stored_dtype(name)
+        size = count * dtype.itemsize
+        if _padded(size) > self._largest:
+            return torch.empty(count, dtype=dtype)
+        if not len(self._room):
+            self._room = torch.empty(max(AHEAD, self._largest) + 2 * self._largest, dtype=torch.uint8)
+        start = 0 if self._next + size > len(self._room) else self._next
+        self._next = start + _padded(size)
+        return self._room[start : start + size].view(dtype)
 
 
-def chunks_of(job: Job, merged: Tensor) -> list[slice]:
-    """Divide a flattened tensor among threads, where the method may be given parts."""
-    return list(blocks(merged.numel(), CHUNK if job.method.elementwise else max(merged.numel(), 1)))
+def _padded(size: int) -> int:
+    """Answer ``size`` bytes, rounded up to whole lines of a core's cache."""
+    return size + -size % 64
+
+
+def _finished(part: TensorPart, work: Future[None]) -> TensorPart:
+    work.result()
+    return part
+
+
+def chunks_of(job: Job, count: int) -> list[slice]:
+    """Divide a flattened tensor of ``count`` entries among threads, where the method may be given parts."""
+    return list(blocks(count, CHUNK if job.method.elementwise else max(count, 1))) or [slice(0, 0)]
 
 
 def merge_models(job: Job, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:

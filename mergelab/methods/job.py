@@ -228,32 +228,31 @@ def _substituted(job: Job) -> Job:
 
 
 @torch.no_grad()
-def merge_into(job: Job, name: str, merged: Tensor, chunk: slice, vector: Tensor | None = None) -> None:
-    """Merge a part of a tensor into ``merged``; the whole of it unless the method is elementwise.
+def merge_into(job: Job, name: str, into: Tensor, chunk: slice, vector: Tensor | None = None) -> None:
+    """Merge a part of a tensor; the whole of it unless the method is elementwise.
 
     Args:
         job: a prepared request.
         name: the tensor.
-        merged: of the tensor's shape and contiguous; its entries in ``chunk`` are written.
-        chunk: a part of the flattened tensor.
-        vector: of that shape, float32 or float64: takes the merged task vector, where the method answers one.
+        into: flat, as long as ``chunk``: takes the result.
+        chunk: the part of the flattened tensor.
+        vector: flat, of that length, float32 or float64: takes the merged task vector, where the method answers one.
     """
+    if not into.numel():
+        return
     base, experts = job.open(name)
     site = job.site(name)
     if not job.method.elementwise:
-        result = _call(
-            job, site, None if base is None else placed(job, base), [placed(job, e) for e in experts], vector
-        )
-        merged.copy_(rounded(job, name, result, merged))
+        whole, kept = into.view(site.shape), None if vector is None else vector.view(site.shape)
+        result = _call(job, site, None if base is None else placed(job, base), [placed(job, e) for e in experts], kept)
+        whole.copy_(rounded(job, name, result, whole))
         return
-    into = merged.view(-1)[chunk]
-    keep = None if vector is None else vector.view(-1)[chunk]
     start = None if base is None else base.reshape(-1)[chunk]
     ends = [expert.reshape(-1)[chunk] for expert in experts]
     for part in blocks(into.numel(), job.block):
         first = None if start is None else placed(job, start[part])
         here = replace(site, offset=chunk.start + part.start)
-        kept = None if keep is None else keep[part]
+        kept = None if vector is None else vector[part]
         result = _call(job, here, first, [placed(job, end[part]) for end in ends], kept)
         into[part] = rounded(job, name, result, into[part])
 
@@ -314,7 +313,10 @@ def _added(base: Tensor, vector: object, scale: float) -> object:
     """Answer θ0 + λ·τ_m, product and sum each rounded (a fused multiply-add would differ between machines)."""
     if not isinstance(vector, Tensor) or vector.shape != base.shape or not vector.is_floating_point():
         return vector  # refused where every answer is looked at
-    return (vector * scale if scale != 1 else vector) + working(base)
+    start = working(base)
+    if scale == 1 or vector.dtype != torch.result_type(vector, start):
+        return (vector * scale if scale != 1 else vector) + start
+    return (vector * scale).add_(start)  # into the copy, so that there is no third one
 
 
 def placed(job: Job, tensor: Tensor) -> Tensor:

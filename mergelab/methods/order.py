@@ -65,15 +65,17 @@ def kth_largest(
         found = [_ranked(sample, rank) for sample in samples]
     else:
         brackets = [_bracket(np.sort(sample)[::-1], rank / length) for sample in samples]
-        within = _within(data, brackets, rank, length)
         kind = samples[0].dtype
+        del samples
+        within = _within(data, brackets, rank, length, kind)
         found = [_by_digits(data, i, rank, kind) if value is None else value for i, value in enumerate(within)]
     return tuple(found) * (vectors if pooled else 1)
 
 
 def _ranked(entries: Array, rank: int) -> float:
-    """Answer the entry of ``rank``, counted from the largest, which has rank 1."""
-    return float(np.partition(entries, len(entries) - rank)[len(entries) - rank])
+    """Answer the entry of ``rank``, counted from the largest, which has rank 1; the entries are reordered."""
+    entries.partition(len(entries) - rank)
+    return float(entries[len(entries) - rank])
 
 
 @dataclass(frozen=True)
@@ -157,29 +159,53 @@ def _bracket(sample: Array, share: float) -> _Bracket:
     return _Bracket(low, high, (min(lower, size) - max(upper, 0)) / size)
 
 
-def _within(data: _Data, brackets: Sequence[_Bracket], rank: int, length: int) -> list[float | None]:
+class _Gathered:
+    """Entries in one piece of memory, as they come: many short pieces would leave it in tatters."""
+
+    def __init__(self, expected: float, dtype: np.dtype[Any]) -> None:
+        self._room: Array = np.empty(int(1.1 * expected) + 4096, dtype=dtype)
+        self._limit = int(GATHER * max(expected, 4096.0))
+        self._count = 0
+
+    @property
+    def overflows(self) -> bool:
+        """Whether there were more than are worth to be kept."""
+        return self._count > self._limit
+
+    @property
+    def entries(self) -> Array:
+        return self._room[: self._count]
+
+    def add(self, entries: Array) -> None:
+        start, self._count = self._count, self._count + len(entries)
+        if self._count > len(self._room):
+            self._room.resize(self._count * 5 // 4, refcheck=False)
+        self._room[start : self._count] = entries
+
+
+def _within(
+    data: _Data, brackets: Sequence[_Bracket], rank: int, length: int, dtype: np.dtype[Any]
+) -> list[float | None]:
     """Select within the brackets in one pass; None where the wanted entry is in none of them."""
     above = [0] * len(brackets)
-    gathered: list[list[Array]] = [[] for _ in brackets]
-    held = [0] * len(brackets)
-    limits = [GATHER * max(bracket.share * length, 4096.0) for bracket in brackets]
+    gathered = [_Gathered(bracket.share * length, dtype) for bracket in brackets]
 
     def look(group: int, entries: Array) -> tuple[int, Array]:
         bracket = brackets[group]
         larger = int(np.count_nonzero(entries >= entries.dtype.type(bracket.high)))
-        return larger, entries[_between(entries, bracket)] if held[group] <= limits[group] else entries[:0].copy()
+        return larger, entries[:0].copy() if gathered[group].overflows else entries[_between(entries, bracket)]
 
     for group, (larger, inside) in data.over(look):
         above[group] += larger
-        held[group] += len(inside)
-        gathered[group].append(inside)
+        gathered[group].add(inside)
     found: list[float | None] = []
     for group, bracket in enumerate(brackets):
         place = rank - above[group]
-        if held[group] > limits[group]:
+        entries = gathered[group].entries
+        if gathered[group].overflows:
             found.append(None)
-        elif 1 <= place <= held[group]:
-            found.append(_ranked(np.concatenate(gathered[group]), place))
+        elif 1 <= place <= len(entries):
+            found.append(_ranked(entries, place))
         else:  # where many entries are equal, the bracket's end itself is often the answer
             end = bracket.high if place < 1 else bracket.low
             found.append(end if _is_at(data, group, end, rank) else None)

@@ -47,6 +47,7 @@ class Warm:
         seed: of random methods.
         device: where to compute. On an accelerator, the models' tensors stay there as far as they fit, the others are
             brought there block by block in each merge.
+        dtype: what results are rounded to, once; default: the models' own.
         memory: bytes that the models may take; default: what is free.
         compiling: whether methods that can be compiled (`MergeMethod.session`: TIES) are, with ``torch.compile``. That
             needs a C++ compiler and takes seconds; merges then take a third of the time, and equal the others within
@@ -68,12 +69,13 @@ class Warm:
         weights: Sequence[float] | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
         memory: int | None = None,
         compiling: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self._targets = _checked_targets(models, targets)
-        self._weights, self._seed = weights, seed
+        self._weights, self._seed, self._dtype = weights, seed, dtype
         check_memory(models, memory)
         places = residence(models, self.device, memory)
         self.models = replace(
@@ -123,6 +125,7 @@ class Warm:
             weights=self._weights if weights is None else weights,
             seed=self._seed,
             device=self.device,
+            dtype=self._dtype,
             output=output,
             examples=examples,
         )
@@ -268,7 +271,8 @@ def _spread(
     """Divide the work among threads; answer, for each part, what waits for its end (and raises its error)."""
     waiting: list[Callable[[], None]] = []
     for name, target in targets.items():
-        for chunk in chunks_of(job, target):
-            work = partial(merge_into, job, name, target, chunk, vectors.get(name))
+        flat, vector = target.view(-1), vectors[name].view(-1) if name in vectors else None
+        for chunk in chunks_of(job, target.numel()):
+            work = partial(merge_into, job, name, flat[chunk], chunk, None if vector is None else vector[chunk])
             waiting.append(work if workers is None else workers.submit(work).result)
     yield from waiting

@@ -6,10 +6,11 @@ result depends on how many there are.
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
@@ -74,3 +75,12 @@ def chunks(sizes: Mapping[str, int]) -> Iterator[tuple[str, slice]]:
     for name, size in sizes.items():
         for part in blocks(size, CHUNK):
             yield name, part
+
+
+def return_memory() -> None:
+    """Let the allocator give what is free back to the system, where it is one that can be asked to: glibc's.
+
+    It keeps what threads have freed, for each of them apart, and how many they were in turn depends on the scheduling.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -76,8 +76,8 @@ class ReorderedSource:
         return read_head(self.source, [key], self.order).tensors[key] if key in self.names else self.source.get(key)
 
 
-def mean_head(heads: Sequence[Head]) -> Head:
-    """Average heads tensor by tensor, in float32, cast back to the first one's dtype.
+def mean_head(heads: Sequence[Head], dtype: torch.dtype | None = None) -> Head:
+    """Average heads tensor by tensor, in float32, rounded once to ``dtype`` (default: the first one's).
 
     Raises:
         KeyMismatch: they do not have the same tensors.
@@ -95,14 +95,14 @@ def mean_head(heads: Sequence[Head]) -> Head:
                     f"{tuple(tensor.shape)} in {other.owner}; use models.head=per_task or models.head=expert:<name>"
                 )
     return Head(
-        {name: mean_tensor([head.tensors[name] for head in heads]) for name in first.tensors},
+        {name: mean_tensor([head.tensors[name] for head in heads], dtype) for name in first.tensors},
         "mean of " + ", ".join(head.owner for head in heads),
     )
 
 
-def mean_tensor(tensors: Sequence[Tensor]) -> Tensor:
-    """Average tensors of one shape in float32, cast back to the first one's dtype."""
+def mean_tensor(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """Average tensors of one shape in float32, rounded once to ``dtype`` (default: the first one's)."""
     total = tensors[0].float().clone()
     for tensor in tensors[1:]:
         total += tensor.float()
-    return (total / len(tensors)).to(tensors[0].dtype)
+    return (total / len(tensors)).to(dtype or tensors[0].dtype)

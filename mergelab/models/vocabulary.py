@@ -86,18 +86,18 @@ def is_encoder_decoder_pair(config: Mapping[str, Any]) -> bool:
     return all(isinstance(config.get(part), Mapping) for part in ("encoder", "decoder"))
 
 
-def check_vocabularies(models: Sequence[Checkpoint], *, has_base: bool) -> None:
+def check_vocabularies(models: Sequence[Checkpoint], *, has_base: bool, key: str = "models.vocab") -> None:
     """Check that models can be merged row by row: that they have as many rows, and the same token in each.
 
     Tokens are compared where the tokenizers' files differ; a model without a readable tokenizer is taken as it is.
-    Encoder and decoder are compared each on its own.
+    Encoder and decoder are compared each on its own. ``key`` is what the choice between policies is called.
 
     Raises:
         ModelError: they differ; names the models and what can be done.
     """
-    ways = "models.vocab=union merges by token and keeps every model's tokens"
+    ways = f"{key}=union merges by token and keeps every model's tokens"
     if has_base:
-        ways = f"models.vocab=base merges by token and keeps the base's tokens, {ways}"
+        ways = f"{key}=base merges by token and keeps the base's tokens, {ways}"
     if all(is_encoder_decoder_pair(model.config) for model in models):
         ways = (
             "encoder-decoders are merged row by row; merge those of the same tokenizers, or only the part that shares "
@@ -273,10 +273,12 @@ class MergedVocabulary:
         """Give a module that was opened from a model's ``folder`` the merged model's number of rows, and token ids."""
         with quiet_transformers():
             module.resize_token_embeddings(self.size, mean_resizing=False)  # type: ignore[operator]
-        config: Any = module.config
-        ids = {key: value for key, value in config.to_dict().items() if key.endswith(_TOKEN_ID)}
-        for key, value in self._translated(ids, folder).items():
-            setattr(config, key, value)
+        configs: list[Any] = [module.config, getattr(module, "generation_config", None)]
+        for config in configs:
+            told: dict[str, Any] = {} if config is None else config.to_dict()
+            ids = {key: value for key, value in told.items() if key.endswith(_TOKEN_ID)}
+            for key, value in self._translated(ids, folder).items():
+                setattr(config, key, value)
         return module
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,13 +57,24 @@ def load_model(name: str | Path, task: str, **kwargs: Any) -> PreTrainedModel:
     raise kind(f"{name}: cannot be loaded for {task}: {reason}") from failure
 
 
-def load_pipeline(name: str | Path, task: str, **kwargs: Any) -> Pipeline:
-    """Build a pipeline of ``task`` on the CPU from a hub id or a local folder; see `load_model` for the errors."""
+def load_pipeline(
+    name: str | Path,
+    task: str,
+    *,
+    tokenizer: Path | None = None,
+    adapt: Callable[[nn.Module], nn.Module] | None = None,
+    **kwargs: Any,
+) -> Pipeline:
+    """Build a pipeline of ``task`` on the CPU from a hub id or a local folder; see `load_model` for the errors.
+
+    ``tokenizer`` is the folder of another one than the model's own; ``adapt`` changes the model before it is used.
+    """
     from transformers import pipeline
 
-    model = load_model(name, task, **kwargs)
+    model: Any = load_model(name, task, **kwargs)
+    model = model if adapt is None else adapt(model)
     try:
-        return pipeline(task, model=model, tokenizer=str(name), device=model.device)
+        return pipeline(task, model=model, tokenizer=str(tokenizer or name), device=model.device)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise ModelError(f"{name}: no pipeline for {task}: {reason}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +15,10 @@ from torch import Tensor
 from mergelab.errors import ModelError, listed
 from mergelab.weights.agreement import described
 from mergelab.weights.checkpoint import SAFETENSORS_DTYPES
-from mergelab.weights.source import TensorInfo
+from mergelab.weights.source import TensorInfo, TensorPart
 
 PART = ".part"  # ends the name of a file that is not for reading yet
-_BLOCK = 1 << 24  # entries that are converted at a time: a tensor's converted copy is never whole in memory
+_BLOCK = 1 << 22  # entries that are converted at a time: a tensor's converted copy is never whole in memory
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -53,6 +54,7 @@ class WeightFiles:
             for info, offset in zip(shard, _offsets(shard, start=len(self._headers[file])), strict=True)
         }
         self._missing = {file: len(shard) for file, shard in begun.items()}
+        self._written: dict[str, int] = {}  # how many entries, of tensors of which a part is written
         self._handles: dict[str, int] = {}
 
     @property
@@ -66,10 +68,28 @@ class WeightFiles:
         Raises:
             ModelError: it is not waited for, or is not what was announced.
         """
-        if name not in self._waiting:
-            raise ModelError(f"{name} is written twice, or was not announced")
-        file, offset, info = self._waiting.pop(name)
-        _write_tensor(self._handle(file), offset, info, tensor)
+        info = self._announced(name)
+        _check_kind(info, tensor, info.shape)
+        self.write_part(TensorPart(name, 0, tensor.reshape(-1)))
+
+    def write_part(self, part: TensorPart) -> None:
+        """Write a part of a tensor; its parts come in their order.
+
+        Raises:
+            ModelError: as for `write`; or it is not the part that comes next.
+        """
+        info = self._announced(part.name)
+        file, offset, _ = self._waiting[part.name]
+        count, written = math.prod(info.shape), self._written.get(part.name, 0)
+        stop = part.start + part.entries.numel()
+        if part.start != written or stop > count:
+            raise ModelError(f"{part.name}: entries {part.start} to {stop} of {count} came where {written} was to come")
+        _check_kind(info, part.entries)
+        _write_entries(self._handle(file), offset + part.start * info.dtype.itemsize, info.dtype, part.entries)
+        self._written[part.name] = stop
+        if stop < count:
+            return
+        del self._waiting[part.name], self._written[part.name]
         self._missing[file] -= 1
         if not self._missing[file]:
             self._complete(file)
@@ -97,6 +117,11 @@ class WeightFiles:
         """Let go of the files."""
         while self._handles:
             os.close(self._handles.popitem()[1])
+
+    def _announced(self, name: str) -> TensorInfo:
+        if name not in self._waiting:
+            raise ModelError(f"{name} is written twice, or was not announced")
+        return self._waiting[name][2]
 
     def _complete(self, file: str) -> None:
         handle = self._handle(file)
@@ -166,16 +191,19 @@ def _header(shard: Sequence[TensorInfo], aliases: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(handle: int, offset: int, wanted: TensorInfo, tensor: Tensor) -> None:
-    """Write a tensor's entries at their place, converted block by block where the stored dtype is another."""
-    kinds = (tensor.dtype.is_floating_point, wanted.dtype.is_floating_point)
-    if tuple(tensor.shape) != wanted.shape or (tensor.dtype != wanted.dtype and kinds != (True, True)):
-        raise ModelError(
-            f"{wanted.name} was announced as {described(wanted.shape, wanted.dtype)} "
-            f"but is {described(tensor.shape, tensor.dtype)}"
-        )
-    for block in torch.split(tensor.detach().reshape(-1), _BLOCK):
-        content = memoryview(cast(Any, block.to("cpu", wanted.dtype).contiguous().view(torch.uint8).numpy()))
+def _check_kind(info: TensorInfo, tensor: Tensor, shape: tuple[int, ...] | None = None) -> None:
+    """Raise `ModelError` where a tensor cannot be stored as announced: integers as floats, or not of ``shape``."""
+    kinds = (tensor.dtype.is_floating_point, info.dtype.is_floating_point)
+    if (tensor.dtype == info.dtype or kinds == (True, True)) and shape in (None, tuple(tensor.shape)):
+        return
+    announced, arrived = described(info.shape, info.dtype), described(tensor.shape, tensor.dtype)
+    raise ModelError(f"{info.name} was announced as {announced} but is {arrived}")
+
+
+def _write_entries(handle: int, offset: int, dtype: torch.dtype, entries: Tensor) -> None:
+    """Write flat entries at their place, converted block by block where the stored dtype is another."""
+    for block in torch.split(entries.detach(), _BLOCK):
+        content = memoryview(cast(Any, block.to("cpu", dtype).contiguous().view(torch.uint8).numpy()))
         _write_at(handle, content, offset)
         offset += len(content)
 

@@ -85,6 +85,14 @@ class TensorInfo(NamedTuple):
     dtype: torch.dtype
 
 
+class TensorPart(NamedTuple):
+    """Consecutive entries of a flattened tensor, from ``start`` on."""
+
+    name: str
+    start: int
+    entries: Tensor
+
+
 @dataclass(frozen=True)
 class DictSource:
     """Tensors that are in memory already: a state dict, of a module or made by hand."""

@@ -22,7 +22,7 @@ from mergelab.config import cache_dir
 from mergelab.errors import ModelError
 from mergelab.weights.checkpoint import CONFIG
 from mergelab.weights.shards import PART, WeightFiles, as_stored, byte_size, write_json
-from mergelab.weights.source import DictSource, TensorInfo
+from mergelab.weights.source import DictSource, TensorInfo, TensorPart
 
 # Where an encoder-decoder has the tokenizer of what it writes, if that is not the one of what it reads.
 DECODER_TOKENIZER = "decoder_tokenizer"
@@ -127,6 +127,11 @@ class FolderWriter:
         with _told(self._target):
             self._files.write(name, tensor)
 
+    def write_part(self, part: TensorPart) -> None:
+        """Write a part of a tensor that was announced; its parts come in their order."""
+        with _told(self._target):
+            self._files.write_part(part)
+
 
 @contextmanager
 def writing_folder(
@@ -191,20 +196,21 @@ def _folder_in_making(folder: Path, size: int, key: str | None) -> Iterator[Path
         return
     making = folder.parent / f".{folder.name}.partial"
     with _only_writer(folder):
-        with _told(folder):
-            _keep_only(making, key)
-            _check_room(folder, size - sum(file.stat().st_size for file in making.iterdir()))
         try:
+            with _told(folder):
+                _keep_only(making, key)
+                _check_room(folder, size - sum(file.stat().st_size for file in making.iterdir()))
             yield making
             with _told(folder):
                 (making / _KEY).unlink()
                 os.rename(making, folder)
         except BaseException as error:
-            kept = _complete_files(making)
+            kept = _keep_complete(making)
             if not kept:
                 shutil.rmtree(making, ignore_errors=True)
             elif isinstance(error, ModelError):
-                raise ModelError(f"{error}; the {kept} complete files stay in {making} for the next attempt") from error
+                files = "file stays" if kept == 1 else "files stay"
+                raise ModelError(f"{error}; {kept} complete {files} in {making} for the same merge again") from error
             raise
 
 
@@ -252,12 +258,16 @@ def _keep_only(making: Path, key: str) -> None:
     (making / _KEY).write_text(key, encoding="utf-8")
 
 
-def _complete_files(making: Path) -> int:
-    """Count weight files that begin with a header: its length is never 0."""
+def _keep_complete(making: Path) -> int:
+    """Remove weight files that do not begin with a header, whose length is never 0; count the others."""
     count = 0
     for path in making.glob(f"*.safetensors{PART}"):
         with path.open("rb") as file:
-            count += any(file.read(8))
+            complete = any(file.read(8))
+        if complete:
+            count += 1
+        else:
+            path.unlink(missing_ok=True)  # it would fill the disk, and is begun anew in any case
     return count
 
 
