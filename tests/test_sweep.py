@@ -302,7 +302,7 @@ def test_a_sweep_of_failures_stops(sweep: Callable[..., Outcome], workplace: Pat
 def test_ctrl_c_ends_after_the_trial_and_the_same_command_goes_on(
     sweep: Callable[..., Outcome], workplace: Path, pulled: list[str]
 ) -> None:
-    space = "method.strength=choice(0.0,0.5,0.75,1.0)"
+    space, handler = "method.strength=choice(0.0,0.5,0.75,1.0)", signal.getsignal(signal.SIGINT)
     outcome = sweep("custom", *pulled, space, "tracking=mlflow", code=130)
     assert "the same command goes on" in outcome.out
     before = trials(workplace)
@@ -310,7 +310,7 @@ def test_ctrl_c_ends_after_the_trial_and_the_same_command_goes_on(
     assert {trial.state.name for trial in before} == {"COMPLETE"}
     (parent,) = runs(workplace, "sweep")
     assert parent.info.status == "KILLED"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     sweep("custom", *pulled, space, "tracking=mlflow")
     assert states(workplace) == ["COMPLETE"] * 4
     (again,) = runs(workplace, "sweep")
