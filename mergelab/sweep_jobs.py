@@ -103,9 +103,9 @@ class Jobs:
     def _forgive(self, numbers: Sequence[int]) -> None:
         """End what was begun for a reason that is not the trials'."""
         end_workers()
-        for number in numbers:
-            forgiven = int(self.study.trials[number].user_attrs.get(FORGIVEN, 0))
-            self.study.note(number, FORGIVEN, forgiven + 1)
+        trials = self.study.trials
+        for number in filter(lambda number: has_begun(trials[number]), numbers):
+            self.study.note(number, FORGIVEN, int(trials[number].user_attrs.get(FORGIVEN, 0)) + 1)
         if self.tracker.enabled:
             with contextlib.suppress(MergelabError):
                 self.tracker.reconcile()

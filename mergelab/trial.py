@@ -105,13 +105,16 @@ def run_job(config: DictConfig) -> TrialOutcome | TrialFailure | Report | None:
                 return run_report(plan, job.source, tracker, run, progress)
         storage, study = open_study(storage_url(settings.storage, job.folder), job)
         trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, job.number)
+        # Before the trial has begun: a process that dies while it loads is not the trial's fault.
+        resident = open_resident(plan, job.source, progress, keep=True, compiling=settings.compile)
+        assert resident.baselines  # an expert at chance makes every trial worthless
         try:
             with attempting(storage, trial_id, job.attempt) as attempt:
                 run, logged = _open_run(tracker, plan, job, again=attempt.again)
                 with run, _left_if_superseded(attempt, run):
                     if (known := storage.get_trial(trial_id).user_attrs.get(OUTCOME)) is not None:
                         return TrialOutcome.read(known)
-                    outcome, scores = measure_trial(plan, settings, study, job, attempt, run, progress)
+                    outcome, scores = measure_trial(plan, settings, resident, study, job, attempt, run, progress)
                     _record(run, plan, scores, outcome, logged)
                     storage.set_trial_user_attr(trial_id, OUTCOME, asdict(outcome))
                     return outcome
@@ -154,18 +157,23 @@ def _open_run(tracker: Tracker, plan: Plan, job: Job, *, again: bool) -> tuple[R
 
 
 def measure_trial(
-    plan: Plan, settings: SweepConfig, study: Study, job: Job, attempt: Attempt, run: Run, progress: Any
+    plan: Plan,
+    settings: SweepConfig,
+    resident: Resident,
+    study: Study,
+    job: Job,
+    attempt: Attempt,
+    run: Run,
+    progress: Any,
 ) -> tuple[TrialOutcome, Mapping[str, Mapping[str, float]]]:
     """Merge and measure one point of the search space; answer the scores of each task too.
 
     Raises:
         Superseded: another process has the trial by now.
     """
-    resident = open_resident(plan, job.source, progress, keep=True, compiling=settings.compile)
     if run.id:
         run.log_dict(dict(plan.resolved), "config.yaml")
     resident.session.average_heads_of([expert.name for expert in resident.session.located.experts])
-    assert resident.baselines  # an expert at chance makes every trial worthless
     with _failing():
         examples = resident.calibration(plan, progress)
         backbones, seconds = resident.merged(plan.method, plan.parameters, examples, progress, _weights(plan))

@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from mergelab.methods import warm
+from mergelab.sweep.attempts import attempting
 from mergelab.sweep.config import SweepConfig
 from mergelab.sweep.pruning import unpacked
 from mergelab.sweep.space import space_from
@@ -320,21 +322,26 @@ def test_ctrl_c_ends_after_the_trial_and_the_same_command_goes_on(
 
 def test_a_trial_whose_process_died_is_tried_once_more(sweep: Callable[..., Outcome], workplace: Path) -> None:
     sweep("task_arithmetic", "sweep.n_trials=2")
-    for deaths, state in ((1, "COMPLETE"), (2, "FAIL")):
+    # Process by process: had it begun the trial when it died, or was it loading the models?
+    for deaths in ([True], [True, True], [False, False, False]):
         number = len(trials(workplace))
         url = f"sqlite:///{workplace}/outputs/sweeps.db"
         study = optuna.load_study(storage=url, study_name="s")
         space = space_from({"method.lambda": "interval(0.05,1.0)"}, [])
         left = SweepStudy(url, "s", space, SweepConfig(), ["maximize"], study.user_attrs["mergelab:definition"])
         asked = left.ask()
-        for _ in range(deaths):
-            left.hand_out(asked.number)
+        trial_id = left.trials[asked.number]._trial_id
+        for begun in deaths:
+            attempt = left.hand_out(asked.number)
+            with attempting(left.storage, trial_id, attempt) if begun else nullcontext():
+                pass
         sweep("task_arithmetic", f"sweep.n_trials={number + 2}")
         found = trials(workplace)
         assert len(found) == number + 2
         assert found[asked.number].params == asked.params
-        assert found[asked.number].state.name == state
-        assert found[asked.number].user_attrs.get(ERROR) == (None if deaths == 1 else "its process died 2 times")
+        given_up = sum(deaths) == 2
+        assert (found[asked.number].state.name == "FAIL") == given_up
+        assert found[asked.number].user_attrs.get(ERROR) == ("its process died 2 times" if given_up else None)
 
 
 # ---------------------------------------------------------------------------------------------------- pruning

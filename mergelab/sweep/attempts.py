@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-# Attributes of a trial: who measures it, and how many of its attempts were ended by the user.
+# Attributes of a trial: who measures it, and how many of its beginnings were ended by the user.
 BEGUN, FORGIVEN = "mergelab:begun", "mergelab:forgiven"
+_COUNT = "count"  # in the mark of who measures it: how often it was begun
 
 
 class Superseded(Exception):
@@ -62,8 +63,7 @@ def attempting(storage: BaseStorage, trial_id: int, attempt: int) -> Iterator[At
     known = trial.user_attrs.get(BEGUN)
     if trial.state.is_finished() or (known and known["attempt"] > attempt):
         raise Superseded
-    times = known["times"] + 1 if known and known["attempt"] == attempt else 1
-    mark = {"attempt": attempt, "times": times, "by": process_tags()}
+    mark = {"attempt": attempt, _COUNT: known[_COUNT] + 1 if known else 1, "by": process_tags()}
     storage.set_trial_user_attr(trial_id, BEGUN, mark)
     held = Attempt(storage, trial_id, mark, known is not None)
     try:
@@ -75,11 +75,12 @@ def attempting(storage: BaseStorage, trial_id: int, attempt: int) -> Iterator[At
 
 
 def tries(trial: FrozenTrial) -> int:
-    """Count how often a trial was tried, without the times that the user ended it."""
-    attempts = int(trial.user_attrs.get(ATTEMPTS, 0))
+    """Count how often a trial was begun, without the times that the user ended it.
+
+    An attempt that ended before it had begun, while the models were loaded, says nothing about the trial.
+    """
     begun = trial.user_attrs.get(BEGUN)
-    again = begun["times"] - 1 if begun and begun["attempt"] == attempts else 0
-    return attempts - int(trial.user_attrs.get(FORGIVEN, 0)) + again
+    return int(begun[_COUNT] if begun else 0) - int(trial.user_attrs.get(FORGIVEN, 0))
 
 
 def has_begun(trial: FrozenTrial) -> bool:
