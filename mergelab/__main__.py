@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
+from mergelab import left_out
 from mergelab.config import CONF_DIR
 from mergelab.errors import ConfigError, MergelabError, did_you_mean
 
+_MULTIRUN = frozenset({"-m", "--multirun"})
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 # Keys that a ready config need not have: parameters of a method, settings of a task, experts of the user's own, how
 # models are merged, options of Ray's. What is unknown there is found out, with a better message, when the part of
@@ -23,16 +26,17 @@ _WHOLE = re.compile(r"^(models\.experts)=|^(models\.base)=\s*\{")
 
 def main() -> None:
     """Run what the command line asks for; bad input is one line and exit code 2."""
-    arguments = [spelled for argument in sys.argv[1:] for spelled in _for_hydra(argument)]
+    arguments = [spelled for argument in sys.argv[1:] for spelled in _for_hydra(argument, sys.argv[1:])]
     # Hydra's parser takes flags only before the overrides.
-    sys.argv = ["mergelab", *sorted(arguments, key=lambda argument: argument not in ("-m", "--multirun"))]
+    given, sys.argv = sys.argv[1:], ["mergelab", *sorted(arguments, key=lambda argument: argument not in _MULTIRUN)]
     traceback_wanted = os.environ.get(_FULL_ERROR) == "1"
     os.environ[_FULL_ERROR] = "1"  # Hydra then lets its errors through instead of printing them over many lines
     try:
+        left_out.check_named(given)
         _compose_and_run()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         _close_grid("KILLED")
-        sys.exit(_fail("interrupted", code=130))
+        sys.exit(_fail("; ".join(["interrupted", *getattr(interrupt, "__notes__", ())]), code=130))
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
@@ -43,10 +47,13 @@ def main() -> None:
         sys.exit(_fail(line))
 
 
-def _for_hydra(argument: str) -> list[str]:
+def _for_hydra(argument: str, arguments: Sequence[str]) -> list[str]:
     """Spell an override for Hydra: open keys may be new; a whole set of experts, or a pair, replaces the old one."""
     if match := _WHOLE.match(argument):
         return [f"~{match[1] or match[2]}", f"+{argument}"]
+    multirun = not _MULTIRUN.isdisjoint(arguments)
+    if (spelled := left_out.spelled(argument, arguments, multirun=multirun)) is not None:
+        return [spelled]
     return [f"++{argument}" if _OPEN_KEYS.match(argument) else argument]
 
 
@@ -111,7 +118,9 @@ def _one_line(error: BaseException) -> str | None:
         return f"{group}={name}: no such option{did_you_mean(name, options)} (there are {', '.join(options)})"
     if isinstance(error, HydraException | OmegaConfBaseException):
         text = str(error)
-        if unknown := re.match(r"Could not override '([^']+)'", text):
+        if unknown := re.match(r"Could not override '([^']+)'.*(?:\s+To append to your config use \+(.*))?", text):
+            if (refusal := left_out.refusal(unknown[2] or "", error)) is not None:
+                return refusal
             return f"{unknown[1]}: no such key{did_you_mean(unknown[1].lstrip('+'), _known_keys())}"
         return " ".join(text.split())
     if isinstance(error, OSError) and error.filename is not None:

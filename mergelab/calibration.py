@@ -190,17 +190,12 @@ class Calibration:
 
     def _task(self, index: int) -> TaskSpec:
         """Find the task that an expert's own head is for."""
-        from mergelab.tasks.spec import load_task, task_names
+        from mergelab.tasks.spec import task_of_expert
 
-        expert, tasks = self.session.located.experts[index], self.session.tasks
-        for task in tasks:
-            if task.name == expert.task:
-                return task
-        if expert.task in task_names():
-            return load_task(expert.task)
-        if len(tasks) > 1:
+        expert = self.session.located.experts[index]
+        if (task := task_of_expert(expert.task or expert.name, self.session.tasks)) is None:
             raise ConfigError(
                 f"method={self.method}: which task's training examples are those of {expert.name}? "
                 f"set models.experts.{expert.name}.task"
             )
-        return tasks[0]
+        return task

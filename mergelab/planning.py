@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ def plan_experiment(config: DictConfig) -> Plan:
     """
     from omegaconf import OmegaConf
 
-    from mergelab.methods.registry import check_capabilities, method_from_config, resolve_weights
+    from mergelab.methods.registry import against_writers, check_capabilities, method_from_config, resolve_weights
     from mergelab.tasks.spec import tasks_from_config
     from mergelab.tracking import tracking_config
 
@@ -88,6 +88,8 @@ def plan_experiment(config: DictConfig) -> Plan:
     weights = [expert.weight for expert in checked.models.experts.values()]
     resolve_weights(method, parameters, tuple(checked.models.experts), weights)
     suite = tasks_from_config(checked.task)
+    if (reason := against_writers(method, parameters)) is not None and _merges_writers(checked, suite.tasks):
+        raise ConfigError(reason)
     if not checked.evaluate and checked.output is None:
         raise ConfigError("evaluate=false: nothing would be made; say where the merged model goes with output=<folder>")
     if checked.output is not None:
@@ -103,6 +105,16 @@ def plan_experiment(config: DictConfig) -> Plan:
         suite.limit,
         tracking_config(checked.tracking),
     )
+
+
+def _merges_writers(config: ExperimentConfig, tasks: Sequence[TaskSpec]) -> bool:
+    """Tell whether an expert was made for a task whose models write text."""
+    from mergelab.tasks.spec import task_of_expert
+
+    if config.source == "mini" and config.models.mini is None:
+        return False  # whatever the experts are called, classifiers take their places
+    made_for = (task_of_expert(expert.task or name, tasks) for name, expert in config.models.experts.items())
+    return any(all(not each.outputs for each in ([task] if task else tasks)) for task in made_for)
 
 
 def warn_if_mini(plan: Plan, source: str) -> None:
@@ -121,19 +133,16 @@ def check_output(output: str, models: ModelsConfig) -> None:
     Raises:
         ConfigError: it is a file, a folder in use, a model's own folder, or inside something that is no folder.
     """
+    from mergelab.weights.writer import is_unfinished
+
     folder = Path(output).expanduser()
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise ConfigError(f"output={output}: {existing} is a file; a folder that does not exist yet is needed")
-    if existing == folder and any(not _is_unfinished(path) for path in folder.iterdir()):
+    if existing == folder and any(not is_unfinished(path) for path in folder.iterdir()):
         for reference in references(models):
             if reference.folder is not None and folder.samefile(reference.folder):
                 raise ConfigError(f"output={output}: the folder is that of an input model; choose another one")
         raise ConfigError(f"output={output}: the folder is not empty; choose another one or remove it")
     if not os.access(existing, os.W_OK):
         raise ConfigError(f"output={output}: {existing} cannot be written to")
-
-
-def _is_unfinished(path: Path) -> bool:
-    """Tell what an interrupted merge of several tasks' models left, from which it goes on."""
-    return path.name.startswith(".") and path.name.endswith(".partial")

@@ -16,7 +16,7 @@ from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.models.architecture import tokenizer_folder
 from mergelab.models.encoder_decoder import PAIRED, companions
 from mergelab.weights.source import TensorInfo, TensorPart, layout_of
-from mergelab.weights.writer import writing_folder
+from mergelab.weights.writer import complete_files, is_unfinished, making_of, stay, writing_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,10 +125,11 @@ class Saving:
     ) -> None:
         """Write one folder, or one for each task's head (or that of one task), from one stream of what they share."""
         shared = [info for info in layout if info.name not in self._session.head_names]
-        with ExitStack() as stack:
+        folders = self._model_folders(folder, task)
+        with noted(folder, [place for place, _, _ in folders], key), ExitStack() as stack:
             like = stack.enter_context(self._companions())
             writers = []
-            for place, head, updates in self._model_folders(folder, task):
+            for place, head, updates in folders:
                 heads = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in head.items()]
                 writer = stack.enter_context(
                     writing_folder(
@@ -202,6 +203,27 @@ def keep(
         with tempfile.TemporaryDirectory() as folder:
             saving.save(backbones, Path(folder) / MODEL)
             run.log_artifacts(Path(folder) / MODEL, MODEL)
+
+
+@contextlib.contextmanager
+def noted(folder: Path, places: Sequence[Path], key: str | None) -> Iterator[None]:
+    """Note on a Ctrl-C what it leaves of the models that are written to ``places``, and what the same command does.
+
+    Without a key nothing is kept, and there is nothing to note.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if key is None:
+            raise
+        whole = [path.name for path in sorted(folder.glob("*")) if not is_unfinished(path)]
+        kept = {place: count for place in places if (count := complete_files(place, key))}
+        if whole and folder not in places:
+            interrupt.add_note(f"{folder} holds {listed(whole)} already: remove it before the same command again")
+        elif kept:
+            where = listed([str(making_of(place)) for place in kept], 2)
+            interrupt.add_note(f"{stay(sum(kept.values()))} in {where}: the same command goes on from there")
+        raise
 
 
 def _part(name: str) -> str:

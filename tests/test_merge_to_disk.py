@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mergelab.errors import ModelError
+from mergelab.config import ModelsConfig
+from mergelab.errors import ConfigError, ModelError
+from mergelab.planning import check_output
+from mergelab.saving import noted
 from mergelab.weights.checkpoint import open_checkpoint
+from mergelab.weights.source import TensorInfo, TensorPart
+from mergelab.weights.writer import complete_files, writing_folder
 from tests.conftest import Outcome
 from tests.vocabularies import bert
 
@@ -259,6 +266,101 @@ def test_complete_files_are_not_written_again_unless_the_merge_is_another(
     assert (workplace / "merged" / first.name.removesuffix(".part")).stat().st_mtime_ns != before.st_mtime_ns
     assert mergelab_command(*settings[:-1], "method.density=0.9", "output=other").code == 0
     assert same(tensors(workplace / "merged"), tensors(workplace / "other"))
+
+
+@contextmanager
+def interrupted(files: int) -> Iterator[None]:
+    """Ctrl-C once so many weight files are complete; or, with 0, while the first one is written."""
+    from mergelab.weights import shards
+
+    complete, write, done = shards.WeightFiles._complete, shards.WeightFiles.write_part, itertools.count(1)
+
+    def completed(self: shards.WeightFiles, file: str) -> None:
+        complete(self, file)
+        if next(done) == files:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def written(self: shards.WeightFiles, part: TensorPart) -> None:
+        write(self, part)
+        if not files:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(shards.WeightFiles, "_complete", completed)
+        patched.setattr(shards.WeightFiles, "write_part", written)
+        yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_says_what_is_kept_and_that_the_same_command_goes_on(
+    mergelab_command: Command, models: list[str], workplace: Path
+) -> None:
+    settings = [*models, "method=ties", "save.max_shard_size=60kB", "output=merged"]
+    for files, said in (
+        (0, ""),
+        (1, "; 1 complete file stays in .merged.partial: the same command goes on from there"),
+        (2, "; 3 complete files stay in .merged.partial: the same command goes on from there"),
+        (0, "; 3 complete files stay in .merged.partial: the same command goes on from there"),
+    ):
+        with interrupted(files):
+            outcome = mergelab_command(*settings)
+        assert (outcome.code, outcome.err) == (130, f"error: interrupted{said}\n")
+        assert (workplace / ".merged.partial").exists() == bool(said)
+    first = min((workplace / ".merged.partial").glob("*.part"))
+    before = first.stat()
+    assert mergelab_command(*settings).code == 0
+    assert (workplace / "merged" / first.name.removesuffix(".part")).stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_ctrl_c_promises_nothing_where_another_merge_left_the_files(
+    mergelab_command: Command, models: list[str], workplace: Path
+) -> None:
+    settings = [*models, "method=ties", "save.max_shard_size=60kB", "output=merged"]
+    with interrupted(2):
+        mergelab_command(*settings)
+    with interrupted(0):
+        outcome = mergelab_command(*settings, "method.density=0.9")
+    assert (outcome.code, outcome.err) == (130, "error: interrupted\n")
+    assert not (workplace / ".merged.partial").exists()
+
+
+def test_ctrl_c_tells_of_a_folder_for_each_task_what_the_same_command_would_do(workplace: Path) -> None:
+    (workplace / "like").mkdir()
+    (workplace / "like" / "config.json").write_text("{}")
+    folder, layout = Path("merged"), [TensorInfo(name, (4,), torch.float32) for name in "xy"]
+
+    def write(tasks: Mapping[str, str], end: BaseException) -> None:
+        places = {folder / task: names for task, names in tasks.items()}
+        with noted(folder, list(places), "key"), ExitStack() as stack:
+            for place, names in places.items():
+                writing = writing_folder(place, layout=layout, like="like", key="key", max_shard_bytes=16)
+                writer = stack.enter_context(writing)
+                for name in names:
+                    writer.write(name, torch.zeros(4))
+            raise end
+
+    def notes(tasks: Mapping[str, str], end: BaseException) -> list[str]:
+        with pytest.raises(type(end)) as raised:
+            write(tasks, end)
+        return getattr(raised.value, "__notes__", [])
+
+    assert notes({"rte": "", "cola": ""}, KeyboardInterrupt()) == []
+    assert notes({"rte": "x", "cola": ""}, ValueError()) == []
+    assert notes({"rte": "", "cola": "x", "sst2": "y"}, KeyboardInterrupt()) == [
+        "3 complete files stay in merged/.rte.partial, merged/.cola.partial and 1 more: the same command goes on from "
+        "there"
+    ]
+    assert (complete_files(folder / "rte", "key"), complete_files(folder / "rte", "another")) == (1, 0)
+    check_output("merged", ModelsConfig(name="any", experts={"a": "any/a"}))
+    (folder / "mrpc").mkdir()
+    said = ["merged holds mrpc already: remove it before the same command again"]
+    assert notes({"rte": ""}, KeyboardInterrupt()) == said
+    with pytest.raises(KeyboardInterrupt) as raised, noted(folder, [folder / "rte"], None):
+        raise KeyboardInterrupt
+    assert not hasattr(raised.value, "__notes__")
+    with pytest.raises(ConfigError, match="the folder is not empty"):
+        check_output("merged", ModelsConfig(name="any", experts={"a": "any/a"}))
 
 
 def test_two_merges_into_one_folder_are_not_mixed(

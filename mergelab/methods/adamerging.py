@@ -35,6 +35,7 @@ Inputs = dict[str, Tensor]  # of one example: without padding, without the dimen
 # Examples that run at once on a CPU (a part of the result), and how many such parts' gradients are held at once.
 PART = 4
 GRADIENTS = 4
+_OF_CLASSES = "method=adamerging: minimises the entropy of predicted classes"
 
 
 class Unlabelled(Examples, Protocol):
@@ -280,10 +281,8 @@ def mean_entropy(output: Any, expert: str) -> Tensor:
     """
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
-        raise ConfigError(
-            f"method=adamerging: minimises the entropy of predicted classes, and {expert}'s model has "
-            f"{'one score' if isinstance(logits, Tensor) and logits.shape[-1] == 1 else 'no classes'} as its output"
-        )
+        what = "one score" if isinstance(logits, Tensor) and logits.shape[-1] == 1 else "no classes"
+        raise ConfigError(f"{_OF_CLASSES}, and {expert}'s model has {what} as its output")
     return -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
 
 
@@ -299,6 +298,7 @@ def _asking(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     needs=("data", "gradients"),
     elementwise=True,
     prepare=prepare_coefficients,
+    writers=lambda: f"{_OF_CLASSES}, and models that write text have none as their output",
     identical_at=None,
     family="data",
     paper="Yang et al. 2024, arXiv:2310.02575",

@@ -14,7 +14,7 @@ from mergelab.errors import ConfigError, listed
 from mergelab.methods.blocks import blocks
 from mergelab.methods.order import Array, Open, kth_largest
 from mergelab.methods.ranked import Ranked, kth_of, rank_each, together
-from mergelab.methods.task_vectors import Election, elect, scaled, task_vectors, trim
+from mergelab.methods.task_vectors import Election, elect, scaled, task_vectors, trim_
 from mergelab.methods.workers import chunks, in_order
 from mergelab.weights.align import AlignedModels
 
@@ -171,10 +171,14 @@ def _looked_up(
         memo["ranked"] = rank_each(_magnitudes(partial(open_task_vectors, models), dtype), sizes, count)
     parts: dict[str, tuple[Ranked, ...]] = memo["ranked"]
     if scope == "tensor":
-        return {name: kth_of(parts[name], density) for name in sizes}
+        found = in_order(lambda name: kth_of(parts[name], density), sizes)
+        return dict(zip(sizes, found, strict=True))
     if "ranked models" not in memo:
         memo["ranked models"] = [together([parts[name][at] for name in sizes]) for at in range(count)]
-    return dict.fromkeys(sizes, kth_of(memo["ranked models"], density, pooled=scope == "pooled"))
+    if scope == "pooled":
+        return dict.fromkeys(sizes, kth_of(memo["ranked models"], density, pooled=True))
+    each = in_order(lambda ranked: kth_of([ranked], density), memo["ranked models"])
+    return dict.fromkeys(sizes, tuple(threshold for (threshold,) in each))
 
 
 def election_factors(weights: Sequence[float], weights_at: WeightsAt) -> tuple[float, ...]:
@@ -222,7 +226,7 @@ def _surplus(
     """Answer how many more entries of a part of a tensor are elected positive than negative."""
     surplus = 0
     for part in blocks(chunk.stop, start=chunk.start):
-        trimmed = [trim(vector, threshold) for vector, threshold in zip(read(part), thresholds, strict=True)]
+        trimmed = [trim_(vector, threshold) for vector, threshold in zip(read(part), thresholds, strict=True)]
         surplus += int(elected(trimmed, weights, election).sum())  # exact: a block has fewer than 2^24 entries
     return surplus
 

@@ -32,7 +32,7 @@ from mergelab.methods.task_vectors import (
     factors,
     of_each,
     resolve_zeros,
-    trim,
+    trim_,
     weighted_sum,
 )
 from mergelab.weights.align import AlignedModels
@@ -175,7 +175,7 @@ def dare_ties(
     that fraction of all entries, by magnitude, of what DARE left. Ties and weights as in `ties`.
 
     Args:
-        vectors: T task vectors, float32 or float64.
+        vectors: T task vectors, float32 or float64; they are written over.
         site: keys the masks, and names the tensor in ``prepared``.
         prepared: thresholds and tie sign by tensor name.
         density: probability of keeping an entry; may be given for each expert.
@@ -195,6 +195,6 @@ def dare_ties(
     shares = factors(weights, len(vectors))
     here = prepared[site.name]
     kept = zip(drop(vectors, site, density, rescale), here.thresholds, strict=True)
-    trimmed = [trim(vector, threshold) for vector, threshold in kept]
+    trimmed = [trim_(vector, threshold) for vector, threshold in kept]
     signs = resolve_zeros(elected(trimmed, election_factors(shares, weights_at), election), here.tie_sign)
     return disjoint_reduce(trimmed, signs, shares, reduce)

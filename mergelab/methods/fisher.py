@@ -16,7 +16,7 @@ from mergelab.methods.examples import Examples, ExpertExamples
 from mergelab.methods.kept import kept
 from mergelab.methods.parameters import Site, Weights
 from mergelab.methods.registry import merge_method
-from mergelab.methods.statistics import Estimator, diagonal_fisher
+from mergelab.methods.statistics import Estimator, diagonal_fisher, of_writers
 from mergelab.methods.task_vectors import factors
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.numerics import norm
@@ -99,6 +99,7 @@ def _unit_scale(diagonal: Diagonal, names: Sequence[str], size: int) -> float:
     elementwise=True,
     prepare=prepare_fisher,
     check=check_shares,
+    writers=of_writers,
     family="data",
     paper="Matena & Raffel 2022, arXiv:2111.09832",
 )

@@ -11,7 +11,7 @@ from mergelab.methods.examples import Examples
 from mergelab.methods.fisher import Diagonal, Positive, Samples, check_shares, diagonals
 from mergelab.methods.parameters import Site, Weights
 from mergelab.methods.registry import merge_method
-from mergelab.methods.statistics import Estimator
+from mergelab.methods.statistics import Estimator, of_writers
 from mergelab.methods.task_vectors import factors
 from mergelab.weights.align import AlignedModels
 
@@ -28,6 +28,7 @@ def prepare_hessians(
     elementwise=True,
     prepare=prepare_hessians,
     check=check_shares,
+    writers=of_writers,
     identical_at=None,
     family="data",
     paper="Daheim et al. 2024, arXiv:2310.12808",

@@ -244,16 +244,16 @@ def merge_into(job: Job, name: str, into: Tensor, chunk: slice, vector: Tensor |
     site = job.site(name)
     if not job.method.elementwise:
         whole, kept = into.view(site.shape), None if vector is None else vector.view(site.shape)
-        result = _call(job, site, None if base is None else placed(job, base), [placed(job, e) for e in experts], kept)
+        result = _call(job, site, base, experts, kept)
         whole.copy_(rounded(job, name, result, whole))
         return
     start = None if base is None else base.reshape(-1)[chunk]
     ends = [expert.reshape(-1)[chunk] for expert in experts]
     for part in blocks(into.numel(), job.block):
-        first = None if start is None else placed(job, start[part])
+        first = None if start is None else start[part]
         here = replace(site, offset=chunk.start + part.start)
         kept = None if vector is None else vector[part]
-        result = _call(job, here, first, [placed(job, end[part]) for end in ends], kept)
+        result = _call(job, here, first, [end[part] for end in ends], kept)
         into[part] = rounded(job, name, result, into[part])
 
 
@@ -279,9 +279,13 @@ def add_scaled(job: Job, name: str, base: Tensor, vector: Tensor, merged: Tensor
         rounded(job, name, merged, merged)
 
 
-def _call(job: Job, site: Site, base: Tensor | None, experts: list[Tensor], vector: Tensor | None = None) -> object:
+def _call(job: Job, site: Site, stored: Tensor | None, ends: Sequence[Tensor], vector: Tensor | None = None) -> object:
     """Call the method's function with tensors as it wants them, and add what it answers to the base if it adds."""
     method = job.method
+    base = None if stored is None else placed(job, stored)
+    # Where the task vectors are all that is wanted, no expert is widened but for the moment.
+    wanted = method.kind == "list" or "experts" in method.takes
+    experts = [placed(job, end) for end in ends] if wanted else []
     supplied = {
         "base": base,
         "experts": experts,
@@ -295,7 +299,7 @@ def _call(job: Job, site: Site, base: Tensor | None, experts: list[Tensor], vect
     if method.adds:
         assert base is not None
         start = working(base)
-        supplied["vectors"] = [working(expert) - start for expert in experts]
+        supplied["vectors"] = [_difference(job, end, start) for end in ends]
     keywords |= {name: supplied[name] for name in method.takes}
     if method.kind == "list":
         if "base_index" in method.takes and base is not None:
@@ -307,6 +311,13 @@ def _call(job: Job, site: Site, base: Tensor | None, experts: list[Tensor], vect
     if vector is not None and isinstance(answer, Tensor):
         vector.copy_(answer)
     return _added(base, answer, scale)
+
+
+def _difference(job: Job, end: Tensor, start: Tensor) -> Tensor:
+    """Answer a task vector, new; in the expert's widened copy where there is one."""
+    wide = working(placed(job, end))
+    copied = wide.dtype == start.dtype and wide.data_ptr() != end.data_ptr()
+    return wide.sub_(start) if copied else wide - start
 
 
 def _added(base: Tensor, vector: object, scale: float) -> object:

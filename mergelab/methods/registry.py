@@ -52,6 +52,8 @@ class MergeMethod:
             is the function's ``prepared``. Where the method needs data it can name ``examples`` too.
         check: called with ``models`` and any parameters it names (``weights`` resolved) before a tensor is read; reads
             none, and raises ConfigError.
+        writers: called with any parameters it names; says why models that write text cannot be merged so, None where
+            they can.
         session: called with ``compiling``, as `mergelab.methods.warm.Warm` takes it; makes what merges there again and
             again in fewer passes than ``prepare`` and the function do, to the same result.
         order_matters: permuting the experts may change the result; otherwise the engine sorts them by name, so that it
@@ -77,6 +79,7 @@ class MergeMethod:
     elementwise: bool = False
     prepare: Callable[..., Any] | None = None
     check: Callable[..., None] | None = None
+    writers: Callable[..., str | None] | None = None
     session: Callable[[bool], Any] | None = None
     order_matters: bool = False
     identical_at: Mapping[str, Any] | None = field(default_factory=dict)
@@ -115,6 +118,7 @@ def merge_method(
     elementwise: bool = False,
     prepare: Callable[..., Any] | None = None,
     check: Callable[..., None] | None = None,
+    writers: Callable[..., str | None] | None = None,
     session: Callable[[bool], Any] | None = None,
     order_matters: bool = False,
     identical_at: Mapping[str, Any] | None = None,
@@ -164,6 +168,7 @@ def merge_method(
             elementwise=elementwise,
             prepare=prepare,
             check=check,
+            writers=writers,
             session=session,
             order_matters=order_matters,
             identical_at=identical_at,
@@ -252,6 +257,14 @@ def check_capabilities(method: MergeMethod, *, has_base: bool, experts: int) -> 
         raise ConfigError(
             f"method={method.name}: merges {wanted} expert{plural}, and {experts} are given (models.experts)"
         )
+
+
+def against_writers(method: MergeMethod, parameters: Parameters) -> str | None:
+    """Say why ``method``, with these parameters, does not merge models that write text; None where it does."""
+    if method.writers is None:
+        return None
+    asked = inspect.signature(method.writers).parameters
+    return method.writers(**{name: value for name, value in parameters.arguments().items() if name in asked})
 
 
 def resolve_weights(

@@ -35,6 +35,17 @@ _ACCELERATOR_BLOCK = 1 << 27
 Directions = Callable[[Tensor, Tensor | None, int], Tensor]
 
 
+_NO_EXPECTED = (
+    "method.estimator=expected: takes a pass for every token of a vocabulary; for models that write text take sampled "
+    "(a token drawn at each position) or empirical (the text's own)"
+)
+
+
+def of_writers(estimator: Estimator) -> str | None:
+    """Say why there is no such estimate for models that write text; None where there is."""
+    return _NO_EXPECTED if estimator == "expected" else None
+
+
 def diagonal_fisher(examples: ExpertExamples, *, estimator: Estimator = "expected", seed: int = 0) -> dict[str, Tensor]:
     """Compute the diagonal of the Fisher information of the module's parameters, averaged over the examples.
 
@@ -117,10 +128,7 @@ def label_scores(logits: Tensor, labels: Tensor) -> Tensor:
 def _token_scores(logits: Tensor, labels: Tensor | None, estimator: Estimator, key: int, position: int) -> Tensor:
     """Answer δ_y − p of each position that has a label, y the label or drawn from p; 0 elsewhere: (b, l, C, 1)."""
     if estimator == "expected":
-        raise ConfigError(
-            "method.estimator=expected: takes a pass for every token of a vocabulary; for models that write text take "
-            "sampled (a token drawn at each position) or empirical (the text's own)"
-        )
+        raise ConfigError(_NO_EXPECTED)
     if labels is None or labels.shape != logits.shape[:2]:
         raise ModelError("the Fisher information of a model that writes tokens needs the token to follow each position")
     counts = labels >= 0

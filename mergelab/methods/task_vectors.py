@@ -65,11 +65,11 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
-def trim(task_vector: Tensor, threshold: float) -> Tensor:
-    """Set entries of magnitude below ``threshold`` to zero; those equal to it stay."""
+def trim_(task_vector: Tensor, threshold: float) -> Tensor:
+    """Set entries of magnitude below ``threshold`` to zero, in place; those equal to it stay."""
     if threshold <= 0:
         return task_vector
-    return torch.nn.functional.hardshrink(task_vector, just_below(threshold, task_vector.dtype))
+    return torch.hardshrink(task_vector, just_below(threshold, task_vector.dtype), out=task_vector)
 
 
 @lru_cache(maxsize=4096)

@@ -21,7 +21,7 @@ from mergelab.methods.consensus import (
 )
 from mergelab.methods.parameters import Densities, Site, Weights
 from mergelab.methods.registry import merge_method
-from mergelab.methods.task_vectors import Election, Reduce, disjoint_reduce, factors, resolve_zeros, trim
+from mergelab.methods.task_vectors import Election, Reduce, disjoint_reduce, factors, resolve_zeros, trim_
 from mergelab.methods.ties_session import TiesSession
 from mergelab.weights.align import AlignedModels
 
@@ -92,7 +92,7 @@ def ties(
     are 1. ``scope="tensor"`` with ``weights_at="before"`` and ``zero_sign="positive"`` is mergekit's TIES.
 
     Args:
-        vectors: T task vectors, float32 or float64.
+        vectors: T task vectors, float32 or float64; they are written over.
         site: whose ``name`` is looked up in ``prepared``.
         prepared: thresholds and tie sign by tensor name.
         density: fraction of entries kept; may be given for each expert, but where they are pooled.
@@ -112,6 +112,6 @@ def ties(
     """
     shares = factors(weights, len(vectors))
     here = prepared[site.name]
-    trimmed = [trim(vector, threshold) for vector, threshold in zip(vectors, here.thresholds, strict=True)]
+    trimmed = [trim_(vector, threshold) for vector, threshold in zip(vectors, here.thresholds, strict=True)]
     signs = resolve_zeros(elected(trimmed, election_factors(shares, weights_at), election), here.tie_sign)
     return disjoint_reduce(trimmed, signs, shares, reduce)

@@ -37,20 +37,25 @@ class Vote:
         return any(weight != 1 for weight in self.weights)
 
 
-def room_for(experts: int, length: int) -> Tensor:
-    """Make room for merging blocks of up to ``length`` entries: a row for each expert, and for each intermediate."""
-    return torch.empty(experts + 5, length)
+class Room:
+    """Room for merging blocks of up to ``length`` entries: a row for each expert, and for each intermediate."""
+
+    def __init__(self, experts: int, length: int) -> None:
+        self._whole = torch.empty(experts + 5, length)
+        self._experts = experts
+        self._views: dict[int, tuple[Tensor, list[Tensor]]] = {}  # to make them takes as long as an operation
+
+    def rows(self, length: int) -> tuple[Tensor, list[Tensor]]:
+        """Answer the experts' rows, in one piece, and each row, cut to ``length``."""
+        if length not in self._views:
+            here = self._whole[:, :length]
+            self._views[length] = here[: self._experts], list(here.unbind())
+        return self._views[length]
 
 
 def merge_block(
-    vote: Vote,
-    base: Tensor,
-    ends: Sequence[Tensor],
-    thresholds: Sequence[float],
-    sign: float,
-    room: Tensor,
-    into: Tensor | None = None,
-) -> tuple[Tensor, int]:
+    vote: Vote, base: Tensor, ends: Sequence[Tensor], thresholds: Sequence[float], sign: float, room: Room
+) -> tuple[Tensor, Tensor, int]:
     """Merge a block in plain operations that allocate nothing, and of which there are few: two threads share one lock.
 
     Args:
@@ -59,20 +64,17 @@ def merge_block(
         ends: the experts' blocks.
         thresholds: per expert, the magnitude below which an entry is dropped.
         sign: of entries whose votes cancel.
-        room: see `room_for`; it is written over.
-        into: takes τ_m, in float32; default: a part of ``room``.
+        room: it is written over.
 
     Returns:
-        τ_m; how many more entries are elected positive than negative.
+        The magnitudes and the signs of τ_m, in ``room``; how many more entries are elected positive than negative.
     """
-    here = room[:, : base.numel()]
-    all_rows = here[: len(ends)]
-    *rows, start, signs, result, shares, spare = here.unbind()
+    all_rows, (*rows, start, signs, result, shares, spare) = room.rows(base.numel())
     start = base if base.dtype == torch.float32 else start.copy_(base)
     for row, end, threshold in zip(rows, ends, thresholds, strict=True):
         torch.sub(end if end.dtype == torch.float32 else row.copy_(end), start, out=row)
         if threshold > 0:
-            torch.ops.aten.hardshrink.out(row, just_below(threshold, torch.float32), out=row)
+            torch.hardshrink(row, just_below(threshold, torch.float32), out=row)
     ones = (1.0,) * len(rows)
     _combine(rows, vote.weights if vote.before else ones, signs, spare, counting=vote.election == "count")
     surplus = int(signs.sign_().sum())  # exact: a block has fewer than 2^24 entries
@@ -84,7 +86,7 @@ def merge_block(
         all_rows.sign_()
         _combine(rows, vote.weights, shares, spare)
         result.div_(shares.clamp_min_(TINY))
-    return torch.mul(result, signs, out=result if into is None else into), surplus
+    return result, signs, surplus
 
 
 def _combine(

@@ -11,7 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
@@ -22,12 +22,12 @@ from mergelab.errors import MergelabError, MergeWarning
 from mergelab.methods.blocks import BLOCK, blocks
 from mergelab.methods.consensus import Scope, ZeroSign, find_thresholds, open_task_vectors, sign_of
 from mergelab.methods.job import Job, add_scaled
-from mergelab.methods.ties_kernels import Vote, compiled, merge_block, room_for
+from mergelab.methods.ties_kernels import Room, Vote, compiled, merge_block
 from mergelab.methods.workers import CHUNK, in_order
 
 Path = Literal["plain", "compiled"]
 COMPILED_PART = 1 << 28  # entries that one call of a compiled function, which has threads of its own, works through
-SHORT = 1 << 14  # entries of a tensor; shorter ones are joined for it: a call takes as long as it computes on these
+SHORT = 1 << 14  # entries of a tensor; shorter ones are joined: a call takes as long as computing on these
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,19 @@ class Part:
         vector = None if self.vector is None else self.vector[part]
         return Part(self.name, self.base[part], [end[part] for end in self.ends], self.target[part], vector)
 
+    @cached_property
+    def blocks(self) -> tuple[Part, ...]:
+        """Blocks of it that stay in a core's cache. To cut one takes as long as an operation on it."""
+        return tuple(map(self.cut, blocks(self.base.numel())))
+
+
+@dataclass(frozen=True)
+class Division:
+    """A model's tensors in parts, and those that were joined from several of these, by their names: both stay."""
+
+    parts: list[Part]
+    joined: dict[tuple[str, ...], Part]
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -94,7 +107,8 @@ class TiesSession:
     def __init__(self, compiling: bool) -> None:
         self._compiling = compiling
         self._signs: dict[str, float] = {}
-        self._rooms: SimpleQueue[Tensor] = SimpleQueue()  # as many as there are threads
+        self._rooms: SimpleQueue[Room] = SimpleQueue()  # as many as there are threads
+        self._divisions: dict[tuple[int, bool], Division] = {}
         self._largest: dict[str, float] = {}
         self._double: bool | None = None
 
@@ -126,12 +140,10 @@ class TiesSession:
         )
         vote = Vote(tuple(own["weights"]), own["election"], own["reduce"], own["weights_at"] == "before")
         asked = Asked(job, vote, thresholds)
-        size = COMPILED_PART if path == "compiled" else CHUNK
-        parts = [part for name in targets for part in _parts(job, name, targets[name], vectors.get(name), size)]
         if path == "compiled":
             try:
-                joined = parts if own["scope"] == "tensor" else _with_short_ones_joined(asked, parts)
-                self._pass(partial(self._compiled, asked), joined, own["zero_sign"], own["scope"], threads=1)
+                parts = self._parts(asked, targets, vectors, COMPILED_PART)
+                self._pass(partial(self._compiled, asked), parts, own["zero_sign"], own["scope"], threads=1)
                 return path
             except MergelabError:
                 raise
@@ -143,8 +155,38 @@ class TiesSession:
                     MergeWarning,
                     stacklevel=3,
                 )
+        parts = self._parts(asked, targets, vectors, CHUNK)
         self._pass(partial(self._plain, asked), parts, own["zero_sign"], own["scope"], threads=job.threads)
         return "plain"
+
+    def _parts(
+        self, asked: Asked, targets: Mapping[str, Tensor], vectors: Mapping[str, Tensor], size: int
+    ) -> list[Part]:
+        """Divide the tensors into parts of ``size`` entries; join short ones that are merged with the same numbers.
+
+        Both are done once, as models, targets and vectors stay the same.
+        """
+        job = asked.job
+        key = (size, bool(vectors))
+        if key not in self._divisions:
+            parts = [part for name in targets for part in _parts(job, name, targets[name], vectors.get(name), size)]
+            self._divisions[key] = Division(parts, {})
+        division = self._divisions[key]
+        if job.arguments[job.models.names[0]]["scope"] == "tensor":
+            return division.parts
+        found, short = [], defaultdict(list)
+        for part in division.parts:
+            if part.base.numel() < SHORT:
+                dtypes = (part.target.dtype, part.base.dtype, *(end.dtype for end in part.ends))
+                short[asked.scale(part.name), dtypes].append(part)  # thresholds are all the same then
+            else:
+                found.append(part)
+        for alike in short.values():
+            names = tuple(part.name for part in alike)
+            if names not in division.joined:
+                division.joined[names] = Part.join(alike)
+            found.append(division.joined[names])
+        return found
 
     def _pass(self, merge: Merge, parts: Sequence[Part], zero_sign: ZeroSign, scope: Scope, *, threads: int) -> None:
         """Merge all parts, and those again that were merged with another sign for cancelled votes than they must be."""
@@ -165,25 +207,32 @@ class TiesSession:
             pass
 
     def _plain(self, asked: Asked, part: Part, sign: float) -> int:
+        scale, thresholds = asked.scale(part.name), asked.thresholds[part.name]
+        once = {part.base.dtype, part.target.dtype, asked.job.stored_dtype(part.name)} == {torch.float32}
+        direct = once and part.vector is None and self._bounded(asked, part, scale)
+        if part.joined and not direct:
+            return sum(self._plain(asked, piece, sign) for piece in part.joined)
         try:
             room = self._rooms.get_nowait()
         except Empty:
-            room = room_for(len(part.ends), BLOCK)
+            room = Room(len(part.ends), BLOCK)
         surplus = 0
-        for cut in blocks(part.base.numel()):
-            here = part.cut(cut)
-            vector, more = merge_block(
-                asked.vote, here.base, here.ends, asked.thresholds[part.name], sign, room, here.vector
-            )
+        for block in part.blocks:
+            magnitudes, signs, more = merge_block(asked.vote, block.base, block.ends, thresholds, sign, room)
             surplus += more
-            add_scaled(asked.job, part.name, here.base, vector, here.target)
+            if direct:  # a sign is a factor that does not round
+                torch.addcmul(block.base, magnitudes.mul_(scale), signs, out=block.target)
+                continue
+            vector = torch.mul(magnitudes, signs, out=magnitudes if block.vector is None else block.vector)
+            add_scaled(asked.job, part.name, block.base, vector, block.target)
         self._rooms.put(room)
+        part.divide()
         return surplus
 
     def _compiled(self, asked: Asked, part: Part, sign: float) -> int:
-        vote, scale, pieces = asked.vote, asked.scale(part.name), part.joined or (part,)
-        if not all(self._bounded(asked, piece, scale) for piece in pieces):
-            return sum(self._plain(asked, piece, sign) for piece in pieces)
+        vote, scale = asked.vote, asked.scale(part.name)
+        if not self._bounded(asked, part, scale):
+            return self._plain(asked, part, sign)
         function = compiled(vote.election, vote.reduce, vote.before, vote.weighted)
         thresholds, given, weights, factor = map(torch.tensor, (asked.thresholds[part.name], sign, vote.weights, scale))
         surplus = function(part.base, list(part.ends), thresholds, given, weights, factor, part.target, part.vector)
@@ -191,7 +240,9 @@ class TiesSession:
         return int(surplus)
 
     def _bounded(self, asked: Asked, part: Part, scale: float) -> bool:
-        """Tell whether no entry of the result can be too large for its dtype: the compiled function does not look."""
+        """Tell whether no entry of the result can be too large for its dtype, so that nobody needs to look."""
+        if part.joined:
+            return all(self._bounded(asked, piece, scale) for piece in part.joined)
         if part.name not in self._largest:
             sources = [source for source in (asked.job.models.base, *asked.job.models.experts) if source is not None]
             self._largest[part.name] = max(map(largest, (source.get(part.name) for source in sources)))
@@ -215,18 +266,6 @@ def _parts(job: Job, name: str, target: Tensor, vector: Tensor | None, size: int
     whole = Part(name, base.reshape(-1), [end.reshape(-1) for end in ends], target.view(-1), flat)
     for part in blocks(target.numel(), size):
         yield whole.cut(part)
-
-
-def _with_short_ones_joined(asked: Asked, parts: Iterable[Part]) -> list[Part]:
-    """Join short tensors that are merged with the same numbers."""
-    found, short = [], defaultdict(list)
-    for part in parts:
-        dtypes = (part.target.dtype, part.base.dtype, *(end.dtype for end in part.ends))
-        if part.base.numel() < SHORT:
-            short[tuple(asked.thresholds[part.name]), asked.scale(part.name), dtypes].append(part)
-        else:
-            found.append(part)
-    return found + [Part.join(alike) for alike in short.values()]
 
 
 def _distinct(values: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

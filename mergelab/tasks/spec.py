@@ -338,6 +338,21 @@ def load_task(name: str) -> TaskSpec:
     return task_from_config(node)
 
 
+def task_of_expert(name: str, tasks: Sequence[TaskSpec]) -> TaskSpec | None:
+    """Find the task that an expert was made for, where ``tasks`` are measured; None where that cannot be told.
+
+    Args:
+        name: what the expert's configuration calls its task; the expert's own name where it does not say.
+        tasks: at least one.
+    """
+    for task in tasks:
+        if task.name == name:
+            return task
+    if name in task_names():
+        return load_task(name)
+    return tasks[0] if len(tasks) == 1 else None
+
+
 def _read(name: str) -> dict[str, Any]:
     from omegaconf import OmegaConf
 

@@ -47,6 +47,7 @@ COMPANIONS = (
     "processor_config.json",
 )
 MAX_SHARD_BYTES = 5_000_000_000
+_PARTS = f"*.safetensors{PART}"
 _KEY = "mergelab.key"  # what an unfinished folder was made for
 
 
@@ -194,7 +195,7 @@ def _folder_in_making(folder: Path, size: int, key: str | None) -> Iterator[Path
             shutil.rmtree(making, ignore_errors=True)
             raise
         return
-    making = folder.parent / f".{folder.name}.partial"
+    making = making_of(folder)
     with _only_writer(folder):
         try:
             with _told(folder):
@@ -209,9 +210,31 @@ def _folder_in_making(folder: Path, size: int, key: str | None) -> Iterator[Path
             if not kept:
                 shutil.rmtree(making, ignore_errors=True)
             elif isinstance(error, ModelError):
-                files = "file stays" if kept == 1 else "files stay"
-                raise ModelError(f"{error}; {kept} complete {files} in {making} for the same merge again") from error
+                raise ModelError(f"{error}; {stay(kept)} in {making} for the same merge again") from error
             raise
+
+
+def complete_files(folder: Path, key: str) -> int:
+    """Count the weight files that the next `writing_folder` with this key finds complete and does not write again."""
+    with suppress(OSError):
+        if (making_of(folder) / _KEY).read_text(encoding="utf-8") == key:
+            return sum(map(_is_complete, making_of(folder).glob(_PARTS)))
+    return 0
+
+
+def stay(count: int) -> str:
+    """Say that so many complete files are kept."""
+    return f"{count} complete {'file stays' if count == 1 else 'files stay'}"
+
+
+def is_unfinished(path: Path) -> bool:
+    """Tell what an interrupted merge left, by its name."""
+    return path.name.startswith(".") and path.name.endswith(".partial")
+
+
+def making_of(folder: Path) -> Path:
+    """Answer where ``folder`` is made, if it is with a key."""
+    return folder.parent / f".{folder.name}.partial"
 
 
 def _remove_remains(folder: Path) -> None:
@@ -259,16 +282,20 @@ def _keep_only(making: Path, key: str) -> None:
 
 
 def _keep_complete(making: Path) -> int:
-    """Remove weight files that do not begin with a header, whose length is never 0; count the others."""
+    """Remove weight files that are not complete; count the others."""
     count = 0
-    for path in making.glob(f"*.safetensors{PART}"):
-        with path.open("rb") as file:
-            complete = any(file.read(8))
-        if complete:
+    for path in making.glob(_PARTS):
+        if _is_complete(path):
             count += 1
         else:
             path.unlink(missing_ok=True)  # it would fill the disk, and is begun anew in any case
     return count
+
+
+def _is_complete(part: Path) -> bool:
+    """Tell a weight file that begins with a header, whose length is never 0: it is written last."""
+    with part.open("rb") as file:
+        return any(file.read(8))
 
 
 def _check_room(folder: Path, size: int) -> None:

@@ -121,6 +121,46 @@ def test_only_tensors_whose_sign_turns_out_otherwise_are_merged_again(monkeypatc
     assert sorted(seen) == [("a", 1.0), ("b", -1.0)]  # what the last merge found
 
 
+def long_and_short_models(count: int = 3) -> AlignedModels:
+    """Models with a tensor of several blocks and some that are joined."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = {"long": 300_001, "first": 10, "middle": 20_000, "last": 7}
+    base, *experts = (
+        {name: torch.randn(size, generator=generator).mul(8).round() / 8 for name, size in sizes.items()}
+        for _ in range(count + 1)
+    )
+    return aligned(base, experts)
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_tensors_longer_than_a_block_are_merged_beside_short_ones(
+    compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ties_session, "compiled", uncompiled)
+    models = long_and_short_models()
+    targets = room(models)
+    session = Warm(models, targets, compiling=compiling)
+    for parameters in (
+        {"density": 0.3, "lambda": 0.7},
+        {"density": 0.8, "lambda": 0.4, "election": "count"},
+        {"density": 0.8, "lambda": 0.4, "election": "count"},
+        {"density": 0.8, "scope": "tensor", "lambda": 1.3},
+        {"density": 0.4, "rules": [{"match": "last", "lambda": 0.6}]},
+    ):
+        session.merge(TIES, parameters)
+        assert same(targets, merged("ties", models, **parameters)), parameters
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+def test_a_short_tensor_that_becomes_too_large_is_named(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ties_session, "compiled", uncompiled)
+    models = long_and_short_models(1)
+    models.experts[0].get("last")[3] = 1e38
+    session = Warm(models, room(models), compiling=compiling)
+    with pytest.raises(NonFinite, match="merging tensor last gives NaN or infinity"):
+        session.merge(TIES, {"lambda": 5.0, "density": 1.0})
+
+
 def test_float64_models_and_parameters_by_tensor_are_merged_as_by_other_methods() -> None:
     for models, parameters in (
         (toy_models(3, dtype=torch.float64), {"density": 0.3}),
