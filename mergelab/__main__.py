@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mergelab import left_out
+from mergelab import bus_error, left_out
 from mergelab.config import CONF_DIR
 from mergelab.errors import ConfigError, MergelabError, did_you_mean
 
@@ -33,7 +33,8 @@ def main() -> None:
     os.environ[_FULL_ERROR] = "1"  # Hydra then lets its errors through instead of printing them over many lines
     try:
         left_out.check_named(given)
-        _compose_and_run()
+        with bus_error.told():
+            _compose_and_run()
     except KeyboardInterrupt as interrupt:
         _close_grid("KILLED")
         sys.exit(_fail("; ".join(["interrupted", *getattr(interrupt, "__notes__", ())]), code=130))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -202,6 +203,43 @@ for attempt in range(int(times)):
 _, there = os.pipe()
 main()
 """
+
+
+CUTTING = """
+import os, sys
+from pathlib import Path
+from mergelab.__main__ import main
+from mergelab.methods.job import Job
+
+opened = Job.open
+
+def open_and_cut(job, name):
+    found = opened(job, name)
+    for shard in Path("a").glob("*.safetensors"):
+        os.truncate(shard, 1024)
+    return found
+
+Job.open = open_and_cut
+sys.argv = ["mergelab", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="the system has no bus errors")
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_an_input_that_is_cut_between_the_look_at_it_and_the_read_is_named(
+    models: list[str], workplace: Path, threads: str
+) -> None:
+    outcome = subprocess.run(
+        [sys.executable, "-c", CUTTING, "method=ties", *models, "output=merged"],
+        env={**os.environ, "OMP_NUM_THREADS": threads}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert outcome.returncode == 2, outcome.stderr
+    assert re.search(
+        r"^error: a: \S*model-0000\S* was changed while it was being read; merge again$", outcome.stderr, re.M
+    )
+    assert "Traceback" not in outcome.stderr
+    assert not (workplace / "merged").exists()
 
 
 def test_a_merge_killed_at_random_moments_never_looks_finished_and_goes_on(

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -199,6 +200,20 @@ def _open_file(path: Path, name: str) -> _WeightFile:
         raise ModelError(f"{name}: cannot read {path}: {error.strerror or _first_line(error)}") from error
 
 
+# Files that are mapped, for as long as somebody has them.
+_OPEN: WeakSet[_SafetensorsFile] = WeakSet()
+
+
+def changed_file() -> str | None:
+    """Say which of the files that are being read is no longer what was opened; None where all are."""
+    for file in tuple(_OPEN):
+        try:
+            file.check_unchanged()
+        except ModelError as error:
+            return str(error)
+    return None
+
+
 class _SafetensorsFile:
     """One safetensors file: header read and checked, data mapped."""
 
@@ -215,6 +230,7 @@ class _SafetensorsFile:
             self._data = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             self._stamp = _stamp(os.fstat(file.fileno()))
         self._path, self._name = path, name
+        _OPEN.add(self)
         header.pop("__metadata__", None)
         self.infos: dict[str, TensorInfo] = {}
         self._offsets: dict[str, int] = {}
@@ -228,7 +244,7 @@ class _SafetensorsFile:
         self.ties = {alias: key for alias, key in metadata.items() if key in self.infos and alias not in self.infos}
 
     def get(self, key: str) -> Tensor:
-        self._check_unchanged()
+        self.check_unchanged()
         _, shape, dtype = self.infos[key]
         count = math.prod(shape)
         if count == 0:
@@ -242,7 +258,7 @@ class _SafetensorsFile:
         if hasattr(mmap, "MADV_WILLNEED") and length:
             self._data.madvise(mmap.MADV_WILLNEED, start, length)
 
-    def _check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:
         """Raise `ModelError` where the path no longer leads to the file as it was opened.
 
         Entries of a file that grew shorter cannot be read at all: the system would end the process.
