@@ -162,3 +162,18 @@ def test_eight_bit_floats_can_be_merged() -> None:
     result = merged_x("soup", models)
     assert result.dtype == torch.float8_e4m3fn
     assert result.float().tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_task_vectors_are_as_exact_as_the_more_exact_of_base_and_expert(dtype: torch.dtype) -> None:
+    base = torch.tensor([0.1, 1 / 3, -7.0], dtype=torch.float64)
+    expert = torch.tensor([1.0, 0.5, 2.0], dtype=dtype)
+    models = aligned({"x": base}, [{"x": expert}])
+    found = merged_x("task_arithmetic", models, lambda_=0.3)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, base + 0.3 * (expert.double() - base))
+    backwards = aligned({"x": expert}, [{"x": base}])
+    assert torch.equal(
+        merged_x("task_arithmetic", backwards, lambda_=0.3), (expert + 0.3 * (base - expert.double())).to(dtype)
+    )
+    assert torch.equal(models.experts[0].get("x"), expert)
