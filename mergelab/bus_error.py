@@ -45,6 +45,6 @@ def _watch(receiver: int) -> None:
             checkpoint = sys.modules.get("mergelab.weights.checkpoint")
             line = None if checkpoint is None else checkpoint.changed_file()
             sys.stdout.flush()
-            sys.stderr.write(f"error: {line or 'a file was cut short while it was being read'}\n")
+            sys.stderr.write(f"error: {line or 'bus error: mapped memory is no longer there'}\n")
             sys.stderr.flush()
             os._exit(2)

@@ -30,11 +30,7 @@ LEARNT = ("++models.experts.a={reference: ./a, task: samsum}", "evaluate=false",
         ("task=samsum",),
         ("task=t5_rte",),
         ("task=prompts",),
-        (
-            "task=law_recipes",
-            "~models.experts",
-            "+models.experts=[a/b,c/d]",
-        ),  # of one of these tasks
+        ("task=law_recipes", "~models.experts", "+models.experts=[a/b,c/d]"),  # made for one of these two tasks
         ("models=gpt2_law_recipes", "evaluate=false", "output=merged"),  # though the task is still RTE
         LEARNT,
     ],
