@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from mergelab.errors import ConfigError, listed
-from mergelab.methods.blocks import blocks
+from mergelab.methods.blocks import blocks, working
 from mergelab.methods.order import Array, Open, kth_largest
 from mergelab.methods.ranked import Ranked, kth_of, rank_each, together
-from mergelab.methods.task_vectors import Election, elect, scaled, task_vectors, trim_
+from mergelab.methods.room import mapped
+from mergelab.methods.task_vectors import Election, difference_into, elect, trim_
 from mergelab.methods.workers import chunks, in_order
 from mergelab.weights.align import AlignedModels
 
 Scope = Literal["model", "tensor", "pooled"]
 ZeroSign = Literal["majority", "positive", "zero"]
 WeightsAt = Literal["after", "before"]
-# Answers the T task vectors' entries in a slice of a tensor: differences, or what a method makes of them first.
+# Answers the T task vectors' entries in a slice of a tensor: differences, or what a method makes of them first. They
+# may be written into, and are overwritten by the next that are asked for.
 Vectors = Callable[[slice], list[Tensor]]
 HELD = 2_500_000_000  # entries of task vectors that are searched at once; a 40th of them, in bytes, is held meanwhile
 
@@ -52,9 +54,18 @@ def open_task_vectors(models: AlignedModels, name: str, *, only: slice = slice(N
     assert models.base is not None
     base = models.base.get(name).reshape(-1)
     experts = [expert.get(name).reshape(-1) for expert in models.experts[only]]
+    wide = [working(tensor[:0]).dtype for tensor in (base, *experts)]
+    rows = [torch.empty(0, dtype=torch.promote_types(wide[0], dtype)) for dtype in wide]
 
     def read(part: slice) -> list[Tensor]:
-        return task_vectors(base[part].cpu(), [expert[part].cpu() for expert in experts])
+        start = base[part].cpu()
+        length = len(start)
+        if len(rows[0]) < length:
+            rows[:] = [mapped(length, row.dtype) for row in rows]
+        room, *vectors = (row[:length] for row in rows)
+        start = start if start.dtype == room.dtype else room.copy_(start)
+        pairs = zip(vectors, experts, strict=True)
+        return [difference_into(row, expert[part].cpu(), start) for row, expert in pairs]
 
     return read
 
@@ -186,11 +197,6 @@ def election_factors(weights: Sequence[float], weights_at: WeightsAt) -> tuple[f
     return tuple(weights) if weights_at == "before" else (1.0,) * len(weights)
 
 
-def elected(trimmed: Sequence[Tensor], weights: Sequence[float], election: Election) -> Tensor:
-    """Elect signs by the votes of ``weights · trimmed``; 0 where they cancel."""
-    return elect([scaled(vector, weight) for vector, weight in zip(trimmed, weights, strict=True)], election)
-
-
 def check_weights(weights: Sequence[float]) -> None:
     """Raise `ConfigError` for weights that a weighted mean cannot take: negative ones, or none above 0."""
     if negative := [f"{weight:g}" for weight in weights if weight < 0]:
@@ -227,7 +233,7 @@ def _surplus(
     surplus = 0
     for part in blocks(chunk.stop, start=chunk.start):
         trimmed = [trim_(vector, threshold) for vector, threshold in zip(read(part), thresholds, strict=True)]
-        surplus += int(elected(trimmed, weights, election).sum())  # exact: a block has fewer than 2^24 entries
+        surplus += int(elect(trimmed, weights, election).sum())  # exact: a block has fewer than 2^24 entries
     return surplus
 
 

@@ -65,6 +65,8 @@ def _by_name(path: str, function: Callable[..., Any], signature: inspect.Signatu
     takes = frozenset(signature.parameters) & set(INJECTED)
     if "prepared" in takes:
         raise ConfigError(f"method.function={path}: a preparing pass needs @merge_method(prepare=...)")
+    if "vectors" in takes:
+        raise ConfigError(f"method.function={path}: task vectors need @merge_method")
     base = signature.parameters.get("base")
     return MergeMethod(
         name=path,

@@ -17,7 +17,6 @@ from mergelab.methods.consensus import (
     ZeroSign,
     check_pooled,
     check_weights,
-    elected,
     election_factors,
     open_task_vectors,
     prepare_consensus,
@@ -25,10 +24,12 @@ from mergelab.methods.consensus import (
 from mergelab.methods.parameters import Densities, OptionalDensities, Site, Weights
 from mergelab.methods.random import bernoulli, stream_key
 from mergelab.methods.registry import merge_method
+from mergelab.methods.room import Rows
 from mergelab.methods.task_vectors import (
     Election,
     Reduce,
-    disjoint_reduce,
+    agree_,
+    elect_in,
     factors,
     of_each,
     resolve_zeros,
@@ -39,7 +40,7 @@ from mergelab.weights.align import AlignedModels
 
 
 def drop(vectors: Sequence[Tensor], site: Site, density: float | Sequence[float], rescale: bool) -> list[Tensor]:
-    """Keep each entry with probability ``density``, and divide what is kept by it when ``rescale``.
+    """Keep each entry with probability ``density``, and divide what is kept by it when ``rescale``: in place.
 
     Whether an entry is kept depends on the seed, the expert's name, the tensor's name and the entry's place in the
     whole tensor, and on nothing else.
@@ -57,7 +58,7 @@ def drop(vectors: Sequence[Tensor], site: Site, density: float | Sequence[float]
             continue
         mask = bernoulli(stream_key(site.seed, expert, site.name), site.offset, vector.numel(), share)
         factor = torch.from_numpy(mask.astype(np.float32)).to(vector.device, vector.dtype).view(vector.shape)
-        kept.append((vector * factor).div_(share) if rescale else vector * factor)
+        kept.append(vector.mul_(factor).div_(share) if rescale else vector.mul_(factor))
     return kept
 
 
@@ -83,7 +84,7 @@ def dare(
     experts or of survivors. Departures: none; masks come from a counter-based generator (`mergelab.methods.random`).
 
     Args:
-        vectors: T task vectors, float32 or float64.
+        vectors: T task vectors, float32 or float64; they are written over.
         site: keys the masks.
         density: probability of keeping an entry; may be given for each expert.
         lambda_: scale of the sum; the engine applies it.
@@ -157,6 +158,7 @@ def dare_ties(
     *,
     site: Site,
     prepared: Mapping[str, Consensus],
+    rows: Rows,
     density: Densities = 0.5,
     trim_density: OptionalDensities = None,
     weights: Weights = None,
@@ -178,6 +180,7 @@ def dare_ties(
         vectors: T task vectors, float32 or float64; they are written over.
         site: keys the masks, and names the tensor in ``prepared``.
         prepared: thresholds and tie sign by tensor name.
+        rows: has the vectors, and room for intermediates.
         density: probability of keeping an entry; may be given for each expert.
         trim_density: fraction of entries kept by the second trim; None for no such trim; may be given for each expert.
         lambda_: scale of the merged task vector; the engine applies it.
@@ -194,7 +197,7 @@ def dare_ties(
     """
     shares = factors(weights, len(vectors))
     here = prepared[site.name]
-    kept = zip(drop(vectors, site, density, rescale), here.thresholds, strict=True)
-    trimmed = [trim_(vector, threshold) for vector, threshold in kept]
-    signs = resolve_zeros(elected(trimmed, election_factors(shares, weights_at), election), here.tie_sign)
-    return disjoint_reduce(trimmed, signs, shares, reduce)
+    for vector, threshold in zip(drop(vectors, site, density, rescale), here.thresholds, strict=True):
+        trim_(vector, threshold)
+    signs = resolve_zeros(elect_in(rows, election_factors(shares, weights_at), election), here.tie_sign)
+    return agree_(rows, signs, shares, reduce).mul_(signs)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -15,6 +17,8 @@ from mergelab.errors import ConfigError, NonFinite, listed
 from mergelab.methods.blocks import BLOCK, all_finite, blocks, working
 from mergelab.methods.parameters import Parameters, Site
 from mergelab.methods.registry import MergeMethod, check_capabilities, check_parameters, resolve_weights
+from mergelab.methods.room import Room, Rooms, Rows
+from mergelab.methods.task_vectors import difference_into
 from mergelab.methods.workers import thread_count
 from mergelab.weights.align import AlignedModels, check_finite
 from mergelab.weights.source import TensorSource, WrappedSource
@@ -70,6 +74,7 @@ class Job:
         arguments: the parameters by Python name, for each tensor; tensors without parameters of their own share them.
         models: the models, looked through for NaN and infinity when they are read; experts in the method's order.
         prepared: by tensor, what the method's preparing pass made for it.
+        rooms: where blocks of task vectors are made.
         seed, dtype, device, block, output, examples: as for `mergelab.methods.engine.merge`.
     """
 
@@ -83,6 +88,7 @@ class Job:
     output: int = 0
     examples: Any = None
     prepared: Mapping[str, Any] = field(default_factory=dict)
+    rooms: Rooms = field(default_factory=Rooms)
 
     @property
     def threads(self) -> int:
@@ -112,6 +118,16 @@ class Job:
         wants_base = self.method.adds or self.method.takes & {"base", "base_index"}
         base = self.models.base.get(name) if self.models.base is not None and wants_base else None
         return base, [expert.get(name) for expert in self.models.experts]
+
+    @cached_property
+    def longest(self) -> int:
+        """The number of entries of the longest block."""
+        return min(self.block, max(torch.Size(self.reference.shape(name)).numel() for name in self.models.names))
+
+    def room(self, base: Tensor, ends: Sequence[Tensor]) -> AbstractContextManager[Room]:
+        """Lend room for blocks of a tensor."""
+        double = any(tensor.dtype == torch.float64 for tensor in (base, *ends))
+        return self.rooms.take(len(ends), self.longest, torch.float64 if double else torch.float32, self.device)
 
     def prefetch(self, name: str) -> None:
         """Let the models' data of a tensor be fetched in the background."""
@@ -249,12 +265,14 @@ def merge_into(job: Job, name: str, into: Tensor, chunk: slice, vector: Tensor |
         return
     start = None if base is None else base.reshape(-1)[chunk]
     ends = [expert.reshape(-1)[chunk] for expert in experts]
-    for part in blocks(into.numel(), job.block):
-        first = None if start is None else start[part]
-        here = replace(site, offset=chunk.start + part.start)
-        kept = None if vector is None else vector[part]
-        result = _call(job, here, first, [end[part] for end in ends], kept)
-        into[part] = rounded(job, name, result, into[part])
+    with job.room(start, ends) if job.method.adds and start is not None else nullcontext() as room:
+        for part in blocks(into.numel(), job.block):
+            first = None if start is None else start[part]
+            here = replace(site, offset=chunk.start + part.start)
+            kept = None if vector is None else vector[part]
+            rows = None if room is None else room.rows(part.stop - part.start)
+            result = _call(job, here, first, [end[part] for end in ends], kept, rows)
+            into[part] = rounded(job, name, result, into[part])
 
 
 @torch.no_grad()
@@ -279,7 +297,14 @@ def add_scaled(job: Job, name: str, base: Tensor, vector: Tensor, merged: Tensor
         rounded(job, name, merged, merged)
 
 
-def _call(job: Job, site: Site, stored: Tensor | None, ends: Sequence[Tensor], vector: Tensor | None = None) -> object:
+def _call(
+    job: Job,
+    site: Site,
+    stored: Tensor | None,
+    ends: Sequence[Tensor],
+    vector: Tensor | None = None,
+    rows: Rows | None = None,
+) -> object:
     """Call the method's function with tensors as it wants them, and add what it answers to the base if it adds."""
     method = job.method
     base = None if stored is None else placed(job, stored)
@@ -299,7 +324,8 @@ def _call(job: Job, site: Site, stored: Tensor | None, ends: Sequence[Tensor], v
     if method.adds:
         assert base is not None
         start = working(base)
-        supplied["vectors"] = [_difference(job, end, start) for end in ends]
+        supplied["rows"] = rows
+        supplied["vectors"] = _vectors(job, start, ends, rows)
     keywords |= {name: supplied[name] for name in method.takes}
     if method.kind == "list":
         if "base_index" in method.takes and base is not None:
@@ -313,11 +339,17 @@ def _call(job: Job, site: Site, stored: Tensor | None, ends: Sequence[Tensor], v
     return _added(base, answer, scale)
 
 
-def _difference(job: Job, end: Tensor, start: Tensor) -> Tensor:
-    """Answer a task vector, new; in the expert's widened copy where there is one."""
-    wide = working(placed(job, end))
-    copied = wide.dtype == start.dtype and wide.data_ptr() != end.data_ptr()
-    return wide.sub_(start) if copied else wide - start
+def _vectors(job: Job, start: Tensor, ends: Sequence[Tensor], rows: Rows | None) -> list[Tensor]:
+    """Answer the task vectors, in ``rows`` if given; else new ones, in the experts' widened copies where there are."""
+    if rows is not None:
+        pairs = zip(rows.vectors, ends, strict=True)
+        return [difference_into(row, end.to(job.device), start) for row, end in pairs]
+    found = []
+    for end in ends:
+        wide = working(placed(job, end))
+        copied = wide.dtype == start.dtype and wide.data_ptr() != end.data_ptr()
+        found.append(wide.sub_(start) if copied else wide - start)
+    return found
 
 
 def _added(base: Tensor, vector: object, scale: float) -> object:

@@ -25,10 +25,9 @@ from mergelab.methods.matrix_names import inputs_first
 from mergelab.methods.order import rank_of
 from mergelab.methods.parameters import Densities, Site, Weights
 from mergelab.methods.registry import merge_method
-from mergelab.methods.sparsify import ranked_magnitudes
+from mergelab.methods.sparsify import agreed, ranked_magnitudes
 from mergelab.methods.spectral import is_matrix
-from mergelab.methods.task_vectors import of_each, task_vectors
-from mergelab.methods.ties import ties
+from mergelab.methods.task_vectors import factors, of_each, task_vectors, trim_
 from mergelab.methods.workers import in_order
 from mergelab.weights.align import AlignedModels
 
@@ -234,7 +233,7 @@ def knots(
         ConfigError: a weight is negative, or none is above 0.
     """
     if not is_matrix(vectors[0]):
-        return ties(vectors, site=site, prepared=prepared.others, weights=weights)
+        return _trimmed_and_agreed(vectors, prepared.others[site.name], weights)
     turned = site.name in prepared.turned
     matrices = [vector.T for vector in vectors] if turned else list(vectors)
     basis = prepared.bases[site.name] if scope == "model" else common_basis(matrices, tolerance)
@@ -243,9 +242,16 @@ def knots(
         thresholds = prepared.thresholds[site.name]
     else:
         thresholds = tuple(map(_smallest_kept, parts, of_each(density, len(parts))))
-    merged = ties(parts, site=site, prepared={site.name: Consensus(thresholds)}, weights=weights)
+    merged = _trimmed_and_agreed(parts, Consensus(thresholds), weights)
     result = basis.mapped_back(merged, matrices)
     return result.T if turned else result
+
+
+def _trimmed_and_agreed(vectors: Sequence[Tensor], consensus: Consensus, weights: Weights) -> Tensor:
+    """Merge whole tensors as `ties` does."""
+    trimmed = [trim_(vector, threshold) for vector, threshold in zip(vectors, consensus.thresholds, strict=True)]
+    shares = factors(weights, len(vectors))
+    return agreed(trimmed, shares, consensus.tie_sign, election="mass", reduce="mean", weights_at="after")
 
 
 def _smallest_kept(part: Tensor, density: float) -> float:

@@ -22,7 +22,8 @@ from mergelab.methods.workers import chunks, in_order
 
 Result = TypeVar("Result")
 Array = NDArray[np.floating[Any]]
-# Answers a tensor's part of every vector, for any slice of the flattened tensor; entries are not negative.
+# Answers a tensor's part of every vector, for any slice of the flattened tensor. Entries are not negative; they may be
+# written into, and are overwritten by the next that are asked for.
 Read = Callable[[slice], Sequence[Array]]
 # Opens a tensor by name.
 Open = Callable[[str], Read]
@@ -60,11 +61,13 @@ def kth_largest(
     rank = rank_of(density, length)
     data = _Data(open_, sizes, pooled)
     step = _stride(sum(sizes.values()))
-    samples = [np.concatenate(parts) for parts in data.sampled(step)]
+    samples = data.sampled(step)
     if step == 1:
         found = [_ranked(sample, rank) for sample in samples]
     else:
-        brackets = [_bracket(np.sort(sample)[::-1], rank / length) for sample in samples]
+        for sample in samples:
+            sample.sort()
+        brackets = [_bracket(sample[::-1], rank / length) for sample in samples]
         kind = samples[0].dtype
         del samples
         within = _within(data, brackets, rank, length, kind)
@@ -103,22 +106,24 @@ class _Data:
         for found in in_order(through, chunks(self.sizes)):
             yield from found
 
-    def sampled(self, step: int) -> list[list[Array]]:
-        """Read every ``step``-th entry of each group."""
+    def sampled(self, step: int) -> list[Array]:
+        """Read every ``step``-th entry of each group, in any order."""
         span = max(step, STRETCH // step * step)
 
         def through(place: tuple[str, slice]) -> list[Array]:
             name, chunk = place
             read = self.open_(name)
-            parts = [read(slice(*part)) for part in _strided(chunk, step, span)]
+            parts = [[entries.copy() for entries in read(slice(*part))] for part in _strided(chunk, step, span)]
             return [np.concatenate(of_one) for of_one in zip(*parts, strict=True)]
 
-        groups: list[list[Array]] = []
+        groups: list[_Gathered] = []
         for parts in in_order(through, self._strides(step)):
-            groups = groups or [[] for _ in (range(1) if self.pooled else parts)]
+            if not groups:
+                count = -(-sum(self.sizes.values()) // step) * (len(parts) if self.pooled else 1)
+                groups = [_Gathered(count, parts[0].dtype) for _ in (range(1) if self.pooled else parts)]
             for index, entries in enumerate(parts):
-                groups[0 if self.pooled else index].append(entries)
-        return groups
+                groups[0 if self.pooled else index].add(entries)
+        return [group.entries for group in groups]
 
     def _strides(self, step: int) -> Iterator[tuple[str, slice]]:
         """Say where in each tensor the sample starts: the stride goes on across the borders of tensors."""
@@ -191,9 +196,7 @@ def _within(
     gathered = [_Gathered(bracket.share * length, dtype) for bracket in brackets]
 
     def look(group: int, entries: Array) -> tuple[int, Array]:
-        bracket = brackets[group]
-        larger = int(np.count_nonzero(entries >= entries.dtype.type(bracket.high)))
-        return larger, entries[:0].copy() if gathered[group].overflows else entries[_between(entries, bracket)]
+        return _divided(entries, brackets[group], gather=not gathered[group].overflows)
 
     for group, (larger, inside) in data.over(look):
         above[group] += larger
@@ -212,17 +215,24 @@ def _within(
     return found
 
 
-def _between(entries: Array, bracket: _Bracket) -> NDArray[np.bool_]:
-    """Mark the entries strictly inside: one comparison of the bit patterns, which order as non-negative floats do."""
-    if bracket.low < 0:
-        return np.less(entries, entries.dtype.type(bracket.high))
+def _divided(entries: Array, bracket: _Bracket, *, gather: bool) -> tuple[int, Array]:
+    """Count the entries not below the bracket's upper end, and gather those strictly inside; they are written over.
+
+    Bit patterns order as non-negative floats do. Less the first pattern inside, one comparison tells which are inside,
+    as what is below has wrapped around, and nothing as long as the entries is allocated.
+    """
     signed: Any = np.int32 if entries.itemsize == 4 else np.int64
     unsigned: Any = np.uint32 if entries.itemsize == 4 else np.uint64
     low, high = (int(entries.dtype.type(end).view(signed)) for end in (bracket.low, bracket.high))
-    if high - low < 2:
-        return np.zeros(entries.shape, dtype=bool)
-    inside: NDArray[np.bool_] = (entries.view(signed) - signed(low + 1)).view(unsigned) < unsigned(high - low - 1)
-    return inside
+    first = low + 1 if bracket.low >= 0 else 0
+    patterns = entries.view(signed)
+    patterns -= signed(first)
+    above = int(np.count_nonzero(patterns >= signed(high - first)))
+    if not gather or high <= first:
+        return above, entries[:0].copy()
+    inside = patterns[patterns.view(unsigned) < unsigned(high - first)]
+    inside += signed(first)
+    return above, inside.view(entries.dtype)
 
 
 def _is_at(data: _Data, group: int, value: float, rank: int) -> bool:

@@ -135,8 +135,9 @@ def merge_method(
 
     A function that takes ``vectors``, the experts' task vectors τ_t = θ_t − θ0 in float32 or float64, answers the
     merged task vector τ_m, and the engine answers θ0 + λ·τ_m, with λ the parameter ``lambda``, whose default is
-    ``lambda_`` (None: there is no such parameter, and λ is 1). It may write into the vectors. So in a session that
-    keeps τ_m, a change of λ alone costs one scaled addition.
+    ``lambda_`` (None: there is no such parameter, and λ is 1). It may write into the vectors, and must not keep them.
+    Where ``elementwise`` it may take the `mergelab.methods.room.Rows` that they lie in as ``rows``, and work in these.
+    In a session that keeps τ_m, a change of λ alone costs one scaled addition.
 
     A function that takes ``models`` (and ``seed``) works on all of them before another method merges: it answers a
     `Substitute`, once, before the first tensor.
@@ -149,16 +150,17 @@ def merge_method(
         if not names & {"base", "experts", "vectors", "models"}:
             raise TypeError(f"{function.__name__} takes neither base nor experts nor vectors nor models")
         whole = "models" in names
+        supplied = (*INJECTED, "rows") if elementwise and "vectors" in names else INJECTED
         if lambda_ is not None and "vectors" not in names:
             raise TypeError(f"{function.__name__}: lambda_ is for functions that take vectors")
         function.merge_method = MergeMethod(  # type: ignore[attr-defined]
             name=function.__name__,
             function=function,
             parameters=parameters_of(
-                function, (*INJECTED, "models", "seed", "examples") if whole else INJECTED, lambda_=lambda_
+                function, (*INJECTED, "models", "seed", "examples") if whole else supplied, lambda_=lambda_
             ),
             kind="models" if whole else "tensor",
-            takes=frozenset(names & set(INJECTED)),
+            takes=frozenset(names & set(supplied)),
             needs_base=needs_base or "vectors" in names,
             adds="vectors" in names,
             needs=frozenset(needs),

@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from mergelab.methods.blocks import BLOCK, blocks, blockwise
-from mergelab.methods.consensus import WeightsAt, ZeroSign, elected, election_factors
+from mergelab.methods.consensus import WeightsAt, ZeroSign, election_factors
 from mergelab.methods.parameters import Site
-from mergelab.methods.task_vectors import Election, Reduce, disjoint_reduce, resolve_zeros, task_vectors, weighted_sum
+from mergelab.methods.task_vectors import (
+    Election,
+    Reduce,
+    disjoint_reduce,
+    elect,
+    resolve_zeros,
+    task_vectors,
+    weighted_sum,
+)
 from mergelab.methods.workers import in_order
 from mergelab.weights.align import AlignedModels
 
@@ -66,7 +74,7 @@ def agreed(
     votes = election_factors(weights, weights_at)
 
     def combine(*parts: Tensor) -> Tensor:
-        return disjoint_reduce(parts, resolve_zeros(elected(parts, votes, election), tie_sign), weights, reduce)
+        return disjoint_reduce(parts, resolve_zeros(elect(parts, votes, election), tie_sign), weights, reduce)
 
     return blockwise(combine, *vectors)
 
@@ -97,7 +105,7 @@ def sign_of_ties(
         site = Site(name, experts, tuple(models.base.shape(name)), seed=seed)
         flat = [vector.reshape(-1) for vector in sparsify(vectors, site)]
         parts = blocks(flat[0].numel())  # a block has fewer than 2^24 entries, so its sum is exact
-        return sum(int(elected([vector[part] for vector in flat], votes, election).sum()) for part in parts)
+        return sum(int(elect([vector[part] for vector in flat], votes, election).sum()) for part in parts)
 
     total = sum(in_order(surplus, models.names, ahead=1))
     return float((total > 0) - (total < 0))

@@ -7,7 +7,7 @@ sums go expert by expert, so that a value does not depend on the block it is com
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mergelab.methods.blocks import working
 from mergelab.methods.parameters import Weights
+from mergelab.methods.room import INTERMEDIATE, Rows
 
 Election = Literal["mass", "count"]
 Reduce = Literal["mean", "sum", "max"]
@@ -25,6 +26,21 @@ def task_vectors(base: Tensor, experts: Sequence[Tensor]) -> list[Tensor]:
     """Answer τ_t = θ_t − θ0 for each expert, in float32 (float64 where a tensor is float64)."""
     start = working(base)
     return [working(expert) - start for expert in experts]
+
+
+def difference_into(row: Tensor, expert: Tensor, start: Tensor) -> Tensor:
+    """Write a task vector, as `task_vectors` answers it, into ``row``.
+
+    Args:
+        row: float32, or float64 where a tensor is.
+        expert: of any dtype.
+        start: the base, float32 or float64.
+    """
+    if expert.dtype in (torch.float32, torch.float64):
+        return torch.sub(expert, start, out=row)
+    if row.dtype == start.dtype:
+        return torch.sub(row.copy_(expert), start, out=row)  # widening does not round
+    return torch.sub(expert.float(), start, out=row)
 
 
 def factors(weights: Weights, count: int) -> tuple[float, ...]:
@@ -81,17 +97,22 @@ def just_below(threshold: float, dtype: torch.dtype) -> float:
     return bound.item()
 
 
-def elect(task_vectors: Sequence[Tensor], election: Election = "mass") -> Tensor:
-    """Answer the sign (−1, 0 or 1) that has the larger total magnitude, or the larger number of entries."""
-    total = torch.zeros_like(task_vectors[0])
-    for vector in task_vectors:
-        total += vector if election == "mass" else vector.sign()
-    return total.sign_()
+def elect(task_vectors: Sequence[Tensor], weights: Weights = None, election: Election = "mass") -> Tensor:
+    """Answer the sign (−1, 0 or 1) that has the larger total magnitude w τ, or the larger total weight."""
+    signs, spare = torch.empty_like(task_vectors[0]), torch.empty_like(task_vectors[0])
+    _combine(task_vectors, factors(weights, len(task_vectors)), signs, spare, counting=election == "count")
+    return signs.sign_()
+
+
+def elect_in(rows: Rows, weights: Sequence[float], election: Election) -> Tensor:
+    """Answer what `elect` answers in ``rows.signs``, of the task vectors that ``rows`` holds."""
+    _combine(rows.vectors, weights, rows.signs, rows.spare, counting=election == "count")
+    return rows.signs.sign_()
 
 
 def resolve_zeros(signs: Tensor, sign: float) -> Tensor:
-    """Answer ``signs`` with every 0 replaced by ``sign``."""
-    return signs if sign == 0 else signs + (1 - signs.abs()) * sign
+    """Replace every 0 by ``sign``, in place."""
+    return signs if sign == 0 else signs.add_(sign / 2).sign_()
 
 
 def disjoint_reduce(
@@ -108,16 +129,51 @@ def disjoint_reduce(
     Returns:
         A block; 0 where no task vector agrees.
     """
-    result, shares = torch.zeros_like(signs), torch.zeros_like(signs)
-    for vector, weight in zip(task_vectors, weights, strict=True):
-        agreeing = (vector * signs).clamp_min_(0)  # magnitudes
-        if reduce == "mean":
-            result += scaled(agreeing, weight)
-            shares += scaled(agreeing.sign_(), weight)
-        elif reduce == "sum":
-            result += scaled(agreeing, weight)
-        else:
-            result = torch.maximum(result, scaled(agreeing, weight))
+    flat = [vector.reshape(-1) for vector in task_vectors]
+    rows = Rows.of(signs.new_empty(len(flat) + INTERMEDIATE, signs.numel()))
+    torch.stack(flat, out=rows.whole)
+    return agree_(rows, signs.reshape(-1), weights, reduce).mul(signs.reshape(-1)).view(signs.shape)
+
+
+def agree_(rows: Rows, signs: Tensor, weights: Sequence[float], reduce: Reduce) -> Tensor:
+    """Do what `disjoint_reduce` does in given room, with few operations: threads share one lock.
+
+    Args:
+        rows: holds the task vectors; all of it but ``start`` and ``signs`` is written over.
+        signs, weights, reduce: as for `disjoint_reduce`.
+
+    Returns:
+        The result's magnitudes, in ``rows``.
+    """
+    rows.whole.mul_(signs).relu_()  # magnitudes of what agrees
+    _combine(rows.vectors, weights, rows.result, rows.spare, operation=torch.maximum if reduce == "max" else torch.add)
     if reduce == "mean":
-        result /= shares.clamp_min_(torch.finfo(shares.dtype).tiny)
-    return result * signs
+        rows.whole.sign_()
+        _combine(rows.vectors, weights, rows.shares, rows.spare)
+        rows.result.div_(rows.shares.clamp_min_(torch.finfo(rows.shares.dtype).tiny))
+    return rows.result
+
+
+def _combine(
+    vectors: Sequence[Tensor],
+    weights: Sequence[float],
+    into: Tensor,
+    spare: Tensor,
+    *,
+    operation: Callable[..., Tensor] = torch.add,
+    counting: bool = False,
+) -> None:
+    """Write w_1 x_1 ∘ w_2 x_2 ∘ …, from the left, or the same of the products' signs."""
+
+    def piece(at: int) -> Tensor:
+        vector = vectors[at] if weights[at] == 1 else torch.mul(vectors[at], weights[at], out=spare)
+        return torch.sign(vector, out=spare) if counting else vector
+
+    done = 1
+    if len(vectors) > 1 and not counting and weights[0] == 1:
+        operation(vectors[0], piece(1), out=into)
+        done = 2
+    else:
+        into.copy_(piece(0))
+    for at in range(done, len(vectors)):
+        operation(into, piece(at), out=into)

@@ -14,14 +14,14 @@ from mergelab.methods.consensus import (
     ZeroSign,
     check_pooled,
     check_weights,
-    elected,
     election_factors,
     open_task_vectors,
     prepare_consensus,
 )
 from mergelab.methods.parameters import Densities, Site, Weights
 from mergelab.methods.registry import merge_method
-from mergelab.methods.task_vectors import Election, Reduce, disjoint_reduce, factors, resolve_zeros, trim_
+from mergelab.methods.room import Rows
+from mergelab.methods.task_vectors import Election, Reduce, agree_, elect_in, factors, resolve_zeros, trim_
 from mergelab.methods.ties_session import TiesSession
 from mergelab.weights.align import AlignedModels
 
@@ -71,6 +71,7 @@ def ties(
     *,
     site: Site,
     prepared: Mapping[str, Consensus],
+    rows: Rows,
     density: Densities = 0.2,
     weights: Weights = None,
     scope: Scope = "model",
@@ -95,6 +96,7 @@ def ties(
         vectors: T task vectors, float32 or float64; they are written over.
         site: whose ``name`` is looked up in ``prepared``.
         prepared: thresholds and tie sign by tensor name.
+        rows: has the vectors, and room for intermediates.
         density: fraction of entries kept; may be given for each expert, but where they are pooled.
         lambda_: scale of the merged task vector; the engine applies it.
         weights: per expert, at least 0; default 1.
@@ -112,6 +114,7 @@ def ties(
     """
     shares = factors(weights, len(vectors))
     here = prepared[site.name]
-    trimmed = [trim_(vector, threshold) for vector, threshold in zip(vectors, here.thresholds, strict=True)]
-    signs = resolve_zeros(elected(trimmed, election_factors(shares, weights_at), election), here.tie_sign)
-    return disjoint_reduce(trimmed, signs, shares, reduce)
+    for vector, threshold in zip(vectors, here.thresholds, strict=True):
+        trim_(vector, threshold)
+    signs = resolve_zeros(elect_in(rows, election_factors(shares, weights_at), election), here.tie_sign)
+    return agree_(rows, signs, shares, reduce).mul_(signs)

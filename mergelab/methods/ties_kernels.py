@@ -14,7 +14,16 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from mergelab.methods.task_vectors import Election, Reduce, just_below
+from mergelab.methods.room import Rows
+from mergelab.methods.task_vectors import (
+    Election,
+    Reduce,
+    agree_,
+    difference_into,
+    elect_in,
+    resolve_zeros,
+    trim_,
+)
 
 TINY = torch.finfo(torch.float32).tiny
 # Called with base, experts, thresholds (T,), sign of cancelled votes, weights (T,), λ, and where θ0 + λ·τ_m and, unless
@@ -36,27 +45,16 @@ class Vote:
         """Whether the experts differ in weight, or have another one than 1."""
         return any(weight != 1 for weight in self.weights)
 
-
-class Room:
-    """Room for merging blocks of up to ``length`` entries: a row for each expert, and for each intermediate."""
-
-    def __init__(self, experts: int, length: int) -> None:
-        self._whole = torch.empty(experts + 5, length)
-        self._experts = experts
-        self._views: dict[int, tuple[Tensor, list[Tensor]]] = {}  # to make them takes as long as an operation
-
-    def rows(self, length: int) -> tuple[Tensor, list[Tensor]]:
-        """Answer the experts' rows, in one piece, and each row, cut to ``length``."""
-        if length not in self._views:
-            here = self._whole[:, :length]
-            self._views[length] = here[: self._experts], list(here.unbind())
-        return self._views[length]
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """What task vectors are multiplied by before they vote."""
+        return self.weights if self.before else (1.0,) * len(self.weights)
 
 
 def merge_block(
-    vote: Vote, base: Tensor, ends: Sequence[Tensor], thresholds: Sequence[float], sign: float, room: Room
-) -> tuple[Tensor, Tensor, int]:
-    """Merge a block in plain operations that allocate nothing, and of which there are few: two threads share one lock.
+    vote: Vote, base: Tensor, ends: Sequence[Tensor], thresholds: Sequence[float], sign: float, rows: Rows
+) -> tuple[Tensor, int]:
+    """Merge a block in plain operations that allocate nothing.
 
     Args:
         vote: how.
@@ -64,54 +62,16 @@ def merge_block(
         ends: the experts' blocks.
         thresholds: per expert, the magnitude below which an entry is dropped.
         sign: of entries whose votes cancel.
-        room: it is written over.
+        rows: of this length; they are written over, ``signs`` with the elected ones.
 
     Returns:
-        The magnitudes and the signs of τ_m, in ``room``; how many more entries are elected positive than negative.
+        The magnitudes of τ_m, in ``rows``; how many more entries are elected positive than negative.
     """
-    all_rows, (*rows, start, signs, result, shares, spare) = room.rows(base.numel())
-    start = base if base.dtype == torch.float32 else start.copy_(base)
-    for row, end, threshold in zip(rows, ends, thresholds, strict=True):
-        torch.sub(end if end.dtype == torch.float32 else row.copy_(end), start, out=row)
-        if threshold > 0:
-            torch.hardshrink(row, just_below(threshold, torch.float32), out=row)
-    ones = (1.0,) * len(rows)
-    _combine(rows, vote.weights if vote.before else ones, signs, spare, counting=vote.election == "count")
-    surplus = int(signs.sign_().sum())  # exact: a block has fewer than 2^24 entries
-    if sign:  # where it is 0, it becomes ``sign``
-        signs.add_(sign / 2).sign_()
-    all_rows.mul_(signs).relu_()  # magnitudes of what agrees
-    _combine(rows, vote.weights, result, spare, operation=torch.maximum if vote.reduce == "max" else torch.add)
-    if vote.reduce == "mean":
-        all_rows.sign_()
-        _combine(rows, vote.weights, shares, spare)
-        result.div_(shares.clamp_min_(TINY))
-    return result, signs, surplus
-
-
-def _combine(
-    rows: Sequence[Tensor],
-    weights: Sequence[float],
-    into: Tensor,
-    spare: Tensor,
-    *,
-    operation: Callable[..., Tensor] = torch.add,
-    counting: bool = False,
-) -> None:
-    """Write w_1 x_1 ∘ w_2 x_2 ∘ …, from the left, or the same of the products' signs."""
-
-    def piece(at: int) -> Tensor:
-        row = rows[at] if weights[at] == 1 else torch.mul(rows[at], weights[at], out=spare)
-        return torch.sign(row, out=spare) if counting else row
-
-    done = 1
-    if len(rows) > 1 and not counting and weights[0] == 1:
-        operation(rows[0], piece(1), out=into)
-        done = 2
-    else:
-        into.copy_(piece(0))
-    for at in range(done, len(rows)):
-        operation(into, piece(at), out=into)
+    start = base if base.dtype == torch.float32 else rows.start.copy_(base)
+    for row, end, threshold in zip(rows.vectors, ends, thresholds, strict=True):
+        trim_(difference_into(row, end, start), threshold)
+    surplus = int(elect_in(rows, vote.factors, vote.election).sum())  # exact: a block has fewer than 2^24 entries
+    return agree_(rows, resolve_zeros(rows.signs, sign), vote.weights, vote.reduce), surplus
 
 
 @cache

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from queue import Empty, SimpleQueue
 from typing import Any, Literal
 
 import torch
@@ -22,7 +21,8 @@ from mergelab.errors import MergelabError, MergeWarning
 from mergelab.methods.blocks import BLOCK, blocks
 from mergelab.methods.consensus import Scope, ZeroSign, find_thresholds, open_task_vectors, sign_of
 from mergelab.methods.job import Job, add_scaled
-from mergelab.methods.ties_kernels import Room, Vote, compiled, merge_block
+from mergelab.methods.room import Rooms
+from mergelab.methods.ties_kernels import Vote, compiled, merge_block
 from mergelab.methods.workers import CHUNK, in_order
 
 Path = Literal["plain", "compiled"]
@@ -107,7 +107,7 @@ class TiesSession:
     def __init__(self, compiling: bool) -> None:
         self._compiling = compiling
         self._signs: dict[str, float] = {}
-        self._rooms: SimpleQueue[Room] = SimpleQueue()  # as many as there are threads
+        self._rooms = Rooms()
         self._divisions: dict[tuple[int, bool], Division] = {}
         self._largest: dict[str, float] = {}
         self._double: bool | None = None
@@ -212,20 +212,17 @@ class TiesSession:
         direct = once and part.vector is None and self._bounded(asked, part, scale)
         if part.joined and not direct:
             return sum(self._plain(asked, piece, sign) for piece in part.joined)
-        try:
-            room = self._rooms.get_nowait()
-        except Empty:
-            room = Room(len(part.ends), BLOCK)
         surplus = 0
-        for block in part.blocks:
-            magnitudes, signs, more = merge_block(asked.vote, block.base, block.ends, thresholds, sign, room)
-            surplus += more
-            if direct:  # a sign is a factor that does not round
-                torch.addcmul(block.base, magnitudes.mul_(scale), signs, out=block.target)
-                continue
-            vector = torch.mul(magnitudes, signs, out=magnitudes if block.vector is None else block.vector)
-            add_scaled(asked.job, part.name, block.base, vector, block.target)
-        self._rooms.put(room)
+        with self._rooms.take(len(part.ends), BLOCK, torch.float32, asked.job.device) as room:
+            for block in part.blocks:
+                rows = room.rows(block.base.numel())
+                magnitudes, more = merge_block(asked.vote, block.base, block.ends, thresholds, sign, rows)
+                surplus += more
+                if direct:  # a sign is a factor that does not round
+                    torch.addcmul(block.base, magnitudes.mul_(scale), rows.signs, out=block.target)
+                    continue
+                vector = torch.mul(magnitudes, rows.signs, out=magnitudes if block.vector is None else block.vector)
+                add_scaled(asked.job, part.name, block.base, vector, block.target)
         part.divide()
         return surplus
 

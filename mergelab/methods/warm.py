@@ -22,6 +22,7 @@ from mergelab.methods.engine import chunks_of, merge_models
 from mergelab.methods.job import Job, Same, add_scaled, checked_job, checked_source, merge_into, prepared_job
 from mergelab.methods.parameters import Parameters
 from mergelab.methods.registry import MergeMethod, check_parameters
+from mergelab.methods.room import Rooms
 from mergelab.methods.ties_session import Path, largest
 from mergelab.methods.workers import pool
 from mergelab.weights.align import AlignedModels
@@ -85,6 +86,7 @@ class Warm:
             memo={},
         )
         self._known: dict[Any, Any] = {}
+        self._rooms = Rooms()
         self._compiling = compiling
         self._sessions: dict[str, Any] = {}
         self._vectors: dict[str, Tensor] = {}
@@ -161,7 +163,7 @@ class Warm:
             self.path = session.merge(job, path, self._targets, vectors)
         else:
             self.path = "plain"
-            job = prepared_job(job, self._known)
+            job = prepared_job(replace(job, rooms=self._rooms), self._known)
             with pool(job.threads) as workers:
                 for finished in _spread(workers, job, self._targets, vectors):
                     finished()

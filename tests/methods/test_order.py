@@ -19,7 +19,7 @@ def opened(vectors: Sequence[Array], sizes: dict[str, int]) -> Open:
 
     def open_(name: str):  # type: ignore[no-untyped-def]
         parts = [vector[starts[name] : starts[name] + sizes[name]] for vector in vectors]
-        return lambda part: [entries[part] for entries in parts]
+        return lambda part: [entries[part].copy() for entries in parts]
 
     return open_
 

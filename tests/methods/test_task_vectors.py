@@ -58,7 +58,7 @@ def test_elected_signs_and_disjoint_mean_are_pefts(vectors: list[Tensor], electi
     trimmed = [merge_utils.magnitude_based_pruning(vector, 0.4) for vector in vectors]
     mask = merge_utils.calculate_majority_sign_mask(torch.stack(trimmed), method=theirs)
     expected = merge_utils.disjoint_merge(torch.stack(trimmed), mask)
-    signs = resolve_zeros(elect(trimmed, election), 1.0)
+    signs = resolve_zeros(elect(trimmed, election=election), 1.0)
     ours = disjoint_reduce(trimmed, signs, (1.0,) * 5)
     note = "election and mean of what PEFT trimmed"
     compared("ties", "PEFT's disjoint_merge", ours, expected, options=f"election={election}", note=note)

@@ -1,0 +1,94 @@
+"""Room for blocks in the making: taken once for many blocks, and outside what the allocator keeps for each thread."""
+
+from __future__ import annotations
+
+import mmap
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+import torch
+from torch import Tensor
+
+INTERMEDIATE = 5  # rows beside the experts'
+
+
+def mapped(count: int, dtype: torch.dtype, *, huge: bool = False) -> Tensor:
+    """Answer a new flat tensor in main memory of its own, which goes back to the system when the tensor goes.
+
+    Args:
+        count: entries.
+        dtype: of any kind.
+        huge: ask for huge pages, with which long tensors are read faster, as translating their addresses takes less.
+    """
+    size = count * dtype.itemsize
+    if not size or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.empty(count, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=count)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A room, cut to the length of a block.
+
+    Attributes:
+        whole: the experts' rows in one piece, so that one call works on all of them.
+        vectors: each of them.
+        start, signs, result, shares, spare: flat, for intermediates.
+    """
+
+    whole: Tensor
+    vectors: list[Tensor]
+    start: Tensor
+    signs: Tensor
+    result: Tensor
+    shares: Tensor
+    spare: Tensor
+
+    @classmethod
+    def of(cls, room: Tensor) -> Rows:
+        """Divide a matrix of `INTERMEDIATE` rows and one for each expert."""
+        vectors, others = room[:-INTERMEDIATE], room[-INTERMEDIATE:]
+        return cls(vectors, list(vectors.unbind()), *others.unbind())
+
+
+class Room:
+    """Room for merging blocks of up to ``length`` entries: a row for each expert, and for each intermediate."""
+
+    def __init__(self, experts: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        count = (experts + INTERMEDIATE) * length
+        flat = mapped(count, dtype) if device.type == "cpu" else torch.empty(count, dtype=dtype, device=device)
+        self._whole = flat.view(experts + INTERMEDIATE, length)
+        self._rows: dict[int, Rows] = {}  # to cut them takes as long as an operation
+
+    def rows(self, length: int) -> Rows:
+        """Answer the rows, cut to ``length``."""
+        if length not in self._rows:
+            self._rows[length] = Rows.of(self._whole[:, :length])
+        return self._rows[length]
+
+
+class Rooms:
+    """As many rooms as there are threads that ask at the same time; each stays for the next who asks."""
+
+    def __init__(self) -> None:
+        self._free: dict[object, SimpleQueue[Room]] = defaultdict(SimpleQueue)
+
+    @contextmanager
+    def take(self, experts: int, length: int, dtype: torch.dtype, device: torch.device) -> Iterator[Room]:
+        """Lend a room; the arguments are those of `Room`."""
+        free = self._free[experts, length, dtype, device]
+        try:
+            room = free.get_nowait()
+        except Empty:
+            room = Room(experts, length, dtype, device)
+        try:
+            yield room
+        finally:
+            free.put(room)
