@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -15,21 +15,12 @@ from torch import Tensor
 INTERMEDIATE = 5  # rows beside the experts'
 
 
-def mapped(count: int, dtype: torch.dtype, *, huge: bool = False) -> Tensor:
-    """Answer a new flat tensor in main memory of its own, which goes back to the system when the tensor goes.
-
-    Args:
-        count: entries.
-        dtype: of any kind.
-        huge: ask for huge pages, with which long tensors are read faster, as translating their addresses takes less.
-    """
+def mapped(count: int, dtype: torch.dtype) -> Tensor:
+    """Answer a new flat tensor in main memory of its own, which goes back to the system when the tensor goes."""
     size = count * dtype.itemsize
     if not size or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.empty(count, dtype=dtype)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=count)
 
 
