@@ -88,6 +88,20 @@ def writes(models):
 
 def nothing(*, factor=1.0):
     return factor
+
+def of_vectors(base, vectors):
+    return sum(vectors)
+
+def of_prepared(base, prepared):
+    return base
+
+def of_rows(base, experts, rows=2):
+    return base + rows
+
+@merge_method(elementwise=True)
+def halves(vectors, *, rows):
+    rows.whole.mul_(0.5)
+    return sum(vectors[1:], vectors[0])
 """
 
 
@@ -224,6 +238,8 @@ def test_model_weights_are_an_error_where_the_function_takes_none(module: str) -
         ("users_owned.median", "there is no module 'users_owned' here"),
         ("users_own.sub.median", "there is no module|fails"),
         ("users_own.not_a_function", "is a int, not a function"),
+        ("users_own.of_vectors", "task vectors need @merge_method"),
+        ("users_own.of_prepared", r"a preparing pass needs @merge_method\(prepare=...\)"),
         ("users_own.nothing", "must take the list of tensors as its first argument"),
         ("broken.median", "importing broken fails: SyntaxError"),
         ("hungry.median", "importing hungry fails: No module named 'nowhere_at_all'"),
@@ -245,6 +261,12 @@ def test_modules_in_the_working_folder_are_found(tmp_path: Path, monkeypatch: py
     method = custom_method("lying_here.first")
     assert callable(method.function)
     monkeypatch.delitem(sys.modules, "lying_here")
+
+
+def test_rows_is_what_task_vectors_lie_in_for_a_declared_function_and_else_a_parameter_like_others(module: str) -> None:
+    models = one_tensor([1.0, 2.0], [2.0, 2.0], [3.0, -2.0])
+    assert merged(get_method(f"{module}.of_rows"), models, rows=3.0)["x"].tolist() == [4.0, 5.0]
+    assert merged(get_method(f"{module}.halves"), models)["x"].tolist() == [2.5, 0.0]
 
 
 def test_errors_of_the_users_function_keep_their_cause(module: str) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from mergelab.errors import ConfigError, NonFinite
+from mergelab.methods import job, room
 from mergelab.methods.engine import merge, merge_to_dict
 from mergelab.methods.registry import get_method, method_names
+from mergelab.methods.warm import Warm
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.source import TensorSource
 from tests.methods.toy import SHAPES, aligned, merged, merged_x, one_tensor, toy_models
@@ -177,3 +180,26 @@ def test_task_vectors_are_as_exact_as_the_more_exact_of_base_and_expert(dtype: t
         merged_x("task_arithmetic", backwards, lambda_=0.3), (expert + 0.3 * (base - expert.double())).to(dtype)
     )
     assert torch.equal(models.experts[0].get("x"), expert)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_ties"])
+def test_room_for_blocks_is_made_once_for_each_thread_in_a_warm_session_too(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[int, ...]] = []
+
+    class Counted(room.Room):
+        def __init__(self, *shape: Any) -> None:
+            super().__init__(*shape)
+            made.append(shape)
+
+    monkeypatch.setattr(room, "Room", Counted)
+    monkeypatch.setattr(job, "thread_count", lambda: 1)
+    models = toy_models()
+    merged(method, models)
+    assert len(made) == 1
+    targets = {name: torch.empty(models.experts[0].shape(name)) for name in models.names}
+    session = Warm(models, targets)
+    for scale in (0.3, 0.4, 0.5):
+        session.merge(get_method(method), {"lambda": scale, "weights": [1.0, 1.0, scale]})
+    assert len(made) == 2

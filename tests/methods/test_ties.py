@@ -14,7 +14,7 @@ from mergelab.errors import ConfigError
 from mergelab.methods.engine import merge
 from mergelab.methods.registry import get_method
 from mergelab.weights.align import AlignedModels
-from tests.methods.toy import SHAPES, merged, merged_x, one_tensor, task_vector, toy_models
+from tests.methods.toy import SHAPES, aligned, merged, merged_x, one_tensor, task_vector, toy_models
 from tests.parity import FORMULA, compared
 
 
@@ -81,6 +81,24 @@ def test_per_model_it_is_the_paper_on_the_flattened_models(density: float, optio
     answer = np.concatenate([result[key].numpy().ravel() for key in SHAPES])
     compared("ties", FORMULA, [result[key] for key in SHAPES], base + 0.8 * expected, options=options)
     np.testing.assert_allclose(answer, base + 0.8 * expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.25, 0.4, 0.7])
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+@pytest.mark.parametrize("start", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_difference_is_as_exact_as_its_models_and_what_is_made_of_all_as_the_most_exact(
+    start: torch.dtype, reduce: str, density: float
+) -> None:
+    generator = torch.Generator().manual_seed(4)
+    dtypes = (torch.float64, torch.bfloat16, torch.float32)
+    base = {"x": torch.randn(700, generator=generator, dtype=torch.float64).to(start)}
+    steps = [0.1 * torch.randn(700, generator=generator, dtype=torch.float64) for _ in dtypes]
+    models = aligned(base, [{"x": (base["x"] + step).to(d)} for step, d in zip(steps, dtypes, strict=True)])
+    found = dict(merge(get_method("ties"), {"density": density, "reduce": reduce}, models, dtype=torch.float64))["x"]
+    wide = [t if t.dtype == torch.float64 else t.float() for t in (base["x"], *(e.get("x") for e in models.experts))]
+    vectors = np.stack([(expert - wide[0]).double().numpy() for expert in wide[1:]])
+    expected = base["x"].double().numpy() + transcribed(vectors, density, reduce=reduce)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("density", [0.2, 0.7])
