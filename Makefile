@@ -8,7 +8,7 @@ demo: .venv/ready-run
 	$(BIN)/python -m mergelab method=ties task=rte
 
 test: .venv/ready-dev check
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 check: .venv/ready-dev
 	$(BIN)/ruff check .

@@ -19,6 +19,9 @@ pytest_plugins = ["tests.hub_fixtures"]
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
 
+# The tests of these files take longest, first those that do most; others fill the time beside them.
+LONG = ("test_real_data.py", "test_launchers.py", "test_sweep_killed.py", "test_readme.py", "test_hub_experiment.py")
+
 # Workers of pytest-xdist share the cores; the tests never ask the public hub, those that need one start it on loopback.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,6 +31,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "HYDRA_FULL_ERROR"):
     os.environ.pop(name, None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long tests, so that no worker is left with one of them at the end."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Have one worker more than there are cores: a third of the time tests wait for the processes that they start."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.fixture(scope="session")
