@@ -39,7 +39,8 @@ def fine_tune(encoder: Path, table: Any, seed: int, folder: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     model.train()
     for _ in range(EPOCHS):
-        for batch in torch.randperm(len(sentences)).split(32):
+        alike = torch.tensor([len(sentence) for sentence in sentences]).argsort().split(32)  # so that little is padded
+        for batch in (alike[i] for i in torch.randperm(len(alike)).tolist()):
             inputs = tokenizer(
                 [sentences[i] for i in batch.tolist()],
                 padding=True,
