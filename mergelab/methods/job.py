@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from threading import Lock
 from typing import Any
 
 import torch
@@ -15,13 +14,14 @@ from torch import Tensor
 
 from mergelab.errors import ConfigError, NonFinite, listed
 from mergelab.methods.blocks import BLOCK, all_finite, blocks, working
+from mergelab.methods.checked import checked_source
 from mergelab.methods.parameters import Parameters, Site
 from mergelab.methods.registry import MergeMethod, check_capabilities, check_parameters, resolve_weights
 from mergelab.methods.room import Room, Rooms, Rows
 from mergelab.methods.task_vectors import difference_into
 from mergelab.methods.workers import thread_count
-from mergelab.weights.align import AlignedModels, check_finite
-from mergelab.weights.source import TensorSource, WrappedSource
+from mergelab.weights.align import AlignedModels
+from mergelab.weights.source import TensorSource
 
 ACCELERATOR_BLOCK = 1 << 23  # entries; an accelerator wants more work at once than a core's cache holds
 
@@ -37,32 +37,6 @@ class Same:
 
     def __hash__(self) -> int:
         return id(self.value)
-
-
-class Checked(WrappedSource):
-    """A source whose tensors are looked through for NaN and infinity when they are first read, by whichever thread."""
-
-    def __init__(self, source: TensorSource) -> None:
-        self.source = source
-        self._seen: dict[str, bool] = {}
-        self._locks: dict[str, Lock] = {}
-
-    def get(self, key: str) -> Tensor:
-        """Read ``key``, and look it through at the first time."""
-        tensor = self.source.get(key)
-        if key not in self._seen:
-            with self._locks.setdefault(key, Lock()):
-                if key not in self._seen:
-                    flat = tensor.reshape(-1)
-                    if not all(all_finite(flat[part]) for part in blocks(flat.numel())):
-                        check_finite(self.source, key, tensor)
-                    self._seen[key] = True
-        return tensor
-
-
-def checked_source(source: TensorSource) -> Checked:
-    """Answer the source, with what is known of it where it has been looked through before."""
-    return source if isinstance(source, Checked) else Checked(source)
 
 
 @dataclass(frozen=True)

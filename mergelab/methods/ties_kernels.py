@@ -1,8 +1,8 @@
 """TIES in one pass: block by block in given room, or as one function for a compiler. Both count votes while they merge.
 
-Both compute what `mergelab.methods.ties.ties` computes, with the same roundings in the same order. They are written on
-their own because what is fast differs: plain operations must write into room that a core's cache holds already, and
-compiled ones must keep to what becomes few vector instructions.
+Both compute what `mergelab.methods.ties.ties` computes, with the same roundings in the same order. The compiled
+function is written on its own, as it must keep to what becomes few vector instructions, where plain operations must be
+few and write into room that a core's cache holds already.
 """
 
 from __future__ import annotations

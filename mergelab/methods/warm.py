@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mergelab.errors import KeyMismatch, NoRoom, ShapeMismatch, listed
 from mergelab.methods.blocks import blocks
+from mergelab.methods.checked import checked_source
 from mergelab.methods.engine import chunks_of, merge_models
-from mergelab.methods.job import Job, Same, add_scaled, checked_job, checked_source, merge_into, prepared_job
+from mergelab.methods.job import Job, Same, add_scaled, checked_job, merge_into, prepared_job
 from mergelab.methods.parameters import Parameters
 from mergelab.methods.registry import MergeMethod, check_parameters
 from mergelab.methods.room import Rooms
