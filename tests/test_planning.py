@@ -40,8 +40,11 @@ def test_an_estimator_that_there_is_not_for_models_that_write_is_refused(overrid
         overrides = ("method=fisher", *overrides)
     with pytest.raises(ConfigError, match=r"method\.estimator=expected: .* take sampled .* or empirical"):
         planned("method.estimator=expected", *overrides)
+    rule = "+method.rules=[{{match: '*.attention.*', estimator: {}}}]"
+    with pytest.raises(ConfigError, match=r"method\.estimator=expected: .* take sampled .* or empirical"):
+        planned(rule.format("expected"), *overrides)
     for estimator in ("auto", "sampled", "empirical"):
-        planned(f"method.estimator={estimator}", *overrides)
+        planned(f"method.estimator={estimator}", rule.format("sampled"), *overrides)
 
 
 @pytest.mark.parametrize(

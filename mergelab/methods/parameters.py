@@ -104,6 +104,12 @@ class Parameters(BaseModel):
         """Answer the values by the names that the function's signature uses (``lambda_``)."""
         return {name: getattr(self, name) for name in type(self).model_fields} | dict(self.model_extra or {})
 
+    def of_rules(self) -> list[dict[str, Any]]:
+        """Answer, for each rule by tensor name, the values that hold where it fits, by the function's names."""
+        rules = () if self._varied is None else self._varied.rules
+        plain = self.arguments()
+        return [{name: rule.values.get(key_of(name), value) for name, value in plain.items()} for rule in rules]
+
     def by_key(self) -> dict[str, Any]:
         """Answer the values by the names that configs use (``lambda``), as they were given."""
         values = {key_of(name): value for name, value in self.arguments().items()} | {

@@ -266,7 +266,9 @@ def against_writers(method: MergeMethod, parameters: Parameters) -> str | None:
     if method.writers is None:
         return None
     asked = inspect.signature(method.writers).parameters
-    return method.writers(**{name: value for name, value in parameters.arguments().items() if name in asked})
+    settings = (parameters.arguments(), *parameters.of_rules())
+    reasons = (method.writers(**{name: value for name, value in own.items() if name in asked}) for own in settings)
+    return next(filter(None, reasons), None)
 
 
 def resolve_weights(
