@@ -8,7 +8,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+
+_END = b"\0"  # no signal has this number
 
 
 @contextmanager
@@ -26,7 +28,7 @@ def told() -> Iterator[None]:
     os.set_blocking(sender, False)
     before = signal.signal(signal.SIGBUS, lambda *_: None)
     woken = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGBUS, signal.SIG_DFL))  # nobody watches there
+    _leave_children_alone()
     watcher = threading.Thread(target=_watch, args=(receiver,), name="bus errors", daemon=True)
     watcher.start()
     try:
@@ -34,13 +36,20 @@ def told() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(woken)
         signal.signal(signal.SIGBUS, before)
-        os.close(sender)
+        os.write(sender, _END)  # to close it would not end the watcher while a child holds it open
         watcher.join()
+        os.close(sender)
         os.close(receiver)
 
 
+@cache
+def _leave_children_alone() -> None:
+    """Let forked processes end by the signal, as nobody watches there."""
+    os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGBUS, signal.SIG_DFL))
+
+
 def _watch(receiver: int) -> None:
-    while number := os.read(receiver, 1):
+    while (number := os.read(receiver, 1)) != _END:
         if number[0] == signal.SIGBUS:
             checkpoint = sys.modules.get("mergelab.weights.checkpoint")
             line = None if checkpoint is None else checkpoint.changed_file()

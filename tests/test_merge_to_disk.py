@@ -242,6 +242,30 @@ def test_an_input_that_is_cut_between_the_look_at_it_and_the_read_is_named(
     assert not (workplace / "merged").exists()
 
 
+FORKING = """
+import os, time
+from mergelab import bus_error
+
+with bus_error.told():
+    if os.fork() == 0:
+        os.close(1)
+        os.close(2)
+        time.sleep(120)
+        os._exit(0)
+print("ended")
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="the system has no bus errors")
+def test_a_process_ends_though_a_child_that_it_forked_goes_on() -> None:
+    program = subprocess.Popen([sys.executable, "-c", FORKING], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        out, _ = program.communicate(timeout=60)
+    finally:
+        os.killpg(program.pid, signal.SIGKILL)
+    assert out == b"ended\n"
+
+
 def test_a_merge_killed_at_random_moments_never_looks_finished_and_goes_on(
     mergelab_command: Command, models: list[str], workplace: Path
 ) -> None:

@@ -32,14 +32,14 @@ from mergelab.methods.task_vectors import (
     elect_in,
     factors,
     of_each,
-    resolve_zeros,
+    resolve_zeros_,
     trim_,
     weighted_sum,
 )
 from mergelab.weights.align import AlignedModels
 
 
-def drop(vectors: Sequence[Tensor], site: Site, density: float | Sequence[float], rescale: bool) -> list[Tensor]:
+def drop_(vectors: Sequence[Tensor], site: Site, density: float | Sequence[float], rescale: bool) -> list[Tensor]:
     """Keep each entry with probability ``density``, and divide what is kept by it when ``rescale``: in place.
 
     Whether an entry is kept depends on the seed, the expert's name, the tensor's name and the entry's place in the
@@ -94,7 +94,7 @@ def dare(
     Returns:
         Σ w_t τ̂_t, of the vectors' shape and dtype.
     """
-    return weighted_sum(drop(vectors, site, density, rescale), factors(weights, len(vectors)))
+    return weighted_sum(drop_(vectors, site, density, rescale), factors(weights, len(vectors)))
 
 
 def dare_consensus(
@@ -122,7 +122,7 @@ def dare_consensus(
         def read(part: slice) -> list[Tensor]:
             # The masks of a strided sample are drawn for all that the stride passes over.
             dense = whole(slice(part.start, part.stop))
-            return [kept[:: part.step] for kept in drop(dense, replace(site, offset=part.start), shares, rescale)]
+            return [kept[:: part.step] for kept in drop_(dense, replace(site, offset=part.start), shares, rescale)]
 
         return read
 
@@ -197,7 +197,7 @@ def dare_ties(
     """
     shares = factors(weights, len(vectors))
     here = prepared[site.name]
-    for vector, threshold in zip(drop(vectors, site, density, rescale), here.thresholds, strict=True):
+    for vector, threshold in zip(drop_(vectors, site, density, rescale), here.thresholds, strict=True):
         trim_(vector, threshold)
-    signs = resolve_zeros(elect_in(rows, election_factors(shares, weights_at), election), here.tie_sign)
+    signs = resolve_zeros_(elect_in(rows, election_factors(shares, weights_at), election), here.tie_sign)
     return agree_(rows, signs, shares, reduce).mul_(signs)

@@ -13,7 +13,7 @@ from mergelab.methods.order import rank_of
 from mergelab.methods.parameters import Density
 from mergelab.methods.registry import merge_method
 from mergelab.methods.sparsify import ranked_magnitudes
-from mergelab.methods.task_vectors import disjoint_reduce, elect, resolve_zeros, weighted_sum
+from mergelab.methods.task_vectors import disjoint_reduce, elect, resolve_zeros_, weighted_sum
 from mergelab.weights.numerics import dot
 
 
@@ -75,6 +75,6 @@ def sce(vectors: Sequence[Tensor], *, select_topk: Density = 1.0) -> Tensor:
         return torch.zeros_like(vectors[0])
     shares = [of_one / whole for of_one in energy]
     combined = blockwise(
-        lambda *parts: disjoint_reduce(parts, resolve_zeros(elect(parts), 1.0), shares, "mean"), *selected
+        lambda *parts: disjoint_reduce(parts, resolve_zeros_(elect(parts), 1.0), shares, "mean"), *selected
     )
     return combined.view(vectors[0].shape)

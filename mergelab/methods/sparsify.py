@@ -17,7 +17,7 @@ from mergelab.methods.task_vectors import (
     Reduce,
     disjoint_reduce,
     elect,
-    resolve_zeros,
+    resolve_zeros_,
     task_vectors,
     weighted_sum,
 )
@@ -74,7 +74,7 @@ def agreed(
     votes = election_factors(weights, weights_at)
 
     def combine(*parts: Tensor) -> Tensor:
-        return disjoint_reduce(parts, resolve_zeros(elect(parts, votes, election), tie_sign), weights, reduce)
+        return disjoint_reduce(parts, resolve_zeros_(elect(parts, votes, election), tie_sign), weights, reduce)
 
     return blockwise(combine, *vectors)
 

@@ -110,7 +110,7 @@ def elect_in(rows: Rows, weights: Sequence[float], election: Election) -> Tensor
     return rows.signs.sign_()
 
 
-def resolve_zeros(signs: Tensor, sign: float) -> Tensor:
+def resolve_zeros_(signs: Tensor, sign: float) -> Tensor:
     """Replace every 0 by ``sign``, in place."""
     return signs if sign == 0 else signs.add_(sign / 2).sign_()
 

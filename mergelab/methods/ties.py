@@ -21,7 +21,7 @@ from mergelab.methods.consensus import (
 from mergelab.methods.parameters import Densities, Site, Weights
 from mergelab.methods.registry import merge_method
 from mergelab.methods.room import Rows
-from mergelab.methods.task_vectors import Election, Reduce, agree_, elect_in, factors, resolve_zeros, trim_
+from mergelab.methods.task_vectors import Election, Reduce, agree_, elect_in, factors, resolve_zeros_, trim_
 from mergelab.methods.ties_session import TiesSession
 from mergelab.weights.align import AlignedModels
 
@@ -116,5 +116,5 @@ def ties(
     here = prepared[site.name]
     for vector, threshold in zip(vectors, here.thresholds, strict=True):
         trim_(vector, threshold)
-    signs = resolve_zeros(elect_in(rows, election_factors(shares, weights_at), election), here.tie_sign)
+    signs = resolve_zeros_(elect_in(rows, election_factors(shares, weights_at), election), here.tie_sign)
     return agree_(rows, signs, shares, reduce).mul_(signs)

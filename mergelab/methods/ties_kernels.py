@@ -14,6 +14,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from mergelab.methods.consensus import WeightsAt, election_factors
 from mergelab.methods.room import Rows
 from mergelab.methods.task_vectors import (
     Election,
@@ -21,7 +22,7 @@ from mergelab.methods.task_vectors import (
     agree_,
     difference_into,
     elect_in,
-    resolve_zeros,
+    resolve_zeros_,
     trim_,
 )
 
@@ -38,17 +39,12 @@ class Vote:
     weights: tuple[float, ...]
     election: Election
     reduce: Reduce
-    before: bool
+    weights_at: WeightsAt
 
     @property
     def weighted(self) -> bool:
         """Whether the experts differ in weight, or have another one than 1."""
         return any(weight != 1 for weight in self.weights)
-
-    @property
-    def factors(self) -> tuple[float, ...]:
-        """What task vectors are multiplied by before they vote."""
-        return self.weights if self.before else (1.0,) * len(self.weights)
 
 
 def merge_block(
@@ -70,8 +66,9 @@ def merge_block(
     start = base if base.dtype == torch.float32 else rows.start.copy_(base)
     for row, end, threshold in zip(rows.vectors, ends, thresholds, strict=True):
         trim_(difference_into(row, end, start), threshold)
-    surplus = int(elect_in(rows, vote.factors, vote.election).sum())  # exact: a block has fewer than 2^24 entries
-    return agree_(rows, resolve_zeros(rows.signs, sign), vote.weights, vote.reduce), surplus
+    signs = elect_in(rows, election_factors(vote.weights, vote.weights_at), vote.election)
+    surplus = int(signs.sum())  # exact: a block has fewer than 2^24 entries
+    return agree_(rows, resolve_zeros_(signs, sign), vote.weights, vote.reduce), surplus
 
 
 @cache

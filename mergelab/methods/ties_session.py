@@ -138,7 +138,7 @@ class TiesSession:
         thresholds = find_thresholds(
             partial(open_task_vectors, job.models), sizes, own["density"], own["scope"], job.models, job.models.memo
         )
-        vote = Vote(tuple(own["weights"]), own["election"], own["reduce"], own["weights_at"] == "before")
+        vote = Vote(tuple(own["weights"]), own["election"], own["reduce"], own["weights_at"])
         asked = Asked(job, vote, thresholds)
         if path == "compiled":
             try:
@@ -230,7 +230,7 @@ class TiesSession:
         vote, scale = asked.vote, asked.scale(part.name)
         if not self._bounded(asked, part, scale):
             return self._plain(asked, part, sign)
-        function = compiled(vote.election, vote.reduce, vote.before, vote.weighted)
+        function = compiled(vote.election, vote.reduce, vote.weights_at == "before", vote.weighted)
         thresholds, given, weights, factor = map(torch.tensor, (asked.thresholds[part.name], sign, vote.weights, scale))
         surplus = function(part.base, list(part.ends), thresholds, given, weights, factor, part.target, part.vector)
         part.divide()

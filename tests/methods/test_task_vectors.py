@@ -16,7 +16,7 @@ from mergelab.methods.task_vectors import (
     disjoint_reduce,
     elect,
     factors,
-    resolve_zeros,
+    resolve_zeros_,
     task_vectors,
     trim_,
     weighted_sum,
@@ -58,7 +58,7 @@ def test_elected_signs_and_disjoint_mean_are_pefts(vectors: list[Tensor], electi
     trimmed = [merge_utils.magnitude_based_pruning(vector, 0.4) for vector in vectors]
     mask = merge_utils.calculate_majority_sign_mask(torch.stack(trimmed), method=theirs)
     expected = merge_utils.disjoint_merge(torch.stack(trimmed), mask)
-    signs = resolve_zeros(elect(trimmed, election=election), 1.0)
+    signs = resolve_zeros_(elect(trimmed, election=election), 1.0)
     ours = disjoint_reduce(trimmed, signs, (1.0,) * 5)
     note = "election and mean of what PEFT trimmed"
     compared("ties", "PEFT's disjoint_merge", ours, expected, options=f"election={election}", note=note)
@@ -97,7 +97,7 @@ def test_an_agreeing_expert_of_weight_zero_gives_zero_not_nan() -> None:
 
 @pytest.mark.parametrize(("sign", "expected"), [(1.0, [1, 1, -1]), (-1.0, [-1, 1, -1]), (0.0, [0, 1, -1])])
 def test_zero_signs_take_the_given_one(sign: float, expected: list[float]) -> None:
-    assert resolve_zeros(torch.tensor([0.0, 1.0, -1.0]), sign).tolist() == expected
+    assert resolve_zeros_(torch.tensor([0.0, 1.0, -1.0]), sign).tolist() == expected
 
 
 def test_task_vectors_of_half_precision_are_differences_in_float32() -> None:
