@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from mergelab.methods.registry import method_names  # noqa: E402
+from mergelab.engine.registry import method_names  # noqa: E402
 from tests.methods.toy import SHAPES  # noqa: E402
 from tests.parity import FORMULA, VARIABLE, Record, merge_records, read  # noqa: E402
 

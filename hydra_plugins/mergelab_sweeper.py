@@ -22,7 +22,7 @@ class MergelabSweeper(Sweeper):
         from hydra.core.plugins import Plugins
         from hydra.types import HydraContext
 
-        from mergelab.job_configs import JobConfigs
+        from mergelab.sweep.job_configs import JobConfigs
 
         self.loader, self.config = hydra_context.config_loader, config
         if config.hydra.runtime.choices.get("hydra/launcher") == "basic":  # jobs in this process
@@ -36,7 +36,7 @@ class MergelabSweeper(Sweeper):
         """Run the sweep that the settings and the command line's ``arguments`` describe."""
         from omegaconf import OmegaConf
 
-        from mergelab.sweeping import run_sweep
+        from mergelab.sweep.run import run_sweep
 
         node: Any = OmegaConf.to_container(self.config.hydra.sweeper, resolve=True)
         run_sweep(node, self.config, self.launcher, self.loader, arguments)

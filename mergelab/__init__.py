@@ -21,9 +21,9 @@ _EXPORTS = {
     "StateDict": "mergelab.weights.state_dict",
     "ModelTensorMapper": "mergelab.weights.mapper",
     "dict_map": "mergelab.weights.state_dict",
-    "model_merge": "mergelab.library",
-    "layer_merge": "mergelab.library",
-    "evaluate_glue_pipeline": "mergelab.tasks.pipeline",
+    "model_merge": "mergelab.api",
+    "layer_merge": "mergelab.api",
+    "evaluate_glue_pipeline": "mergelab.evaluation.pipeline",
 }
 
 
@@ -31,11 +31,11 @@ def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name]), name)
     if not name.startswith("_"):
-        library = import_module("mergelab.library")
+        library = import_module("mergelab.api")
         if name in library.function_names():
             return library.method_function(name)
     raise AttributeError(f"module 'mergelab' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS, *import_module("mergelab.library").function_names()])
+    return sorted([*globals(), *_EXPORTS, *import_module("mergelab.api").function_names()])

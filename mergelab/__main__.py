@@ -8,9 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mergelab import bus_error, left_out
+from mergelab.cli import overrides
 from mergelab.config import CONF_DIR
 from mergelab.errors import ConfigError, MergelabError, did_you_mean
+from mergelab.weights import truncated_file
 
 _MULTIRUN = frozenset({"-m", "--multirun"})
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -32,8 +33,8 @@ def main() -> None:
     traceback_wanted = os.environ.get(_FULL_ERROR) == "1"
     os.environ[_FULL_ERROR] = "1"  # Hydra then lets its errors through instead of printing them over many lines
     try:
-        left_out.check_named(given)
-        with bus_error.told():
+        overrides.check_named(given)
+        with truncated_file.told():
             _compose_and_run()
     except KeyboardInterrupt as interrupt:
         _close_grid("KILLED")
@@ -53,7 +54,7 @@ def _for_hydra(argument: str, arguments: Sequence[str]) -> list[str]:
     if match := _WHOLE.match(argument):
         return [f"~{match[1] or match[2]}", f"+{argument}"]
     multirun = not _MULTIRUN.isdisjoint(arguments)
-    if (spelled := left_out.spelled(argument, arguments, multirun=multirun)) is not None:
+    if (spelled := overrides.spelled(argument, arguments, multirun=multirun)) is not None:
         return [spelled]
     return [f"++{argument}" if _OPEN_KEYS.match(argument) else argument]
 
@@ -69,10 +70,10 @@ def _compose_and_run() -> None:
         from omegaconf import OmegaConf
 
         if OmegaConf.select(config, "sweep.job") is not None:
-            from mergelab.trial import run_job
+            from mergelab.sweep.trial import run_job
 
             return run_job(config)
-        from mergelab.experiment import run_experiment
+        from mergelab.experiment.run import run_experiment
 
         try:
             if config.get("sweep") is not None and HydraConfig.get().mode == RunMode.RUN:
@@ -102,7 +103,7 @@ def _close_grid(status: str) -> None:
     """Do not leave a grid's parent run open; without a grid there is nothing to close, and nothing to import."""
     if (tracking := sys.modules.get("mergelab.tracking")) is not None:
         tracking.close_open_parents(status)
-    if (grids := sys.modules.get("mergelab.grids")) is not None:
+    if (grids := sys.modules.get("mergelab.cli.grid_table")) is not None:
         grids.show_open_grids()
 
 
@@ -120,7 +121,7 @@ def _one_line(error: BaseException) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         text = str(error)
         if unknown := re.match(r"Could not override '([^']+)'.*(?:\s+To append to your config use \+(.*))?", text):
-            if (refusal := left_out.refusal(unknown[2] or "", error)) is not None:
+            if (refusal := overrides.refusal(unknown[2] or "", error)) is not None:
                 return refusal
             return f"{unknown[1]}: no such key{did_you_mean(unknown[1].lstrip('+'), _known_keys())}"
         return " ".join(text.split())

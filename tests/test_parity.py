@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mergelab.methods.registry import method_names
+from mergelab.engine.registry import method_names
 from tests.conftest import ROOT
 from tests.parity import FORMULA, RECORDED_MERGEKIT, VARIABLE, Record, compared, measured, merge_records, read
 

@@ -31,9 +31,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-from mergelab.tasks import packing
+from mergelab.evaluation import packed_linear
+from mergelab.evaluation.classification import encode, max_input_length, predict
 from mergelab.tasks.data import TaskData, load_data
-from mergelab.tasks.evaluate import encode, max_input_length, predict
 from mergelab.tasks.spec import load_task
 
 Array = np.ndarray[Any, Any]
@@ -142,7 +142,7 @@ def ways(model: Any, tokenizer: Any, data: TaskData, device: str) -> list[Way]:
         return predict(model, encoded, device=device, dtype=dtype).argmax(axis=1)
 
     def evaluate_plainly() -> Array:
-        with mock.patch.object(packing, "_can_pack", return_value=False):
+        with mock.patch.object(packed_linear, "_can_pack", return_value=False):
             return evaluate("float32")
 
     return [

@@ -41,9 +41,9 @@ METHODS: dict[str, tuple[list[str], str, str]] = {
 
 ALONE = """
 import sys, time
-from mergelab.methods.engine import merge_in_parts
-from mergelab.methods.job import checked_job
-from mergelab.methods.registry import get_method
+from mergelab.engine.run import merge_in_parts
+from mergelab.engine.request import checked_job
+from mergelab.engine.registry import get_method
 from mergelab.weights.align import align
 from mergelab.weights.checkpoint import open_checkpoint
 from mergelab.weights.source import layout_of

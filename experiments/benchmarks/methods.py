@@ -36,13 +36,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from merging import anonymous_memory
 from model_sets import build
 
-from mergelab.methods.engine import merge
-from mergelab.methods.examples import Batch
-from mergelab.methods.input_products import InputProducts, run_for_products
-from mergelab.methods.registry import get_method
-from mergelab.methods.running import on_one_thread
-from mergelab.methods.statistics import diagonal_fisher
-from mergelab.methods.workers import in_order, thread_count
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge
+from mergelab.estimation.examples import Batch
+from mergelab.estimation.fisher import diagonal_fisher
+from mergelab.estimation.forward import on_one_thread
+from mergelab.estimation.input_gram import InputProducts, run_for_products
+from mergelab.ops.threads import in_order, thread_count
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.checkpoint import open_checkpoint
 

@@ -22,8 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from model_sets import build
 
-from mergelab.methods.registry import get_method
-from mergelab.methods.warm import Warm
+from mergelab.engine.registry import get_method
+from mergelab.engine.warm_session import Warm
 from mergelab.weights.align import align
 from mergelab.weights.checkpoint import open_checkpoint
 

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mergelab.evaluation.dispatch import prepare
+from mergelab.evaluation.packed_linear import inference_copy
 from mergelab.tasks.data import TaskData, load_data
-from mergelab.tasks.inputs import prepare
-from mergelab.tasks.packing import inference_copy
 from mergelab.tasks.spec import load_task
 
 

@@ -1,1 +1,1 @@
-"""How weights are combined: a file per family, small pure functions on tensors, one registry and one engine."""
+"""Merge methods: a file per method, named as in conf/method."""

@@ -12,8 +12,8 @@ import argparse
 import inspect
 import sys
 
+from mergelab.engine.catalogue import COLUMNS, Entry, entries, entry, markdown
 from mergelab.errors import MergelabError
-from mergelab.methods.catalogue import COLUMNS, Entry, entries, entry, markdown
 
 LEGEND = (
     "B: a base model, D: the experts' training examples, G: gradients, S: examples that select, 2: exactly two "

@@ -14,18 +14,18 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mergelab.engine.parameters import Fraction, Site
+from mergelab.engine.registry import merge_method
 from mergelab.errors import ConfigError
-from mergelab.methods.blocks import working
-from mergelab.methods.examples import LABELS, Batch, Examples, ExpertExamples
+from mergelab.estimation.disk_cache import kept
+from mergelab.estimation.examples import LABELS, Batch, Examples, ExpertExamples
+from mergelab.estimation.forward import frozen, on_one_thread, size_of
 from mergelab.methods.fisher import Positive, Samples
-from mergelab.methods.gram import combined
-from mergelab.methods.kept import kept
-from mergelab.methods.parameters import Fraction, Site
-from mergelab.methods.random import stream_key, words
-from mergelab.methods.registry import merge_method
-from mergelab.methods.running import frozen, on_one_thread, size_of
-from mergelab.methods.task_vectors import weighted_sum
-from mergelab.methods.workers import in_order, thread_count
+from mergelab.ops.blocks import working
+from mergelab.ops.gram import combined
+from mergelab.ops.philox import stream_key, words
+from mergelab.ops.task_vectors import weighted_sum
+from mergelab.ops.threads import in_order, thread_count
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.numerics import dot
 

@@ -7,13 +7,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from mergelab.methods.blocks import blocks
-from mergelab.methods.consensus import WeightsAt, ZeroSign, check_weights
-from mergelab.methods.order import rank_of
-from mergelab.methods.parameters import Densities, Fractions, Weights
-from mergelab.methods.registry import merge_method
-from mergelab.methods.sparsify import agreed, ranked_magnitudes, row_blocks, rows, sign_of_ties, summed
-from mergelab.methods.task_vectors import Election, Reduce, factors, of_each
+from mergelab.engine.parameters import Densities, Fractions, Weights
+from mergelab.engine.registry import merge_method
+from mergelab.ops.blocks import blocks
+from mergelab.ops.kth_largest import rank_of
+from mergelab.ops.sign_consensus import WeightsAt, ZeroSign, check_weights
+from mergelab.ops.sparsify import agreed, ranked_magnitudes, row_blocks, rows, sign_of_ties, summed
+from mergelab.ops.task_vectors import Election, Reduce, factors, of_each
 from mergelab.weights.align import AlignedModels
 
 RowScope = Literal["row", "tensor"]

@@ -9,7 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergelab.methods.consensus import (
+from mergelab.engine.parameters import Densities, OptionalDensities, Site, Weights
+from mergelab.engine.registry import merge_method
+from mergelab.ops.philox import bernoulli, stream_key
+from mergelab.ops.sign_consensus import (
     Consensus,
     Scope,
     Vectors,
@@ -21,11 +24,7 @@ from mergelab.methods.consensus import (
     open_task_vectors,
     prepare_consensus,
 )
-from mergelab.methods.parameters import Densities, OptionalDensities, Site, Weights
-from mergelab.methods.random import bernoulli, stream_key
-from mergelab.methods.registry import merge_method
-from mergelab.methods.room import Rows
-from mergelab.methods.task_vectors import (
+from mergelab.ops.task_vectors import (
     Election,
     Reduce,
     agree_,
@@ -36,6 +35,7 @@ from mergelab.methods.task_vectors import (
     trim_,
     weighted_sum,
 )
+from mergelab.ops.workspace import Rows
 from mergelab.weights.align import AlignedModels
 
 
@@ -81,7 +81,7 @@ def dare(
 
     θ0 + λ·Σ w_t τ̂_t with τ̂_t = m_t·τ_t / density and m_t ~ Bernoulli(density), independent for each entry and expert
     (Yu et al. 2024, arXiv:2311.03099; their drop rate p is 1 − density). Divided by the density, not by the number of
-    experts or of survivors. Departures: none; masks come from a counter-based generator (`mergelab.methods.random`).
+    experts or of survivors. Departures: none; masks come from a counter-based generator (`mergelab.ops.philox`).
 
     Args:
         vectors: T task vectors, float32 or float64; they are written over.

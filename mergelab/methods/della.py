@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mergelab.engine.parameters import Densities, Fractions, Site, Weights
+from mergelab.engine.registry import merge_method
 from mergelab.errors import ConfigError
-from mergelab.methods.consensus import WeightsAt, ZeroSign, check_weights
-from mergelab.methods.parameters import Densities, Fractions, Site, Weights
-from mergelab.methods.random import stream_key, words
-from mergelab.methods.registry import merge_method
-from mergelab.methods.sparsify import agreed, row_blocks, rows, sign_of_ties, summed
-from mergelab.methods.task_vectors import Election, Reduce, factors, of_each
+from mergelab.ops.philox import stream_key, words
+from mergelab.ops.sign_consensus import WeightsAt, ZeroSign, check_weights
+from mergelab.ops.sparsify import agreed, row_blocks, rows, sign_of_ties, summed
+from mergelab.ops.task_vectors import Election, Reduce, factors, of_each
 from mergelab.weights.align import AlignedModels
 
 

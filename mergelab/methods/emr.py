@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mergelab.methods.blocks import blocks
-from mergelab.methods.consensus import open_task_vectors
-from mergelab.methods.registry import merge_method
-from mergelab.methods.task_vectors import disjoint_reduce, elect
-from mergelab.methods.workers import in_order
+from mergelab.engine.registry import merge_method
+from mergelab.ops.blocks import blocks
+from mergelab.ops.sign_consensus import open_task_vectors
+from mergelab.ops.task_vectors import disjoint_reduce, elect
+from mergelab.ops.threads import in_order
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.numerics import total
 

@@ -11,13 +11,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mergelab.engine.parameters import Site, Weights
+from mergelab.engine.registry import merge_method
 from mergelab.errors import ConfigError, listed
-from mergelab.methods.examples import Examples, ExpertExamples
-from mergelab.methods.kept import kept
-from mergelab.methods.parameters import Site, Weights
-from mergelab.methods.registry import merge_method
-from mergelab.methods.statistics import Estimator, diagonal_fisher, of_writers
-from mergelab.methods.task_vectors import factors
+from mergelab.estimation.disk_cache import kept
+from mergelab.estimation.examples import Examples, ExpertExamples
+from mergelab.estimation.fisher import Estimator, diagonal_fisher, of_writers
+from mergelab.ops.task_vectors import factors
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.numerics import norm
 

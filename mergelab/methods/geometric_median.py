@@ -10,9 +10,9 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from mergelab.methods.gram import Array, combined, gram, length
-from mergelab.methods.registry import merge_method
-from mergelab.methods.workers import in_order
+from mergelab.engine.registry import merge_method
+from mergelab.ops.gram import Array, combined, gram, length
+from mergelab.ops.threads import in_order
 from mergelab.weights.align import AlignedModels
 
 SETTLED = 1e-12  # change of the coefficients below which the iteration has arrived

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergelab.methods.examples import Examples
+from mergelab.engine.parameters import Site, Weights
+from mergelab.engine.registry import merge_method
+from mergelab.estimation.examples import Examples
+from mergelab.estimation.fisher import Estimator, of_writers
 from mergelab.methods.fisher import Diagonal, Positive, Samples, check_shares, diagonals
-from mergelab.methods.parameters import Site, Weights
-from mergelab.methods.registry import merge_method
-from mergelab.methods.statistics import Estimator, of_writers
-from mergelab.methods.task_vectors import factors
+from mergelab.ops.task_vectors import factors
 from mergelab.weights.align import AlignedModels
 
 

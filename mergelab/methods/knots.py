@@ -11,8 +11,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergelab.methods.blocks import blocks
-from mergelab.methods.consensus import (
+from mergelab.engine.parameters import Densities, Site, Weights
+from mergelab.engine.registry import merge_method
+from mergelab.ops.blocks import blocks
+from mergelab.ops.kth_largest import rank_of
+from mergelab.ops.layout import inputs_first
+from mergelab.ops.sign_consensus import (
     Consensus,
     Vectors,
     check_weights,
@@ -20,15 +24,11 @@ from mergelab.methods.consensus import (
     open_task_vectors,
     prepare_consensus,
 )
-from mergelab.methods.factorised import Tall, assembled, decompose_leading
-from mergelab.methods.matrix_names import inputs_first
-from mergelab.methods.order import rank_of
-from mergelab.methods.parameters import Densities, Site, Weights
-from mergelab.methods.registry import merge_method
-from mergelab.methods.sparsify import agreed, ranked_magnitudes
-from mergelab.methods.spectral import is_matrix
-from mergelab.methods.task_vectors import factors, of_each, task_vectors, trim_
-from mergelab.methods.workers import in_order
+from mergelab.ops.sparsify import agreed, ranked_magnitudes
+from mergelab.ops.spectral import is_matrix
+from mergelab.ops.svd import Tall, assembled, decompose_leading
+from mergelab.ops.task_vectors import factors, of_each, task_vectors, trim_
+from mergelab.ops.threads import in_order
 from mergelab.weights.align import AlignedModels
 
 KnotsScope = Literal["model", "tensor"]

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from mergelab.engine.chaining import check_then, following
+from mergelab.engine.parameters import Weights
+from mergelab.engine.registry import Substitute, check_parameters, merge_method
 from mergelab.errors import ConfigError
-from mergelab.methods.following import check_then, following
-from mergelab.methods.parameters import Weights
-from mergelab.methods.registry import Substitute, check_parameters, merge_method
 from mergelab.weights.align import AlignedModels
 
 

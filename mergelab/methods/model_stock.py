@@ -9,9 +9,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from mergelab.methods.blocks import blocks, blockwise
-from mergelab.methods.registry import merge_method
-from mergelab.methods.task_vectors import task_vectors, weighted_sum
+from mergelab.engine.registry import merge_method
+from mergelab.ops.blocks import blocks, blockwise
+from mergelab.ops.task_vectors import task_vectors, weighted_sum
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.numerics import dot
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergelab.methods.blocks import blocks
-from mergelab.methods.consensus import Vectors, open_task_vectors
-from mergelab.methods.order import Array, Open, kth_largest
-from mergelab.methods.parameters import Density
-from mergelab.methods.registry import merge_method
-from mergelab.methods.task_vectors import weighted_sum
-from mergelab.methods.workers import chunks, in_order
+from mergelab.engine.parameters import Density
+from mergelab.engine.registry import merge_method
+from mergelab.ops.blocks import blocks
+from mergelab.ops.kth_largest import Array, Open, kth_largest
+from mergelab.ops.sign_consensus import Vectors, open_task_vectors
+from mergelab.ops.task_vectors import weighted_sum
+from mergelab.ops.threads import chunks, in_order
 from mergelab.weights.align import AlignedModels
 
 OUTLIERS = 1e-4  # fraction of the magnitudes that is clamped at either end

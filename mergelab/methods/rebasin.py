@@ -14,14 +14,14 @@ from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from mergelab.engine.chaining import check_then, following
+from mergelab.engine.parameters import Weights
+from mergelab.engine.registry import Substitute, merge_method
 from mergelab.errors import ConfigError, MergeWarning
-from mergelab.methods.blocks import blocks
-from mergelab.methods.following import check_then, following
-from mergelab.methods.parameters import Weights
-from mergelab.methods.permutations import Permutation, Slot, find_permutations
-from mergelab.methods.random import stream_key, words
-from mergelab.methods.registry import Substitute, merge_method
-from mergelab.methods.workers import in_order
+from mergelab.ops.blocks import blocks
+from mergelab.ops.permutations import Permutation, Slot, find_permutations
+from mergelab.ops.philox import stream_key, words
+from mergelab.ops.threads import in_order
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.source import TensorSource, WrappedSource
 

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergelab.engine.parameters import Fraction, Site
+from mergelab.engine.registry import merge_method
 from mergelab.errors import MergeWarning
-from mergelab.methods.averaging import soup
-from mergelab.methods.blocks import blocks
-from mergelab.methods.examples import Examples
+from mergelab.estimation.examples import Examples
+from mergelab.estimation.input_gram import InputProducts, input_products
 from mergelab.methods.fisher import Positive, Samples
-from mergelab.methods.input_products import InputProducts, input_products
-from mergelab.methods.parameters import Fraction, Site
-from mergelab.methods.registry import merge_method
+from mergelab.methods.soup import soup
+from mergelab.ops.blocks import blocks
 from mergelab.weights.align import AlignedModels
 
 ENTRIES = 1 << 20  # of a layer's weight that are solved for at once

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergelab.methods.blocks import blocks, blockwise
-from mergelab.methods.order import rank_of
-from mergelab.methods.parameters import Density
-from mergelab.methods.registry import merge_method
-from mergelab.methods.sparsify import ranked_magnitudes
-from mergelab.methods.task_vectors import disjoint_reduce, elect, resolve_zeros_, weighted_sum
+from mergelab.engine.parameters import Density
+from mergelab.engine.registry import merge_method
+from mergelab.ops.blocks import blocks, blockwise
+from mergelab.ops.kth_largest import rank_of
+from mergelab.ops.sparsify import ranked_magnitudes
+from mergelab.ops.task_vectors import disjoint_reduce, elect, resolve_zeros_, weighted_sum
 from mergelab.weights.numerics import dot
 
 

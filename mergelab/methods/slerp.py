@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergelab.methods.blocks import blockwise
-from mergelab.methods.parameters import Fraction
-from mergelab.methods.registry import merge_method
+from mergelab.engine.parameters import Fraction
+from mergelab.engine.registry import merge_method
+from mergelab.ops.blocks import blockwise
 from mergelab.weights.numerics import dot, norm
 
 COLLINEAR = 1e-12  # sin²Ω up to which an arc has no direction that float64 could tell

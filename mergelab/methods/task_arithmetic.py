@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergelab.methods.parameters import Weights
-from mergelab.methods.registry import merge_method
-from mergelab.methods.task_vectors import factors, weighted_sum
+from mergelab.engine.parameters import Weights
+from mergelab.engine.registry import merge_method
+from mergelab.ops.task_vectors import factors, weighted_sum
 
 
 @merge_method(

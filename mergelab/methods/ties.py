@@ -7,7 +7,10 @@ from functools import partial
 
 from torch import Tensor
 
-from mergelab.methods.consensus import (
+from mergelab.engine.parameters import Densities, Site, Weights
+from mergelab.engine.registry import merge_method
+from mergelab.engine.ties_session import TiesSession
+from mergelab.ops.sign_consensus import (
     Consensus,
     Scope,
     WeightsAt,
@@ -18,11 +21,8 @@ from mergelab.methods.consensus import (
     open_task_vectors,
     prepare_consensus,
 )
-from mergelab.methods.parameters import Densities, Site, Weights
-from mergelab.methods.registry import merge_method
-from mergelab.methods.room import Rows
-from mergelab.methods.task_vectors import Election, Reduce, agree_, elect_in, factors, resolve_zeros_, trim_
-from mergelab.methods.ties_session import TiesSession
+from mergelab.ops.task_vectors import Election, Reduce, agree_, elect_in, factors, resolve_zeros_, trim_
+from mergelab.ops.workspace import Rows
 from mergelab.weights.align import AlignedModels
 
 

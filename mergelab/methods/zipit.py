@@ -15,20 +15,20 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from mergelab.engine.parameters import Fraction
+from mergelab.engine.registry import MergeMethod, Substitute, check_parameters, merge_method
 from mergelab.errors import ConfigError, MergeWarning
-from mergelab.methods.averaging import soup
-from mergelab.methods.blocks import working
-from mergelab.methods.examples import Batch, Examples, ExpertExamples
-from mergelab.methods.features import layer_inputs
+from mergelab.estimation.disk_cache import kept
+from mergelab.estimation.examples import Batch, Examples, ExpertExamples
+from mergelab.estimation.features import layer_inputs
 from mergelab.methods.fisher import Samples
-from mergelab.methods.kept import kept
-from mergelab.methods.matrix_names import inputs_first
-from mergelab.methods.parameters import Fraction
-from mergelab.methods.permutations import Permutation, Slot, find_permutations
 from mergelab.methods.rebasin import config_of, head_groups, place
-from mergelab.methods.registry import MergeMethod, Substitute, check_parameters, merge_method
-from mergelab.methods.workers import in_order
-from mergelab.methods.zipping import Likeness, Places, zipped
+from mergelab.methods.soup import soup
+from mergelab.ops.blocks import working
+from mergelab.ops.feature_matching import Likeness, Places, zipped
+from mergelab.ops.layout import inputs_first
+from mergelab.ops.permutations import Permutation, Slot, find_permutations
+from mergelab.ops.threads import in_order
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.source import TensorSource, WrappedSource
 

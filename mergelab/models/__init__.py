@@ -1,1 +1,1 @@
-"""What is merged: references, where they come from, heads, and the embedded miniature."""
+"""What is merged: references, hub, heads, vocabularies, encoder–decoders."""

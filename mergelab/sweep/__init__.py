@@ -1,1 +1,1 @@
-"""Sweeps on Optuna: search spaces, samplers, studies that can be gone on with, pruning, and what is shown of them."""
+"""Sweeps on Optuna: plan, trials, scheduling, study, pruners, launchers."""

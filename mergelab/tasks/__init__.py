@@ -1,1 +1,1 @@
-"""What is measured: tasks, their data and labels, metrics, protocols, and how sure a score is."""
+"""What is measured: task specs, data, labels, splits, prompts."""

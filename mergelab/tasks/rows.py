@@ -11,7 +11,7 @@ import numpy as np
 from mergelab.errors import DataError, listed
 from mergelab.tasks.labels import same_label
 from mergelab.tasks.prompting import answer, fill, score_text
-from mergelab.tasks.protocol import stratified_sample
+from mergelab.tasks.splits import stratified_sample
 
 if TYPE_CHECKING:
     from mergelab.tasks.spec import TaskSpec

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from mergelab.config import CONF_DIR, check
 from mergelab.errors import ConfigError, DataError, did_you_mean, listed
-from mergelab.tasks.harness import check_installed
-from mergelab.tasks.metrics import METRICS, Direction, metric_directions
-from mergelab.tasks.metrics.text import TEXT_METRICS
+from mergelab.evaluation.lm_eval import check_installed
+from mergelab.evaluation.metrics import METRICS, Direction, metric_directions
+from mergelab.evaluation.metrics.text import TEXT_METRICS
 from mergelab.tasks.prompting import AnswerKind, plain_word, template_columns, worked_examples
 from mergelab.tasks.schema import (
     SCHEMAS,

@@ -14,11 +14,11 @@ import torch
 from mlflow.tracking import MlflowClient
 from torch import Tensor, nn
 
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge, merge_to_dict
 from mergelab.errors import ConfigError
+from mergelab.estimation.examples import Batch
 from mergelab.methods.adamerging import mean_entropy, positions
-from mergelab.methods.engine import merge, merge_to_dict
-from mergelab.methods.examples import Batch
-from mergelab.methods.registry import get_method
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.module import load_into
 from mergelab.weights.source import DictSource
@@ -312,7 +312,7 @@ def test_what_cannot_be_learnt_from_is_refused_in_one_line() -> None:
 def test_a_run_on_the_miniature_records_examples_and_coefficients(
     mergelab_command: Callable[..., Outcome], workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mergelab.calibration import Calibration, TrainingExamples
+    from mergelab.experiment.calibration import Calibration, TrainingExamples
 
     asked: list[str] = []
     monkeypatch.setattr(Calibration, "folder", workplace / "statistics")

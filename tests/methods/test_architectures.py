@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mergelab.engine.registry import get_method, method_names
+from mergelab.engine.run import merge_to_dict
 from mergelab.errors import ConfigError
-from mergelab.methods.engine import merge_to_dict
-from mergelab.methods.registry import get_method, method_names
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.module import copy_module, load_into
 from mergelab.weights.source import DictSource

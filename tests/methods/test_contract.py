@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergelab.engine.parameters import key_of
+from mergelab.engine.registry import MergeMethod, get_method, method_config, method_names
+from mergelab.engine.run import merge
 from mergelab.errors import ConfigError, NonFinite
-from mergelab.methods.engine import merge
-from mergelab.methods.parameters import key_of
-from mergelab.methods.registry import MergeMethod, get_method, method_config, method_names
 from mergelab.weights.align import AlignedModels
 from tests.methods.toy import SHAPES, aligned, merged, output_of, streamed, tensors, toy_models
 
@@ -271,7 +271,7 @@ def test_weights_of_the_models_count_or_are_an_error(name: str) -> None:
 def test_chunks_that_several_threads_work_on_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     models = models_for(name)
     whole = merged(name, models)
-    monkeypatch.setattr("mergelab.methods.engine.CHUNK", 7001)
-    monkeypatch.setattr("mergelab.methods.workers.CHUNK", 7001)
+    monkeypatch.setattr("mergelab.engine.run.CHUNK", 7001)
+    monkeypatch.setattr("mergelab.ops.threads.CHUNK", 7001)
     torch.set_num_threads(3)
     assert_same_bits(whole, merged(name, models))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge
 from mergelab.errors import ConfigError
-from mergelab.methods.engine import merge
-from mergelab.methods.random import bernoulli, stream_key
-from mergelab.methods.registry import get_method
+from mergelab.ops.philox import bernoulli, stream_key
 from tests.methods.toy import SHAPES, merged, merged_x, one_tensor, task_vector, toy_models
 from tests.parity import FORMULA, compared
 

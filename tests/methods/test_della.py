@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge
 from mergelab.errors import ConfigError
 from mergelab.methods.della import keep_probabilities
-from mergelab.methods.engine import merge
-from mergelab.methods.random import stream_key, words
-from mergelab.methods.registry import get_method
+from mergelab.ops.philox import stream_key, words
 from mergelab.weights.align import AlignedModels
 from tests.methods.toy import SHAPES, aligned, distinct_models, merged, merged_x, one_tensor, task_vector, toy_models
 from tests.parity import FORMULA, RECORDED_MERGEKIT, compared

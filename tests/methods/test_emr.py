@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge
 from mergelab.errors import ConfigError
-from mergelab.methods.engine import merge
-from mergelab.methods.registry import get_method
 from mergelab.weights.align import AlignedModels
 from tests.methods.toy import SHAPES, aligned, distinct_models, merged, merged_x, one_tensor, task_vector, toy_models
 from tests.parity import FORMULA, compared

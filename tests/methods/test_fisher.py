@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergelab.engine.parameters import Site
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge, merge_to_dict
 from mergelab.errors import ConfigError
-from mergelab.methods.engine import merge, merge_to_dict
 from mergelab.methods.fisher import Diagonal, fisher
-from mergelab.methods.parameters import Site
-from mergelab.methods.registry import get_method
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.source import DictSource
 from tests.methods.tiny_classifiers import Expert, classifier
@@ -110,7 +110,7 @@ def formula_fisher(theta: list[Tensor], information: list[Tensor], weights: list
 
 
 def test_whole_models_are_merged_by_the_papers_formula(berts: tuple[AlignedModels, Drawn]) -> None:
-    from mergelab.methods.statistics import diagonal_fisher
+    from mergelab.estimation.fisher import diagonal_fisher
 
     models, drawn = berts
     method = get_method("fisher")
@@ -133,7 +133,7 @@ def test_whole_models_are_merged_by_the_papers_formula(berts: tuple[AlignedModel
 
 
 def test_gradient_matching_is_the_papers_formula(berts: tuple[AlignedModels, Drawn]) -> None:
-    from mergelab.methods.statistics import diagonal_fisher
+    from mergelab.estimation.fisher import diagonal_fisher
 
     models, drawn = berts
     assert models.base is not None

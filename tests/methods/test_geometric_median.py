@@ -9,10 +9,10 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge
 from mergelab.errors import ConfigError
-from mergelab.methods.engine import merge
 from mergelab.methods.geometric_median import geometric_median
-from mergelab.methods.registry import get_method
 from mergelab.weights.align import AlignedModels
 from tests.methods.toy import SHAPES, merged, merged_x, one_tensor, toy_models
 from tests.parity import FORMULA, compared

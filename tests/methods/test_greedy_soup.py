@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge_to_dict
 from mergelab.errors import ConfigError
-from mergelab.methods.engine import merge_to_dict
-from mergelab.methods.registry import get_method
 from tests.methods.toy import SHAPES, merged, toy_models
 from tests.parity import FORMULA, compared
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from mergelab.engine.registry import check_parameters, get_method
+from mergelab.engine.warm_session import Warm
 from mergelab.errors import ConfigError
 from mergelab.methods import knots as module
-from mergelab.methods.registry import check_parameters, get_method
-from mergelab.methods.warm import Warm
 from mergelab.weights.align import AlignedModels
 from tests.methods.toy import NAMES, SHAPES, aligned, merged, merged_x, one_tensor, toy_models
 from tests.parity import FORMULA, compared
@@ -215,7 +215,7 @@ def test_gpt2s_matrices_are_turned_so_that_outputs_are_shared(scope: str) -> Non
 def test_the_largest_matrix_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = drawn((200, 30), 3)
     whole = merged_matrix(vectors)
-    monkeypatch.setattr("mergelab.methods.factorised.ROWS", 64)
+    monkeypatch.setattr("mergelab.ops.svd.ROWS", 64)
     np.testing.assert_allclose(merged_matrix(vectors), whole, rtol=0, atol=1e-14)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mergelab.errors import ConfigError
-from tests.methods.test_rules import NAMES, models
+from tests.engine.test_per_tensor import NAMES, models
 from tests.methods.toy import merged
 from tests.parity import FORMULA, compared
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergelab.methods.random import stream_key, words
+from mergelab.ops.philox import stream_key, words
 from mergelab.weights.align import AlignedModels
 from tests.methods.toy import SHAPES, distinct_models, merged, merged_x, one_tensor, toy_models
 from tests.parity import compared

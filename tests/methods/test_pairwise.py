@@ -9,9 +9,9 @@ import pytest
 import torch
 from scipy.special import rel_entr, softmax
 
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge
 from mergelab.errors import ConfigError
-from mergelab.methods.engine import merge
-from mergelab.methods.registry import get_method
 from tests.methods.toy import SHAPES, aligned, merged, merged_x, one_tensor, toy_models
 from tests.parity import FORMULA, RECORDED_MERGEKIT, compared
 

@@ -22,11 +22,11 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge
 from mergelab.errors import ConfigError, MergeWarning, NonFinite
-from mergelab.methods.engine import merge
-from mergelab.methods.permutations import find_permutations
 from mergelab.methods.rebasin import PermutedSource, indices, match
-from mergelab.methods.registry import get_method
+from mergelab.ops.permutations import find_permutations
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.checkpoint import open_checkpoint
 from mergelab.weights.source import DictSource

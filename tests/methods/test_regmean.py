@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mergelab.engine.parameters import Site
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge, merge_to_dict
 from mergelab.errors import MergeWarning
-from mergelab.methods.engine import merge, merge_to_dict
-from mergelab.methods.input_products import InputProducts, run_for_products
-from mergelab.methods.parameters import Site
-from mergelab.methods.registry import get_method
+from mergelab.estimation.input_gram import InputProducts, run_for_products
 from mergelab.methods.regmean import regmean
 from mergelab.weights.align import align
 from mergelab.weights.source import DictSource

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mergelab.methods.engine import merge_to_dict
-from mergelab.methods.input_products import InputSums, linear_layers
-from mergelab.methods.registry import get_method
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge_to_dict
+from mergelab.estimation.input_gram import InputSums, linear_layers
 from mergelab.methods.regmean_plus import stages_of
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.source import DictSource

@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy.spatial import geometric_slerp
 
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge
 from mergelab.errors import ConfigError
-from mergelab.methods.engine import merge
-from mergelab.methods.registry import get_method
 from tests.methods.toy import SHAPES, merged, merged_x, one_tensor, toy_models
 from tests.parity import FORMULA, compared
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mergelab.methods import factorised
-from mergelab.methods.factorised import decompose, decompose_leading, tall
-from mergelab.methods.spectral import directions, iso_c, iso_cts, tsv_m
+from mergelab.ops import svd
+from mergelab.ops.spectral import directions, iso_c, iso_cts, tsv_m
+from mergelab.ops.svd import decompose, decompose_leading, tall
 from tests.methods.toy import aligned, merged, merged_x, one_tensor, task_vector, toy_models
 from tests.parity import FORMULA, compared
 
@@ -241,19 +241,19 @@ def test_iso_cts_projects_on_the_side_of_the_outputs_where_conv1d_stores_them_la
 
 @pytest.mark.parametrize("method", [tsv_m, iso_c, iso_cts])
 def test_matrices_read_in_several_blocks_are_the_same(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mergelab.methods.parameters import Site
+    from mergelab.engine.parameters import Site
 
     options = {"site": Site("x", (), (120, 40))} if method is iso_cts else {}
     vectors = [torch.from_numpy(vector) for vector in drawn((120, 40), 3)]
     whole = method([vector.clone() for vector in vectors], **options)
-    monkeypatch.setattr(factorised, "ROWS", 17)
+    monkeypatch.setattr(svd, "ROWS", 17)
     torch.testing.assert_close(method(vectors, **options), whole, rtol=0, atol=1e-12)
 
 
 def test_a_self_product_of_more_columns_than_are_multiplied_at_once_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factorised, "COLUMNS", 7)
+    monkeypatch.setattr(svd, "COLUMNS", 7)
     matrix = torch.from_numpy(drawn((12, 30), 1)[0])
-    torch.testing.assert_close(factorised.self_product(matrix), matrix.T @ matrix, rtol=1e-13, atol=1e-18)
+    torch.testing.assert_close(svd.self_product(matrix), matrix.T @ matrix, rtol=1e-13, atol=1e-18)
 
 
 def test_small_singular_values_are_not_lost_by_squaring() -> None:

@@ -11,9 +11,9 @@ from scipy.optimize import minimize
 from scipy.spatial import geometric_slerp
 from torch import Tensor
 
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge
 from mergelab.errors import ConfigError
-from mergelab.methods.engine import merge
-from mergelab.methods.registry import get_method
 from tests.methods.toy import SHAPES, merged, merged_x, one_tensor, task_vector, toy_models
 from tests.parity import FORMULA, RECORDED_MERGEKIT, compared
 

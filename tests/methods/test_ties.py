@@ -10,9 +10,9 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge
 from mergelab.errors import ConfigError
-from mergelab.methods.engine import merge
-from mergelab.methods.registry import get_method
 from mergelab.weights.align import AlignedModels
 from tests.methods.toy import SHAPES, aligned, merged, merged_x, one_tensor, task_vector, toy_models
 from tests.parity import FORMULA, compared
@@ -240,6 +240,6 @@ def test_experts_that_are_searched_in_groups_have_the_same_thresholds(
     models = toy_models(5)
     options = {"trim_density": 0.3} if name == "dare_ties" else {"density": 0.3}
     together = merged(name, models, **options)
-    monkeypatch.setattr("mergelab.methods.consensus.HELD", 200_000)  # two toy experts
+    monkeypatch.setattr("mergelab.ops.sign_consensus.HELD", 200_000)  # two toy experts
     apart = merged(name, models, **options)
     assert all(torch.equal(together[key], apart[key]) for key in together)

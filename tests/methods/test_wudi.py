@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergelab.methods import wudi as module
-from mergelab.methods.matrix_names import is_embedding
+from mergelab.ops.layout import is_embedding
 from tests.methods.toy import aligned, merged, merged_x, one_tensor, task_vector, toy_models
 from tests.parity import FORMULA, compared
 

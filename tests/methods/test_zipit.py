@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge, merge_to_dict
+from mergelab.engine.warm_session import Warm
 from mergelab.errors import ConfigError, MergeWarning
-from mergelab.methods.engine import merge, merge_to_dict
-from mergelab.methods.features import layer_inputs, spread_tokens
-from mergelab.methods.registry import get_method
-from mergelab.methods.warm import Warm
+from mergelab.estimation.features import layer_inputs, spread_tokens
 from mergelab.methods.zipit import ZippedSource, standardised, units_of, zipit
 from mergelab.weights.align import AlignedModels
 from tests.methods.test_fisher import Drawn

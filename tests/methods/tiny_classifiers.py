@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergelab.methods.examples import Batch
+from mergelab.estimation.examples import Batch
 
 LENGTHS = ([9, 9, 7], [6, 5, 4], [2, 2], [1], [3, 3], [8, 2])
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergelab.methods.examples import LABELS, Batch
+from mergelab.estimation.examples import LABELS, Batch
 
 VOCABULARY = 30
 # Lengths of what is read and of what is written, by batch: in some as long as each other, once both are padded.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergelab.methods.engine import merge, merge_to_dict
-from mergelab.methods.registry import MergeMethod, get_method
+from mergelab.engine.registry import MergeMethod, get_method
+from mergelab.engine.run import merge, merge_to_dict
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.source import DictSource
 from tests.methods.toy_data import ToyExamples

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergelab.methods.examples import Batch
+from mergelab.estimation.examples import Batch
 from mergelab.weights.align import AlignedModels, check_finite
 
 NAMES = {

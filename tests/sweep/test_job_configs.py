@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from mergelab.config import CONF_DIR
-from mergelab.job_configs import JobConfigs
+from mergelab.sweep.job_configs import JobConfigs
 
 NAMES = "hydra.job.config.override_dirname"
 TOLD = [

@@ -40,7 +40,7 @@ def job(config: DictConfig) -> None:
         run.log_dataset(
             "mini/rte",
             origin="mini",
-            location="mergelab.models.mini",
+            location="mergelab.miniature",
             fingerprint="0123456789abcdef" * 4,
             rows=277,
             split="validation",

@@ -1,0 +1,1 @@
+"""What is typed: overrides, help, version, and the table of a grid."""

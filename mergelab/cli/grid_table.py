@@ -1,0 +1,73 @@
+"""A grid's one table: base and experts once, then what every job made of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from mergelab.console import tables
+from mergelab.tracking import TrackingConfig, open_tracking, tracking_config
+from mergelab.tracking.grid import BASIC_SWEEPER
+
+_open: list[tuple[Path, TrackingConfig]] = []
+
+
+class GridTable(Callback):
+    """Hydra callback that shows the table when the last job has ended."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remember where the jobs write; a sweep shows its own table."""
+        if OmegaConf.select(config, "hydra.sweeper._target_") != BASIC_SWEEPER:
+            return
+        _open.append((Path(config.hydra.sweep.dir).absolute(), tracking_config(config.tracking)))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Show the table."""
+        show_open_grids()
+
+
+def show_open_grids() -> None:
+    """Show the table of every grid that this process has open; Hydra does not tell callbacks of a failed job."""
+    while _open:
+        folder, tracking = _open.pop()
+        _show(folder)
+        tracker = open_tracking(tracking)
+        if parent := tracker.grid_parent(folder):
+            tables.say(f"parent run {parent.id}")
+            tables.say_where(tracker, parent.experiment)
+
+
+def _show(folder: Path) -> None:
+    from mergelab.experiment.results import RESULT, ExperimentResult, ModelResult, read_result
+
+    files = sorted(folder.glob(f"*/{RESULT}"), key=_job_number)
+    told = {file: _overrides(file.parent) for file in files}
+    common = set.intersection(*map(set, told.values())) if len(files) > 1 else set()
+    groups: dict[tuple[str, ...], list[ExperimentResult]] = {}
+    for file in files:
+        result = read_result(file)
+        name = " ".join(override for override in told[file] if override not in common) or result.merged.label
+        models = (*result.models[:-1], replace(result.merged, label=name))
+        groups.setdefault(result.tasks, []).append(replace(result, models=models))
+    for results in groups.values():
+        baselines: dict[str, ModelResult] = {m.label: m for result in results for m in result.models[:-1]}
+        models = (*baselines.values(), *(result.merged for result in results))
+        name = results[0].title.partition(" on ")[2]
+        tables.result_table(replace(results[0], title=f"grid of {len(results)} on {name}", models=models))
+    sys.stdout.flush()
+
+
+def _job_number(file: Path) -> int:
+    return int(file.parent.name) if file.parent.name.isdigit() else 0
+
+
+def _overrides(folder: Path) -> list[str]:
+    """List what a job was told."""
+    overrides: Iterable[Any] = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+    return [str(override).lstrip("+") for override in overrides]

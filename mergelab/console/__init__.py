@@ -1,0 +1,1 @@
+"""What a terminal shows: progress, warnings, tables that fit."""

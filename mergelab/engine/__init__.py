@@ -1,0 +1,1 @@
+"""What a merge method is and how it runs: registry, parameters, streaming, warm sessions."""

@@ -1,0 +1,35 @@
+"""A method that works on whole models first, and the one that then merges them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mergelab.engine.parameters import Parameters
+from mergelab.engine.registry import MergeMethod, check_parameters, get_method
+from mergelab.errors import ConfigError
+from mergelab.weights.align import AlignedModels
+
+
+def following(then: str | Mapping[str, Any]) -> tuple[MergeMethod, Parameters]:
+    """Answer the method that merges the aligned experts, and its parameters.
+
+    Raises:
+        ConfigError: there is none of that name, it cannot follow, or its parameters are wrong.
+    """
+    given = {"name": then} if isinstance(then, str) else dict(then)
+    try:
+        method = get_method(str(given.pop("name", "")))
+    except ConfigError as error:
+        allowed = "must be the name of a merge method, or its name and parameters"
+        raise ConfigError(f"method.then={then!r}: {allowed}: {error}") from None
+    if method.kind in ("model", "models") or method.needs or method.several:
+        raise ConfigError(f"method.then={then!r}: must be a method that makes one model of weights alone")
+    return method, check_parameters(method, given)
+
+
+def check_then(models: AlignedModels, weights: Sequence[float], then: str | Mapping[str, Any]) -> None:
+    """Raise `ConfigError` where the method that follows cannot merge these models."""
+    from mergelab.engine.run import merge
+
+    merge(*following(then), models, weights=weights)  # checks the request, and reads nothing before it is iterated

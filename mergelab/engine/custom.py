@@ -1,0 +1,114 @@
+"""A user's own function as a merge method: ``method=custom method.function=my_module.median``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from mergelab.engine.parameters import INJECTED, parameters_of
+from mergelab.engine.registry import MISSING, Kind, MergeMethod
+from mergelab.errors import ConfigError, did_you_mean
+
+
+def custom_method(path: str) -> MergeMethod:
+    """Answer the method that a dotted path names.
+
+    A function declared with ``@merge_method`` is what it was declared to be. One that names ``base`` or ``experts``
+    receives these (and ``site``, if it names it). Any other receives, as its first argument, the list of the experts'
+    tensors; if it names ``base_index``, the base's tensor comes first and ``base_index`` is 0. A function made by
+    ``@layer_merge`` or ``@dict_map`` is used tensor by tensor, one made by ``@model_merge`` on whole state dicts.
+    The other parameters, with their defaults and annotations, are the method's; with ``**kwargs`` any others too.
+
+    Raises:
+        ConfigError: the module or function is not there, fails to import, or takes no tensors.
+    """
+    function = find_function(path)
+    declared = getattr(function, "merge_method", None)
+    if isinstance(declared, MergeMethod):
+        return declared
+    kind: Kind = "list"
+    if (layer := getattr(function, "layer_function", None)) is not None:
+        function = layer
+    elif (whole := getattr(function, "model_function", None)) is not None:
+        function, kind = whole, "model"
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"method.function={path}: its parameters cannot be read; wrap it in a Python function"
+        ) from None
+    names = list(signature.parameters)
+    if kind == "list" and {"base", "experts"} & set(names):
+        return _by_name(path, function, signature)
+    first = next(iter(signature.parameters.values()), None)
+    if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+        raise ConfigError(f"method.function={path}: must take the list of tensors as its first argument")
+    has_base = "base_index" in names
+    return MergeMethod(
+        name=path,
+        function=function,
+        parameters=parameters_of(function, (first.name, "base_index", "site")),
+        kind=kind,
+        takes=frozenset(names) & {"base_index", "site"},
+        needs_base=has_base,
+        order_matters=True,
+        identical_at=None,
+        custom=True,
+    )
+
+
+def _by_name(path: str, function: Callable[..., Any], signature: inspect.Signature) -> MergeMethod:
+    takes = frozenset(signature.parameters) & set(INJECTED)
+    if "prepared" in takes:
+        raise ConfigError(f"method.function={path}: a preparing pass needs @merge_method(prepare=...)")
+    if "vectors" in takes:
+        raise ConfigError(f"method.function={path}: task vectors need @merge_method")
+    base = signature.parameters.get("base")
+    return MergeMethod(
+        name=path,
+        function=function,
+        parameters=parameters_of(function),
+        takes=takes,
+        needs_base=base is not None and base.default is base.empty,
+        order_matters=True,
+        identical_at=None,
+        custom=True,
+    )
+
+
+def find_function(path: str) -> Callable[..., Any]:
+    """Import the function that a dotted path names; modules in the working folder can be found.
+
+    Raises:
+        ConfigError: names the part of the path that is not there, or the error of the import.
+    """
+    if path == MISSING or not all(part.isidentifier() for part in path.split(".")) or "." not in path:
+        shown = "" if path == MISSING else f"={path}"
+        raise ConfigError(f"method.function{shown}: must be the dotted path of a function, such as my_module.median")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    module_name, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise ConfigError(f"method.function={path}: importing {module_name} fails: {error}") from error
+        raise ConfigError(f"method.function={path}: there is no module {error.name!r} here") from error
+    except Exception as error:
+        raise ConfigError(f"method.function={path}: importing {module_name} fails: {_line(error)}") from error
+    if not hasattr(module, name):
+        raise ConfigError(f"method.function={path}: {module_name} has no {name!r}{did_you_mean(name, vars(module))}")
+    function = getattr(module, name)
+    if not callable(function):
+        raise ConfigError(f"method.function={path}: is a {type(function).__name__}, not a function")
+    result: Callable[..., Any] = function
+    return result
+
+
+def _line(error: Exception) -> str:
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

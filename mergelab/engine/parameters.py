@@ -1,0 +1,407 @@
+"""What a method can be told: parameter types, the checked models made from signatures, and the messages they give."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    PrivateAttr,
+    PydanticSchemaGenerationError,
+    ValidationError,
+    create_model,
+)
+
+from mergelab.engine import per_tensor
+from mergelab.engine.per_tensor import Varied
+from mergelab.errors import ConfigError, did_you_mean, listed
+
+# Arguments that the engine supplies; no parameter of a method can have these names.
+INJECTED = ("base", "experts", "vectors", "site", "prepared", "output")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where in the models a method is working.
+
+    Attributes:
+        name: the tensor's name.
+        experts: the experts' names, in the order of the ``experts`` argument.
+        shape: the whole tensor's shape, also when the method is given a part of it.
+        offset: index of the part's first entry in the flattened tensor.
+        seed: the run's seed.
+    """
+
+    name: str
+    experts: tuple[str, ...]
+    shape: tuple[int, ...]
+    offset: int = 0
+    seed: int = 0
+
+
+def _weights(value: object) -> object:
+    """Take one finite number per expert, in a list or by name; a tuple or a dict comes out."""
+    numbers = value.values() if isinstance(value, Mapping) else value
+    if value is None:
+        return None
+    if isinstance(numbers, str) or not isinstance(numbers, typing.Iterable):
+        raise ValueError
+    taken = list(numbers)
+    if not all(is_number(number) and math.isfinite(number) for number in taken):
+        raise ValueError
+    if isinstance(value, Mapping):
+        return {str(name): float(number) for name, number in value.items()}
+    return tuple(float(number) for number in taken)
+
+
+@dataclass(frozen=True)
+class OfExperts:
+    """Marks a parameter that may be given for each expert, by name; the function gets a tuple in their order then.
+
+    Attributes:
+        number: the type of each.
+    """
+
+    number: Any
+
+
+Density = Annotated[float, Field(gt=0, le=1)]
+Densities = Annotated[float | Sequence[float], OfExperts(Density)]
+OptionalDensities = Annotated[float | Sequence[float] | None, OfExperts(Density | None)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Fractions = Annotated[float | Sequence[float], OfExperts(Fraction)]
+Lambda = Annotated[float, Field()]
+Weights = Annotated[Sequence[float] | Mapping[str, float] | None, PlainValidator(_weights)]
+
+
+class Parameters(BaseModel):
+    """The checked, frozen parameters of one method; fields are made from its signature."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        validate_default=False,
+        populate_by_name=True,
+        protected_namespaces=(),
+        arbitrary_types_allowed=True,
+    )
+    _varied: Varied | None = PrivateAttr(None)
+    _each: Mapping[str, Mapping[str, float]] = PrivateAttr({})  # by config key and expert
+    _method: str = PrivateAttr("")
+
+    def arguments(self) -> dict[str, Any]:
+        """Answer the values by the names that the function's signature uses (``lambda_``)."""
+        return {name: getattr(self, name) for name in type(self).model_fields} | dict(self.model_extra or {})
+
+    def of_rules(self) -> list[dict[str, Any]]:
+        """Answer, for each rule by tensor name, the values that hold where it fits, by the function's names."""
+        rules = () if self._varied is None else self._varied.rules
+        plain = self.arguments()
+        return [{name: rule.values.get(key_of(name), value) for name, value in plain.items()} for rule in rules]
+
+    def by_key(self) -> dict[str, Any]:
+        """Answer the values by the names that configs use (``lambda``), as they were given."""
+        values = {key_of(name): value for name, value in self.arguments().items()} | {
+            key: dict(numbers) for key, numbers in self._each.items()
+        }
+        return values if self._varied is None else values | self._varied.by_key()
+
+    def of_experts(self, names: Sequence[str]) -> dict[str, tuple[float, ...]]:
+        """Answer the values that were given for each expert, in the order of ``names``, by the function's names.
+
+        Raises:
+            ConfigError: an expert is unknown, or one has no value.
+        """
+        check_experts(self._each, names)
+        found = {key: tuple(float(numbers[name]) for name in names) for key, numbers in self._each.items()}
+        return {name: found[key_of(name)] for name in type(self).model_fields if key_of(name) in found}
+
+    def check_experts(self, names: Sequence[str]) -> None:
+        """Raise `ConfigError` where values for each expert, those of rules among them, do not fit the experts."""
+        check_experts(self._each, names)
+        for index, rule in enumerate(self._varied.rules if self._varied is not None else ()):
+            mappings = {key: value for key, value in rule.values.items() if isinstance(value, Mapping)}
+            check_experts({key: value for key, value in mappings.items() if self._is_of_experts(key)}, names, index)
+
+    @classmethod
+    def _is_of_experts(cls, key: str) -> bool:
+        return any(key_of(name) == key and _mark(field.metadata) for name, field in cls.model_fields.items())
+
+    def by_tensor(self, names: Sequence[str]) -> list[tuple[Parameters, list[str]]]:
+        """Answer the parameters that hold for tensors, each with the names of those that they hold for.
+
+        Raises:
+            ConfigError: a rule fits none of ``names``, or a value between two of a list's is not allowed.
+        """
+        if self._varied is None:
+            return [(self, list(names))]
+        self._varied.check_names(names)
+        groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
+        for name, own in self._varied.at(names):
+            groups.setdefault(repr(own), (own, []))[1].append(name)
+        plain = {key_of(name): value for name, value in self.arguments().items()}
+        return [(self._with(plain, {**self._each, **own}), tensors) for own, tensors in groups.values()]
+
+    def _with(self, plain: Mapping[str, Any], own: Mapping[str, Any]) -> Parameters:
+        """Answer these parameters with other values of some, by key."""
+        each = {key: value for key, value in own.items() if isinstance(value, Mapping) and self._is_of_experts(key)}
+        changed = validated(type(self), {**plain, **own, **{key: plain[key] for key in each}}, self._method)
+        changed._each = each
+        return changed
+
+
+class OpenParameters(Parameters):
+    """Parameters of a function with ``**kwargs``: further ones pass as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def key_of(name: str) -> str:
+    """Answer the config key of a Python parameter: ``lambda_`` → ``lambda``."""
+    return name.removesuffix("_")
+
+
+def check_experts(each: Mapping[str, Mapping[str, float]], names: Sequence[str], rule: int | None = None) -> None:
+    """Raise `ConfigError` where a value is for an expert that there is not, or an expert has none."""
+    where = "method" if rule is None else f"method.rules[{rule}]"
+    for key, numbers in each.items():
+        if unknown := [name for name in numbers if name not in names]:
+            hint = did_you_mean(unknown[0], names) or f"; there are {listed(names)}"
+            raise ConfigError(f"{where}.{key}: no expert is called {unknown[0]!r}{hint}")
+        if missing := [name for name in names if name not in numbers]:
+            raise ConfigError(
+                f"{where}.{key}={dict(numbers)}: must have a number for every expert, also {listed(missing)}"
+            )
+
+
+def is_number(value: object) -> bool:
+    """Tell whether ``value`` is an int or a float; a bool is neither."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def parameters_of(
+    function: Callable[..., Any], skip: Sequence[str] = INJECTED, *, lambda_: float | None = None
+) -> type[Parameters]:
+    """Make the parameter model of ``function`` from its signature, leaving out the parameters named in ``skip``.
+
+    An annotation that cannot be resolved or checked counts as "anything". With ``lambda_`` there is a parameter of that
+    default in addition, which the engine applies and the function does not see.
+    """
+    fields: dict[str, Any] = {}
+    if lambda_ is not None:
+        fields["lambda_"] = (Lambda, Field(lambda_, alias=key_of("lambda_")))
+    extra = False
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            extra = True
+        elif parameter.name not in skip and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            default = ... if parameter.default is parameter.empty else parameter.default
+            annotation = _checkable(_of_one(_resolved(parameter.annotation, function)))
+            fields[parameter.name] = (annotation, Field(default, alias=key_of(parameter.name)))
+    name = "".join(word.title() for word in getattr(function, "__name__", "custom").split("_"))
+    return create_model(f"{name}Parameters", __base__=OpenParameters if extra else Parameters, **fields)
+
+
+def _resolved(annotation: Any, function: Callable[..., Any]) -> Any:
+    if annotation is inspect.Parameter.empty:
+        return Any
+    if not isinstance(annotation, str):
+        return annotation
+    scope = getattr(inspect.unwrap(function), "__globals__", {})
+    try:
+        return eval(annotation, scope)  # what typing.get_type_hints does, one annotation at a time
+    except Exception:  # names that only a type checker imports
+        return Any
+
+
+def _mark(metadata: Sequence[Any]) -> OfExperts | None:
+    return next((mark for mark in metadata if isinstance(mark, OfExperts)), None)
+
+
+def _of_one(annotation: Any) -> Any:
+    """Answer what is checked of one number, where a parameter may be given for each expert."""
+    mark = _mark(get_args(annotation)[1:]) if get_origin(annotation) is Annotated else None
+    return annotation if mark is None else Annotated[mark.number, mark]
+
+
+def _checkable(annotation: Any) -> Any:
+    try:
+        create_model("Trial", __base__=Parameters, value=(annotation, ...))
+    except (PydanticSchemaGenerationError, TypeError):
+        return Any
+    return annotation
+
+
+def parameters_from(model: type[Parameters], values: Mapping[str, Any], method: str) -> Parameters:
+    """Check ``values``, among them lists that run over the depth and ``rules`` by tensor name.
+
+    Raises:
+        ConfigError: one line with the key, the value and what is allowed.
+    """
+    plain = {str(name): value for name, value in values.items()}
+    numbers = {key_of(name) for name, field in model.model_fields.items() if _takes_numbers(field.annotation)}
+    stated = None if per_tensor.KEY in model.model_fields else plain.pop(per_tensor.KEY, None)
+    curves = {
+        key: tuple(value) for key, value in plain.items() if key_of(key) in numbers and per_tensor.is_curve(value)
+    }
+    each = {key: value for key, value in plain.items() if _is_of_each(model, key, value)}
+    first = {key: curve[0] for key, curve in curves.items()} | {key: _first(value) for key, value in each.items()}
+    for key, curve in curves.items():
+        for number in curve:
+            validated(model, plain | first | {key: number}, method)
+    for key, value in each.items():
+        _check_each(model, plain | first, key, value, method)
+    checked = validated(model, plain | first, method)
+    if curves or stated:
+        by_name = _checked_rules(model, stated or [], checked.by_key(), numbers, method)
+        checked._varied = per_tensor.Varied({key_of(key): curve for key, curve in curves.items()}, by_name)
+        checked._method = method
+    checked._each = {key_of(key): {str(name): number for name, number in own.items()} for key, own in each.items()}
+    return checked
+
+
+def _is_of_each(model: type[Parameters], key: str, value: object) -> bool:
+    """Tell a value that is given for each expert."""
+    return isinstance(value, Mapping) and len(value) > 0 and model._is_of_experts(key_of(key))
+
+
+def _first(value: Mapping[str, Any]) -> Any:
+    return next(iter(value.values()))
+
+
+def _check_each(
+    model: type[Parameters], values: Mapping[str, Any], key: str, each: Mapping[str, Any], method: str
+) -> None:
+    """Check every number of a parameter that is given for each expert, among ``values`` of the others."""
+    for name, number in each.items():
+        try:
+            validated(model, {**values, key: number}, method)
+        except ConfigError as error:
+            said = f"method.{key_of(key)}="
+            raise ConfigError(str(error).replace(said, f"{said[:-1]}.{name}=", 1)) from None
+
+
+def _checked_rules(
+    model: type[Parameters], stated: Any, given: Mapping[str, Any], numbers: Collection[str], method: str
+) -> tuple[per_tensor.Rule, ...]:
+    """Check rules by tensor name: each a mapping with ``match`` and the parameters that it sets."""
+    if isinstance(stated, str) or not isinstance(stated, Sequence):
+        raise ConfigError(f"method.rules={stated!r}: must be a list of {{match: PATTERN, PARAMETER: VALUE}}")
+    checked = []
+    for index, entry in enumerate(stated):
+        where = f"method.rules[{index}]"
+        if not isinstance(entry, Mapping) or not isinstance(entry.get(per_tensor.MATCH), str):
+            raise ConfigError(f"{where}={entry!r}: must be {{match: PATTERN, PARAMETER: VALUE}}")
+        values = {key_of(str(key)): value for key, value in entry.items() if key != per_tensor.MATCH}
+        if not values:
+            raise ConfigError(f"{where}: sets no parameter of {method}")
+        for key, value in values.items():
+            try:
+                if _is_of_each(model, key, value):
+                    _check_each(model, given, key, value, method)
+                    continue
+                for each in value if key in numbers and per_tensor.is_curve(value) else [value]:
+                    validated(model, {**given, key: each}, method)
+            except ConfigError as error:
+                raise ConfigError(str(error).replace("method.", f"{where}.", 1)) from None
+        own = {k: tuple(v) if k in numbers and per_tensor.is_curve(v) else v for k, v in values.items()}
+        checked.append(per_tensor.Rule(entry[per_tensor.MATCH], own))
+    return tuple(checked)
+
+
+def _takes_numbers(annotation: Any) -> bool:
+    """Tell a parameter that is one number."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return not any(isinstance(mark, PlainValidator) for mark in arguments[1:]) and _takes_numbers(arguments[0])
+    if origin in (Union, types.UnionType):
+        return any(_takes_numbers(each) for each in arguments)
+    return annotation in (float, int)
+
+
+def validated(model: type[Parameters], values: Mapping[str, Any], method: str) -> Parameters:
+    """Check ``values`` (by config key or Python name) against a parameter model.
+
+    Raises:
+        ConfigError: one line with the key, the value and what is allowed, or the nearest name for an unknown key.
+    """
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        if key_of(str(name)) in given:
+            raise ConfigError(f"method.{key_of(str(name))}: given twice, also as {name!r}")
+        given[key_of(str(name))] = value
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+        raise ConfigError(_message(model, given, first["type"], str(first["loc"][0]), method)) from None
+
+
+def _message(model: type[Parameters], given: Mapping[str, Any], problem: str, key: str, method: str) -> str:
+    fields = {key_of(name): field for name, field in model.model_fields.items()}
+    if problem == "extra_forbidden":
+        hint = did_you_mean(key, fields) or f"; it has {listed(fields)}"
+        return f"method.{key}: {method} has no such parameter{hint if fields else '; it has none'}"
+    field = fields[key]
+    allowed = allowed_values(field.annotation, field.metadata)
+    if problem == "missing":
+        return f"method.{key}: {method} needs it" + (f"; {allowed}" if allowed else "")
+    if problem.startswith(("greater_than", "less_than")):
+        allowed = _ranges(field.metadata) or allowed
+    alike = isinstance(given[key], Mapping) and given[key] and _takes_numbers(field.annotation)
+    same = ", the same for all experts" if alike and _mark(field.metadata) is None else ""
+    return f"method.{key}={given[key]!r}: must be {allowed or 'another value'}{same}"
+
+
+def allowed_values(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """Say in words which values a parameter takes: ``a number greater than 0 and at most 1``."""
+    if any(isinstance(mark, PlainValidator) and mark.func is _weights for mark in metadata):
+        return "one number per expert, as a list or by the expert's name"
+    if _mark(metadata) is not None:
+        others = [mark for mark in metadata if not isinstance(mark, OfExperts)]
+        return f"{allowed_values(annotation, others)}, or one for each expert by name"
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return allowed_values(arguments[0], [*arguments[1:], *metadata])
+    if origin is Literal:
+        *others, last = (repr(choice) for choice in arguments)
+        return f"{', '.join(others)} or {last}" if others else last
+    if origin in (Union, types.UnionType):
+        words = (("null" if each is type(None) else allowed_values(each, metadata)) for each in arguments)
+        return " or ".join(word for word in words if word)
+    noun = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}.get(annotation, "")
+    return " ".join(part for part in (noun, _ranges(metadata)) if part)
+
+
+def range_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """Say in short which values a parameter takes: ``> 0, ≤ 1``, or its choices; nothing where any is taken."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return range_of(arguments[0], [*arguments[1:], *metadata])
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (Union, types.UnionType):
+        return next((found for each in arguments if (found := range_of(each, metadata))), "")
+    return ", ".join(f"{sign} {limit:g}" for sign, limit in _limits(metadata, (">", "≥", "<", "≤")))
+
+
+def _ranges(metadata: Sequence[Any]) -> str:
+    found = _limits(metadata, ("greater than", "at least", "less than", "at most"))
+    return " and ".join(f"{words} {limit:g}" for words, limit in found)
+
+
+def _limits(metadata: Sequence[Any], words: Sequence[str]) -> list[tuple[str, float]]:
+    flat = [inner for mark in metadata for inner in (getattr(mark, "metadata", None) or [mark])]
+    names = zip(("gt", "ge", "lt", "le"), words, strict=True)
+    return [(word, getattr(mark, name)) for name, word in names for mark in flat if hasattr(mark, name)]

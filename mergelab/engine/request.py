@@ -1,0 +1,385 @@
+"""One merge, checked: its method with the arguments for each tensor, its models in the order the method sees them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergelab.engine.finite_check import checked_source
+from mergelab.engine.parameters import Parameters, Site
+from mergelab.engine.registry import MergeMethod, check_capabilities, check_parameters, resolve_weights
+from mergelab.errors import ConfigError, NonFinite, listed
+from mergelab.ops.blocks import BLOCK, all_finite, blocks, working
+from mergelab.ops.task_vectors import difference_into
+from mergelab.ops.threads import thread_count
+from mergelab.ops.workspace import Room, Rooms, Rows
+from mergelab.weights.align import AlignedModels
+from mergelab.weights.source import TensorSource
+
+ACCELERATOR_BLOCK = 1 << 23  # entries; an accelerator wants more work at once than a core's cache holds
+
+
+@dataclass(frozen=True, eq=False)
+class Same:
+    """An object as a key: equal to nothing but itself, and kept as long as the key is."""
+
+    value: object
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked request.
+
+    Attributes:
+        method: what computes.
+        arguments: the parameters by Python name, for each tensor; tensors without parameters of their own share them.
+        models: the models, looked through for NaN and infinity when they are read; experts in the method's order.
+        prepared: by tensor, what the method's preparing pass made for it.
+        rooms: where blocks of task vectors are made.
+        seed, dtype, device, block, output, examples: as for `mergelab.engine.run.merge`.
+    """
+
+    method: MergeMethod
+    arguments: Mapping[str, Mapping[str, Any]]
+    models: AlignedModels
+    seed: int
+    dtype: torch.dtype | None
+    device: torch.device
+    block: int
+    output: int = 0
+    examples: Any = None
+    prepared: Mapping[str, Any] = field(default_factory=dict)
+    rooms: Rooms = field(default_factory=Rooms)
+
+    @property
+    def threads(self) -> int:
+        """How many threads may work at once; a user's own function is not asked to be ready for several."""
+        return 1 if self.method.custom or self.device.type != "cpu" else thread_count()
+
+    @property
+    def reference(self) -> TensorSource:
+        """The model whose dtypes and layout the merged one has: the base, or the first expert."""
+        return self.models.base or self.models.experts[0]
+
+    def site(self, name: str) -> Site:
+        """Say where in the models the method is working."""
+        experts = tuple(expert.name for expert in self.models.experts)
+        return Site(name, experts, tuple(self.reference.shape(name)), 0, self.seed)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Answer the dtype that a merged tensor is rounded to."""
+        return self.dtype or self.reference.dtype(name)
+
+    def empty(self, name: str) -> Tensor:
+        """Make room for a merged tensor."""
+        return torch.empty(tuple(self.reference.shape(name)), dtype=self.stored_dtype(name))
+
+    def open(self, name: str) -> tuple[Tensor | None, list[Tensor]]:
+        """Read a tensor of the base, where the method wants it, and of the experts."""
+        wants_base = self.method.adds or self.method.takes & {"base", "base_index"}
+        base = self.models.base.get(name) if self.models.base is not None and wants_base else None
+        return base, [expert.get(name) for expert in self.models.experts]
+
+    @cached_property
+    def longest(self) -> int:
+        """The number of entries of the longest block."""
+        return min(self.block, max(torch.Size(self.reference.shape(name)).numel() for name in self.models.names))
+
+    def room(self, base: Tensor, ends: Sequence[Tensor]) -> AbstractContextManager[Room]:
+        """Lend room for blocks of a tensor."""
+        double = any(tensor.dtype == torch.float64 for tensor in (base, *ends))
+        return self.rooms.take(len(ends), self.longest, torch.float64 if double else torch.float32, self.device)
+
+    def prefetch(self, name: str) -> None:
+        """Let the models' data of a tensor be fetched in the background."""
+        for source in (self.models.base, *self.models.experts):
+            if source is not None:
+                source.prefetch(name)
+
+
+def checked_job(
+    method: MergeMethod,
+    parameters: Parameters | Mapping[str, Any],
+    models: AlignedModels,
+    *,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    block: int | None = None,
+    dtype: torch.dtype | None = None,
+    output: str | None = None,
+    examples: Any = None,
+) -> Job:
+    """Check a request for a merge, before any tensor is read; arguments and errors are those of the engine's merge."""
+    if not isinstance(parameters, Parameters):
+        parameters = check_parameters(method, parameters)
+    check_capabilities(method, has_base=models.base is not None, experts=len(models.experts))
+    names = tuple(expert.name for expert in models.experts)
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"models.experts: {listed(repeated)} stands for more than one expert; names must differ")
+    if method.several and output not in names:
+        raise ConfigError(f"method={method.name}: makes one model for each expert; say for which: {listed(names)}")
+    order = list(range(len(names)) if method.order_matters else sorted(range(len(names)), key=names.__getitem__))
+    arguments: dict[str, Mapping[str, Any]] = {}
+    groups = parameters.by_tensor(models.names)
+    if method.kind == "models" and len(groups) > 1:
+        raise ConfigError(
+            f"method={method.name}: its parameters hold for whole models and cannot differ between tensors"
+        )
+    for own, tensors in groups:
+        shares = resolve_weights(method, own, names, weights)
+        each: dict[str, tuple[float, ...]] = own.of_experts(names) | (
+            {"weights": shares} if method.takes_weights else {}
+        )
+        settings = own.arguments() | each
+        if method.check is not None:
+            call_with(method.check, {**settings, "models": models})
+        settings |= {key: tuple(numbers[i] for i in order) for key, numbers in each.items()}
+        arguments.update(dict.fromkeys(tensors, settings))
+    if method.needs and examples is None:
+        needed = "scores on selecting" if "selection" in method.needs else "the experts' training"
+        raise ConfigError(f"method={method.name}: needs {needed} examples, and there are none here")
+    seen = replace(
+        models,
+        base=None if models.base is None else checked_source(models.base),
+        experts=tuple(checked_source(models.experts[i]) for i in order),
+    )
+    return Job(
+        method=method,
+        arguments=arguments,
+        models=seen,
+        seed=seed,
+        dtype=dtype,
+        device=torch.device(device),
+        output=next((at for at, i in enumerate(order) if names[i] == output), 0),
+        examples=examples,
+        block=block or (BLOCK if torch.device(device).type == "cpu" else ACCELERATOR_BLOCK),
+    )
+
+
+@torch.no_grad()
+def prepared_job(job: Job, known: dict[Any, Any] | None = None) -> Job:
+    """Run the method's preparing pass on the whole models, once for each set of the parameters that it looks at.
+
+    Args:
+        job: a checked request.
+        known: results of earlier passes over the same models, by what they were for; new ones are added.
+    """
+    known = {} if known is None else known
+    if job.method.kind == "models":
+        own = next(iter(job.arguments.values()), {})
+        asked = (job.method.name, job.seed, repr(sorted(own.items())), Same(job.examples))
+        if asked not in known:
+            known[asked] = _substituted(job)
+        return prepared_job(known[asked], known)
+    prepare = job.method.prepare
+    if prepare is None:
+        return job
+    looked_at = inspect.signature(prepare).parameters
+    prepared: dict[str, Any] = {}
+    for name, arguments in job.arguments.items():
+        own = {key: value for key, value in arguments.items() if key in looked_at}
+        key = (job.method.name, job.seed, repr(sorted(own.items())), Same(job.examples))
+        if key not in known:
+            known[key] = call_with(prepare, {**own, "models": job.models, "seed": job.seed, "examples": job.examples})
+        prepared[name] = known[key]
+    return replace(job, prepared=prepared)
+
+
+def _substituted(job: Job) -> Job:
+    """Answer the request that a method on whole models puts in the place of its own."""
+    arguments = next(iter(job.arguments.values()))
+    other = call_with(
+        job.method.function, {**arguments, "models": job.models, "seed": job.seed, "examples": job.examples}
+    )
+    return checked_job(
+        other.method,
+        other.parameters,
+        other.models,
+        weights=arguments.get("weights"),
+        seed=job.seed,
+        device=job.device,
+        block=job.block,
+        dtype=job.dtype,
+    )
+
+
+@torch.no_grad()
+def merge_into(job: Job, name: str, into: Tensor, chunk: slice, vector: Tensor | None = None) -> None:
+    """Merge a part of a tensor; the whole of it unless the method is elementwise.
+
+    Args:
+        job: a prepared request.
+        name: the tensor.
+        into: flat, as long as ``chunk``: takes the result.
+        chunk: the part of the flattened tensor.
+        vector: flat, of that length, float32 or float64: takes the merged task vector, where the method answers one.
+    """
+    if not into.numel():
+        return
+    base, experts = job.open(name)
+    site = job.site(name)
+    if not job.method.elementwise:
+        whole, kept = into.view(site.shape), None if vector is None else vector.view(site.shape)
+        result = _call(job, site, base, experts, kept)
+        whole.copy_(rounded(job, name, result, whole))
+        return
+    start = None if base is None else base.reshape(-1)[chunk]
+    ends = [expert.reshape(-1)[chunk] for expert in experts]
+    with job.room(start, ends) if job.method.adds and start is not None else nullcontext() as room:
+        for part in blocks(into.numel(), job.block):
+            first = None if start is None else start[part]
+            here = replace(site, offset=chunk.start + part.start)
+            kept = None if vector is None else vector[part]
+            rows = None if room is None else room.rows(part.stop - part.start)
+            result = _call(job, here, first, [end[part] for end in ends], kept, rows)
+            into[part] = rounded(job, name, result, into[part])
+
+
+@torch.no_grad()
+def add_scaled(job: Job, name: str, base: Tensor, vector: Tensor, merged: Tensor, *, bounded: bool = False) -> None:
+    """Write θ0 + λ·τ_m for (a part of) a tensor whose merged task vector is known.
+
+    Args:
+        job: a checked request.
+        name: the tensor.
+        base: the base's entries, flat, of any length.
+        vector: τ_m, float32 or float64.
+        merged: takes the result.
+        bounded: it is known that no entry of the result is too large for its dtype.
+    """
+    scale = job.arguments[name].get("lambda_", 1.0)
+    alike = len({base.dtype, vector.dtype, merged.dtype, job.stored_dtype(name)}) == 1
+    if not alike or not base.device == vector.device == merged.device:
+        merged.copy_(rounded(job, name, _added(placed(job, base), vector, scale), merged))
+        return
+    torch.mul(vector, scale, out=merged).add_(base)  # the same two roundings, and nothing is copied
+    if not bounded and not all_finite(merged):
+        rounded(job, name, merged, merged)
+
+
+def _call(
+    job: Job,
+    site: Site,
+    stored: Tensor | None,
+    ends: Sequence[Tensor],
+    vector: Tensor | None = None,
+    rows: Rows | None = None,
+) -> object:
+    """Call the method's function with tensors as it wants them, and add what it answers to the base if it adds."""
+    method = job.method
+    base = None if stored is None else placed(job, stored)
+    # Where the task vectors are all that is wanted, no expert is widened but for the moment.
+    wanted = method.kind == "list" or "experts" in method.takes
+    experts = [placed(job, end) for end in ends] if wanted else []
+    supplied = {
+        "base": base,
+        "experts": experts,
+        "site": site,
+        "prepared": job.prepared.get(site.name),
+        "output": job.output,
+        "base_index": 0,
+    }
+    keywords = dict(job.arguments[site.name])
+    scale = 1.0 if method.custom else keywords.pop("lambda_", 1.0) if method.adds else 1.0
+    if method.adds:
+        assert base is not None
+        start = working(base)
+        supplied["rows"] = rows
+        supplied["vectors"] = _vectors(job, start, ends, rows)
+    keywords |= {name: supplied[name] for name in method.takes}
+    if method.kind == "list":
+        if "base_index" in method.takes and base is not None:
+            experts.insert(0, base)
+        return run(job, site.name, lambda: method.function(experts, **keywords))
+    answer = run(job, site.name, lambda: method.function(**keywords))
+    if not method.adds or base is None:
+        return answer
+    if vector is not None and isinstance(answer, Tensor):
+        vector.copy_(answer)
+    return _added(base, answer, scale)
+
+
+def _vectors(job: Job, start: Tensor, ends: Sequence[Tensor], rows: Rows | None) -> list[Tensor]:
+    """Answer the task vectors, in ``rows`` if given; else new ones, in the experts' widened copies where there are."""
+    if rows is not None:
+        pairs = zip(rows.vectors, ends, strict=True)
+        return [difference_into(row, end.to(job.device), start) for row, end in pairs]
+    found = []
+    for end in ends:
+        wide = working(placed(job, end))
+        copied = wide.dtype == start.dtype and wide.data_ptr() != end.data_ptr()
+        found.append(wide.sub_(start) if copied else wide - start)
+    return found
+
+
+def _added(base: Tensor, vector: object, scale: float) -> object:
+    """Answer θ0 + λ·τ_m, product and sum each rounded (a fused multiply-add would differ between machines)."""
+    if not isinstance(vector, Tensor) or vector.shape != base.shape or not vector.is_floating_point():
+        return vector  # refused where every answer is looked at
+    start = working(base)
+    if scale == 1 or vector.dtype != torch.result_type(vector, start):
+        return (vector * scale if scale != 1 else vector) + start
+    return (vector * scale).add_(start)  # into the copy, so that there is no third one
+
+
+def placed(job: Job, tensor: Tensor) -> Tensor:
+    """Bring a tensor to the device, and to the dtype of arithmetic where the method leaves that to the engine."""
+    here = tensor.to(job.device)
+    if job.method.custom:  # a copy, as the function may write into it
+        return working(here).clone(memory_format=torch.contiguous_format)
+    return working(here) if job.method.elementwise else here
+
+
+def run(job: Job, name: str, call: Callable[[], object]) -> object:
+    """Call a function; say of a user's own on which tensor it failed."""
+    if not job.method.custom:
+        return call()
+    try:
+        return call()
+    except Exception as error:
+        line = (str(error).splitlines() or [""])[0]
+        on = f" on tensor {name}" if name else ""
+        raise ConfigError(f"method.function={job.method.name}: failed{on}: {type(error).__name__}: {line}") from error
+
+
+def rounded(job: Job, name: str, result: object, like: Tensor) -> Tensor:
+    """Check what a function answered for (a part of) a tensor, and round it once to the stored dtype."""
+    label = f"method.function={job.method.name}" if job.method.custom else f"method={job.method.name}"
+    if not isinstance(result, Tensor):
+        raise ConfigError(f"{label}: answered a {type(result).__name__} for tensor {name}, not a tensor")
+    if result.shape != like.shape:
+        raise ConfigError(f"{label}: answered shape {list(result.shape)} for tensor {name}, not {list(like.shape)}")
+    if result.is_complex() or not result.is_floating_point():
+        raise ConfigError(f"{label}: answered {_short(result.dtype)} for tensor {name}, not floating-point numbers")
+    stored = result.detach().to(like.device, job.stored_dtype(name))
+    flat = stored.reshape(-1)
+    if not all(all_finite(flat[part]) or _is_finite(flat[part]) for part in blocks(flat.numel())):
+        raise NonFinite(f"{label}: merging tensor {name} gives NaN or infinity in {_short(stored.dtype)}")
+    return stored
+
+
+def _is_finite(block: Tensor) -> bool:
+    return bool(torch.isfinite(block.float() if block.element_size() == 1 else block).all())
+
+
+def call_with(function: Callable[..., Any], available: Mapping[str, Any]) -> Any:
+    """Call ``function`` with those of the available arguments that it names."""
+    return function(**{name: available[name] for name in inspect.signature(function).parameters if name in available})
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

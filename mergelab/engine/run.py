@@ -1,0 +1,291 @@
+"""Running a method over models: tensor by tensor, large ones in blocks, the same bits however they are cut.
+
+for name, tensor in merge(get_method("ties"), {"density": 0.3}, align(base, experts)):
+    ...
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergelab.engine.parameters import Parameters
+from mergelab.engine.registry import MergeMethod
+from mergelab.engine.request import Job, checked_job, merge_into, placed, prepared_job, rounded, run
+from mergelab.errors import ConfigError, listed
+from mergelab.ops.blocks import blocks
+from mergelab.ops.threads import CHUNK, pool, return_memory
+from mergelab.weights.align import AlignedModels
+from mergelab.weights.source import TensorPart
+from mergelab.weights.state_dict import StateDict
+
+AHEAD = 1 << 25  # bytes of merged tensors that may wait for the one that comes before them
+Progress = Callable[[int], None]
+
+
+def merge(
+    method: MergeMethod,
+    parameters: Parameters | Mapping[str, Any],
+    models: AlignedModels,
+    *,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    block: int | None = None,
+    dtype: torch.dtype | None = None,
+    only: Collection[str] | None = None,
+    output: str | None = None,
+    examples: Any = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Merge ``models`` and answer the merged tensors one after the other.
+
+    Everything that can be wrong with the request is checked before this returns and before a tensor is read. The same
+    request gives the same bits for any number of threads, any order of ``models.names``, any ``block``, and, but for
+    methods whose order matters, any order of the experts.
+
+    Args:
+        method: what to compute.
+        parameters: its parameters, checked or to be checked.
+        models: base and experts under common names.
+        weights: the models' own weights, one per expert; the method's ``weights`` parameter has precedence.
+        seed: of random methods.
+        device: where to compute; the merged tensors are on the CPU in any case.
+        progress: called after each merged tensor with its number of entries.
+        block: how many entries an elementwise method is given at once.
+        dtype: of the merged tensors; default: the stored one.
+        only: names of the tensors to answer; what a method learns from the whole of the models stays the same.
+        output: for which expert, by name, the merged model is, where the method makes one for each.
+        examples: what methods that need data learn from.
+
+    Returns:
+        Pairs of name and new tensor: ``models.names`` in their order, in ``dtype`` or the base's (without a base, the
+        first expert's); then copies of ``models.integers``; then ``models.aliases``, each with the tensor it names.
+
+    Raises:
+        ConfigError: no base where one is needed, too few or many experts, parameters or weights that do not fit, two
+            experts of one name; while merging: a user's function fails, or answers no tensor of that shape.
+        NonFinite: while merging: a tensor of a model, or of the result, holds NaN or infinity.
+    """
+    job = checked_job(
+        method,
+        parameters,
+        models,
+        weights=weights,
+        seed=seed,
+        device=device,
+        block=block,
+        dtype=dtype,
+        output=output,
+        examples=examples,
+    )
+    return _stream(job, progress, None if only is None else frozenset(only))
+
+
+def merge_to_dict(
+    method: MergeMethod,
+    parameters: Parameters | Mapping[str, Any],
+    models: AlignedModels,
+    *,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    output: str | None = None,
+    examples: Any = None,
+) -> dict[str, Tensor]:
+    """Merge as `merge` does, and answer all tensors in the order of the base's (without one, the first expert's)."""
+    merged = dict(
+        merge(
+            method,
+            parameters,
+            models,
+            weights=weights,
+            seed=seed,
+            device=device,
+            progress=progress,
+            output=output,
+            examples=examples,
+        )
+    )
+    reference = models.base if models.base is not None else models.experts[0]
+    ordered = [name for name in (*reference.keys(), *reference.aliases()) if name in merged]
+    return {name: merged[name] for name in dict.fromkeys([*ordered, *merged])}
+
+
+def merge_in_parts(job: Job, only: Collection[str] | None = None) -> Iterator[TensorPart]:
+    """Merge as `merge` does, and answer parts of the tensors: where the method is elementwise none is ever whole.
+
+    Args:
+        job: a checked request.
+        only: as for `merge`; nothing else is answered.
+
+    Returns:
+        The parts of each tensor in their order, an alias' each after that of the tensor that it names. A part's entries
+        are overwritten after the next one has been asked for.
+
+    Raises:
+        ConfigError, NonFinite: as `merge`, while merging.
+    """
+    models = job.models
+    wanted = {*models.names, *models.integers, *models.aliases} if only is None else frozenset(only)
+    asked: dict[str, list[str]] = {name: [name] for name in (*models.names, *models.integers) if name in wanted}
+    for alias, name in models.aliases.items():
+        if alias in wanted:
+            asked.setdefault(name, []).append(alias)
+    for part in _parts(job, [name for name in models.names if name in asked]):
+        for name in asked[part.name]:
+            yield part._replace(name=name)
+    for name in models.integers:
+        for each in asked.get(name, ()):
+            yield TensorPart(each, 0, job.reference.get(name).reshape(-1))
+
+
+def _stream(job: Job, progress: Progress | None, only: frozenset[str] | None) -> Iterator[tuple[str, Tensor]]:
+    models = job.models
+    aliases = {alias: name for alias, name in models.aliases.items() if only is None or alias in only}
+    named = set(aliases.values())
+    wanted = {*models.names, *models.integers} if only is None else only | named
+    made: dict[str, Tensor] = {}
+    held: dict[str, Tensor] = {}
+
+    def room(name: str) -> Tensor:
+        made[name] = job.empty(name)
+        return made[name]
+
+    for name, start, entries in _parts(job, [name for name in models.names if name in wanted], room):
+        if start + entries.numel() < made[name].numel():
+            continue
+        if name in named:
+            held[name] = made[name]
+        yield name, made[name]
+        if progress is not None:
+            progress(made[name].numel())
+        del made[name], entries
+    for name in models.integers:
+        if name in wanted:
+            held[name] = job.reference.get(name).clone()
+            yield name, held[name]
+    for alias, name in aliases.items():
+        yield alias, held[name]
+
+
+def _parts(job: Job, names: Sequence[str], room: Callable[[str], Tensor] | None = None) -> Iterator[TensorPart]:
+    """Merge these tensors; ``room`` as for `_merged_parts`."""
+    if not names:
+        return
+    if job.method.kind != "model":
+        job = prepared_job(job)
+        return_memory()
+        yield from _merged_parts(job, names, room)
+        return
+    for name, tensor in merge_models(job, job.models.names):  # whole models go in, whatever is wanted of what comes out
+        if name in names:
+            into = tensor if room is None else room(name).copy_(tensor)
+            yield TensorPart(name, 0, into.view(-1))
+
+
+def _merged_parts(job: Job, names: Sequence[str], room: Callable[[str], Tensor] | None = None) -> Iterator[TensorPart]:
+    """Merge part by part, several at once; few are ahead of the one that is answered.
+
+    Args:
+        job: a prepared request.
+        names: of the tensors.
+        room: answers a new tensor that takes the result; default: parts share a piece of memory, and are overwritten
+            after the next one has been asked for.
+    """
+    ring = Ring(job, names)
+    with pool(job.threads) as workers:
+        waiting: deque[tuple[TensorPart, Future[None]]] = deque()
+        ahead = 0
+        for name in names:
+            job.prefetch(name)
+            count = torch.Size(job.reference.shape(name)).numel()
+            whole = None if room is None else room(name).view(-1)
+            for chunk in chunks_of(job, count):
+                into = ring.take(name, chunk.stop - chunk.start) if whole is None else whole[chunk]
+                part = TensorPart(name, chunk.start, into)
+                if workers is None:
+                    merge_into(job, name, into, chunk)
+                    yield part
+                    continue
+                waiting.append((part, workers.submit(merge_into, job, name, into, chunk)))
+                ahead += _padded(into.nbytes)
+                del part, into  # let them go when they have been answered
+                while ahead > AHEAD and len(waiting) > 1:
+                    ahead -= _padded(waiting[0][0].entries.nbytes)
+                    yield _finished(*waiting.popleft())
+        while waiting:
+            yield _finished(*waiting.popleft())
+
+
+class Ring:
+    """One piece of memory for parts that are let go of in the order in which they are taken.
+
+    When one is taken, those in use fill at most `AHEAD` bytes, or are a single part. So, with room for two parts beyond
+    these, the new one always fits behind the last, or at the start where the end is near. Memory that is taken from the
+    allocator for each part comes from all over, and much of it stays unused between others.
+    """
+
+    def __init__(self, job: Job, names: Sequence[str]) -> None:
+        self._job = job
+        sizes = {name: torch.Size(job.reference.shape(name)).numel() for name in names}
+        self._largest = max(_padded(min(sizes[name], CHUNK) * job.stored_dtype(name).itemsize) for name in names)
+        self._room = torch.empty(0, dtype=torch.uint8)  # made when it is first asked for
+        self._next = 0
+
+    def take(self, name: str, count: int) -> Tensor:
+        """Answer room for ``count`` entries of a tensor."""
+        dtype = self._job.stored_dtype(name)
+        size = count * dtype.itemsize
+        if _padded(size) > self._largest:
+            return torch.empty(count, dtype=dtype)
+        if not len(self._room):
+            self._room = torch.empty(max(AHEAD, self._largest) + 2 * self._largest, dtype=torch.uint8)
+        start = 0 if self._next + size > len(self._room) else self._next
+        self._next = start + _padded(size)
+        return self._room[start : start + size].view(dtype)
+
+
+def _padded(size: int) -> int:
+    """Answer ``size`` bytes, rounded up to whole lines of a core's cache."""
+    return size + -size % 64
+
+
+def _finished(part: TensorPart, work: Future[None]) -> TensorPart:
+    work.result()
+    return part
+
+
+def chunks_of(job: Job, count: int) -> list[slice]:
+    """Divide a flattened tensor of ``count`` entries among threads, where the method may be given parts."""
+    return list(blocks(count, CHUNK if job.method.elementwise else max(count, 1))) or [slice(0, 0)]
+
+
+def merge_models(job: Job, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Give whole models to a function of state dicts, all in memory, and answer its result tensor by tensor."""
+    result = _merged_model(job, names)
+    label = f"method.function={job.method.name}"
+    if not isinstance(result, Mapping):
+        raise ConfigError(f"{label}: answered a {type(result).__name__}, not a state dict")
+    if missing := [name for name in names if name not in result]:
+        raise ConfigError(f"{label}: its result lacks {listed(missing)}")
+    if extra := [str(name) for name in result if name not in names]:
+        raise ConfigError(f"{label}: its result has {listed(extra)} in addition")
+    for name in names:
+        like = job.empty(name)
+        yield name, like.copy_(rounded(job, name, result[name], like))
+
+
+@torch.no_grad()
+def _merged_model(job: Job, names: Sequence[str]) -> object:
+    base = job.models.base if "base_index" in job.method.takes else None
+    sources = [*([base] if base is not None else []), *job.models.experts]
+    models = [StateDict({name: placed(job, source.get(name)) for name in names}) for source in sources]
+    keywords = dict(job.arguments[names[0]]) | ({"base_index": 0} if base is not None else {})
+    return run(job, "", lambda: job.method.function(models, **keywords))

@@ -1,0 +1,1 @@
+"""Running models and scoring them: classification, generation, perplexity, metrics, bootstrap."""

@@ -1,0 +1,84 @@
+"""A task's examples as a model's inputs: tokenised once, for any number of models that share the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mergelab.evaluation.classification import Encoded, encode, max_input_length, predict
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from mergelab.evaluation.classification import Array, Watch
+    from mergelab.tasks.data import TaskData
+
+
+class Inputs(Protocol):
+    """Examples that a model can be run over."""
+
+    def take(self, members: Array) -> Inputs:
+        """Answer some of the examples: those at the positions ``members`` (m,), in that order."""
+        ...
+
+    def run(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        batch_tokens: int = 4096,
+        progress: Callable[[float], None] | None = None,
+        watch: Watch | None = None,
+        seed: int | None = None,
+    ) -> Array:
+        """Return the model's outputs, one for each example, as `mergelab.evaluation.classification.predict` does."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClassifierInputs:
+    """Texts or pairs of texts for a sequence classifier."""
+
+    encoded: Encoded
+
+    def take(self, members: Array) -> ClassifierInputs:
+        """Answer some of the examples: those at the positions ``members`` (m,), in that order."""
+        return ClassifierInputs(self.encoded.take(members))
+
+    def run(self, model: nn.Module, **options: Any) -> Array:
+        """Answer the logits (n, C)."""
+        return predict(model, self.encoded, **options)
+
+
+def prepare(
+    data: TaskData, config: Any, tokenizer: Any, *, writes_with: Any = None, max_length: int | None = None
+) -> Inputs:
+    """Tokenise a task's examples for a model.
+
+    Args:
+        data: the examples.
+        config: the model's configuration.
+        tokenizer: of what the model reads.
+        writes_with: the tokenizer of what it writes, where that is another.
+        max_length: an upper bound of an input in tokens; by default what the model allows.
+
+    Raises:
+        DataError, ModelError: the examples do not fit the model.
+    """
+    kind = data.spec.kind
+    if kind in ("generation", "prompts"):
+        from mergelab.evaluation.generation import encode_prompts
+
+        return encode_prompts(data, config, tokenizer, writes_with=writes_with, max_length=max_length)
+    if kind == "lm_eval":
+        from mergelab.evaluation.lm_eval import Harness
+
+        return Harness(data.spec, tokenizer, max_length)
+    if kind == "language_modelling":
+        from mergelab.evaluation.perplexity import encode_windows
+
+        return encode_windows(data, config, tokenizer, max_length)
+    return ClassifierInputs(encode(data, tokenizer, max_input_length(config, tokenizer, max_length)))

@@ -1,0 +1,199 @@
+"""Tasks of lm-eval, the Language Model Evaluation Harness (Gao et al.), on a model that is in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mergelab.errors import ConfigError, DataError, did_you_mean, listed
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from mergelab.evaluation.classification import Array, Watch
+    from mergelab.tasks.spec import TaskSpec
+
+# The tokens that an input is taken to have where only the number of inputs in a batch can be told.
+_USUAL_LENGTH = 256
+# Standard errors to either side that make a 95 % interval of a mean.
+_STANDARD_ERRORS = 1.96
+
+
+@dataclass(frozen=True)
+class HarnessScore:
+    """One of lm-eval's metrics: its value, its standard error where there is one, and whether greater is better."""
+
+    value: float
+    error: float | None
+    greater_is_better: bool
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The bounds of the 95 % interval; without a standard error the value itself."""
+        around = _STANDARD_ERRORS * (self.error or 0.0)
+        return self.value - around, self.value + around
+
+
+@dataclass(frozen=True)
+class Harness:
+    """What lm-eval is asked for: as `mergelab.evaluation.dispatch.Inputs`, but for whole tasks only."""
+
+    spec: TaskSpec
+    tokenizer: Any
+    max_length: int | None = None
+
+    def take(self, members: Array) -> Harness:
+        """Answer itself, where there is nothing to choose from.
+
+        Raises:
+            ConfigError: always: which examples a task has, lm-eval alone knows.
+        """
+        raise ConfigError("task.kind=lm_eval: lm-eval measures whole tasks; a part cannot select (eval.protocol=full)")
+
+    def run(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        batch_tokens: int = 4096,
+        progress: Callable[[float], None] | None = None,
+        watch: Watch | None = None,
+        seed: int | None = None,
+    ) -> Array:
+        """Measure the model with ``lm_eval.simple_evaluate``.
+
+        Args:
+            model: a ``transformers`` model; it is left as it is.
+            device, dtype: as `mergelab.evaluation.classification.predict`'s.
+            batch_tokens: a batch has as many inputs as make about so many tokens.
+            progress: called when all is done.
+            watch, seed: of no use here.
+
+        Returns:
+            (1,) a JSON object that `scores_of` reads.
+
+        Raises:
+            DataError: lm-eval cannot measure it.
+        """
+        import torch
+
+        from mergelab.evaluation.packed_linear import inference_copy
+        from mergelab.models import hub
+
+        check_installed()
+        with _quiet(), contextlib.nullcontext() if hub.reachable() else hub.offline():
+            import lm_eval
+            from lm_eval.models.huggingface import HFLM
+
+            here = next(model.parameters()).device if device is None else torch.device(device)
+            kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+            copied: Any = inference_copy(model, here, kind)
+            try:
+                wrapped = HFLM(
+                    pretrained=copied,
+                    tokenizer=self.tokenizer,
+                    batch_size=max(batch_tokens // _USUAL_LENGTH, 1),
+                    max_length=self.max_length,
+                )
+                found: Any = lm_eval.simple_evaluate(
+                    model=wrapped,
+                    tasks=list(self.spec.lm_eval_tasks),
+                    task_manager=_known_tasks(self.spec),
+                    num_fewshot=self.spec.lm_eval_shots,
+                    limit=self.spec.lm_eval_limit,
+                    bootstrap_iters=1000,
+                    log_samples=False,
+                )
+            except (OSError, ValueError, KeyError, RuntimeError, ConnectionError) as error:
+                told = " ".join(str(error).split())[:300] or type(error).__name__
+                raise DataError(
+                    f"{self.spec.name}: lm-eval cannot measure {listed(self.spec.lm_eval_tasks)}: {told}"
+                ) from error
+        if progress is not None:
+            progress(1.0)
+        outputs = np.empty(1, dtype=object)
+        outputs[0] = json.dumps({"scores": _flat(found), "examples": _counted(found)})
+        return outputs
+
+
+def check_installed() -> None:
+    """Check that lm-eval is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if find_spec("lm_eval") is None:
+        raise ConfigError(
+            "task=lm_eval: needs the package lm-eval, which is not installed: pip install 'mergelab[lm-eval]'"
+        )
+
+
+def scores_of(outputs: Array) -> tuple[dict[str, HarnessScore], int]:
+    """Read what `Harness.run` answers: the metrics by name (``arc_easy/acc``), and how many examples they are of."""
+    content = json.loads(outputs[0])
+    return {name: HarnessScore(*score) for name, score in content["scores"].items()}, int(content["examples"])
+
+
+@functools.cache
+def _task_manager(include_path: str | None) -> Any:
+    """Make lm-eval's index of tasks, once for all models: it reads thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+def _known_tasks(spec: TaskSpec) -> Any:
+    """Answer lm-eval's index of tasks; check that it has those that are asked for."""
+    manager = _task_manager(spec.include_path)
+    if unknown := [name for name in spec.lm_eval_tasks if name not in manager.all_tasks]:
+        raise ConfigError(
+            f"task.tasks: lm-eval has no task {unknown[0]!r}{did_you_mean(unknown[0], manager.all_tasks)}"
+        )
+    return manager
+
+
+def _flat(found: Mapping[str, Any]) -> dict[str, tuple[float, float | None, bool]]:
+    """Bring lm-eval's ``{task: {"acc,none": 0.5, "acc_stderr,none": 0.1}}`` to one level."""
+    scores = {}
+    for task, values in found["results"].items():
+        greater = found.get("higher_is_better", {}).get(task, {})
+        for key, value in values.items():
+            metric, _, way = key.partition(",")
+            if not way or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{metric}_stderr,{way}")
+            error = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
+            name = f"{task}/{metric}" + ("" if way == "none" else f"_{way}")
+            scores[name] = (float(value), error, greater.get(metric) is not False)
+    return scores
+
+
+def _counted(found: Mapping[str, Any]) -> int:
+    return sum(int(counts["effective"]) for counts in found.get("n-samples", {}).values())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep lm-eval from logging and printing, and from drawing bars where there is no terminal."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    shown = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+    try:
+        with shown, contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

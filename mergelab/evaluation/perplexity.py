@@ -1,0 +1,253 @@
+"""How likely given text is to a causal language model: sliding windows over the tokens, scored in batches.
+
+A text's tokens are scored from left to right, ``stride`` new ones at a time. Each is predicted from those before it, as
+many as are in the model's view of ``window`` tokens; the first token of a text is only looked back at. With ``stride``
+equal to ``window`` every window begins where the last one ended, which costs least and leaves the first tokens of each
+with little to go by; a smaller stride costs more and gives lower perplexity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mergelab.errors import DataError, ModelError, NonFinite
+from mergelab.evaluation.classification import _CPU_BATCH_TOKENS, model_positions, plan_batches
+from mergelab.evaluation.packed_linear import inference_copy
+from mergelab.models.architecture import quiet_transformers
+
+if TYPE_CHECKING:
+    from mergelab.evaluation.classification import Watch
+    from mergelab.tasks.data import TaskData
+    from mergelab.tasks.spec import TaskSpec
+
+Array = np.ndarray[Any, Any]
+
+# What a model sees at once where neither it nor the task sets a limit.
+_DEFAULT_WINDOW = 1024
+# Entries of the scores over the vocabulary that are worked on in float32 at a time: they stay in a CPU's caches.
+_ENTRIES, _ACCELERATOR_ENTRIES = 1 << 18, 1 << 27
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Tokenised text, and which tokens are scored in which window.
+
+    Attributes:
+        tokens: (t,) int64, of all texts end to end.
+        owner: (t,) the position of the example that a token belongs to; -1 where it is not scored.
+        words: (n,) how many words each example has.
+        spans: (w, 3) for each window the first token that it sees, the first that it scores, and the end of these.
+        members: the positions of the examples that are asked for.
+        name: the task's.
+    """
+
+    tokens: Array
+    owner: Array
+    words: Array
+    spans: Array
+    members: Array
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def take(self, members: Array) -> Windows:
+        """Answer some of the examples: those at the positions ``members`` (m,), in that order."""
+        chosen = self.members[members]
+        wanted = np.append(np.isin(np.arange(len(self.words)), chosen), False)[self.owner]
+        until = np.concatenate([[0], np.cumsum(wanted)])
+        kept = until[self.spans[:, 2]] > until[self.spans[:, 1]]
+        return Windows(self.tokens, self.owner, self.words, self.spans[kept], chosen, self.name)
+
+    def run(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        batch_tokens: int = 4096,
+        progress: Callable[[float], None] | None = None,
+        watch: Watch | None = None,
+        seed: int | None = None,
+    ) -> Array:
+        """Measure how likely the examples are.
+
+        Args:
+            model: a ``transformers`` model that predicts the next token; it is left as it is.
+            device: where to compute; by default where the model is.
+            dtype: to compute in (``"float32"``, ``"bfloat16"``); by default the model's own.
+            batch_tokens: upper bound of one batch, padding included; one longer window is a batch of its own.
+            progress: called with the fraction done.
+            watch: called after each batch with the positions and outputs of the examples that it completes.
+            seed: draws the order of the batches; by default the longest windows come first.
+
+        Returns:
+            (n, 3) float64: of each example the negative log likelihood in nats, its tokens, and its words.
+
+        Raises:
+            NonFinite: the model answers NaN or infinity.
+        """
+        here = next(model.parameters()).device if device is None else torch.device(device)
+        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        budget = min(batch_tokens, _CPU_BATCH_TOKENS) if here.type == "cpu" else batch_tokens
+        begin, _, end = self.spans.T
+        sums = np.zeros((len(self.words), 2))
+        every = np.arange(len(self.spans)) if watch is not None else self.members[:0]
+        open_windows = np.bincount(self._touched(every)[1], minlength=len(self.words))
+        place = np.full(len(self.words), -1)
+        place[self.members] = np.arange(len(self.members))
+        done = 0
+        for batch, targets, losses in self._losses(inference_copy(model, here, kind), here, budget, seed):
+            own = self.owner[targets]
+            np.add.at(sums, own[own >= 0], np.stack([losses, np.ones_like(losses)], axis=1)[own >= 0])
+            if progress is not None:
+                done += int((end - begin)[batch].sum())
+                progress(done / int((end - begin).sum()))
+            if watch is not None:
+                owners, closing = np.unique(self._touched(batch)[1], return_counts=True)
+                open_windows[owners] -= closing
+                complete = owners[(open_windows[owners] == 0) & (place[owners] >= 0)]
+                watch(place[complete], self._rows(sums, complete))
+        return self._rows(sums, self.members)
+
+    def _rows(self, sums: Array, examples: Array) -> Array:
+        rows = np.column_stack([sums[examples], self.words[examples]])
+        if bad := int((~np.isfinite(rows).all(axis=1)).sum()):
+            raise NonFinite(f"the model's outputs are NaN or infinite for {bad} of {len(rows)} examples")
+        return rows
+
+    def _touched(self, windows: Array) -> tuple[Array, Array]:
+        """Pair windows with the examples that they score tokens of."""
+        pairs = [
+            (window, example)
+            for window in windows
+            for example in np.unique(self.owner[self.spans[window, 1] : self.spans[window, 2]])
+            if example >= 0
+        ]
+        found = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+        return found[:, 0], found[:, 1]
+
+    @torch.inference_mode()
+    def _losses(
+        self, model: Any, device: torch.device, budget: int, seed: int | None
+    ) -> Iterator[tuple[Array, Array, Array]]:
+        """Yield the windows of a batch, the positions of the tokens that they score, and −log p of each."""
+        scored = _ScoredPositions(model)
+        begin, first, end = self.spans.T
+        for batch in plan_batches(end - 1 - begin, budget, seed):
+            lengths = (end - 1 - begin)[batch]
+            # Nothing looks ahead, so that what stands behind a window's end does no harm, and needs no mask.
+            ids = np.minimum(begin[batch, None] + np.arange(lengths.max()), (end - 2)[batch, None])
+            rows, columns = np.nonzero(
+                (np.arange(lengths.max()) >= (first - 1 - begin)[batch, None])
+                & (np.arange(lengths.max()) < lengths[:, None])
+            )
+            targets = begin[batch][rows] + columns + 1
+            inputs = torch.from_numpy(self.tokens[ids]).to(device)
+            wanted = torch.from_numpy(self.tokens[targets]).to(device)
+            logits = scored.logits(inputs, torch.from_numpy(rows * lengths.max() + columns).to(device))
+            rows_at_once = max((_ENTRIES if device.type == "cpu" else _ACCELERATOR_ENTRIES) // logits.shape[1], 1)
+            losses = [
+                nn.functional.cross_entropy(part.float(), own, reduction="none")
+                for part, own in zip(torch.split(logits, rows_at_once), torch.split(wanted, rows_at_once), strict=True)
+            ]
+            yield batch, targets, torch.cat(losses).double().cpu().numpy()
+
+
+class _ScoredPositions:
+    """A model whose scores over the vocabulary are computed only where they are needed."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._chosen = model, torch.empty(0, dtype=torch.int64)
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if head is not None:
+            head.register_forward_pre_hook(self._choose)
+
+    def logits(self, inputs: Tensor, chosen: Tensor) -> Tensor:
+        """Answer the scores (m, V) at the positions ``chosen`` (m,) of the flattened inputs (b, l)."""
+        self._chosen = chosen
+        options = {"use_cache": False} if hasattr(self._model, "config") else {}
+        found: Tensor = self._model(input_ids=inputs, **options).logits
+        whole = found.reshape(-1, found.shape[-1])
+        return whole if len(whole) == len(chosen) else whole[chosen]
+
+    def _choose(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, *others = arguments
+        return (hidden.reshape(-1, hidden.shape[-1])[self._chosen][None], *others)
+
+
+# ------------------------------------------------------------------------------------------------------------- encoding
+
+
+def window_and_stride(spec: TaskSpec, config: Any, max_length: int | None = None) -> tuple[int, int]:
+    """Answer how many tokens a model sees at once, and how many of them are new in each window.
+
+    Raises:
+        DataError: the task's window is longer than the model allows.
+    """
+    allowed = model_positions(config)
+    if allowed is not None and (spec.window or 0) > allowed:
+        raise DataError(f"task.window={spec.window}: the model has {allowed} positions")
+    window = min(n for n in (spec.window or allowed or _DEFAULT_WINDOW, max_length) if n is not None)
+    return window, min(spec.stride or window, window)
+
+
+def encode_windows(data: TaskData, config: Any, tokenizer: Any, max_length: int | None = None) -> Windows:
+    """Tokenise running text and divide it into windows.
+
+    Args:
+        data: the examples; those that are read as one text follow one another.
+        config: the model's configuration.
+        tokenizer: a fast one. The tokens that it puts before a text are seen, those behind it are not scored.
+        max_length: an upper bound of the window in tokens, besides the task's own and the model's positions.
+
+    Raises:
+        ModelError: the model reads a source besides, or the tokenizer does not say where its tokens are in a text.
+        DataError: the task's window is longer than the model allows.
+    """
+    spec = data.spec
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{spec.name}: perplexity of running text needs a decoder alone, and {config.model_type} models read a "
+            "source besides"
+        )
+    if not tokenizer.is_fast:
+        raise ModelError(f"{spec.name}: the tokenizer {tokenizer.name_or_path} does not say where its tokens are")
+    window, stride = window_and_stride(spec, config, max_length)
+    numbers = np.arange(len(data))
+    # A text begins with every example, or where rows are joined with every split.
+    texts = np.split(numbers, np.flatnonzero(np.diff(data.parts)) + 1 if spec.join is not None else numbers[1:])
+    with quiet_transformers():  # a whole text is longer than any model's input
+        found = tokenizer(
+            ["".join("".join(data.texts[i]) for i in members) for members in texts],
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            return_attention_mask=False,
+        )
+    owners, spans, total = [], [], 0
+    for members, offsets, special in zip(texts, found["offset_mapping"], found["special_tokens_mask"], strict=True):
+        ends = np.cumsum([sum(map(len, data.texts[i])) for i in members])
+        last = np.array([end for _, end in offsets], dtype=np.int64).reshape(-1)
+        owner = members[np.searchsorted(ends, np.maximum(last, 1)).clip(max=len(members) - 1)]
+        owner[np.array(special, dtype=bool)] = -1
+        owner[:1] = -1
+        owners.append(owner)
+        count = len(owner) - (next((i for i, mark in enumerate(reversed(special)) if not mark), 0))
+        for start in range(1, count, stride):
+            end = min(start + stride, count)
+            spans.append((total + max(end - 1 - window, 0), total + start, total + end))
+        total += len(owner)
+    return Windows(
+        tokens=np.concatenate([np.asarray(ids, dtype=np.int64) for ids in found["input_ids"]]),
+        owner=np.concatenate(owners),
+        words=np.array([len("".join(text).split()) for text in data.texts], dtype=np.int64),
+        spans=np.array(spans, dtype=np.int64).reshape(-1, 3),
+        members=numbers,
+        name=spec.name,
+    )

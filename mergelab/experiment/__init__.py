@@ -1,0 +1,1 @@
+"""One experiment: locate → plan → open → merge → evaluate → record → save."""

@@ -1,0 +1,221 @@
+"""Measure base, experts and merged models on an experiment's tasks, and compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, TypeVar
+
+from mergelab.config import ExperimentConfig
+from mergelab.errors import DataError
+from mergelab.evaluation.averages import average, normalised_average
+from mergelab.evaluation.bootstrap import chance_level
+from mergelab.evaluation.metrics import score
+from mergelab.evaluation.scoring import Examples, compare, measure, split_examples
+from mergelab.experiment.results import ModelResult, Role, common_direction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergelab.evaluation.metrics import Direction
+    from mergelab.evaluation.scoring import TaskResult
+    from mergelab.experiment.session import Prediction, Session
+    from mergelab.tasks.data import TaskData
+    from mergelab.tasks.spec import TaskSpec
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A session with the tasks' examples, ready to measure weights."""
+
+    config: ExperimentConfig
+    session: Session
+    data: Mapping[str, TaskData]
+    progress: Callable[[str, float], None]
+
+    @cached_property
+    def examples(self) -> dict[str, Examples]:
+        """Which examples of each task select and which report."""
+        return {name: split_examples(data, self.config.eval, self.config.seed) for name, data in self.data.items()}
+
+    @property
+    def note(self) -> str:
+        """Say what is measured on, and how."""
+        parts = []
+        for name, data in self.data.items():
+            real = "GLUE" if data.spec.path == "nyu-mll/glue" else data.spec.path
+            label = f"mini/{name} (generated, not {real})" if data.origin == "mini" else name
+            count = len(self.examples[name].report)
+            what = f"{data.spec.primary} on {count} {data.split} examples" if data.spec.metrics else data.split
+            what = f"{count} prompts" if data.spec.kind == "prompts" else what
+            what += self._windows(data.spec) if data.spec.kind == "language_modelling" else ""
+            parts.append(f"{label}: {what}")
+        protocol = {
+            "full": "whole split",
+            "holdout": "other examples select than report",
+            "oracle": "ORACLE: the same examples select and report",
+        }[self.config.eval.protocol]
+        return "\n".join([*parts, f"protocol {self.config.eval.protocol} ({protocol})"])
+
+    def _windows(self, task: TaskSpec) -> str:
+        """Say what perplexity depends on besides model and text: how much of it a model sees at once."""
+        from mergelab.evaluation.perplexity import window_and_stride
+
+        config = self.session.module(task.outputs).config
+        window, stride = window_and_stride(task, config, self.config.eval.max_length)
+        return f", windows of {window} tokens, {stride} of them new"
+
+    def baselines(self) -> list[ModelResult]:
+        """Measure the base (with the merged model's heads) and every expert (with its own head, on its tasks)."""
+        located, session, found = self.session.located, self.session, []
+        if located.base is not None:
+            contents = (session.content("base"), self.config.models.head, *self._expert_contents())
+            predictions = {
+                name: session.predict(
+                    data,
+                    session.base_backbone,
+                    session.heads[name],
+                    located.base.label,
+                    key=contents,
+                    progress=self.progress,
+                )
+                for name, data in self.data.items()
+            }
+            found.append(self._result(located.base.label, "base", predictions, contents))
+        for index, expert in enumerate(located.experts):
+            contents = (session.content(expert.name), *(expert.labels or ()))
+            predictions = {
+                name: session.predict(
+                    data,
+                    partial(session.expert_backbone, index),
+                    session.expert_head(index, data.spec),
+                    expert.label,
+                    key=contents,
+                    progress=self.progress,
+                )
+                for name, data in self.data.items()
+                if session.expert_serves(expert, data.spec)
+            }
+            found.append(self._result(expert.label, "expert", predictions, contents))
+        return self._with_averages(found)
+
+    def preflight(self, baselines: Sequence[ModelResult]) -> None:
+        """Check that every expert is better than chance on its own task, all examples counted.
+
+        Raises:
+            DataError: one is not; most often its labels are in another order than its configuration says.
+        """
+        for model in baselines:
+            for name, prediction in model.predictions.items() if model.role == "expert" else ():
+                data = self.data[name]
+                if (chance := chance_level(data.spec, data.truth)) is None:
+                    continue
+                value = score(data.spec, prediction.outputs, data.truth)[data.spec.primary]
+                if not value > chance:
+                    hint = "are its labels in another order (models.experts.<name>.labels=[...])?"
+                    if data.spec.kind == "generation":
+                        hint = (
+                            f"does it write what task.prompt asks for? Its first text is {prediction.outputs[0]!r:.60}."
+                        )
+                    raise DataError(
+                        f"expert {model.label} is at chance on its own task {name}: {data.spec.primary} {value:.4f}, "
+                        f"a constant answer gets {chance:.4f}; {hint} eval.preflight=false goes on without this check"
+                    )
+
+    def merged(
+        self, backbones: Mapping[str, Mapping[str, Tensor]], label: str, baselines: Sequence[ModelResult]
+    ) -> ModelResult:
+        """Measure merged weights, given for each task, and test them against the best expert."""
+        predictions = {
+            name: self.session.predict(
+                data, partial(backbones.__getitem__, name), self.session.heads[name], label, progress=self.progress
+            )
+            for name, data in self.data.items()
+        }
+        result = self._result(label, "merged", predictions)
+        experts = [model for model in baselines if model.role == "expert" and model.scored]
+        name, data = next(iter(self.data.items()))
+        if len(self.data) == 1 and experts and data.spec.metrics:
+            best = _best(experts, lambda model: model.results[name].score.value, result.results[name].direction)
+            own, other = predictions[name].outputs, best.predictions[name].outputs
+            p = compare(data, own, other, self.examples[name], self.config.eval, self.config.seed)
+            result = replace(result, p_value=p)
+        return self._with_averages([*baselines, result])[-1]
+
+    def _expert_contents(self) -> list[str]:
+        return [self.session.content(expert.name) for expert in self.session.located.experts]
+
+    def _result(
+        self, label: str, role: Role, predictions: Mapping[str, Prediction], contents: tuple[str, ...] = ()
+    ) -> ModelResult:
+        examples, config = self.examples, self.config
+        results = {
+            name: measure(self.data[name], prediction.outputs, examples[name], config.eval, config.seed)
+            for name, prediction in predictions.items()
+        }
+        return ModelResult(
+            label,
+            role,
+            results,
+            predictions,
+            contents,
+            eval_seconds=sum(prediction.seconds for prediction in predictions.values()),
+            cached=bool(predictions) and all(prediction.cached for prediction in predictions.values()),
+        )
+
+    def _with_averages(self, models: Sequence[ModelResult]) -> list[ModelResult]:
+        """Add a suite's averages to the models that were measured on all of its tasks."""
+        tasks = list(models[-1].scored) if models else []
+        experts = [model for model in models if model.role == "expert"]
+        if len(tasks) < 2 or any(not any(name in model.scored for model in experts) for name in tasks):
+            return list(models)
+        results = models[-1].scored
+        less = [name for name in tasks if results[name].direction == "minimize"]
+
+        def best(read: Callable[[TaskResult], float]) -> dict[str, float]:
+            return {
+                name: read(
+                    _best(
+                        [model.scored[name] for model in experts if name in model.scored],
+                        read,
+                        results[name].direction,
+                    )
+                )
+                for name in tasks
+            }
+
+        def averaged(model: ModelResult) -> ModelResult:
+            if set(model.scored) != set(tasks):
+                return model
+            scores = {name: _reported(result) for name, result in model.scored.items()}
+            found = replace(model, normalised=_normalised(scores, best(_reported), less))
+            if common_direction(results.values()) is not None:
+                found = replace(found, average=average(scores))
+            if model.select_score is not None:
+                selected = {name: _selected(result) for name, result in model.scored.items()}
+                found = replace(found, select_normalised=_normalised(selected, best(_selected), less))
+            return found
+
+        return [averaged(model) for model in models]
+
+
+def _normalised(scores: Mapping[str, float], experts: Mapping[str, float], less: Sequence[str]) -> float | None:
+    """Average relative to the experts; None where an expert's score is no measure: zero or negative."""
+    return normalised_average(scores, experts, less) if all(value > 0 for value in experts.values()) else None
+
+
+def _reported(result: TaskResult) -> float:
+    return result.score.value
+
+
+def _selected(result: TaskResult) -> float:
+    return result.select[result.primary]
+
+
+T = TypeVar("T")
+
+
+def _best(found: Sequence[T], read: Callable[[T], float], direction: Direction) -> T:
+    """Answer the one that is best by what ``read`` answers."""
+    return (max if direction == "maximize" else min)(found, key=read)

@@ -1,0 +1,170 @@
+"""What an experiment has loaded; a sweep's trials in one process share it, so that none loads anything again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergelab.console import tables
+from mergelab.errors import NoRoom
+from mergelab.experiment.calibration import Calibration
+from mergelab.experiment.evaluator import Bench
+from mergelab.experiment.locate import LocatedModels, Source, locate
+from mergelab.experiment.merging import Merging
+from mergelab.experiment.session import Session
+from mergelab.tasks.data import load_data
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergelab.engine.parameters import Parameters
+    from mergelab.engine.registry import MergeMethod
+    from mergelab.engine.warm_session import Warm
+    from mergelab.experiment.plan import Plan
+    from mergelab.experiment.results import ModelResult
+    from mergelab.experiment.selection import BenchSelection
+    from mergelab.tasks.data import TaskData
+
+Progress = Callable[[str, float], None]
+Backbones = Mapping[str, Mapping[str, "Tensor"]]
+
+
+@dataclass
+class Resident:
+    """Opened models, their data, and what is known of them."""
+
+    bench: Bench
+    compiling: bool = False
+    calibrations: dict[str, Calibration] = field(default_factory=dict)
+
+    @property
+    def session(self) -> Session:
+        """The opened models."""
+        return self.bench.session
+
+    @cached_property
+    def baselines(self) -> list[ModelResult]:
+        """The base and the experts, measured and, if wanted, checked to be better than chance."""
+        found = self.bench.baselines()
+        if self.bench.config.eval.preflight:
+            self.bench.preflight(found)
+        return found
+
+    def calibration(self, plan: Plan, progress: Progress) -> Calibration | None:
+        """Training examples for a method that learns from them; the same object for the same method."""
+        if "data" not in plan.method.needs:
+            return None
+        if plan.method.name not in self.calibrations:
+            self.calibrations[plan.method.name] = Calibration(self.session, plan.method.name, plan.data_dir, progress)
+        return self.calibrations[plan.method.name]
+
+    def merged(
+        self,
+        method: MergeMethod,
+        parameters: Parameters,
+        examples: Calibration | BenchSelection | None,
+        progress: Progress,
+        weights: Sequence[float],
+    ) -> tuple[Backbones, float]:
+        """Merge from memory, the models weighted with ``weights`` where the parameters have none.
+
+        Returns:
+            As `mergelab.experiment.merging.Merging.in_memory`; the tensors are overwritten by the next call.
+        """
+        if self._warm is None:
+            return Merging(method, parameters, self.session, progress, examples, weights).in_memory()
+        started = time.perf_counter()
+        served = self.session.served() if method.several else dict.fromkeys(self.bench.data)
+        found: dict[str | None, dict[str, Tensor]] = {}
+        for output in dict.fromkeys(served.values()):
+            self._warm.merge(method, parameters, weights=weights, output=output, examples=examples)
+            made = {name: tensor.clone() for name, tensor in self._room.items()} if method.several else self._room
+            aliases = {alias: made[name] for alias, name in self.session.aligned.aliases.items() if name in made}
+            found[output] = {**self.session.passed_through, **self._integers, **made, **aliases}
+        return {task: found[output] for task, output in served.items()}, time.perf_counter() - started
+
+    @property
+    def path(self) -> str:
+        """How the last merge from memory computed: "compiled" or "plain" torch operations."""
+        return "plain" if self._warm is None else self._warm.path
+
+    @cached_property
+    def _warm(self) -> Warm | None:
+        from mergelab.engine.warm_session import Warm
+
+        try:
+            return Warm(
+                self.session.aligned,
+                self._room,
+                seed=self.session.config.seed,
+                device=self.session.device,
+                dtype=self.session.saved_dtype,
+                compiling=self.compiling,
+            )
+        except NoRoom as error:
+            tables.warn(f"{error}. Every trial of this sweep reads the models again.")
+            return None
+
+    @cached_property
+    def _room(self) -> dict[str, Tensor]:
+        """The tensors that merges are written to."""
+        import torch
+
+        aligned, wanted = self.session.aligned, self.session.saved_dtype
+        like = aligned.base or aligned.experts[0]
+        return {name: torch.empty(like.shape(name), dtype=wanted or like.dtype(name)) for name in aligned.names}
+
+    @cached_property
+    def _integers(self) -> dict[str, Tensor]:
+        aligned = self.session.aligned
+        return {name: (aligned.base or aligned.experts[0]).get(name) for name in aligned.integers}
+
+
+_kept: list[tuple[str, Resident]] = []
+
+
+def open_resident(
+    plan: Plan, source: Source, progress: Progress, *, keep: bool = False, compiling: bool = False
+) -> Resident:
+    """Open a plan's models and data; with ``keep``, take and leave them for the next plan on the same ones."""
+    key = _key(plan, source)
+    if keep and _kept and _kept[0][0] == key:
+        return _kept[0][1]
+    _kept.clear()  # two sets of models may not fit beside each other
+    located = locate(plan.config.models, source, [task.name for task in plan.tasks if task.path], progress)
+    session = Session(located, plan.tasks, plan.config)
+    resident = Resident(Bench(plan.config, session, _load_data(plan, located), progress), compiling)
+    if keep:
+        _kept.append((key, resident))
+    return resident
+
+
+def _load_data(plan: Plan, located: LocatedModels) -> dict[str, TaskData]:
+    loaded = {}
+    for task in plan.tasks:
+        mini = located.mini_data.get(task.name)
+        loaded[task.name] = load_data(
+            task,
+            data_dir=mini or plan.data_dir,
+            origin="mini" if mini else None,
+            limit=plan.limit,
+            seed=plan.config.seed,
+        )
+    return loaded
+
+
+def _key(plan: Plan, source: Source) -> str:
+    """Name all that the opened models and data depend on; experts' weights count only when they are merged."""
+    settings = plan.config.model_dump(include={"models", "eval", "save", "device", "seed"})
+    settings["models"]["experts"] = {
+        name: {key: value for key, value in expert.items() if key != "weight"}
+        for name, expert in settings["models"]["experts"].items()
+    }
+    tasks = [asdict(task) for task in plan.tasks]
+    parts = [settings, tasks, plan.data_dir, plan.limit, source, str(Path.cwd())]
+    return json.dumps(parts, sort_keys=True, default=str)

@@ -1,0 +1,148 @@
+"""The plan of one experiment: every setting checked, nothing loaded yet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergelab.config import ExperimentConfig, ModelsConfig, check
+from mergelab.console import tables
+from mergelab.errors import ConfigError
+from mergelab.experiment.locate import Source, references
+from mergelab.experiment.locate import decide_source as _decide
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from mergelab.engine.registry import MergeMethod
+    from mergelab.tasks.spec import TaskSpec
+    from mergelab.tracking import TrackingConfig
+
+_NOT_THE_EXPERIMENT = ("hydra", "experiment", "sweep")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment whose every setting has been checked; nothing is loaded yet."""
+
+    config: ExperimentConfig
+    resolved: Mapping[str, Any]
+    method: MergeMethod
+    parameters: Any
+    task_name: str
+    tasks: tuple[TaskSpec, ...]
+    data_dir: str | None
+    limit: int | None
+    tracking: TrackingConfig
+
+    @property
+    def source(self) -> Source:
+        """Decide where models and data come from."""
+        data = {task.name: (task.path, task.config) for task in self.tasks if task.path}
+        local = self.data_dir is not None or not (self.config.evaluate or self.method.needs)
+        return _decide(self.config.source, self.config.models, data, data_is_local=local)
+
+
+def plan_experiment(config: DictConfig) -> Plan:
+    """Check every setting of ``config``, the method's and the tasks' included, without loading anything.
+
+    Raises:
+        ConfigError, DataError: a key, a value or a combination is not usable.
+    """
+    from omegaconf import OmegaConf
+
+    from mergelab.engine.registry import against_writers, check_capabilities, method_from_config, resolve_weights
+    from mergelab.tasks.spec import tasks_from_config
+    from mergelab.tracking import tracking_config
+
+    # Each part within the whole: it may refer to a sweep's own keys.
+    keys = [str(key) for key in config if key not in _NOT_THE_EXPERIMENT]
+    missing = {key for key in keys if OmegaConf.is_missing(config, key)}
+    parts: dict[str, Any] = {key: config[key] for key in keys if key not in missing}
+    for part in parts.values():
+        missing |= OmegaConf.missing_keys(part) if OmegaConf.is_config(part) else set()
+    if missing:
+        raise ConfigError("; ".join(f"{key}: needs a value" for key in sorted(missing)))
+    resolved: dict[str, Any] = {
+        key: OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
+        for key, part in parts.items()
+    }
+    checked = check(ExperimentConfig, resolved)
+    method, parameters = method_from_config(checked.method)
+    check_capabilities(method, has_base=checked.models.base is not None, experts=len(checked.models.experts))
+    if method.several and checked.models.head in ("average", "base"):
+        raise ConfigError(
+            f"method={method.name}: makes one model for each expert, and models.head={checked.models.head} does not "
+            "say which of them a task is measured with; models.head=per_task: its own expert's, "
+            "models.head=expert:<name>: that one's"
+        )
+    if "selection" in method.needs and not (checked.evaluate and checked.eval.protocol != "full"):
+        raise ConfigError(
+            f"method={method.name}: chooses by scores, and with "
+            f"{'evaluate=false' if not checked.evaluate else 'eval.protocol=full'} there are no examples that select; "
+            "eval.protocol=holdout sets some apart (oracle: the reporting ones, and labelled so)"
+        )
+    weights = [expert.weight for expert in checked.models.experts.values()]
+    resolve_weights(method, parameters, tuple(checked.models.experts), weights)
+    suite = tasks_from_config(checked.task)
+    if (reason := against_writers(method, parameters)) is not None and _merges_writers(checked, suite.tasks):
+        raise ConfigError(reason)
+    if not checked.evaluate and checked.output is None:
+        raise ConfigError("evaluate=false: nothing would be made; say where the merged model goes with output=<folder>")
+    if checked.output is not None:
+        check_output(checked.output, checked.models)
+    return Plan(
+        checked,
+        resolved,
+        method,
+        parameters,
+        suite.name,
+        suite.tasks,
+        suite.data_dir,
+        suite.limit,
+        tracking_config(checked.tracking),
+    )
+
+
+def _merges_writers(config: ExperimentConfig, tasks: Sequence[TaskSpec]) -> bool:
+    """Tell whether an expert was made for a task whose models write text."""
+    from mergelab.tasks.spec import task_of_expert
+
+    if config.source == "mini" and config.models.mini is None:
+        return False  # whatever the experts are called, classifiers take their places
+    made_for = (task_of_expert(expert.task or name, tasks) for name, expert in config.models.experts.items())
+    return any(all(not each.outputs for each in ([task] if task else tasks)) for task in made_for)
+
+
+def warn_if_mini(plan: Plan, source: str) -> None:
+    """Warn, once, when the miniature takes the place of models that were asked for."""
+    if source == "mini" and plan.config.source == "auto":
+        tables.warn(
+            "The model hub cannot be reached and its cache does not have these models. This run uses mergelab's "
+            "embedded miniature instead: small transformers trained here on generated text. Its scores are not those "
+            "of the real task. source=mini asks for it without this warning, source=hub makes it an error."
+        )
+
+
+def check_output(output: str, models: ModelsConfig) -> None:
+    """Check, before any work is done, that the merge of ``models`` can be written to ``output``.
+
+    Raises:
+        ConfigError: it is a file, a folder in use, a model's own folder, or inside something that is no folder.
+    """
+    from mergelab.weights.writer import is_unfinished
+
+    folder = Path(output).expanduser()
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"output={output}: {existing} is a file; a folder that does not exist yet is needed")
+    if existing == folder and any(not is_unfinished(path) for path in folder.iterdir()):
+        for reference in references(models):
+            if reference.folder is not None and folder.samefile(reference.folder):
+                raise ConfigError(f"output={output}: the folder is that of an input model; choose another one")
+        raise ConfigError(f"output={output}: the folder is not empty; choose another one or remove it")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"output={output}: {existing} cannot be written to")

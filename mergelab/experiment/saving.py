@@ -1,0 +1,244 @@
+"""Merged weights as model folders: config, tokenizer and labels beside them, one folder or one for each task."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergelab.errors import ConfigError, did_you_mean, listed
+from mergelab.models.architecture import tokenizer_folder
+from mergelab.models.encoder_decoder import PAIRED, companions
+from mergelab.weights.source import TensorInfo, TensorPart, layout_of
+from mergelab.weights.writer import complete_files, is_unfinished, making_of, stay, writing_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergelab.engine.parameters import Parameters
+    from mergelab.engine.registry import MergeMethod
+    from mergelab.experiment.session import Session
+    from mergelab.tasks.spec import TaskSpec
+    from mergelab.tracking import Run
+
+
+class Saving:
+    """Writes what a session's models were merged to."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def save(self, backbones: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
+        """Write merged weights as a model folder; with a head per task, as a folder for each task below it.
+
+        Args:
+            backbones: the weights for each task, by its name; the same for all, or different ones.
+            folder: does not exist yet, or is empty.
+
+        Raises:
+            ModelError: the folder is in use or cannot be written.
+            ConfigError: there is no such model to take the tokenizer from.
+        """
+        distinct = {id(backbone): (backbone, task) for task, backbone in backbones.items()}
+        for backbone, task in distinct.values():
+            layout = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in backbone.items()]
+            only = task if len(distinct) > 1 else None
+            self._write(folder, layout, partial(_parts_of, backbone), None, only)
+
+    def merging(
+        self,
+        folder: Path,
+        merge: Callable[[frozenset[str]], Iterable[TensorPart]],
+        key: str,
+        task: str | None = None,
+    ) -> None:
+        """Write a merged model as `save` does, part by part as it is merged.
+
+        Args:
+            folder: as for `save`.
+            merge: answers the parts of the merged tensors of these names.
+            key: names what is merged and how: what an interrupted call with the same key completed is not done again.
+            task: the one whose folder is written; None: each one's that there is.
+        """
+        reference = self._session.aligned.base or self._session.aligned.experts[0]
+        dtype = self._session.saved_dtype
+        layout = [
+            info._replace(dtype=dtype or info.dtype) if info.name in self._session.aligned.names else info
+            for info in layout_of(reference, [*self._session.aligned.names, *self._session.aligned.integers])
+        ]
+        layout += [
+            info._replace(name=alias) for alias, name in self._copies.items() for info in layout if info.name == name
+        ]
+        own = [
+            TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self._session.passed_through.items()
+        ]
+
+        def parts(missing: frozenset[str]) -> Iterator[TensorPart]:
+            yield from _parts_of(self._session.passed_through, missing)
+            yield from merge(missing - self._session.passed_through.keys())
+
+        self._write(folder, [*layout, *own], parts, key, task)
+
+    def merge_key(self, method: MergeMethod, parameters: Parameters) -> str:
+        """Name all that the merged model's content depends on; a model's weights by its files' times of change."""
+        from importlib.metadata import version
+
+        config = self._session.config
+        stamps = {
+            name: [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files]
+            for name, checkpoint in self._session.checkpoints.items()
+        }
+        parts = {
+            "version": version("mergelab"),
+            "method": [method.name, parameters.by_key()],
+            "models": [config.models.model_dump(), stamps],
+            "vocabulary": self._session.vocabulary and self._session.vocabulary.digest,
+            "tasks": [task.name for task in self._session.tasks],
+            "save": config.save.model_dump(),
+            "seed": config.seed,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @cached_property
+    def _copies(self) -> dict[str, str]:
+        """Find tied tensors that are stored under both names: an encoder's and its decoder's.
+
+        Transformers 5 does not tie these when it loads a model, and would draw the decoder's anew.
+        """
+        if self._session.kind.name != PAIRED:
+            return {}
+        return {alias: name for alias, name in self._session.aligned.aliases.items() if _part(alias) != _part(name)}
+
+    def _write(
+        self,
+        folder: Path,
+        layout: Sequence[TensorInfo],
+        parts: Callable[[frozenset[str]], Iterable[TensorPart]],
+        key: str | None,
+        task: str | None = None,
+    ) -> None:
+        """Write one folder, or one for each task's head (or that of one task), from one stream of what they share."""
+        shared = [info for info in layout if info.name not in self._session.head_names]
+        folders = self._model_folders(folder, task)
+        with noted(folder, [place for place, _, _ in folders], key), ExitStack() as stack:
+            like = stack.enter_context(self._companions())
+            writers = []
+            for place, head, updates in folders:
+                heads = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in head.items()]
+                writer = stack.enter_context(
+                    writing_folder(
+                        place,
+                        layout=[*shared, *heads],
+                        like=like,
+                        config_updates=updates,
+                        dtype=self._session.saved_dtype,
+                        max_shard_bytes=self._session.config.save.max_shard_bytes,
+                        aliases={a: n for a, n in self._session.aligned.aliases.items() if a not in self._copies},
+                        inputs=self._session.folders(),
+                        key=key,
+                    )
+                )
+                for name in head.keys() & writer.missing:
+                    writer.write(name, head[name])
+                writers.append(writer)
+            waiting = [(writer, writer.missing) for writer in writers]
+            for part in parts(frozenset().union(*(missing for _, missing in waiting))):
+                for writer, missing in waiting:
+                    if part.name in missing:
+                        writer.write_part(part)
+                del part  # let it go before the next one is made
+
+    def _model_folders(self, folder: Path, only: str | None) -> list[tuple[Path, Mapping[str, Tensor], dict[str, Any]]]:
+        """Answer the folders to write, each with its head and what its configuration says of the labels."""
+        if not self._session.head_names:
+            return [(folder, {}, {})]
+        if self._session.config.models.head != "per_task" or len(self._session.tasks) == 1:
+            return [
+                (folder, self._session.heads[self._session.tasks[0].name].tensors, label_config(self._session.tasks[0]))
+            ]
+        tasks = [task for task in self._session.tasks if only in (None, task.name)]
+        return [(folder / task.name, self._session.heads[task.name].tensors, label_config(task)) for task in tasks]
+
+    def _companions(self) -> contextlib.AbstractContextManager[Path]:
+        """Answer a folder whose config, tokenizer, generation config and chat template are copied."""
+        chosen = self._companions_of()
+        if self._session.kind.name == PAIRED:
+            return companions(chosen, [folder for folder in self._session.folders() if folder != chosen])
+        if self._session.vocabulary is None:
+            return contextlib.nullcontext(chosen)
+        return self._session.vocabulary.companions(
+            chosen, template=chosen if self._session.config.save.tokenizer else None
+        )
+
+    def _companions_of(self) -> Path:
+        if (chosen := self._session.config.save.tokenizer) is None:
+            folders = [expert.folder for expert in self._session.located.experts]
+            return tokenizer_folder(folders) or folders[0]
+        folders_by_name = {expert.name: expert.folder for expert in self._session.located.experts}
+        if self._session.located.base is not None:
+            folders_by_name["base"] = self._session.located.base.folder
+        if chosen not in folders_by_name:
+            raise ConfigError(
+                f"save.tokenizer={chosen}: must be base or an expert{did_you_mean(chosen, folders_by_name)} "
+                f"(there are {listed(folders_by_name)})"
+            )
+        return folders_by_name[chosen]
+
+
+def keep(
+    saving: Saving, backbones: Mapping[str, Mapping[str, Tensor]], run: Run, output: str | None, *, log: bool
+) -> None:
+    """Write a merged model into the folder ``output``, if that is given, and with ``log`` among the run's artifacts."""
+    from mergelab.tracking.grid import MODEL
+
+    if output is not None:
+        saving.save(backbones, Path(output).expanduser())
+    if log and run.id:
+        with tempfile.TemporaryDirectory() as folder:
+            saving.save(backbones, Path(folder) / MODEL)
+            run.log_artifacts(Path(folder) / MODEL, MODEL)
+
+
+@contextlib.contextmanager
+def noted(folder: Path, places: Sequence[Path], key: str | None) -> Iterator[None]:
+    """Note on a Ctrl-C what it leaves of the models that are written to ``places``, and what the same command does.
+
+    Without a key nothing is kept, and there is nothing to note.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if key is None:
+            raise
+        whole = [path.name for path in sorted(folder.glob("*")) if not is_unfinished(path)]
+        kept = {place: count for place in places if (count := complete_files(place, key))}
+        if whole and folder not in places:
+            interrupt.add_note(f"{folder} holds {listed(whole)} already: remove it before the same command again")
+        elif kept:
+            where = listed([str(making_of(place)) for place in kept], 2)
+            interrupt.add_note(f"{stay(sum(kept.values()))} in {where}: the same command goes on from there")
+        raise
+
+
+def _part(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _parts_of(tensors: Mapping[str, Tensor], names: frozenset[str]) -> Iterator[TensorPart]:
+    return (TensorPart(name, 0, tensor.reshape(-1)) for name, tensor in tensors.items() if name in names)
+
+
+def label_config(task: TaskSpec) -> dict[str, Any]:
+    """Answer the keys of ``config.json`` that say what a head's outputs mean, in the task's order."""
+    names = list(task.labels) if task.labels else ["LABEL_0"]
+    return {
+        "id2label": {str(index): name for index, name in enumerate(names)},
+        "label2id": {name: index for index, name in enumerate(names)},
+        "num_labels": len(names),
+    }

@@ -1,0 +1,262 @@
+"""Build the miniature, or find what was built before: a base for all tasks, and per task its data and experts."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergelab.config import cache_dir
+from mergelab.miniature.recipe import EXPERTS, GRAMMARS, Expert, Recipe
+from mergelab.miniature.record import Example
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import BertForPreTraining
+
+    from mergelab.miniature.train import Corpus
+
+Progress = Callable[[str, float], None]
+TASKS: tuple[str, ...] = tuple(GRAMMARS)
+_BASE, _DATA = "base", "data"
+
+
+@dataclass(frozen=True)
+class MiniSet:
+    """One task's miniature: base, experts by name, and the folder with its ``train`` and ``validation`` data."""
+
+    task: str
+    base: Path
+    experts: dict[str, Path]
+    data: Path
+
+
+def build(task: str, *, progress: Progress | None = None, recipe: Recipe | None = None) -> MiniSet:
+    """Answer ``task``'s miniature, built at first use.
+
+    Everything is really trained, on text that the package's grammars generate; the same recipe gives the same weights
+    on one platform. What is finished stands in the cache under a name that hashes this package's source and the major
+    versions of torch and transformers; each part is made in a folder of its own and renamed when it is whole. Two
+    processes may build at once: one waits for the other.
+
+    Args:
+        task: one of `TASKS`.
+        progress: called with what is being done and the fraction done.
+        recipe: how much is generated and trained; the default is the miniature that the package speaks of.
+    """
+    recipe = recipe or Recipe()
+    tell = progress or (lambda _message, _done: None)
+    home = _home(recipe)
+    names = {f"mini-{number + 1}": home / task / f"mini-{number + 1}" for number in range(len(EXPERTS))}
+    found = MiniSet(task, home / _BASE, names, home / task / _DATA)
+    if not found.base.is_dir() or not (home / task).is_dir():
+        from filelock import FileLock
+
+        home.mkdir(parents=True, exist_ok=True)
+        with FileLock(home / ".lock"):
+            _build_missing(home, task, recipe, tell)
+    return found
+
+
+def _home(recipe: Recipe) -> Path:
+    digest = hashlib.sha256(repr(asdict(recipe)).encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    for package in ("torch", "transformers"):
+        digest.update(version(package).partition(".")[0].encode())
+    return cache_dir() / "mini" / digest.hexdigest()[:16]
+
+
+def _build_missing(home: Path, task: str, recipe: Recipe, tell: Progress) -> None:
+    """Build what the cache lacks; the base is half of the work for the first task."""
+    share = 0.0 if (home / _BASE).is_dir() else 0.6
+    if share:
+        with _folder_in_making(home / _BASE) as folder:
+            _build_base(folder, recipe, lambda done: tell("training the miniature's base", share * done))
+    if not (home / task).is_dir():
+        with _folder_in_making(home / task) as folder:
+            message = f"training the miniature's {task} experts"
+            _build_task(home / _BASE, folder, task, recipe, lambda done: tell(message, share + (1 - share) * done))
+
+
+@contextmanager
+def _folder_in_making(folder: Path) -> Iterator[Path]:
+    """Give a folder that takes its name when everything in it is written, and is gone if that fails."""
+    making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield making
+        making.rename(folder)
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+
+
+# ----------------------------------------------------------------------------------------------------------- the base
+
+
+def _build_base(folder: Path, recipe: Recipe, progress: Callable[[float], None]) -> None:
+    from mergelab.miniature import tokenizer as words
+    from mergelab.miniature import train
+
+    pairs, strangers = _documents(recipe)
+    vocabulary = words.vocabulary([*(text for pair in pairs for text in pair), *_all_texts()])
+    tokenizer = words.make_tokenizer(vocabulary)
+    with train.quiet_torch(recipe.seed):
+        corpus = _corpus(tokenizer, pairs, strangers)
+        model = train.pretrain(corpus, len(vocabulary), recipe, progress)
+    _save(model, folder)
+    words.save_tokenizer(tokenizer, vocabulary, folder)
+
+
+def _documents(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[int]]:
+    """Draw the pretraining text: one or two sentences, and whether the second is a stranger (`IGNORED`: none)."""
+    from mergelab.miniature.train import IGNORED
+
+    rng = random.Random(recipe.seed)
+    grammars = [_grammar(task) for task in GRAMMARS]
+    pairs: list[tuple[str, ...]] = []
+    strangers: list[int] = []
+    for grammar in rng.choices(grammars, list(recipe.mixture), k=recipe.documents):
+        document = grammar.document(rng)
+        if not document.second:
+            pairs.append((document.first,))
+            strangers.append(IGNORED)
+            continue
+        stranger = int(rng.random() < 0.5)
+        pairs.append((document.first, document.stranger if stranger else document.second))
+        strangers.append(stranger)
+    return pairs, strangers
+
+
+def _corpus(tokenizer: Tokenizer, pairs: Sequence[tuple[str, ...]], strangers: Sequence[int]) -> Corpus:
+    import torch
+
+    from mergelab.miniature import train
+
+    return train.Corpus(train.encode(tokenizer, pairs), torch.tensor(strangers))
+
+
+def _all_texts() -> Iterator[str]:
+    """Show every grammar often enough that the vocabulary has all of its words."""
+    for task in GRAMMARS:
+        rng = random.Random(f"vocabulary {task}")
+        for _ in range(3000):
+            yield from _grammar(task).example(rng).texts
+
+
+def _grammar(task: str) -> Any:
+    return import_module(f"mergelab.miniature.{GRAMMARS[task].module}")
+
+
+# -------------------------------------------------------------------------------------------------- data and experts
+
+
+def _build_task(base: Path, folder: Path, task: str, recipe: Recipe, progress: Callable[[float], None]) -> None:
+    import torch
+    from transformers import BertForPreTraining
+
+    from mergelab.miniature import tokenizer as words
+    from mergelab.miniature import train
+    from mergelab.models.architecture import quiet_transformers
+
+    grammar, size = _grammar(task), GRAMMARS[task]
+    drawn = _examples(grammar, f"{recipe.seed} {task}", recipe.scaled(size.validation) + recipe.scaled(size.train))
+    validation, training = drawn[: recipe.scaled(size.validation)], drawn[recipe.scaled(size.validation) :]
+    _write_data(folder / _DATA, grammar, {"train": training, "validation": validation})
+    vocabulary = (base / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    tokenizer = words.make_tokenizer(vocabulary)
+    with quiet_transformers():
+        pretrained: BertForPreTraining = BertForPreTraining.from_pretrained(base, local_files_only=True)
+    kind = torch.float32 if _names(grammar) is None else torch.int64
+    with train.quiet_torch(recipe.seed):
+        jobs = []
+        for number, expert in enumerate(EXPERTS):
+            own = _share(training, number, expert)
+            config = train.make_config(recipe, len(vocabulary), **_labels(grammar))
+            jobs.append(
+                train.Finetuning(
+                    train.with_head(pretrained, config, expert.seed),
+                    train.encode(tokenizer, [example.texts for example in own]),
+                    torch.tensor([example.label for example in own]).to(kind),
+                    expert,
+                )
+            )
+        train.finetune_all(jobs, progress)
+    for number, job in enumerate(jobs):
+        _save(job.model, folder / f"mini-{number + 1}")
+        words.save_tokenizer(tokenizer, vocabulary, folder / f"mini-{number + 1}")
+
+
+def _examples(grammar: Any, seed: str, count: int) -> list[Example]:
+    """Draw ``count`` examples, none like another."""
+    rng = random.Random(seed)
+    drawn: dict[tuple[str, ...], Example] = {}
+    while len(drawn) < count:
+        example = grammar.example(rng)
+        drawn.setdefault(example.texts, example)
+    return list(drawn.values())
+
+
+def _share(training: Sequence[Example], number: int, expert: Expert) -> list[Example]:
+    """Pick what one expert sees: all examples of its own phenomena, and of the others a part."""
+    kinds = sorted({example.kind for example in training})
+    favoured = set(kinds[number % len(kinds) :: len(EXPERTS)])
+    rng = random.Random(expert.seed)
+    return [example for example in training if example.kind in favoured or rng.random() < expert.share]
+
+
+def _names(grammar: Any) -> tuple[str, ...] | None:
+    return getattr(grammar, "NAMES", None)
+
+
+def _labels(grammar: Any) -> dict[str, Any]:
+    """Describe the outputs: the task's label names, or one score."""
+    names = _names(grammar)
+    if names is None:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+
+
+def _write_data(folder: Path, grammar: Any, splits: dict[str, Sequence[Example]]) -> None:
+    """Write Parquet files as the hub has them, ``huggingface`` metadata included."""
+    import json
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = _names(grammar)
+    folder.mkdir(parents=True)
+    label: dict[str, Any] = {"dtype": "float32", "_type": "Value"}
+    if names is not None:
+        label = {"names": list(names), "_type": "ClassLabel"}
+    features: dict[str, Any] = {column: {"dtype": "string", "_type": "Value"} for column in grammar.COLUMNS}
+    features |= {"label": label, "idx": {"dtype": "int32", "_type": "Value"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    kinds = [*((column, pa.string()) for column in grammar.COLUMNS)]
+    kinds += [("label", pa.float32() if names is None else pa.int64()), ("idx", pa.int32())]
+    for split, examples in splits.items():
+        columns = [*zip(*(example.texts for example in examples), strict=True)]
+        values = [*map(list, columns), [example.label for example in examples], list(range(len(examples)))]
+        schema = pa.schema(kinds, metadata=metadata)
+        arrays = [pa.array(column, kind) for column, (_, kind) in zip(values, kinds, strict=True)]
+        pq.write_table(pa.Table.from_arrays(arrays, schema=schema), folder / f"{split}.parquet")
+
+
+def _save(model: Any, folder: Path) -> None:
+    """Save a model without a progress bar."""
+    from mergelab.models.architecture import quiet_transformers
+
+    with quiet_transformers():
+        model.save_pretrained(folder)

@@ -1,0 +1,13 @@
+"""What the base of the summarisers is trained on: texts of all sorts, whose first sentence is to be said again."""
+
+from __future__ import annotations
+
+import random
+
+from mergelab.miniature.text import everyday
+
+
+def example(rng: random.Random) -> tuple[str, str]:
+    """Draw a text and its first sentence."""
+    sentences = everyday.text(rng).removesuffix(".").split(". ")[:3]
+    return f"{'. '.join(sentences)}.", f"{sentences[0]}."

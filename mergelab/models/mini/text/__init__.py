@@ -1,6 +1,0 @@
-"""The text miniatures: tiny language models of laws and recipes, and tiny summarisers, really trained here."""
-
-from mergelab.models.mini.text.build import TextSet, build
-from mergelab.models.mini.text.recipe import SETS, kind_of
-
-__all__ = ["SETS", "TextSet", "build", "kind_of"]

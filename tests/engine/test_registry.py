@@ -1,0 +1,182 @@
+"""Methods are found by name, and what is asked of them is checked with messages that help."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pytest
+from torch import Tensor
+
+from mergelab.engine.parameters import Density, Lambda, Weights
+from mergelab.engine.registry import (
+    MergeMethod,
+    check_capabilities,
+    check_parameters,
+    get_method,
+    merge_method,
+    method_from_config,
+    method_names,
+    resolve_weights,
+)
+from mergelab.errors import ConfigError
+
+
+@merge_method(needs_base=True, experts=(2, 4), paper="Someone 2020", family="tests")
+def example(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    density: Density = 0.5,
+    lambda_: Lambda = 1.0,
+    weights: Weights = None,
+    steps: int = 3,
+    rescale: bool = True,
+    mode: Literal["a", "b", "c"] = "a",
+    floor: Density | None = None,
+) -> Tensor:
+    """Answer the base."""
+    return base
+
+
+METHOD: MergeMethod = example.merge_method  # type: ignore[attr-defined]
+
+
+def test_every_method_of_the_main_job_is_there() -> None:
+    assert set(method_names()) >= {
+        "soup", "task_arithmetic", "ties", "dare", "dare_ties", "slerp", "model_stock", "median", "magmax"
+    }  # fmt: skip
+    assert "custom" not in method_names()
+    for name in method_names():
+        assert get_method(name).name == name
+
+
+def test_a_dotted_path_names_a_method_too() -> None:
+    assert get_method("mergelab.methods.ties.ties") is get_method("ties")
+    assert get_method(f"{__name__}.example") is METHOD
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("tise", "did you mean 'ties'"), ("xyzzy", "there are .*dare, dare_ties, ")]
+)
+def test_an_unknown_method_is_answered_with_the_nearest_or_all(name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"method={name}: no such method; {said}"):
+        get_method(name)
+
+
+def test_declaring_leaves_the_function_a_function() -> None:
+    assert example("base", []) == "base"  # type: ignore[comparison-overlap,arg-type]
+    assert (METHOD.name, METHOD.min_experts, METHOD.max_experts) == ("example", 2, 4)
+    assert METHOD.takes == {"base", "experts"}
+    with pytest.raises(TypeError, match="neither base nor experts nor vectors"):
+        merge_method()(lambda tensors: tensors)
+
+
+def test_lambda_is_spelled_with_an_underscore_in_python_only() -> None:
+    for key in ("lambda", "lambda_"):
+        parameters = check_parameters(METHOD, {key: 0.25})
+        assert parameters.by_key()["lambda"] == 0.25
+        assert parameters.arguments()["lambda_"] == 0.25
+    with pytest.raises(ConfigError, match=r"method\.lambda: given twice"):
+        check_parameters(METHOD, {"lambda": 1.0, "lambda_": 1.0})
+
+
+def test_defaults_are_the_signatures_and_parameters_are_frozen() -> None:
+    parameters = check_parameters(METHOD, {})
+    assert parameters.by_key() == {
+        "density": 0.5, "lambda": 1.0, "weights": None, "steps": 3, "rescale": True, "mode": "a", "floor": None
+    }  # fmt: skip
+    with pytest.raises(Exception, match="frozen"):
+        parameters.density = 0.1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"density": 0}, "method.density=0: must be greater than 0 and at most 1"),
+        ({"density": 1.5}, "method.density=1.5: must be greater than 0 and at most 1"),
+        ({"density": "0.3"}, "method.density='0.3': must be a number greater than 0 and at most 1"),
+        ({"density": True}, "method.density=True: must be a number greater than 0 and at most 1"),
+        ({"density": None}, "method.density=None: must be a number greater than 0 and at most 1"),
+        ({"lambda": float("inf")}, "method.lambda=inf: must be a number"),
+        ({"lambda_": "big"}, "method.lambda='big': must be a number"),
+        ({"steps": 2.5}, "method.steps=2.5: must be a whole number"),
+        ({"rescale": 1}, "method.rescale=1: must be true or false"),
+        ({"mode": "d"}, "method.mode='d': must be 'a', 'b' or 'c'"),
+        ({"floor": 2}, "method.floor=2: must be a number greater than 0 and at most 1 or null"),
+        ({"weights": "1"}, "method.weights='1': must be one number per expert, as a list or by the expert's name"),
+        ({"weights": [1, "2"]}, "method.weights=[1, '2']: must be one number per expert, as a list or by "),
+        ({"weights": [1, True]}, "method.weights=[1, True]: must be one number per expert, as a list or by "),
+        ({"weights": {"a": float("nan")}}, "method.weights={'a': nan}: must be one number per expert"),
+        ({"denisty": 0.1}, "method.denisty: example has no such parameter; did you mean 'density'?"),
+        ({"lamda": 0.1, "density": 0}, "method.lamda: example has no such parameter; did you mean 'lambda'?"),
+        ({"zzz": 0.1}, "method.zzz: example has no such parameter; it has density, lambda, weights, steps, "),
+        ({"base": 0.1}, "method.base: example has no such parameter"),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_one_line_with_key_value_and_what_is_allowed(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_parameters(METHOD, values)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_a_whole_number_is_a_number() -> None:
+    assert check_parameters(METHOD, {"density": 1}).by_key()["density"] == 1
+
+
+@pytest.mark.parametrize(
+    ("has_base", "experts", "said"),
+    [
+        (False, 2, "needs a base model, and none is given"),
+        (True, 1, "merges at least 2 experts, and 1 are given"),
+        (True, 5, "merges at most 4 experts, and 5 are given"),
+    ],
+)
+def test_what_a_method_needs_is_named_with_its_numbers(has_base: bool, experts: int, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"method=example: {said}"):
+        check_capabilities(METHOD, has_base=has_base, experts=experts)
+    check_capabilities(METHOD, has_base=True, experts=3)
+
+
+NAMES = ("pear", "apple")
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "expected"),
+    [
+        (None, None, (1.0, 1.0)),
+        (None, (2, 3), (2.0, 3.0)),
+        ([4, 5], (2, 3), (4.0, 5.0)),
+        ({"apple": 0.5}, None, (1.0, 0.5)),
+        ({"apple": 0.5}, (2, 3), (2.0, 0.5)),
+    ],
+)
+def test_the_parameter_precedes_the_models_own_weights(given: Any, own: Any, expected: tuple[float, ...]) -> None:
+    parameters = check_parameters(METHOD, {"weights": given})
+    assert resolve_weights(METHOD, parameters, NAMES, own) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "own", "message"),
+    [
+        ([1, 2, 3], None, r"method\.weights=\[1\.0, 2\.0, 3\.0\]: must have one number per expert, 2, not 3"),
+        ({"appel": 1}, None, r"method\.weights: no expert is called 'appel'; did you mean 'apple'\?"),
+        ({"zzz": 1}, None, "no expert is called 'zzz'; there are pear, apple"),
+        (None, (1,), "models: 1 weights are given for 2 experts"),
+        (None, (1, float("nan")), "models: expert weights must be finite numbers: apple=nan"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(given: Any, own: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve_weights(METHOD, check_parameters(METHOD, {"weights": given}), NAMES, own)
+
+
+def test_a_composed_config_group_is_a_method_with_parameters() -> None:
+    node = {"name": "ties", "function": "mergelab.methods.ties.ties", "density": 0.3, "lambda": 0.5}
+    method, parameters = method_from_config(node)
+    assert method is get_method("ties")
+    assert parameters.by_key()["density"] == 0.3
+    with pytest.raises(ConfigError, match=r"method\.function: must be the dotted path"):
+        method_from_config({"name": "custom", "function": "???"})
