@@ -28,12 +28,11 @@ from mergelab.config import LayersConfig, LeaveOut, PairConfig, ReferenceConfig,
 from mergelab.engine.registry import check_parameters, get_method, method_names
 from mergelab.engine.run import merge
 from mergelab.errors import ConfigError, ModelError, did_you_mean, listed
-from mergelab.experiment.locate import local_folder
 from mergelab.models.architecture import Architecture, architecture, architecture_of, head_names, quiet_transformers
 from mergelab.models.encoder_decoder import PAIRED, newly_initialised
 from mergelab.models.heads import ReorderedSource, mean_tensor
 from mergelab.models.parts import Part, with_part
-from mergelab.models.references import Pair, Reference, parse_reference
+from mergelab.models.references import Pair, Reference, local_folder, parse_reference
 from mergelab.models.skipping import left_out, set_aside
 from mergelab.models.vocabulary import MergedVocabulary, Policy, check_vocabularies, merged_vocabulary
 from mergelab.weights.align import AlignedModels, align
@@ -44,7 +43,7 @@ from mergelab.weights.source import DictSource, TensorSource
 from mergelab.weights.state_dict import StateDict, dict_map
 
 if TYPE_CHECKING:
-    from mergelab.engine.registry import MergeMethod
+    from mergelab.engine.method import MergeMethod
 
 # Names of the library that mergelab grew from.
 _OLD_FUNCTIONS = {"task": "task_arithmetic", "stock": "model_stock"}

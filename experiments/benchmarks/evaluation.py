@@ -34,7 +34,7 @@ import torch
 from mergelab.evaluation import packed_linear
 from mergelab.evaluation.classification import encode, max_input_length, predict
 from mergelab.tasks.data import TaskData, load_data
-from mergelab.tasks.spec import load_task
+from mergelab.tasks.loading import load_task
 
 Array = np.ndarray[Any, Any]
 

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mergelab.evaluation.dispatch import prepare
 from mergelab.evaluation.packed_linear import inference_copy
 from mergelab.tasks.data import TaskData, load_data
-from mergelab.tasks.spec import load_task
+from mergelab.tasks.loading import load_task
 
 
 def main() -> None:

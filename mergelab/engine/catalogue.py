@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mergelab.engine.method import MergeMethod
 from mergelab.engine.parameters import allowed_values, key_of, range_of
-from mergelab.engine.registry import MergeMethod, get_method, method_names
+from mergelab.engine.registry import get_method, method_names
 from mergelab.ops.layout import inputs_first
 
 COLUMNS = ("method", "family", "needs", "cost", "what it does", "parameters", "paper")

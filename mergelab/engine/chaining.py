@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mergelab.engine.method import MergeMethod
 from mergelab.engine.parameters import Parameters
-from mergelab.engine.registry import MergeMethod, check_parameters, get_method
+from mergelab.engine.registry import check_parameters, get_method
 from mergelab.errors import ConfigError
 from mergelab.weights.align import AlignedModels
 

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from mergelab.engine.method import MISSING, Kind, MergeMethod
 from mergelab.engine.parameters import INJECTED, parameters_of
-from mergelab.engine.registry import MISSING, Kind, MergeMethod
 from mergelab.errors import ConfigError, did_you_mean
 
 

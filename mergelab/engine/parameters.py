@@ -29,25 +29,6 @@ from mergelab.errors import ConfigError, did_you_mean, listed
 INJECTED = ("base", "experts", "vectors", "site", "prepared", "output")
 
 
-@dataclass(frozen=True)
-class Site:
-    """Where in the models a method is working.
-
-    Attributes:
-        name: the tensor's name.
-        experts: the experts' names, in the order of the ``experts`` argument.
-        shape: the whole tensor's shape, also when the method is given a part of it.
-        offset: index of the part's first entry in the flattened tensor.
-        seed: the run's seed.
-    """
-
-    name: str
-    experts: tuple[str, ...]
-    shape: tuple[int, ...]
-    offset: int = 0
-    seed: int = 0
-
-
 def _weights(value: object) -> object:
     """Take one finite number per expert, in a list or by name; a tuple or a dict comes out."""
     numbers = value.values() if isinstance(value, Mapping) else value
@@ -405,3 +386,9 @@ def _limits(metadata: Sequence[Any], words: Sequence[str]) -> list[tuple[str, fl
     flat = [inner for mark in metadata for inner in (getattr(mark, "metadata", None) or [mark])]
     names = zip(("gt", "ge", "lt", "le"), words, strict=True)
     return [(word, getattr(mark, name)) for name, word in names for mark in flat if hasattr(mark, name)]
+
+
+Samples = Annotated[int, Field(ge=1)]
+
+
+Positive = Annotated[float, Field(gt=0)]

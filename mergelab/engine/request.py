@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from mergelab.engine.finite_check import checked_source
-from mergelab.engine.parameters import Parameters, Site
-from mergelab.engine.registry import MergeMethod, check_capabilities, check_parameters, resolve_weights
+from mergelab.engine.method import MergeMethod
+from mergelab.engine.parameters import Parameters
+from mergelab.engine.registry import check_capabilities, check_parameters, resolve_weights
 from mergelab.errors import ConfigError, NonFinite, listed
 from mergelab.ops.blocks import BLOCK, all_finite, blocks, working
+from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import difference_into
 from mergelab.ops.threads import thread_count
 from mergelab.ops.workspace import Room, Rooms, Rows

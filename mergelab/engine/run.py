@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergelab.engine.method import MergeMethod
 from mergelab.engine.parameters import Parameters
-from mergelab.engine.registry import MergeMethod
 from mergelab.engine.request import Job, checked_job, merge_into, placed, prepared_job, rounded, run
 from mergelab.errors import ConfigError, listed
 from mergelab.ops.blocks import blocks

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from mergelab.engine.finite_check import checked_source
+from mergelab.engine.method import MergeMethod
 from mergelab.engine.parameters import Parameters
-from mergelab.engine.registry import MergeMethod, check_parameters
+from mergelab.engine.registry import check_parameters
 from mergelab.engine.request import Job, Same, add_scaled, checked_job, merge_into, prepared_job
 from mergelab.engine.run import chunks_of, merge_models
 from mergelab.engine.ties_session import Path, largest

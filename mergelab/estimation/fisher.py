@@ -18,12 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from mergelab.errors import ConfigError, ModelError
-from mergelab.estimation.examples import Batch, ExpertExamples
+from mergelab.estimation.disk_cache import kept
+from mergelab.estimation.examples import Batch, Examples, ExpertExamples
 from mergelab.estimation.forward import frozen, groups, on_one_thread, size_of, split_labels
 from mergelab.estimation.hooks import Matrices, PerExample, Recorder, Rows, Use, Vectors, kind_of, per_example
 from mergelab.ops.blocks import blocks
 from mergelab.ops.philox import stream_key, words
+from mergelab.ops.site import Site
 from mergelab.ops.threads import in_order, thread_count
+from mergelab.weights.align import AlignedModels
 
 Estimator = Literal["auto", "expected", "sampled", "empirical"]
 # Entries of a matrix that are squared at once: with the product they come from they stay in a core's cache.
@@ -399,3 +402,46 @@ def _asking(tensors: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for tensor in tensors:
             tensor.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Diagonal:
+    """The diagonal of an expert's Fisher information, by tensor, and what to multiply it by."""
+
+    tensors: Mapping[str, Tensor]
+    scale: float = 1.0
+
+    def part(self, site: Site, like: Tensor) -> Tensor:
+        """Answer the entries that belong to a flat part of a tensor, in float64; 0 for what the data do not reach."""
+        if site.name not in self.tensors:
+            return torch.zeros_like(like, dtype=torch.float64)
+        entries = self.tensors[site.name].reshape(-1)[site.offset : site.offset + like.numel()]
+        return entries.to(like.device, torch.float64).mul_(self.scale)
+
+
+def diagonals(
+    models: AlignedModels, examples: Examples, samples: int, seed: int, estimator: Estimator
+) -> tuple[Diagonal, ...]:
+    """Compute, or find again, the diagonal Fisher information of every expert on its own examples."""
+
+    def of(expert: str) -> Diagonal:
+        drawn = examples.of(expert, samples=samples, seed=seed, labelled=estimator == "empirical")
+        return Diagonal(_diagonal(drawn, examples, seed, estimator))
+
+    return tuple(of(expert.name) for expert in models.experts)
+
+
+def _diagonal(drawn: ExpertExamples, examples: Examples, seed: int, estimator: Estimator) -> Mapping[str, Tensor]:
+    parts = {
+        "statistic": "diagonal fisher",
+        "estimator": estimator,
+        "seed": seed if estimator in ("auto", "sampled") else None,
+        "names": sorted(drawn.parameter_names.items()),
+        "examples": drawn.key,
+    }
+    tensors, _ = kept(
+        examples.folder,
+        parts if drawn.key else None,
+        lambda: (diagonal_fisher(drawn, estimator=estimator, seed=seed), {}),
+    )
+    return tensors

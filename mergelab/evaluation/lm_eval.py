@@ -11,12 +11,12 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mergelab.errors import ConfigError, DataError, did_you_mean, listed
+from mergelab.tasks.loading import check_installed
 
 if TYPE_CHECKING:
     import torch
@@ -127,18 +127,6 @@ class Harness:
         outputs = np.empty(1, dtype=object)
         outputs[0] = json.dumps({"scores": _flat(found), "examples": _counted(found)})
         return outputs
-
-
-def check_installed() -> None:
-    """Check that lm-eval is there.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if find_spec("lm_eval") is None:
-        raise ConfigError(
-            "task=lm_eval: needs the package lm-eval, which is not installed: pip install 'mergelab[lm-eval]'"
-        )
 
 
 def scores_of(outputs: Array) -> tuple[dict[str, HarnessScore], int]:

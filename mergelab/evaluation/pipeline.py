@@ -40,7 +40,7 @@ def evaluate_glue_pipeline(
     from mergelab.evaluation.metrics import check_labels, score
     from mergelab.tasks.data import load_data
     from mergelab.tasks.labels import label_order
-    from mergelab.tasks.spec import load_task
+    from mergelab.tasks.loading import load_task
 
     if pipe.tokenizer is None:
         raise DataError(f"{task}: the pipeline has no tokenizer")

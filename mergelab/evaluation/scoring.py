@@ -15,7 +15,7 @@ import numpy as np
 from mergelab.config import EvalConfig, cache_dir
 from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.evaluation.bootstrap import bootstrap_interval, paired_test
-from mergelab.evaluation.metrics import Direction
+from mergelab.tasks.metric_table import Direction
 from mergelab.tasks.splits import holdout
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ def measure(data: TaskData, outputs: Array, examples: Examples, config: EvalConf
 
     Of a task without metrics, the texts are the result.
     """
-    from mergelab.evaluation.metrics import metric_directions, score
+    from mergelab.evaluation.metrics import score
+    from mergelab.tasks.metric_table import metric_directions
 
     spec, truth, parts = data.spec, data.truth, data.parts
     select, shown = examples.select, examples.report

@@ -190,7 +190,7 @@ class Calibration:
 
     def _task(self, index: int) -> TaskSpec:
         """Find the task that an expert's own head is for."""
-        from mergelab.tasks.spec import task_of_expert
+        from mergelab.tasks.loading import task_of_expert
 
         expert = self.session.located.experts[index]
         if (task := task_of_expert(expert.task or expert.name, self.session.tasks)) is None:

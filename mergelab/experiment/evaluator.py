@@ -18,10 +18,10 @@ from mergelab.experiment.results import ModelResult, Role, common_direction
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergelab.evaluation.metrics import Direction
     from mergelab.evaluation.scoring import TaskResult
     from mergelab.experiment.session import Prediction, Session
     from mergelab.tasks.data import TaskData
+    from mergelab.tasks.metric_table import Direction
     from mergelab.tasks.spec import TaskSpec
 
 

@@ -22,8 +22,8 @@ from mergelab.tasks.data import load_data
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergelab.engine.method import MergeMethod
     from mergelab.engine.parameters import Parameters
-    from mergelab.engine.registry import MergeMethod
     from mergelab.engine.warm_session import Warm
     from mergelab.experiment.plan import Plan
     from mergelab.experiment.results import ModelResult

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mergelab import miniature
+import mergelab.miniature as miniature
 from mergelab.config import ModelsConfig
 from mergelab.errors import ConfigError, HubError, listed
 from mergelab.miniature import text
 from mergelab.models import hub
-from mergelab.models.references import Pair, Reference, parse_reference
+from mergelab.models.references import Pair, Reference, local_folder, parse_reference, references
 
 Source = Literal["hub", "mini", "local"]
 Progress = Callable[[str, float], None]
@@ -116,39 +116,10 @@ def locate(
     return LocatedModels(models.name, source, base, tuple(experts), {})
 
 
-def references(models: ModelsConfig) -> list[Reference]:
-    """List the models that are needed, the base's first; of a pair both.
-
-    Raises:
-        ModelError: a reference cannot be read.
-    """
-    written = [*([models.base] if models.base else []), *(expert.reference for expert in models.experts.values())]
-    return [model for reference in written for model in parse_reference(reference).models]
-
-
 def _revision(reference: Reference | Pair) -> str | None:
     """Answer the commit of a model that the hub's cache has, or those of a pair's two."""
     commits = [hub.commit(local_folder(model, "")) for model in reference.models]
     return " + ".join(commit or "local" for commit in commits) if any(commits) else None
-
-
-def local_folder(reference: Reference | Pair, where: str) -> Path:
-    """Answer the folder of a model: the user's own, one that the hub's cache has or gets, or that of a joined pair.
-
-    ``where`` is the configuration's key of the reference, for messages.
-
-    Raises:
-        HubError, ModelError: it cannot be had.
-    """
-    if isinstance(reference, Pair):
-        from mergelab.models.encoder_decoder import warm_start
-
-        encoder, decoder = (local_folder(model, where) for model in reference.models)
-        return warm_start(encoder, decoder, where=where, seed=reference.seed, token_ids=reference.token_ids)
-    if reference.folder is not None:
-        return reference.folder
-    assert reference.repository is not None
-    return hub.cached(reference.repository, reference.revision) or hub.fetch(reference.repository, reference.revision)
 
 
 def _locate_mini(models: ModelsConfig, tasks: Sequence[str], progress: Progress) -> LocatedModels:

@@ -18,8 +18,8 @@ from mergelab.weights.source import layout_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergelab.engine.method import MergeMethod
     from mergelab.engine.parameters import Parameters
-    from mergelab.engine.registry import MergeMethod
     from mergelab.experiment.calibration import Calibration
     from mergelab.experiment.selection import BenchSelection
     from mergelab.experiment.session import Session

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from mergelab.config import ExperimentConfig, ModelsConfig, check
 from mergelab.console import tables
 from mergelab.errors import ConfigError
-from mergelab.experiment.locate import Source, references
+from mergelab.experiment.locate import Source
 from mergelab.experiment.locate import decide_source as _decide
+from mergelab.models.references import references
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from mergelab.engine.registry import MergeMethod
+    from mergelab.engine.method import MergeMethod
     from mergelab.tasks.spec import TaskSpec
     from mergelab.tracking import TrackingConfig
 
@@ -55,7 +56,7 @@ def plan_experiment(config: DictConfig) -> Plan:
     from omegaconf import OmegaConf
 
     from mergelab.engine.registry import against_writers, check_capabilities, method_from_config, resolve_weights
-    from mergelab.tasks.spec import tasks_from_config
+    from mergelab.tasks.loading import tasks_from_config
     from mergelab.tracking import tracking_config
 
     # Each part within the whole: it may refer to a sweep's own keys.
@@ -109,7 +110,7 @@ def plan_experiment(config: DictConfig) -> Plan:
 
 def _merges_writers(config: ExperimentConfig, tasks: Sequence[TaskSpec]) -> bool:
     """Tell whether an expert was made for a task whose models write text."""
-    from mergelab.tasks.spec import task_of_expert
+    from mergelab.tasks.loading import task_of_expert
 
     if config.source == "mini" and config.models.mini is None:
         return False  # whatever the experts are called, classifiers take their places

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergelab.evaluation.metrics import Direction
 from mergelab.evaluation.scoring import Score, TaskResult
+from mergelab.tasks.metric_table import Direction
 
 if TYPE_CHECKING:
     from mergelab.experiment.session import Prediction

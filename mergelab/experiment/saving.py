@@ -21,8 +21,8 @@ from mergelab.weights.writer import complete_files, is_unfinished, making_of, st
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergelab.engine.method import MergeMethod
     from mergelab.engine.parameters import Parameters
-    from mergelab.engine.registry import MergeMethod
     from mergelab.experiment.session import Session
     from mergelab.tasks.spec import TaskSpec
     from mergelab.tracking import Run

@@ -14,16 +14,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mergelab.engine.parameters import Fraction, Site
-from mergelab.engine.registry import merge_method
+from mergelab.engine.method import merge_method
+from mergelab.engine.parameters import Fraction, Positive, Samples
 from mergelab.errors import ConfigError
 from mergelab.estimation.disk_cache import kept
 from mergelab.estimation.examples import LABELS, Batch, Examples, ExpertExamples
 from mergelab.estimation.forward import frozen, on_one_thread, size_of
-from mergelab.methods.fisher import Positive, Samples
 from mergelab.ops.blocks import working
 from mergelab.ops.gram import combined
 from mergelab.ops.philox import stream_key, words
+from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import weighted_sum
 from mergelab.ops.threads import in_order, thread_count
 from mergelab.weights.align import AlignedModels

@@ -3,60 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from mergelab.engine.registry import merge_method
-from mergelab.errors import ConfigError
+from mergelab.engine.method import merge_method
 from mergelab.ops.blocks import BLOCK, blocks, blockwise
-from mergelab.weights.align import AlignedModels
+from mergelab.ops.pair import _pair, check_pair
 
 MERGEKIT = "mergekit: Goddard et al. 2024, arXiv:2403.13257"
 SMOOTHING = 1e-8  # added to probabilities before their logarithms are taken
-
-
-def check_pair(models: AlignedModels) -> None:
-    """Raise `ConfigError` for one expert without a base."""
-    if len(models.experts) == 1 and models.base is None:
-        raise ConfigError("models.experts: one alone is given; two models are merged: two experts, or a base and one")
-
-
-def _pair(base: Tensor | None, experts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Answer the model that is drawn and the one it is drawn towards."""
-    if len(experts) == 2:
-        return experts[0], experts[1]
-    assert base is not None
-    return base, experts[0]
-
-
-@merge_method(experts=(1, 2), elementwise=True, check=check_pair, order_matters=True, family="pairwise", paper=MERGEKIT)
-def nearswap(
-    experts: Sequence[Tensor], *, base: Tensor | None = None, t: Annotated[float, Field(ge=0)] = 0.0001
-) -> Tensor:
-    """Move one model towards another, at each entry by at most ``t``: entries that are near are swapped.
-
-    s·b + (1−s)·a with s = min(t / |a − b|, 1), which is b where |a − b| ≤ t, else a ± t. a and b are the two experts in
-    their order, or the base and the one expert. As in mergekit (Goddard et al. 2024, arXiv:2403.13257), where a is the
-    base model. Departures: mergekit takes |a − b| for at least 1e-6, so that with t < 1e-6 nearer entries are not
-    swapped; its ``t`` has no default, and ours is that of QuartetAnemoi-70B-t0.0001, the model that it refers to.
-
-    Args:
-        experts: blocks of two experts, or of one.
-        base: of the pretrained model; what is moved if there is one expert, without a part in it if there are two.
-        t: the largest change of an entry.
-
-    Returns:
-        Block, float32 (float64 for float64 inputs).
-
-    Raises:
-        ConfigError: one expert and no base.
-    """
-    a, b = _pair(base, experts)
-    return torch.minimum(torch.maximum(b, a - t), a + t)
 
 
 @merge_method(experts=(1, 2), check=check_pair, order_matters=True, family="pairwise", paper=MERGEKIT)

@@ -8,8 +8,8 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
+from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import OfExperts, Weights
-from mergelab.engine.registry import merge_method
 from mergelab.errors import ConfigError
 from mergelab.ops.task_vectors import factors, of_each, weighted_sum
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mergelab.engine.registry import merge_method
+from mergelab.engine.method import merge_method
 from mergelab.ops.blocks import blocks
 from mergelab.ops.sign_consensus import open_task_vectors
 from mergelab.ops.task_vectors import disjoint_reduce, elect

@@ -3,69 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Sequence
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from mergelab.engine.parameters import Site, Weights
-from mergelab.engine.registry import merge_method
+from mergelab.engine.method import merge_method
+from mergelab.engine.parameters import Positive, Samples, Weights
 from mergelab.errors import ConfigError, listed
-from mergelab.estimation.disk_cache import kept
-from mergelab.estimation.examples import Examples, ExpertExamples
-from mergelab.estimation.fisher import Estimator, diagonal_fisher, of_writers
+from mergelab.estimation.examples import Examples
+from mergelab.estimation.fisher import Diagonal, Estimator, diagonals, of_writers
+from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import factors
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.numerics import norm
-
-Samples = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-
-
-@dataclass(frozen=True)
-class Diagonal:
-    """The diagonal of an expert's Fisher information, by tensor, and what to multiply it by."""
-
-    tensors: Mapping[str, Tensor]
-    scale: float = 1.0
-
-    def part(self, site: Site, like: Tensor) -> Tensor:
-        """Answer the entries that belong to a flat part of a tensor, in float64; 0 for what the data do not reach."""
-        if site.name not in self.tensors:
-            return torch.zeros_like(like, dtype=torch.float64)
-        entries = self.tensors[site.name].reshape(-1)[site.offset : site.offset + like.numel()]
-        return entries.to(like.device, torch.float64).mul_(self.scale)
-
-
-def diagonals(
-    models: AlignedModels, examples: Examples, samples: int, seed: int, estimator: Estimator
-) -> tuple[Diagonal, ...]:
-    """Compute, or find again, the diagonal Fisher information of every expert on its own examples."""
-
-    def of(expert: str) -> Diagonal:
-        drawn = examples.of(expert, samples=samples, seed=seed, labelled=estimator == "empirical")
-        return Diagonal(_diagonal(drawn, examples, seed, estimator))
-
-    return tuple(of(expert.name) for expert in models.experts)
-
-
-def _diagonal(drawn: ExpertExamples, examples: Examples, seed: int, estimator: Estimator) -> Mapping[str, Tensor]:
-    parts = {
-        "statistic": "diagonal fisher",
-        "estimator": estimator,
-        "seed": seed if estimator in ("auto", "sampled") else None,
-        "names": sorted(drawn.parameter_names.items()),
-        "examples": drawn.key,
-    }
-    tensors, _ = kept(
-        examples.folder,
-        parts if drawn.key else None,
-        lambda: (diagonal_fisher(drawn, estimator=estimator, seed=seed), {}),
-    )
-    return tensors
 
 
 def check_shares(weights: Sequence[float]) -> None:

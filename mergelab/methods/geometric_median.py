@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from mergelab.engine.registry import merge_method
+from mergelab.engine.method import merge_method
 from mergelab.ops.gram import Array, combined, gram, length
 from mergelab.ops.threads import in_order
 from mergelab.weights.align import AlignedModels

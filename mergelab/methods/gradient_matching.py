@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergelab.engine.parameters import Site, Weights
-from mergelab.engine.registry import merge_method
+from mergelab.engine.method import merge_method
+from mergelab.engine.parameters import Positive, Samples, Weights
 from mergelab.estimation.examples import Examples
-from mergelab.estimation.fisher import Estimator, of_writers
-from mergelab.methods.fisher import Diagonal, Positive, Samples, check_shares, diagonals
+from mergelab.estimation.fisher import Diagonal, Estimator, diagonals, of_writers
+from mergelab.methods.fisher import check_shares
+from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import factors
 from mergelab.weights.align import AlignedModels
 

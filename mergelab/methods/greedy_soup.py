@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from mergelab.engine.registry import Substitute, check_parameters, get_method, merge_method
+from mergelab.engine.method import Substitute, merge_method
+from mergelab.engine.registry import check_parameters, get_method
 from mergelab.weights.align import AlignedModels
 
 

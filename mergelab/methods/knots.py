@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergelab.engine.parameters import Densities, Site, Weights
-from mergelab.engine.registry import merge_method
+from mergelab.engine.method import merge_method
+from mergelab.engine.parameters import Densities, Weights
 from mergelab.ops.blocks import blocks
 from mergelab.ops.kth_largest import rank_of
-from mergelab.ops.layout import inputs_first
+from mergelab.ops.layout import inputs_first, is_matrix
 from mergelab.ops.sign_consensus import (
     Consensus,
     Vectors,
@@ -24,8 +24,8 @@ from mergelab.ops.sign_consensus import (
     open_task_vectors,
     prepare_consensus,
 )
+from mergelab.ops.site import Site
 from mergelab.ops.sparsify import agreed, ranked_magnitudes
-from mergelab.ops.spectral import is_matrix
 from mergelab.ops.svd import Tall, assembled, decompose_leading
 from mergelab.ops.task_vectors import factors, of_each, task_vectors, trim_
 from mergelab.ops.threads import in_order

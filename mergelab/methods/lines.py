@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from mergelab.engine.chaining import check_then, following
+from mergelab.engine.method import Substitute, merge_method
 from mergelab.engine.parameters import Weights
-from mergelab.engine.registry import Substitute, check_parameters, merge_method
+from mergelab.engine.registry import check_parameters
 from mergelab.errors import ConfigError
 from mergelab.weights.align import AlignedModels
 

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import combinations_with_replacement
 from typing import Literal
 
 from torch import Tensor
 
-from mergelab.engine.registry import merge_method
-from mergelab.ops.blocks import blocks, blockwise
-from mergelab.ops.task_vectors import task_vectors, weighted_sum
+from mergelab.engine.method import merge_method
+from mergelab.ops.blocks import blockwise
+from mergelab.ops.gram import Products, products
+from mergelab.ops.task_vectors import weighted_sum
 from mergelab.weights.align import AlignedModels
-from mergelab.weights.numerics import dot
-
-Products = dict[tuple[int, int], list[float]]
-
-
-def products(base: Tensor, experts: Sequence[Tensor]) -> Products:
-    """Answer τ_i·τ_j for every pair of task vectors (i ≤ j), in float64, as summands over blocks of the tensor."""
-    start = base.reshape(-1)
-    ends = [expert.reshape(-1) for expert in experts]
-    sums: Products = {pair: [] for pair in combinations_with_replacement(range(len(experts)), 2)}
-    for part in blocks(start.numel()):
-        vectors = task_vectors(start[part], [end[part] for end in ends])
-        for (i, j), summands in sums.items():
-            summands.append(dot(vectors[i], vectors[j]))
-    return sums
 
 
 def interpolation_ratio(sums: Products) -> float:

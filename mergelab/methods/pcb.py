@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Density
-from mergelab.engine.registry import merge_method
 from mergelab.ops.blocks import blocks
 from mergelab.ops.kth_largest import Array, Open, kth_largest
 from mergelab.ops.sign_consensus import Vectors, open_task_vectors

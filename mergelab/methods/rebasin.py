@@ -15,8 +15,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from mergelab.engine.chaining import check_then, following
+from mergelab.engine.method import Substitute, merge_method
 from mergelab.engine.parameters import Weights
-from mergelab.engine.registry import Substitute, merge_method
 from mergelab.errors import ConfigError, MergeWarning
 from mergelab.ops.blocks import blocks
 from mergelab.ops.permutations import Permutation, Slot, find_permutations

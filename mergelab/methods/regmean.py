@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mergelab.engine.parameters import Fraction, Site
-from mergelab.engine.registry import merge_method
+from mergelab.engine.method import merge_method
+from mergelab.engine.parameters import Fraction, Positive, Samples
 from mergelab.errors import MergeWarning
 from mergelab.estimation.examples import Examples
 from mergelab.estimation.input_gram import InputProducts, input_products
-from mergelab.methods.fisher import Positive, Samples
 from mergelab.methods.soup import soup
 from mergelab.ops.blocks import blocks
+from mergelab.ops.site import Site
 from mergelab.weights.align import AlignedModels
 
 ENTRIES = 1 << 20  # of a layer's weight that are solved for at once

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mergelab.engine.parameters import Fraction, Site
-from mergelab.engine.registry import merge_method
+from mergelab.engine.method import merge_method
+from mergelab.engine.parameters import Fraction, Positive, Samples
 from mergelab.estimation.disk_cache import kept
 from mergelab.estimation.examples import Examples, ExpertExamples
 from mergelab.estimation.input_gram import InputSums, linear_layers
-from mergelab.methods.fisher import Positive, Samples
 from mergelab.methods.regmean import solve_layer
 from mergelab.methods.soup import soup
+from mergelab.ops.site import Site
 from mergelab.weights.align import AlignedModels
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Density
-from mergelab.engine.registry import merge_method
 from mergelab.ops.blocks import blocks, blockwise
 from mergelab.ops.kth_largest import rank_of
 from mergelab.ops.sparsify import ranked_magnitudes

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Fraction
-from mergelab.engine.registry import merge_method
 from mergelab.ops.blocks import blockwise
 from mergelab.weights.numerics import dot, norm
 

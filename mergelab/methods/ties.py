@@ -7,8 +7,8 @@ from functools import partial
 
 from torch import Tensor
 
-from mergelab.engine.parameters import Densities, Site, Weights
-from mergelab.engine.registry import merge_method
+from mergelab.engine.method import merge_method
+from mergelab.engine.parameters import Densities, Weights
 from mergelab.engine.ties_session import TiesSession
 from mergelab.ops.sign_consensus import (
     Consensus,
@@ -21,6 +21,7 @@ from mergelab.ops.sign_consensus import (
     open_task_vectors,
     prepare_consensus,
 )
+from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import Election, Reduce, agree_, elect_in, factors, resolve_zeros_, trim_
 from mergelab.ops.workspace import Rows
 from mergelab.weights.align import AlignedModels

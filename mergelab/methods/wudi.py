@@ -9,12 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergelab.engine.parameters import Site
-from mergelab.engine.registry import merge_method
+from mergelab.engine.method import merge_method
 from mergelab.ops.blocks import blocks
-from mergelab.ops.layout import inputs_first, is_embedding
-from mergelab.ops.spectral import is_matrix, mean
-from mergelab.ops.task_vectors import weighted_sum
+from mergelab.ops.layout import inputs_first, is_embedding, is_matrix
+from mergelab.ops.site import Site
+from mergelab.ops.task_vectors import mean, weighted_sum
 from mergelab.weights.numerics import norm
 
 ROWS = 768  # rows that are optimised at a time; the loss is a sum over rows

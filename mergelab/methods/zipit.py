@@ -15,13 +15,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mergelab.engine.parameters import Fraction
-from mergelab.engine.registry import MergeMethod, Substitute, check_parameters, merge_method
+from mergelab.engine.method import MergeMethod, Substitute, merge_method
+from mergelab.engine.parameters import Fraction, Samples
+from mergelab.engine.registry import check_parameters
 from mergelab.errors import ConfigError, MergeWarning
 from mergelab.estimation.disk_cache import kept
 from mergelab.estimation.examples import Batch, Examples, ExpertExamples
 from mergelab.estimation.features import layer_inputs
-from mergelab.methods.fisher import Samples
 from mergelab.methods.rebasin import config_of, head_groups, place
 from mergelab.methods.soup import soup
 from mergelab.ops.blocks import working

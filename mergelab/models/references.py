@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergelab.config import PairConfig
+from mergelab.config import ModelsConfig, PairConfig
 from mergelab.errors import ModelError
+from mergelab.models import hub
 
 _HUB_ID = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")
 
@@ -89,3 +90,32 @@ def _parsed(text: str) -> Reference:
     if not _HUB_ID.match(repository) or ("@" in text and not revision):
         raise ModelError(f"model {text!r}: neither a local folder nor a hub id (org/name or org/name@revision)")
     return Reference(text, repository=repository, revision=revision or None)
+
+
+def references(models: ModelsConfig) -> list[Reference]:
+    """List the models that are needed, the base's first; of a pair both.
+
+    Raises:
+        ModelError: a reference cannot be read.
+    """
+    written = [*([models.base] if models.base else []), *(expert.reference for expert in models.experts.values())]
+    return [model for reference in written for model in parse_reference(reference).models]
+
+
+def local_folder(reference: Reference | Pair, where: str) -> Path:
+    """Answer the folder of a model: the user's own, one that the hub's cache has or gets, or that of a joined pair.
+
+    ``where`` is the configuration's key of the reference, for messages.
+
+    Raises:
+        HubError, ModelError: it cannot be had.
+    """
+    if isinstance(reference, Pair):
+        from mergelab.models.encoder_decoder import warm_start
+
+        encoder, decoder = (local_folder(model, where) for model in reference.models)
+        return warm_start(encoder, decoder, where=where, seed=reference.seed, token_ids=reference.token_ids)
+    if reference.folder is not None:
+        return reference.folder
+    assert reference.repository is not None
+    return hub.cached(reference.repository, reference.revision) or hub.fetch(reference.repository, reference.revision)

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mergelab.methods.model_stock import products
-from mergelab.ops.blocks import blockwise
+from mergelab.ops.blocks import blocks, blockwise
 from mergelab.ops.task_vectors import task_vectors, weighted_sum
 from mergelab.weights.numerics import dot
 
@@ -54,3 +53,18 @@ def combined(experts: Sequence[Tensor], coefficients: Sequence[float] | Array, o
         return start + weighted_sum(task_vectors(start, ends), factors)
 
     return blockwise(move, origin, *experts)
+
+
+Products = dict[tuple[int, int], list[float]]
+
+
+def products(base: Tensor, experts: Sequence[Tensor]) -> Products:
+    """Answer τ_i·τ_j for every pair of task vectors (i ≤ j), in float64, as summands over blocks of the tensor."""
+    start = base.reshape(-1)
+    ends = [expert.reshape(-1) for expert in experts]
+    sums: Products = {pair: [] for pair in combinations_with_replacement(range(len(experts)), 2)}
+    for part in blocks(start.numel()):
+        vectors = task_vectors(start[part], [end[part] for end in ends])
+        for (i, j), summands in sums.items():
+            summands.append(dot(vectors[i], vectors[j]))
+    return sums

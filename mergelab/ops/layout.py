@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from torch import Tensor
+
 from mergelab.weights.align import AlignedModels
 
 CONV1D = re.compile(r"\.(c_attn|q_attn|c_proj|c_fc)\.weight$")
@@ -27,3 +29,8 @@ def inputs_first(models: AlignedModels) -> frozenset[str]:
     named = [name for name in models.names if CONV1D.search(name)]
     widening = [reference.shape(name) for name in named if name.endswith(".c_fc.weight")]
     return frozenset(named if widening and all(shape[0] < shape[1] for shape in widening) else ())
+
+
+def is_matrix(tensor: Tensor) -> bool:
+    """Tell whether a tensor has two dimensions, and entries."""
+    return tensor.ndim == 2 and tensor.numel() > 0

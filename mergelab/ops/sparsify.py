@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mergelab.engine.parameters import Site
 from mergelab.ops.blocks import BLOCK, blocks, blockwise
 from mergelab.ops.sign_consensus import WeightsAt, ZeroSign, election_factors
+from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import (
     Election,
     Reduce,

@@ -177,3 +177,8 @@ def _combine(
         into.copy_(piece(0))
     for at in range(done, len(vectors)):
         operation(into, piece(at), out=into)
+
+
+def mean(vectors: Sequence[Tensor]) -> Tensor:
+    """Answer the mean task vector, which is what tensors other than matrices get."""
+    return weighted_sum(vectors, (1.0,) * len(vectors)) / len(vectors)

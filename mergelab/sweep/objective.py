@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergelab.errors import SweepError, did_you_mean, listed
-from mergelab.evaluation.metrics import metric_directions
+from mergelab.tasks.metric_table import metric_directions
 
 if TYPE_CHECKING:
     from mergelab.sweep.config import Direction

@@ -19,7 +19,7 @@ MODULE = """
 from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 import torch
-from mergelab.engine.registry import merge_method
+from mergelab.engine.method import merge_method
 from mergelab.weights.state_dict import StateDict, dict_map
 if TYPE_CHECKING:
     from torch import Tensor

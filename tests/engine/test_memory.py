@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mergelab.engine.parameters import Site
 from mergelab.engine.registry import get_method, method_names
 from mergelab.engine.run import merge
 from mergelab.estimation.input_gram import InputProducts, InputSums
 from mergelab.methods import regmean as regmean_module
 from mergelab.methods.regmean import regmean
+from mergelab.ops.site import Site
 from mergelab.weights.align import AlignedModels
 from tests.methods.toy import aligned, output_of
 

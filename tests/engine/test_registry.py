@@ -8,13 +8,12 @@ from typing import Any, Literal
 import pytest
 from torch import Tensor
 
+from mergelab.engine.method import MergeMethod, merge_method
 from mergelab.engine.parameters import Density, Lambda, Weights
 from mergelab.engine.registry import (
-    MergeMethod,
     check_capabilities,
     check_parameters,
     get_method,
-    merge_method,
     method_from_config,
     method_names,
     resolve_weights,

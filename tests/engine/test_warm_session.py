@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mergelab.engine import warm_session
-from mergelab.engine.registry import MergeMethod, get_method, method_names
+from mergelab.engine.method import MergeMethod
+from mergelab.engine.registry import get_method, method_names
 from mergelab.engine.warm_session import Warm, residence
 from mergelab.errors import ConfigError, KeyMismatch, ModelError, ShapeMismatch
 from mergelab.weights.align import AlignedModels

@@ -12,7 +12,8 @@ from mergelab.errors import DataError
 from mergelab.evaluation import bootstrap
 from mergelab.evaluation.bootstrap import bootstrap_interval, chance_level, paired_test
 from mergelab.evaluation.metrics import predicted, score
-from mergelab.tasks.spec import TaskSpec, load_task
+from mergelab.tasks.loading import load_task
+from mergelab.tasks.spec import TaskSpec
 from tests.tasks.writers import generation_task, language_task
 
 Array = np.ndarray[Any, Any]

@@ -117,7 +117,7 @@ def test_real_rte_is_scored_as_by_a_plain_loop(glue_data: Path) -> None:
         "text-classification", model=BertForSequenceClassification(config).eval(), tokenizer=tokenizer, device="cpu"
     )
     from mergelab.tasks.data import load_data
-    from mergelab.tasks.spec import load_task
+    from mergelab.tasks.loading import load_task
 
     data = load_data(load_task("rte"), data_dir=glue_data)
     said = [int(pipe({"text": a, "text_pair": b}, truncation=True)["label"][-1]) for a, b in data.texts]

@@ -18,7 +18,7 @@ from mergelab.evaluation.training_batches import NONE, Taught, taught
 from mergelab.models.encoder_decoder import warm_start
 from mergelab.models.tokens import decoder_tokenizer, load_tokenizer
 from mergelab.tasks.data import TaskData, load_data
-from mergelab.tasks.spec import load_task
+from mergelab.tasks.loading import load_task
 from tests.models import pairs
 
 CHATS = [

@@ -152,7 +152,7 @@ def test_prompts_may_stand_in_a_file_and_an_empty_one_is_an_error(mergelab_comma
 def test_a_suite_of_several_kinds_is_judged_by_what_experts_get(
     mergelab_command: Command, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergelab.tasks.spec.load_task", _small(load()))
+    monkeypatch.setattr("mergelab.tasks.loading.load_task", _small(load()))
     outcome = mergelab_command(
         "task=suite", "task.members=[samsum,wikitext]", "task.data_dir=data", "method=soup", "eval.preflight=false",
         *MODELS,
@@ -179,7 +179,7 @@ def test_a_suite_of_several_kinds_is_judged_by_what_experts_get(
 
 
 def load() -> Callable[[str], Any]:
-    from mergelab.tasks.spec import load_task
+    from mergelab.tasks.loading import load_task
 
     return load_task
 

@@ -14,8 +14,8 @@ import sacrebleu
 import torch
 
 from mergelab.tasks.data import TaskData, load_data
+from mergelab.tasks.loading import load_task
 from mergelab.tasks.prompting import answer
-from mergelab.tasks.spec import load_task
 from tests.conftest import Outcome
 from tests.standins import glue_table
 from tests.tasks.tiny import byte_tokenizer

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergelab.engine.method import MergeMethod
 from mergelab.engine.parameters import key_of
-from mergelab.engine.registry import MergeMethod, get_method, method_config, method_names
+from mergelab.engine.registry import get_method, method_config, method_names
 from mergelab.engine.run import merge
 from mergelab.errors import ConfigError, NonFinite
 from mergelab.weights.align import AlignedModels

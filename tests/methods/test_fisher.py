@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergelab.engine.parameters import Site
 from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge, merge_to_dict
 from mergelab.errors import ConfigError
-from mergelab.methods.fisher import Diagonal, fisher
+from mergelab.estimation.fisher import Diagonal
+from mergelab.methods.fisher import fisher
+from mergelab.ops.site import Site
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.source import DictSource
 from tests.methods.tiny_classifiers import Expert, classifier

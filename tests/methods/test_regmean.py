@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mergelab.engine.parameters import Site
 from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge, merge_to_dict
 from mergelab.errors import MergeWarning
 from mergelab.estimation.input_gram import InputProducts, run_for_products
 from mergelab.methods.regmean import regmean
+from mergelab.ops.site import Site
 from mergelab.weights.align import align
 from mergelab.weights.source import DictSource
 from tests.methods.test_fisher import Drawn

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from mergelab.methods.iso_c import iso_c
+from mergelab.methods.iso_cts import iso_cts
+from mergelab.methods.tsv_m import tsv_m
 from mergelab.ops import svd
-from mergelab.ops.spectral import directions, iso_c, iso_cts, tsv_m
+from mergelab.ops.spectral import directions
 from mergelab.ops.svd import decompose, decompose_leading, tall
 from tests.methods.toy import aligned, merged, merged_x, one_tensor, task_vector, toy_models
 from tests.parity import FORMULA, compared
@@ -241,7 +244,7 @@ def test_iso_cts_projects_on_the_side_of_the_outputs_where_conv1d_stores_them_la
 
 @pytest.mark.parametrize("method", [tsv_m, iso_c, iso_cts])
 def test_matrices_read_in_several_blocks_are_the_same(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mergelab.engine.parameters import Site
+    from mergelab.ops.site import Site
 
     options = {"site": Site("x", (), (120, 40))} if method is iso_cts else {}
     vectors = [torch.from_numpy(vector) for vector in drawn((120, 40), 3)]

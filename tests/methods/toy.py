@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergelab.engine.registry import MergeMethod, get_method
+from mergelab.engine.method import MergeMethod
+from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge, merge_to_dict
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.source import DictSource

@@ -93,7 +93,7 @@ def test_data_have_the_columns_of_the_task_and_nothing_that_was_trained_on(
 ) -> None:
     import pyarrow.parquet as pq
 
-    from mergelab.tasks.spec import load_task
+    from mergelab.tasks.loading import load_task
 
     (name,) = (name for name, kinds in SETS.items() if any(task in about.tasks for about in kinds.values()))
     spec = load_task(task)

@@ -8,7 +8,7 @@ import pytest
 
 from mergelab.errors import SweepError
 from mergelab.sweep.objective import objectives
-from mergelab.tasks.spec import load_task
+from mergelab.tasks.loading import load_task
 
 MRPC, RTE, STSB = (load_task(name) for name in ("mrpc", "rte", "stsb"))
 PERPLEXITY = load_task("wikitext")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mergelab.tasks.data import TaskData
-from mergelab.tasks.spec import TaskSpec, load_task
+from mergelab.tasks.loading import load_task
+from mergelab.tasks.spec import TaskSpec
 from tests.tasks.tiny import sentences
 
 

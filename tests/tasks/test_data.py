@@ -11,7 +11,8 @@ import pytest
 
 from mergelab.errors import DataError, HubError
 from mergelab.tasks.data import load_data
-from mergelab.tasks.spec import TaskSpec, load_task
+from mergelab.tasks.loading import load_task
+from mergelab.tasks.spec import TaskSpec
 from tests.tasks.tiny import rte_columns, write_parquet
 from tests.tasks.writers import generation_task, language_task
 

@@ -4,7 +4,7 @@ import pytest
 
 from mergelab.errors import DataError
 from mergelab.tasks.labels import label_order
-from mergelab.tasks.spec import load_task
+from mergelab.tasks.loading import load_task
 
 
 def order(task: str, *names: str, override: list[str] | None = None) -> tuple[int, ...]:

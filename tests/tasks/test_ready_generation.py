@@ -14,7 +14,8 @@ import pytest
 from mergelab.config import CONF_DIR
 from mergelab.errors import ConfigError
 from mergelab.tasks.data import TaskData, load_data
-from mergelab.tasks.spec import Decoding, load_task, task_from_config, tasks_from_config
+from mergelab.tasks.loading import load_task, task_from_config, tasks_from_config
+from mergelab.tasks.spec import Decoding
 from tests.tasks.tiny import write_parquet
 
 SUMMARIES = {"samsum": "dialogue", "dialogsum": "dialogue", "xsum": "document", "cnn_dailymail": "article"}

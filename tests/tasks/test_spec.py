@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mergelab.errors import ConfigError, DataError
-from mergelab.tasks.spec import load_task, task_from_config, task_names, tasks_from_config
+from mergelab.tasks.loading import load_task, task_from_config, task_names, tasks_from_config
 
 GLUE = {"ax", "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"}
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from mergelab.tasks.data import TaskData
+from mergelab.tasks.loading import task_from_config
 from mergelab.tasks.rows import read_rows
-from mergelab.tasks.spec import TaskSpec, task_from_config
+from mergelab.tasks.spec import TaskSpec
 from tests.tasks.tiny import byte_tokenizer, sentences, word_tokenizer
 
 KINDS = ("gpt2", "llama", "t5", "bert2bert")

@@ -6,55 +6,20 @@ The metrics are ``evaluate`` modules of this package, loaded at first use: ``imp
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mergelab.config import cache_dir
 from mergelab.errors import DataError
+from mergelab.tasks.metric_table import METRICS
 from mergelab.tasks.prompting import answer
 
 if TYPE_CHECKING:
     from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
-
-
-Direction = Literal["maximize", "minimize"]
-
-
-@dataclass(frozen=True)
-class MetricEntry:
-    """Where a metric's class is, and what kind of task it is for."""
-
-    kind: Literal["classification", "regression"]
-    module: str
-    cls: str
-
-
-METRICS: dict[str, MetricEntry] = {
-    "accuracy": MetricEntry("classification", "mergelab.evaluation.metrics.classification", "Accuracy"),
-    "f1": MetricEntry("classification", "mergelab.evaluation.metrics.classification", "F1"),
-    "matthews_correlation": MetricEntry(
-        "classification", "mergelab.evaluation.metrics.classification", "MatthewsCorrelation"
-    ),
-    "pearson": MetricEntry("regression", "mergelab.evaluation.metrics.regression", "Pearson"),
-    "spearmanr": MetricEntry("regression", "mergelab.evaluation.metrics.regression", "Spearmanr"),
-}
-
-
-def metric_directions(kind: str) -> dict[str, Direction]:
-    """Name the metrics that a kind of task can have, and say whether greater or less is better."""
-    from mergelab.evaluation.metrics.likelihood import LIKELIHOOD
-    from mergelab.evaluation.metrics.text import TEXT_METRICS
-
-    if kind == "generation":
-        return {name: entry.direction for name, entry in TEXT_METRICS.items()}
-    if kind == "language_modelling":
-        return dict.fromkeys(LIKELIHOOD, "minimize")
-    return {name: "maximize" for name, entry in METRICS.items() if entry.kind == kind}
 
 
 def score(spec: TaskSpec, outputs: Array, truth: Array, *, parts: Array | None = None) -> dict[str, float]:

@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from mergelab.tasks.metric_table import LIKELIHOOD
 
-# What the negative log likelihood is divided by before it is exponentiated: a column of an example's statistics, which
-# are (negative log likelihood in nats, tokens, words).
-LIKELIHOOD = {"token_perplexity": 1, "word_perplexity": 2}
+Array = np.ndarray[Any, Any]
 
 
 def from_statistics(name: str, rows: Array) -> float:

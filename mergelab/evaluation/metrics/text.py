@@ -10,54 +10,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mergelab.config import cache_dir
 from mergelab.errors import DataError
-from mergelab.tasks.prompting import AnswerKind
+from mergelab.tasks.metric_table import TEXT_METRICS
 
 if TYPE_CHECKING:
     from mergelab.evaluation.metrics.text_modules import TextMetric
 
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class TextMetricEntry:
-    """Where a metric's class is, what kinds of answers it is of, which direction is better, and its least examples."""
-
-    module: str
-    cls: str
-    of: tuple[AnswerKind, ...]
-    direction: Literal["maximize", "minimize"] = "maximize"
-    at_least: int = 1
-
-    @property
-    def needs_labels(self) -> bool:
-        """Whether it is of labels, and so needs the words that stand for them."""
-        return self.of == ("label",)
-
-
-_HERE = "mergelab.evaluation.metrics"
-TEXT_METRICS: dict[str, TextMetricEntry] = {
-    "rouge1": TextMetricEntry(f"{_HERE}.rouge", "Rouge1", ("text",)),
-    "rouge2": TextMetricEntry(f"{_HERE}.rouge", "Rouge2", ("text",)),
-    "rougeL": TextMetricEntry(f"{_HERE}.rouge", "RougeL", ("text",)),
-    "rougeLsum": TextMetricEntry(f"{_HERE}.rouge", "RougeLsum", ("text",)),
-    "bleu": TextMetricEntry(f"{_HERE}.ngrams", "Bleu", ("text",)),
-    "chrf": TextMetricEntry(f"{_HERE}.ngrams", "Chrf", ("text",)),
-    "exact_match": TextMetricEntry(f"{_HERE}.answers", "ExactMatch", ("text", "number", "label", "score")),
-    "accuracy": TextMetricEntry(f"{_HERE}.answers", "Accuracy", ("label",)),
-    "f1": TextMetricEntry(f"{_HERE}.answers", "F1", ("label",)),
-    "matthews_correlation": TextMetricEntry(f"{_HERE}.answers", "MatthewsCorrelation", ("label",)),
-    "pearson": TextMetricEntry(f"{_HERE}.answers", "Pearson", ("score",), at_least=2),
-    "spearmanr": TextMetricEntry(f"{_HERE}.answers", "Spearmanr", ("score",), at_least=2),
-    "invalid_rate": TextMetricEntry(f"{_HERE}.answers", "InvalidRate", ("number", "label", "score"), "minimize"),
-}
 
 
 def statistics(

@@ -8,8 +8,10 @@ from scipy import stats
 from sklearn import metrics
 
 from mergelab.errors import DataError
-from mergelab.evaluation.metrics import METRICS, score
-from mergelab.tasks.spec import TaskSpec, load_task
+from mergelab.evaluation.metrics import score
+from mergelab.tasks.loading import load_task
+from mergelab.tasks.metric_table import METRICS
+from mergelab.tasks.spec import TaskSpec
 
 
 def one_hot(predictions: list[int], classes: int) -> np.ndarray:

@@ -13,7 +13,8 @@ from scipy import stats
 from sklearn import metrics
 
 from mergelab.errors import DataError
-from mergelab.evaluation.metrics.text import TEXT_METRICS, from_statistics, statistics, text_metric
+from mergelab.evaluation.metrics.text import from_statistics, statistics, text_metric
+from mergelab.tasks.metric_table import TEXT_METRICS
 
 ROUGE = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
 

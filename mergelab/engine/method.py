@@ -1,0 +1,176 @@
+"""What a merge method is, and how a function becomes one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from mergelab.engine.parameters import INJECTED, Parameters, parameters_of
+from mergelab.weights.align import AlignedModels
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+Kind = Literal["tensor", "list", "model", "models"]
+
+
+MISSING = "???"
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """What is known about a method before any weight is read.
+
+    Attributes:
+        name: its name in configs; a dotted path for a user's own function.
+        function: what computes one tensor (or, for kind "model", a whole state dict).
+        parameters: the pydantic model of its parameters.
+        kind: "tensor": called with ``base`` and ``experts``; "list": with one list of tensors; "model": with one list
+            of state dicts; "models": called once with ``models``, it answers a `Substitute`.
+        takes: names of the arguments that the engine supplies.
+        needs_base: whether there must be a base model.
+        adds: the function answers a merged task vector, and the engine adds it to the base, times the parameter
+            ``lambda`` where there is one; otherwise the function answers the merged tensor.
+        needs: what else there must be: "data" (the experts' training examples), "gradients" (of the experts' models),
+            "selection" (scores on the examples that select).
+        several: it answers one merged model for each expert, for that expert's task; the function takes ``output``, the
+            expert's index, and is called once for each.
+        min_experts: fewest experts it merges.
+        max_experts: most experts it merges; None for no limit.
+        elementwise: an entry of the result depends on the same entry of the inputs alone (and on ``prepared``), so that
+            the engine may call the function with parts of a tensor, flattened.
+        prepare: called once with ``models``, ``seed`` and any parameters it names, before the first tensor; its result
+            is the function's ``prepared``. Where the method needs data it can name ``examples`` too.
+        check: called with ``models`` and any parameters it names (``weights`` resolved) before a tensor is read; reads
+            none, and raises ConfigError.
+        writers: called with any parameters it names; says why models that write text cannot be merged so, None where
+            they can.
+        session: called with ``compiling``, as `mergelab.engine.warm_session.Warm` takes it; makes what merges there
+            again and again in fewer passes than ``prepare`` and the function do, to the same result.
+        order_matters: permuting the experts may change the result; otherwise the engine sorts them by name, so that it
+            cannot, not even in the last bit.
+        identical_at: parameters with which T identical experts give that expert; None where there are none.
+        custom: a user's own function: it gets float32 copies, and its errors are the user's to mend.
+        family: heading in the catalogue.
+        work: what it does with every matrix, where that takes longer than going through the models.
+        paper: authors, year and arXiv id.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    parameters: type[Parameters]
+    kind: Kind = "tensor"
+    takes: frozenset[str] = frozenset()
+    needs_base: bool = False
+    adds: bool = False
+    needs: frozenset[str] = frozenset()
+    several: bool = False
+    min_experts: int = 1
+    max_experts: int | None = None
+    elementwise: bool = False
+    prepare: Callable[..., Any] | None = None
+    check: Callable[..., None] | None = None
+    writers: Callable[..., str | None] | None = None
+    session: Callable[[bool], Any] | None = None
+    order_matters: bool = False
+    identical_at: Mapping[str, Any] | None = field(default_factory=dict)
+    custom: bool = False
+    family: str = ""
+    work: str = ""
+    paper: str = ""
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether the experts can be weighted."""
+        return "weights" in self.parameters.model_fields
+
+
+@dataclass(frozen=True)
+class Substitute:
+    """What is merged in the place of the models that a method of kind "models" was given, and how.
+
+    Attributes:
+        method: another method.
+        parameters: its parameters.
+        models: as many experts as were given, in their order.
+    """
+
+    method: MergeMethod
+    parameters: Parameters
+    models: AlignedModels
+
+
+def merge_method(
+    *,
+    needs_base: bool = False,
+    needs: Sequence[Literal["data", "gradients", "selection"]] = (),
+    lambda_: float | None = None,
+    experts: tuple[int, int | None] = (1, None),
+    elementwise: bool = False,
+    prepare: Callable[..., Any] | None = None,
+    check: Callable[..., None] | None = None,
+    writers: Callable[..., str | None] | None = None,
+    session: Callable[[bool], Any] | None = None,
+    order_matters: bool = False,
+    identical_at: Mapping[str, Any] | None = None,
+    family: str = "",
+    work: str = "",
+    paper: str = "",
+) -> Callable[[F], F]:
+    """Declare a function to be a merge method; it comes back unchanged, with a `MergeMethod` as ``.merge_method``.
+
+    The function takes ``base`` and/or ``experts`` (tensors of one shape; parts of them, flattened and in float32 or
+    float64, when ``elementwise``, else whole tensors in their stored dtypes), ``site`` and ``prepared`` if it names
+    them, and its parameters by keyword. It answers a tensor of the inputs' shape in the dtype it computed in: the
+    engine rounds it once to the stored dtype. It must not write into its inputs.
+
+    A function that takes ``vectors``, the experts' task vectors τ_t = θ_t − θ0 in float32 or float64, answers the
+    merged task vector τ_m, and the engine answers θ0 + λ·τ_m, with λ the parameter ``lambda``, whose default is
+    ``lambda_`` (None: there is no such parameter, and λ is 1). It may write into the vectors, and must not keep them.
+    Where ``elementwise`` it may take the `mergelab.ops.workspace.Rows` that they lie in as ``rows``, and work in these.
+    In a session that keeps τ_m, a change of λ alone costs one scaled addition.
+
+    A function that takes ``models`` (and ``seed``) works on all of them before another method merges: it answers a
+    `Substitute`, once, before the first tensor.
+
+    The other arguments here are described at `MergeMethod`.
+    """
+
+    def declare(function: F) -> F:
+        names = set(inspect.signature(function).parameters)
+        if not names & {"base", "experts", "vectors", "models"}:
+            raise TypeError(f"{function.__name__} takes neither base nor experts nor vectors nor models")
+        whole = "models" in names
+        supplied = (*INJECTED, "rows") if elementwise and "vectors" in names else INJECTED
+        if lambda_ is not None and "vectors" not in names:
+            raise TypeError(f"{function.__name__}: lambda_ is for functions that take vectors")
+        function.merge_method = MergeMethod(  # type: ignore[attr-defined]
+            name=function.__name__,
+            function=function,
+            parameters=parameters_of(
+                function, (*INJECTED, "models", "seed", "examples") if whole else supplied, lambda_=lambda_
+            ),
+            kind="models" if whole else "tensor",
+            takes=frozenset(names & set(supplied)),
+            needs_base=needs_base or "vectors" in names,
+            adds="vectors" in names,
+            needs=frozenset(needs),
+            several="output" in names,
+            min_experts=experts[0],
+            max_experts=experts[1],
+            elementwise=elementwise,
+            prepare=prepare,
+            check=check,
+            writers=writers,
+            session=session,
+            order_matters=order_matters,
+            identical_at=identical_at,
+            family=family,
+            work=work,
+            paper=paper,
+        )
+        return function
+
+    return declare

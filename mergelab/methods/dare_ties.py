@@ -1,0 +1,134 @@
+"""DARE before TIES' election of signs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from mergelab.engine.method import merge_method
+from mergelab.engine.parameters import Densities, OptionalDensities, Weights
+from mergelab.methods.dare import drop_
+from mergelab.ops.sign_consensus import (
+    Consensus,
+    Scope,
+    Vectors,
+    WeightsAt,
+    ZeroSign,
+    check_pooled,
+    check_weights,
+    election_factors,
+    open_task_vectors,
+    prepare_consensus,
+)
+from mergelab.ops.site import Site
+from mergelab.ops.task_vectors import Election, Reduce, agree_, elect_in, factors, of_each, resolve_zeros_, trim_
+from mergelab.ops.workspace import Rows
+from mergelab.weights.align import AlignedModels
+
+
+def dare_consensus(
+    models: AlignedModels,
+    *,
+    seed: int,
+    weights: Sequence[float],
+    density: float | Sequence[float],
+    trim_density: float | Sequence[float] | None,
+    rescale: bool,
+    scope: Scope,
+    election: Election,
+    zero_sign: ZeroSign,
+    weights_at: WeightsAt,
+) -> Mapping[str, Consensus]:
+    """Find thresholds (where a second trim is asked for) and majority signs of the dropped and rescaled vectors."""
+    experts = tuple(expert.name for expert in models.experts)
+
+    def open_vectors(name: str, /, *, only: slice = slice(None)) -> Vectors:
+        whole = open_task_vectors(models, name, only=only)
+        assert models.base is not None
+        site = Site(name, experts[only], models.base.shape(name), seed=seed)
+        shares = of_each(density, len(experts))[only]
+
+        def read(part: slice) -> list[Tensor]:
+            # The masks of a strided sample are drawn for all that the stride passes over.
+            dense = whole(slice(part.start, part.stop))
+            return [kept[:: part.step] for kept in drop_(dense, replace(site, offset=part.start), shares, rescale)]
+
+        return read
+
+    return prepare_consensus(
+        models,
+        open_vectors,
+        weights=weights,
+        density=trim_density,
+        scope=scope,
+        election=election,
+        zero_sign=zero_sign,
+        weights_at=weights_at,
+    )
+
+
+def check_dare_ties(weights: Sequence[float], trim_density: float | Sequence[float] | None, scope: Scope) -> None:
+    """Raise `ConfigError` for weights that no mean can take, and for each expert's own share of what is pooled."""
+    check_weights(weights)
+    check_pooled("trim_density", trim_density, scope)
+
+
+@merge_method(
+    lambda_=1.0,
+    elementwise=True,
+    prepare=dare_consensus,
+    check=check_dare_ties,
+    identical_at={"density": 1.0},
+    family="task vectors",
+    paper="Yu et al. 2024, arXiv:2311.03099, with Yadav et al. 2023, arXiv:2306.01708",
+)
+def dare_ties(
+    vectors: Sequence[Tensor],
+    *,
+    site: Site,
+    prepared: Mapping[str, Consensus],
+    rows: Rows,
+    density: Densities = 0.5,
+    trim_density: OptionalDensities = None,
+    weights: Weights = None,
+    rescale: bool = True,
+    scope: Scope = "model",
+    election: Election = "mass",
+    reduce: Reduce = "mean",
+    zero_sign: ZeroSign = "majority",
+    weights_at: WeightsAt = "after",
+) -> Tensor:
+    """Drop and rescale task vectors as DARE does, then elect signs and merge what agrees as TIES does.
+
+    θ0 + λ·τ_m with τ̂_t = m_t·τ_t / density, m_t ~ Bernoulli(density), and τ_m the disjoint mean of the τ̂_t under the
+    elected signs (Yu et al. 2024, arXiv:2311.03099, with Yadav et al. 2023, arXiv:2306.01708). Dropped entries neither
+    vote nor count in the mean. Departure: TIES' own trim is left out unless ``trim_density`` asks for it; it then keeps
+    that fraction of all entries, by magnitude, of what DARE left. Ties and weights as in `ties`.
+
+    Args:
+        vectors: T task vectors, float32 or float64; they are written over.
+        site: keys the masks, and names the tensor in ``prepared``.
+        prepared: thresholds and tie sign by tensor name.
+        rows: has the vectors, and room for intermediates.
+        density: probability of keeping an entry; may be given for each expert.
+        trim_density: fraction of entries kept by the second trim; None for no such trim; may be given for each expert.
+        lambda_: scale of the merged task vector; the engine applies it.
+        weights: per expert, at least 0; default 1.
+        rescale: divide the kept entries by the density.
+        scope, election, reduce, zero_sign, weights_at: as in `ties`; ``scope`` is that of the second trim and of the
+            majority.
+
+    Returns:
+        τ_m, of the vectors' shape and dtype.
+
+    Raises:
+        ConfigError: a weight is negative, or none is above 0; a ``trim_density`` for each expert where they are pooled.
+    """
+    shares = factors(weights, len(vectors))
+    here = prepared[site.name]
+    for vector, threshold in zip(drop_(vectors, site, density, rescale), here.thresholds, strict=True):
+        trim_(vector, threshold)
+    signs = resolve_zeros_(elect_in(rows, election_factors(shares, weights_at), election), here.tie_sign)
+    return agree_(rows, signs, shares, reduce).mul_(signs)

@@ -1,0 +1,43 @@
+"""Iso-C: the sum of the task vectors with equal singular values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mergelab.engine.method import merge_method
+from mergelab.ops.layout import is_matrix
+from mergelab.ops.svd import assembled, decompose, tall, total
+from mergelab.ops.task_vectors import mean
+
+
+@merge_method(
+    lambda_=1.0,
+    identical_at=None,
+    family="spectral",
+    work="decomposes every matrix",
+    paper="Marczak et al. 2025, arXiv:2502.04959",
+)
+def iso_c(vectors: Sequence[Tensor]) -> Tensor:
+    """Add up the task vectors and give every singular direction of the sum the same weight.
+
+    Per matrix: Σ τ_t = U diag(σ) Vᵀ; θ0 + λ·σ̄ U Vᵀ with σ̄ the mean of the min(m, n) singular values (Marczak et al.
+    2025, arXiv:2502.04959, Iso-C). Every two-dimensional tensor is a matrix, embeddings too; other tensors get the mean
+    task vector, both as in the authors' code. The authors choose λ on validation data.
+
+    Departure: directions whose σ is 0 within float64's rounding stay at 0, where the authors' SVD fills up with
+    arbitrary vectors.
+
+    Args:
+        vectors: T task vectors, float32 or float64; whole tensors. Decompositions are in float64.
+        lambda_: scale of the merged task vector; the engine applies it.
+
+    Returns:
+        σ̄ U Vᵀ, of the vectors' shape and dtype.
+    """
+    if not is_matrix(vectors[0]):
+        return mean(vectors)
+    whole = decompose(total([tall(vector) for vector in vectors]))
+    level = whole.values.sum() / whole.matrix.columns
+    return assembled(whole.matrix, (whole.right * (level / whole.values)) @ whole.right.T, vectors[0])

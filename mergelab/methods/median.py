@@ -1,0 +1,31 @@
+"""The median of the experts at each entry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mergelab.engine.method import merge_method
+from mergelab.ops.blocks import working
+
+
+@merge_method(elementwise=True, family="averages")
+def median(experts: Sequence[Tensor]) -> Tensor:
+    """Take the median of the experts at each entry; for an even number of them, the mean of the middle two.
+
+    Args:
+        experts: T tensors of one shape, any float dtype.
+
+    Returns:
+        Tensor of that shape, float32 (float64 for float64 inputs).
+    """
+    ordered = [working(expert) for expert in experts]
+    count = len(ordered)
+    for end in range(count - 1, 0, -1):  # sorting by exchanges, all entries at once
+        for i in range(end):
+            low, high = torch.minimum(ordered[i], ordered[i + 1]), torch.maximum(ordered[i], ordered[i + 1])
+            ordered[i], ordered[i + 1] = low, high
+    middle = ordered[count // 2]
+    return middle.clone() if count % 2 else (ordered[count // 2 - 1] + middle) / 2

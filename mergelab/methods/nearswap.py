@@ -1,0 +1,40 @@
+"""NearSwap: one model moved towards another, at each entry by a bounded step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mergelab.engine.method import merge_method
+from mergelab.methods.arcee_fusion import MERGEKIT
+from mergelab.ops.pair import _pair, check_pair
+
+
+@merge_method(experts=(1, 2), elementwise=True, check=check_pair, order_matters=True, family="pairwise", paper=MERGEKIT)
+def nearswap(
+    experts: Sequence[Tensor], *, base: Tensor | None = None, t: Annotated[float, Field(ge=0)] = 0.0001
+) -> Tensor:
+    """Move one model towards another, at each entry by at most ``t``: entries that are near are swapped.
+
+    s·b + (1−s)·a with s = min(t / |a − b|, 1), which is b where |a − b| ≤ t, else a ± t. a and b are the two experts in
+    their order, or the base and the one expert. As in mergekit (Goddard et al. 2024, arXiv:2403.13257), where a is the
+    base model. Departures: mergekit takes |a − b| for at least 1e-6, so that with t < 1e-6 nearer entries are not
+    swapped; its ``t`` has no default, and ours is that of QuartetAnemoi-70B-t0.0001, the model that it refers to.
+
+    Args:
+        experts: blocks of two experts, or of one.
+        base: of the pretrained model; what is moved if there is one expert, without a part in it if there are two.
+        t: the largest change of an entry.
+
+    Returns:
+        Block, float32 (float64 for float64 inputs).
+
+    Raises:
+        ConfigError: one expert and no base.
+    """
+    a, b = _pair(base, experts)
+    return torch.minimum(torch.maximum(b, a - t), a + t)

@@ -1,0 +1,255 @@
+"""Load tasks: from their configuration, or by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+from mergelab.config import CONF_DIR, check
+from mergelab.errors import ConfigError, DataError, did_you_mean, listed
+from mergelab.tasks.metric_table import METRICS, TEXT_METRICS, metric_directions
+from mergelab.tasks.prompting import AnswerKind, plain_word, template_columns, worked_examples
+from mergelab.tasks.schema import (
+    SCHEMAS,
+    GenerationTask,
+    LabelledTask,
+    LanguageModellingTask,
+    LmEvalTask,
+    PromptsTask,
+    SuiteSchema,
+)
+from mergelab.tasks.spec import Decoding, Kind, Suite, TaskSpec
+
+
+def task_from_config(node: Mapping[str, Any]) -> TaskSpec:
+    """Check one task's configuration.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value is not usable.
+    """
+    kind = node.get("kind") or "classification"
+    if kind not in SCHEMAS:
+        raise ConfigError(f"task.kind={kind!r}: must be one of {listed(SCHEMAS)}{did_you_mean(str(kind), SCHEMAS)}")
+    task = check(SCHEMAS[kind], node, "task")
+    return _FROM[type(task)](task)
+
+
+def _labelled(task: Any) -> TaskSpec:
+    kind: Kind = "regression" if task.labels is None else "classification"
+    if task.kind not in (None, kind):
+        raise ConfigError(f"task.kind={task.kind}: task.labels {'is null' if task.labels is None else 'names classes'}")
+    spec = _scored(
+        task, kind=kind, columns=tuple(task.columns), label_column=task.label_column, labels=_tuple(task.labels)
+    )
+    if "f1" in spec.metrics and len(spec.labels or "12") != 2:
+        raise ConfigError(f"task.metrics: f1 is for two labels, {task.name} has {len(spec.labels or ())}")
+    return spec
+
+
+def _generation(task: Any) -> TaskSpec:
+    if bool(task.references) == bool(task.labels):
+        raise ConfigError("task.references: name the columns of references, or task.labels, and not both")
+    answer: AnswerKind = task.answer or ("label" if task.labels else "text")
+    if bool(task.labels) != (answer == "label"):
+        raise ConfigError(f"task.answer={answer}: must be label where there are task.labels, and only there")
+    if task.group_by is not None and task.labels:
+        raise ConfigError(f"task.group_by={task.group_by}: examples are grouped by their references, not by labels")
+    if task.label_words is not None and len(task.label_words) != len(task.labels or ()):
+        raise ConfigError(f"task.label_words={task.label_words}: must be as many as task.labels, one for each")
+    words = list(map(plain_word, task.label_words or task.labels or ()))
+    if len(set(words)) < len(words) or not all(words):
+        raise ConfigError(f"task.label_words={task.label_words}: must differ in more than case and punctuation")
+    _check_text_metrics(task, answer)
+    if task.shots is not None and task.examples is None:
+        raise ConfigError(f"task.shots={task.shots}: task.examples names no worked examples")
+    return _scored(
+        task,
+        kind="generation",
+        columns=template_columns(task.prompt),
+        label_column=task.label_column,
+        labels=_tuple(task.labels),
+        prompt=task.prompt,
+        worked_examples=() if task.examples is None else worked_examples(task.examples, task.shots),
+        references=tuple(task.references),
+        answer=answer,
+        group_by=task.group_by,
+        label_words=_tuple(task.label_words),
+        max_prompt_tokens=task.max_prompt_tokens,
+        decoding=_decoding(task.decoding),
+    )
+
+
+def _check_text_metrics(task: Any, answer: AnswerKind) -> None:
+    """Check that the metrics are of such answers; that there are such metrics is checked for all kinds of tasks."""
+    for metric in TEXT_METRICS.keys() & task.metrics:
+        if answer not in (fitting := TEXT_METRICS[metric].of):
+            raise ConfigError(f"task.metrics: {metric} is of answers of the kind {listed(fitting)}, not of {answer}")
+    if "f1" in task.metrics and len(task.labels) != 2:
+        raise ConfigError(f"task.metrics: f1 is for two labels, {task.name} has {len(task.labels)}")
+
+
+def _language_modelling(task: Any) -> TaskSpec:
+    if task.window is not None and task.stride is not None and task.stride > task.window:
+        raise ConfigError(f"task.stride={task.stride}: must be at most task.window={task.window}")
+    columns = tuple(task.columns)
+    return _scored(
+        task, kind="language_modelling", columns=columns, join=task.join, window=task.window, stride=task.stride
+    )
+
+
+def _prompts(task: Any) -> TaskSpec:
+    if task.file is None and not any(text.strip() for text in task.prompts):
+        raise ConfigError(f"task.prompts={task.prompts}: needs at least one prompt, or a file of them as task.file")
+    return TaskSpec(
+        task.name,
+        task.version,
+        "prompts",
+        prompts=tuple(task.prompts),
+        file=task.file,
+        max_prompt_tokens=task.max_prompt_tokens,
+        decoding=_decoding(task.decoding),
+    )
+
+
+def _lm_eval(task: Any) -> TaskSpec:
+    return TaskSpec(
+        task.name,
+        task.version,
+        "lm_eval",
+        primary=task.primary or "",
+        lm_eval_tasks=tuple(task.tasks),
+        lm_eval_shots=task.shots,
+        lm_eval_limit=task.limit,
+        include_path=task.include_path,
+    )
+
+
+_FROM = {
+    LabelledTask: _labelled,
+    GenerationTask: _generation,
+    LanguageModellingTask: _language_modelling,
+    PromptsTask: _prompts,
+    LmEvalTask: _lm_eval,
+}
+
+
+def _scored(task: Any, **own: Any) -> TaskSpec:
+    """Make the specification of a task on a dataset, and check what such tasks have in common."""
+    spec = TaskSpec(
+        name=task.name,
+        version=task.version,
+        path=task.dataset.path,
+        config=task.dataset.name,
+        revision=task.dataset.revision,
+        slices=task.dataset.slices,
+        splits=tuple(task.splits),
+        metrics=tuple(task.metrics),
+        primary=task.primary,
+        **own,
+    )
+    known = metric_directions(spec.kind)
+    for metric in spec.metrics:
+        if metric not in known and metric in METRICS:
+            raise ConfigError(f"task.metrics: {metric} is not for {spec.kind}")
+        if metric not in known:
+            raise ConfigError(
+                f"task.metrics: no metric {metric!r}{did_you_mean(metric, known)} (there are {listed(known, 20)})"
+            )
+    if spec.primary not in spec.metrics:
+        raise ConfigError(f"task.primary={spec.primary!r}: must be one of task.metrics: {listed(spec.metrics)}")
+    for key in ("splits", "columns", "labels", "label_words", "references", "metrics"):
+        values = getattr(spec, key) or ()
+        if len(set(values)) < len(values):
+            raise ConfigError(f"task.{key}={list(values)}: must not repeat a name")
+    return spec
+
+
+def _decoding(config: Any) -> Decoding:
+    if config.do_sample and config.num_beams > 1:
+        raise ConfigError(f"task.decoding.num_beams={config.num_beams}: beams are searched, not sampled (do_sample)")
+    if config.min_new_tokens > config.max_new_tokens:
+        raise ConfigError(
+            f"task.decoding.min_new_tokens={config.min_new_tokens}: must be at most max_new_tokens="
+            f"{config.max_new_tokens}"
+        )
+    return Decoding(**{**config.model_dump(), "stop": tuple(config.stop)})
+
+
+def _tuple(values: Sequence[str] | None) -> tuple[str, ...] | None:
+    return None if values is None else tuple(values)
+
+
+def tasks_from_config(node: Mapping[str, Any]) -> Suite:
+    """Check the configuration of a task or of a suite (which has ``members``), and load a suite's tasks.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value is not usable.
+        DataError: a suite names a task that does not exist.
+    """
+    if "members" not in node:
+        task = task_from_config(node)
+        if task.kind == "lm_eval":
+            check_installed()
+        return Suite(task.name, (task,), node.get("data_dir"), node.get("limit"))
+    suite = check(SuiteSchema, node, "task")
+    if len(set(suite.members)) < len(suite.members):
+        raise ConfigError(f"task.members={suite.members}: must not repeat a task")
+    for name in suite.splits:
+        if name not in suite.members:
+            raise ConfigError(f"task.splits.{name}: not among task.members{did_you_mean(name, suite.members)}")
+    tasks = [load_task(name) for name in suite.members]
+    chosen = [replace(task, splits=tuple(suite.splits.get(task.name, task.splits))) for task in tasks]
+    return Suite(suite.name, tuple(chosen), suite.data_dir, suite.limit)
+
+
+def task_names() -> list[str]:
+    """List the ready tasks, suites aside."""
+    return sorted(path.stem for path in (CONF_DIR / "task").glob("*.yaml") if "members" not in _read(path.stem))
+
+
+def load_task(name: str) -> TaskSpec:
+    """Load a ready task by its name.
+
+    Raises:
+        DataError: there is no such task.
+    """
+    if not (CONF_DIR / "task" / f"{name}.yaml").is_file() or "members" in (node := _read(name)):
+        names = task_names()
+        raise DataError(f"no task {name!r}{did_you_mean(name, names)} (there are {listed(names, 20)})")
+    return task_from_config(node)
+
+
+def task_of_expert(name: str, tasks: Sequence[TaskSpec]) -> TaskSpec | None:
+    """Find the task that an expert was made for, where ``tasks`` are measured; None where that cannot be told.
+
+    Args:
+        name: what the expert's configuration calls its task; the expert's own name where it does not say.
+        tasks: at least one.
+    """
+    for task in tasks:
+        if task.name == name:
+            return task
+    if name in task_names():
+        return load_task(name)
+    return tasks[0] if len(tasks) == 1 else None
+
+
+def _read(name: str) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    node: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "task" / f"{name}.yaml"))
+    return {key: value for key, value in node.items() if key != "defaults"}
+
+
+def check_installed() -> None:
+    """Check that lm-eval is there.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if find_spec("lm_eval") is None:
+        raise ConfigError(
+            "task=lm_eval: needs the package lm-eval, which is not installed: pip install 'mergelab[lm-eval]'"
+        )
