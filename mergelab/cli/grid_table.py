@@ -11,7 +11,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
-from mergelab.console import tables
+from mergelab.console.progress import say, say_where
+from mergelab.console.tables import result_table
 from mergelab.tracking import TrackingConfig, open_tracking, tracking_config
 from mergelab.tracking.grid import BASIC_SWEEPER
 
@@ -39,12 +40,12 @@ def show_open_grids() -> None:
         _show(folder)
         tracker = open_tracking(tracking)
         if parent := tracker.grid_parent(folder):
-            tables.say(f"parent run {parent.id}")
-            tables.say_where(tracker, parent.experiment)
+            say(f"parent run {parent.id}")
+            say_where(tracker, parent.experiment)
 
 
 def _show(folder: Path) -> None:
-    from mergelab.experiment.results import RESULT, ExperimentResult, ModelResult, read_result
+    from mergelab.evaluation.results import RESULT, ExperimentResult, ModelResult, read_result
 
     files = sorted(folder.glob(f"*/{RESULT}"), key=_job_number)
     told = {file: _overrides(file.parent) for file in files}
@@ -59,7 +60,7 @@ def _show(folder: Path) -> None:
         baselines: dict[str, ModelResult] = {m.label: m for result in results for m in result.models[:-1]}
         models = (*baselines.values(), *(result.merged for result in results))
         name = results[0].title.partition(" on ")[2]
-        tables.result_table(replace(results[0], title=f"grid of {len(results)} on {name}", models=models))
+        result_table(replace(results[0], title=f"grid of {len(results)} on {name}", models=models))
     sys.stdout.flush()
 
 

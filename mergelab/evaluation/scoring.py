@@ -174,3 +174,12 @@ def _texts_of(content: Array) -> Array:
     found = np.empty(len(texts), dtype=object)
     found[:] = texts
     return found
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model's outputs (n, …) for a task's examples, the seconds they took, and whether they came from the cache."""
+
+    outputs: Array
+    seconds: float
+    cached: bool

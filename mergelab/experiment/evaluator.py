@@ -12,14 +12,14 @@ from mergelab.errors import DataError
 from mergelab.evaluation.averages import average, normalised_average
 from mergelab.evaluation.bootstrap import chance_level
 from mergelab.evaluation.metrics import score
+from mergelab.evaluation.results import ModelResult, Role, common_direction
 from mergelab.evaluation.scoring import Examples, compare, measure, split_examples
-from mergelab.experiment.results import ModelResult, Role, common_direction
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergelab.evaluation.scoring import TaskResult
-    from mergelab.experiment.session import Prediction, Session
+    from mergelab.evaluation.scoring import Prediction, TaskResult
+    from mergelab.experiment.session import Session
     from mergelab.tasks.data import TaskData
     from mergelab.tasks.metric_table import Direction
     from mergelab.tasks.spec import TaskSpec

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergelab.console import tables
+from mergelab.console.progress import warn
 from mergelab.errors import NoRoom
 from mergelab.experiment.calibration import Calibration
 from mergelab.experiment.evaluator import Bench
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from mergelab.engine.method import MergeMethod
     from mergelab.engine.parameters import Parameters
     from mergelab.engine.warm_session import Warm
+    from mergelab.evaluation.results import ModelResult
     from mergelab.experiment.plan import Plan
-    from mergelab.experiment.results import ModelResult
     from mergelab.experiment.selection import BenchSelection
     from mergelab.tasks.data import TaskData
 
@@ -107,7 +107,7 @@ class Resident:
                 compiling=self.compiling,
             )
         except NoRoom as error:
-            tables.warn(f"{error}. Every trial of this sweep reads the models again.")
+            warn(f"{error}. Every trial of this sweep reads the models again.")
             return None
 
     @cached_property

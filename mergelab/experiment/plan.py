@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab.config import ExperimentConfig, ModelsConfig, check
-from mergelab.console import tables
+from mergelab.console.progress import warn
 from mergelab.errors import ConfigError
 from mergelab.experiment.locate import Source
 from mergelab.experiment.locate import decide_source as _decide
@@ -121,7 +121,7 @@ def _merges_writers(config: ExperimentConfig, tasks: Sequence[TaskSpec]) -> bool
 def warn_if_mini(plan: Plan, source: str) -> None:
     """Warn, once, when the miniature takes the place of models that were asked for."""
     if source == "mini" and plan.config.source == "auto":
-        tables.warn(
+        warn(
             "The model hub cannot be reached and its cache does not have these models. This run uses mergelab's "
             "embedded miniature instead: small transformers trained here on generated text. Its scores are not those "
             "of the real task. source=mini asks for it without this warning, source=hub makes it an error."

@@ -10,14 +10,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from mergelab.experiment.results import common_direction
+from mergelab.evaluation.results import common_direction
 from mergelab.tracking import BASELINE_KEY, DIRECTION, PRIMARY
 
 if TYPE_CHECKING:
+    from mergelab.evaluation.results import ExperimentResult, ModelResult
     from mergelab.experiment.calibration import Calibration
     from mergelab.experiment.evaluator import Bench
     from mergelab.experiment.locate import LocatedModels
-    from mergelab.experiment.results import ExperimentResult, ModelResult
     from mergelab.experiment.session import Session
     from mergelab.tasks.data import TaskData
     from mergelab.tracking import Run, Tracker

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.console import tables
+from mergelab.console.progress import gathered_warnings, progress_bar, say, say_where
+from mergelab.console.tables import result_table
+from mergelab.evaluation.results import RESULT, ExperimentResult, peak_memory_mb, write_result
 from mergelab.experiment import recording
 from mergelab.experiment.locate import Source, locate
 from mergelab.experiment.plan import Plan, plan_experiment, warn_if_mini
-from mergelab.experiment.results import RESULT, ExperimentResult, peak_memory_mb, write_result
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -41,7 +42,7 @@ def run_experiment(config: DictConfig) -> float | None:
         warn_if_mini(plan, source)
     mini = "mini/" if source == "mini" else ""
     if not sweep:
-        tables.say(_announcement(plan, mini))
+        say(_announcement(plan, mini))
     experiment = parent.experiment if parent else (plan.tracking.experiment or f"{mini}{plan.task_name}")
     with (
         tracker.start_run(
@@ -51,20 +52,20 @@ def run_experiment(config: DictConfig) -> float | None:
             tags=_tags(plan, source),
             parent=parent.id if parent else None,
         ) as run,
-        tables.gathered_warnings(),
-        tables.progress() as progress,
+        gathered_warnings(),
+        progress_bar() as progress,
     ):
         result = _execute(plan, source, tracker, run, progress)
     if result is not None:
         write_result(result, _run_folder() / RESULT)
     if sweep:
-        tables.say(_job_line(plan, result))
+        say(_job_line(plan, result))
     else:
         if result is not None:
-            tables.result_table(result)
+            result_table(result)
         if run.id:
-            tables.say(f"run {run.id}")
-            tables.say_where(tracker, run.experiment)
+            say(f"run {run.id}")
+            say_where(tracker, run.experiment)
     return None if result is None else result.objective
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge
 from mergelab.errors import ConfigError
-from mergelab.experiment.results import common_direction
+from mergelab.evaluation.results import common_direction
 
 if TYPE_CHECKING:
     from mergelab.experiment.evaluator import Bench

@@ -6,7 +6,6 @@ import fnmatch
 import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from mergelab.config import ExperimentConfig
 from mergelab.errors import ConfigError, ModelError, did_you_mean, listed
-from mergelab.evaluation.scoring import PredictionCache, prediction_key
+from mergelab.evaluation.scoring import Prediction, PredictionCache, prediction_key
 from mergelab.models.architecture import (
     Architecture,
     architecture,
@@ -49,15 +48,6 @@ if TYPE_CHECKING:
     from mergelab.weights.source import TensorSource
 
 Progress = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A model's outputs (n, …) for a task's examples, the seconds they took, and whether they came from the cache."""
-
-    outputs: Array
-    seconds: float
-    cached: bool
 
 
 class Session:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from mergelab.console import tables
+from mergelab.console.progress import say, say_where
+from mergelab.console.tables import result_table
 from mergelab.errors import SweepError
 from mergelab.sweep.launcher import fit_launcher, mask_passwords
 from mergelab.sweep.plan import Sweep, definition, named_sampler, plan_sweep
@@ -78,7 +79,7 @@ def run_sweep(
         if interrupted():
             left = sweep.trials - study.count + len(study.pending())
             run.end("KILLED", "interrupted")
-            tables.say(f"interrupted with {left} trials to go: the same command goes on")
+            say(f"interrupted with {left} trials to go: the same command goes on")
             raise SystemExit(130)
         report = jobs.report()
         _finish(sweep, study, run, tracker, report, folder)
@@ -104,7 +105,7 @@ def _announce(sweep: Sweep, study: SweepStudy) -> None:
     ]
     if pruner != "none" and not prunes(settings, plan):
         lines.append("          trials are not pruned: that takes one task and one objective")
-    tables.say("\n".join(lines))
+    say("\n".join(lines))
 
 
 def _launcher_line(sweep: Sweep) -> list[str]:
@@ -189,7 +190,7 @@ def _patience() -> Iterator[Callable[[], bool]]:
         came.append(number)
         if len(came) > 1:
             raise KeyboardInterrupt
-        tables.say("interrupted: the sweep ends after the running trials; once more to end it at once")
+        say("interrupted: the sweep ends after the running trials; once more to end it at once")
 
     try:
         before = signal.signal(signal.SIGINT, note)
@@ -205,8 +206,8 @@ def _patience() -> Iterator[Callable[[], bool]]:
 def _finish(
     sweep: Sweep, study: SweepStudy, run: Run, tracker: Tracker, reports: Sequence[Report], folder: Path
 ) -> None:
+    from mergelab.evaluation.results import RESULT, write_result
     from mergelab.experiment.recording import result_metrics
-    from mergelab.experiment.results import RESULT, write_result
     from mergelab.report.plots import log_study
     from mergelab.tracking import PRIMARY
 
@@ -223,11 +224,11 @@ def _finish(
         several = len(report.result.tasks) > 1
         run.set_tags({PRIMARY: "report/average" if several else f"report/{task.primary}"})
         write_result(report.result, folder / RESULT)
-        tables.result_table(report.result)
+        result_table(report.result)
     _say_end(sweep, study, best, reports)
     if run.id:
-        tables.say(f"parent run {run.id}")
-        tables.say_where(tracker, run.experiment)
+        say(f"parent run {run.id}")
+        say_where(tracker, run.experiment)
 
 
 def _say_end(sweep: Sweep, study: SweepStudy, best: FrozenTrial, reports: Sequence[Report]) -> None:
@@ -238,14 +239,14 @@ def _say_end(sweep: Sweep, study: SweepStudy, best: FrozenTrial, reports: Sequen
         if states.count(state)
     )
     values = ", ".join(f"{o.name} {v:.4f}" for o, v in zip(sweep.objectives, best.values, strict=True))
-    tables.say(f"{len(states)} trials: {counts}")
+    say(f"{len(states)} trials: {counts}")
     by_first = f" by {sweep.objectives[0].name}" if len(sweep.objectives) > 1 else ""
-    tables.say(f"best{by_first}: trial {best.number}, {point(best.params)}: select {values}")
+    say(f"best{by_first}: trial {best.number}, {point(best.params)}: select {values}")
     if len(sweep.objectives) > 1:
         for trial in study.study.best_trials:
             named_values = ", ".join(f"{o.name} {v:.4f}" for o, v in zip(sweep.objectives, trial.values, strict=True))
-            tables.say(f"Pareto front: trial {trial.number}, {point(trial.params)}: select {named_values}")
+            say(f"Pareto front: trial {trial.number}, {point(trial.params)}: select {named_values}")
     for report in reports:
         tests = ", ".join(f"{p:.3f} against {name.replace('_', ' ')}" for name, p in report.against.items())
         if tests:
-            tables.say(f"paired test of the winner on the reporting examples: p {tests}")
+            say(f"paired test of the winner on the reporting examples: p {tests}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.console import tables
+from mergelab.console.progress import say, warn
 from mergelab.errors import MergelabError, SweepError
 from mergelab.sweep.attempts import FORGIVEN, has_begun, measured_by, tries
 from mergelab.sweep.launcher import end_workers, launch
@@ -119,7 +119,7 @@ class Jobs:
         if self.vain_launches > self.sweep.settings.retries:
             self._forgive(numbers)
             raise SweepError(f"hydra/launcher: no job could be started: {one_line(error)}") from error
-        tables.warn(f"a worker died, or the launcher failed: {one_line(error)}")
+        warn(f"a worker died, or the launcher failed: {one_line(error)}")
 
     def _settle(self, numbers: Sequence[int]) -> None:
         """Wait for trials that other processes here still measure; take the results of those that have one."""
@@ -127,7 +127,7 @@ class Jobs:
         for number in numbers:
             while (process := measured_by(trial := self.study.trials[number])) and not self.interrupted():
                 if number not in announced:
-                    tables.say(f"trial {number}: process {process} measures it; waiting for that")
+                    say(f"trial {number}: process {process} measures it; waiting for that")
                     announced.add(number)
                 time.sleep(_POLL_S)
             if (written := trial.user_attrs.get(OUTCOME)) is not None:
@@ -155,7 +155,7 @@ class Jobs:
         if isinstance(found, TrialFailure):
             study.note(number, ERROR, found.error)
             study.tell(number, None)
-            tables.say(f"trial {number}: {self._point(number)}: failed: {found.error}")
+            say(f"trial {number}: {self._point(number)}: failed: {found.error}")
             return
         study.tell(number, found.values, pruned_at=found.pruned_at)
         names = [objective.name for objective in self.sweep.objectives]
@@ -167,7 +167,7 @@ class Jobs:
             what = f"select {scores}"
         mark = f" (best {best.values[0]:.4f}, trial {best.number})" if best and len(names) == 1 else ""
         times = f"merge {found.merge_seconds:.2f} s, evaluation {found.eval_seconds:.2f} s"
-        tables.say(f"trial {number}: {self._point(number)}: {what}{mark}, {times}")
+        say(f"trial {number}: {self._point(number)}: {what}{mark}, {times}")
 
     def _point(self, number: int) -> str:
         return point(self.study.trials[number].params)

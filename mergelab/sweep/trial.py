@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergelab.config import check
-from mergelab.console import tables
+from mergelab.console.progress import gathered_warnings, progress_bar
 from mergelab.engine.registry import check_parameters, get_method
 from mergelab.evaluation.metrics import example_statistics, score, value_of_rows
+from mergelab.evaluation.results import ExperimentResult, ModelResult, peak_memory_mb
 from mergelab.evaluation.scoring import compare
 from mergelab.experiment import recording
 from mergelab.experiment.loaded import Backbones, Resident, open_resident
 from mergelab.experiment.plan import Plan, plan_experiment
-from mergelab.experiment.results import ExperimentResult, ModelResult, peak_memory_mb
 from mergelab.experiment.saving import Saving, keep
 from mergelab.sweep.attempts import Attempt, Superseded, attempting
 from mergelab.sweep.config import Job, SweepConfig, sweep_config
@@ -95,7 +95,7 @@ def run_job(config: DictConfig) -> TrialOutcome | TrialFailure | Report | None:
 
     told: Any = OmegaConf.to_container(config.sweep.job)
     job = check(Job, told, "sweep.job")
-    with sheltered(job), tables.gathered_warnings(), tables.progress() as progress:
+    with sheltered(job), gathered_warnings(), progress_bar() as progress:
         plan = plan_experiment(config)
         node: Any = OmegaConf.to_container(HydraConfig.get().sweeper, resolve=True)
         settings = sweep_config(node)

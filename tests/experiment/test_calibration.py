@@ -15,7 +15,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file
 
-from mergelab.console import tables
+from mergelab.console import progress
 from mergelab.errors import MergeWarning
 from tests.conftest import Outcome
 from tests.standins import glue_table
@@ -157,7 +157,7 @@ def test_layers_that_the_data_do_not_determine_are_named(mergelab_command: Comma
 
 
 def test_of_many_warnings_the_first_are_shown_once_each(capsys: pytest.CaptureFixture[str]) -> None:
-    with tables.gathered_warnings():
+    with progress.gathered_warnings():
         for number in (*range(9), 0, 1):
             warnings.warn(f"layer {number}.", MergeWarning, stacklevel=1)
         with pytest.warns(UserWarning, match="another's"):

@@ -15,7 +15,7 @@ from mergelab.evaluation.scoring import Score, TaskResult
 from mergelab.tasks.metric_table import Direction
 
 if TYPE_CHECKING:
-    from mergelab.experiment.session import Prediction
+    from mergelab.evaluation.scoring import Prediction
 
 RESULT = "result.json"  # in a run's folder
 Role = Literal["base", "expert", "merged"]

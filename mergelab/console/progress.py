@@ -1,0 +1,99 @@
+"""Progress on long steps, warnings, and lines of text."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from mergelab.errors import MergeWarning
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mergelab.tracking import Tracker
+
+
+Progress = Callable[[str, float], None]
+
+
+_SHOWN_WARNINGS = 6
+
+
+def console(*, error: bool = False) -> Console:
+    """Open standard output (or standard error) for writing; wide enough for any table where it is not a terminal."""
+    from rich.console import Console
+
+    stream = sys.stderr if error else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else 200, highlight=False, soft_wrap=not stream.isatty())
+
+
+def say(text: str) -> None:
+    """Write a line."""
+    console().print(text, markup=False)
+
+
+def say_where(tracker: Tracker, experiment: str) -> None:
+    """Write how to see an experiment's runs in the MLflow UI."""
+    say(f"compare runs in the MLflow UI: {tracker.ui_command()}")
+    say(f"then open {tracker.ui_page(experiment)}")
+
+
+def warn(text: str) -> None:
+    """Write a warning that cannot be overlooked, to standard error."""
+    from rich.panel import Panel
+    from rich.text import Text
+
+    panel = Panel(Text(text), title="warning", border_style="yellow", title_align="left", width=100)
+    console(error=True).print(panel, soft_wrap=False)
+
+
+@contextlib.contextmanager
+def gathered_warnings() -> Iterator[None]:
+    """Gather what methods warn of (`MergeWarning`) and show it at the end, each message once, the first few of many."""
+    messages: dict[str, None] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MergeWarning)
+        show = warnings.showwarning
+
+        def gather(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, MergeWarning):
+                messages[str(message)] = None
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = gather
+        try:
+            yield
+        finally:
+            if messages:
+                shown = list(messages)[:_SHOWN_WARNINGS]
+                more = [f"… and {len(messages) - len(shown)} more"] * (len(messages) > len(shown))
+                warn("\n".join([*shown, *more]))
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Show a bar that the yielded function moves, ``advance("reading", 0.3)``; nothing where there is no terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    shown = console(error=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bars:
+        task = bars.add_task("", total=1.0)
+
+        def advance(message: str, done: float) -> None:
+            if done < bars.tasks[task].completed:  # another step begins
+                bars.reset(task)
+            bars.update(task, description=message, completed=done)
+
+        yield advance
