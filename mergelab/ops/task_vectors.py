@@ -7,14 +7,13 @@ sums go expert by expert, so that a value does not depend on the block it is com
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mergelab.engine.parameters import Weights
 from mergelab.ops.blocks import working
 from mergelab.ops.workspace import INTERMEDIATE, Rows
 
@@ -43,7 +42,7 @@ def difference_into(row: Tensor, expert: Tensor, start: Tensor) -> Tensor:
     return torch.sub(expert.float(), start, out=row)
 
 
-def factors(weights: Weights, count: int) -> tuple[float, ...]:
+def factors(weights: Sequence[float] | Mapping[str, float] | None, count: int) -> tuple[float, ...]:
     """Answer one factor per expert: the resolved ``weights``, or ones.
 
     Raises:
@@ -97,7 +96,11 @@ def just_below(threshold: float, dtype: torch.dtype) -> float:
     return bound.item()
 
 
-def elect(task_vectors: Sequence[Tensor], weights: Weights = None, election: Election = "mass") -> Tensor:
+def elect(
+    task_vectors: Sequence[Tensor],
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    election: Election = "mass",
+) -> Tensor:
     """Answer the sign (−1, 0 or 1) that has the larger total magnitude w τ, or the larger total weight."""
     signs, spare = torch.empty_like(task_vectors[0]), torch.empty_like(task_vectors[0])
     _combine(task_vectors, factors(weights, len(task_vectors)), signs, spare, counting=election == "count")

@@ -208,7 +208,7 @@ def _finish(
 ) -> None:
     from mergelab.evaluation.results import RESULT, write_result
     from mergelab.experiment.recording import result_metrics
-    from mergelab.report.plots import log_study
+    from mergelab.sweep.artifacts import log_study
     from mergelab.tracking import PRIMARY
 
     best = study.best()
