@@ -34,7 +34,7 @@ def main() -> None:
     os.environ[_FULL_ERROR] = "1"  # Hydra then lets its errors through instead of printing them over many lines
     try:
         overrides.check_named(given)
-        with truncated_file.told():
+        with truncated_file.reported():
             _compose_and_run()
     except KeyboardInterrupt as interrupt:
         _close_grid("KILLED")

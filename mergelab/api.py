@@ -31,7 +31,7 @@ from mergelab.errors import ConfigError, ModelError, did_you_mean, listed
 from mergelab.models.architecture import Architecture, architecture, architecture_of, head_names, quiet_transformers
 from mergelab.models.encoder_decoder import PAIRED, newly_initialised
 from mergelab.models.heads import ReorderedSource, mean_tensor
-from mergelab.models.parts import Part, with_part
+from mergelab.models.parts import ModelPart, with_part
 from mergelab.models.references import Pair, Reference, local_folder, parse_reference
 from mergelab.models.skipping import left_out, set_aside
 from mergelab.models.vocabulary import MergedVocabulary, Policy, check_vocabularies, merged_vocabulary
@@ -59,7 +59,7 @@ class _PartConfig(Schema):
     """An expert for one part of an encoder-decoder base."""
 
     reference: ReferenceConfig
-    part: Part
+    part: ModelPart
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def method_function(name: str) -> Callable[..., Any]:
         def combine(aligned: AlignedModels, output: str | None = None) -> dict[str, Tensor]:
             return dict(merge(method, checked, aligned, seed=seed, output=output))
 
-        if not method.several:
+        if not method.one_model_per_expert:
             return _merge_models(models, combine, task, base_index, passthrough, leave_out, vocab)
 
         def for_expert(index: int) -> Any:
@@ -126,7 +126,7 @@ def method_function(name: str) -> Callable[..., Any]:
         "(``[0, 1]``: of the encoder and of the decoder, or ``{'encoder': [0], 'decoder': [1]}``) stay the base's.\n"
         "Ids and folders whose tokens differ are merged by token with ``vocab='base'`` (the base's tokens) or\n"
         "``vocab='union'`` (those of all); the pipeline then has the tokenizer that belongs to the merged model."
-        + (" The answer is a list of models, one for each expert." if method.several else "")
+        + (" The answer is a list of models, one for each expert." if method.one_model_per_expert else "")
     )
     return merged
 
@@ -296,7 +296,7 @@ def _same_label_order(opened: Sequence[_Opened]) -> list[_Opened]:
 
 
 def _labels(model: _Opened) -> list[str]:
-    """Answer a classifier's label names in the order of its outputs; nothing for other models and for dicts."""
+    """Return a classifier's label names in the order of its outputs; nothing for other models and for dicts."""
     if isinstance(model.given, Mapping) and model.folder is None:
         return []
     labels = _kind(model).id2label

@@ -29,7 +29,7 @@ HEAD_POLICIES = ("average", "base", "per_task", "expert:<name>")
 
 
 def cache_dir() -> Path:
-    """Answer the folder for what can be made again: ``MERGELAB_CACHE``, else ``mergelab`` in the user's cache."""
+    """Return the folder for what can be made again: ``MERGELAB_CACHE``, else ``mergelab`` in the user's cache."""
     if folder := os.environ.get("MERGELAB_CACHE"):
         return Path(folder).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "mergelab"

@@ -30,7 +30,7 @@ class NonFinite(ModelError):
     """A tensor holds NaN or infinity."""
 
 
-class NoRoom(ModelError):
+class InsufficientMemoryError(ModelError):
     """The memory has no room for the models."""
 
 
@@ -55,7 +55,7 @@ class MergeWarning(UserWarning):
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """Answer ``"; did you mean 'ties'?"`` for the option nearest to ``name``, or an empty string when none is near."""
+    """Return ``"; did you mean 'ties'?"`` for the option nearest to ``name``, or an empty string when none is near."""
     near = difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
 

@@ -118,7 +118,7 @@ class HubServer:
             self._repositories.pop((kind, repo_id), None)
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Answer the variables that point the clients of a new process here, with ``home`` as their empty cache."""
+        """Return the variables that point the clients of a new process here, with ``home`` as their empty cache."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
@@ -329,7 +329,7 @@ def _information(repository: Repository, commit: Commit, *, blobs: bool) -> dict
 
 
 def _range(header: str | None, size: int) -> tuple[int, int]:
-    """Answer the half-open byte range that a Range header asks for."""
+    """Return the half-open byte range that a Range header asks for."""
     if not (match := re.fullmatch(r"bytes=(\d*)-(\d*)", header or "")):
         return 0, size
     first, last = match.groups()

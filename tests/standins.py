@@ -211,7 +211,7 @@ def _classifier(model: nn.Module, tokenizer: BaseTokenizer, table: pyarrow.Table
 
 
 def _mask_filler(model: nn.Module, inputs: dict[str, Tensor]) -> Batch:
-    """Answer the loss of guessing masked words, for a model with BERT's pretraining heads."""
+    """Return the loss of guessing masked words, for a model with BERT's pretraining heads."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -244,7 +244,7 @@ def _encoded(tokenizer: BaseTokenizer, rows: Sequence[tuple[str, ...]]) -> dict[
 
 
 def _word_vocabulary(texts: Sequence[str]) -> list[str]:
-    """Answer a WordPiece vocabulary that has the words of ``texts``, and letters to spell any other."""
+    """Return a WordPiece vocabulary that has the words of ``texts``, and letters to spell any other."""
     words = {word for text in texts for word in text.lower().replace(".", " . ").split()}
     letters = "abcdefghijklmnopqrstuvwxyz"
     pieces = {*letters, *(f"##{letter}" for letter in letters)}

@@ -141,7 +141,7 @@ def run(command: list[str]) -> tuple[float, float, str]:
 
 
 def anonymous_memory(pid: int | str) -> float:
-    """Answer the anonymous memory of a process (or of "self") in MB; it leaves out mapped files."""
+    """Return the anonymous memory of a process (or of "self") in MB; it leaves out mapped files."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:  # it has just ended

@@ -104,11 +104,11 @@ class Drawn:
         return {name: name for name, _ in self.classifier.named_parameters()}
 
     def module(self) -> PreTrainedModel:
-        """Answer the classifier."""
+        """Return the classifier."""
         return self.classifier
 
     def batches(self) -> Iterator[Batch]:
-        """Answer the examples, those of like length together."""
+        """Return the examples, those of like length together."""
         generator = torch.Generator().manual_seed(0)
         waiting: list[int] = []
         for length in sorted(self.lengths):
@@ -188,7 +188,7 @@ def merges(methods: Sequence[str], models: AlignedModels, layers: int) -> None:
 
 
 def is_wanted(name: str, layers: int) -> bool:
-    """Tell whether a tensor belongs to the first layers, or to none."""
+    """Return whether a tensor belongs to the first layers, or to none."""
     return not name.startswith(ENCODER) or int(name.removeprefix(ENCODER).split(".")[0]) < layers
 
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from model_sets import build
 
 from mergelab.engine.registry import get_method
-from mergelab.engine.warm_session import Warm
+from mergelab.engine.warm_session import MergeSession
 from mergelab.weights.align import align
 from mergelab.weights.checkpoint import open_checkpoint
 
@@ -35,7 +35,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def steps(warm: Warm, targets: Mapping[str, torch.Tensor], rounds: int) -> dict[str, list[float]]:
+def steps(warm: MergeSession, targets: Mapping[str, torch.Tensor], rounds: int) -> dict[str, list[float]]:
     """Time steps, and what memory allows, in turn; each density is a new one, and λ alone changes after it."""
     assert warm.models.base is not None
     base, expert = warm.models.base, warm.models.experts[0]
@@ -64,7 +64,7 @@ def session(folders: Sequence[Path], rounds: int, *, compiling: bool) -> None:
     models = align(open_checkpoint(folders[0], "base"), [open_checkpoint(folder) for folder in folders[1:]])
     targets = {name: torch.empty(models.experts[0].shape(name)) for name in models.names}
     loading = time.perf_counter()
-    warm = Warm(models, targets, compiling=compiling)
+    warm = MergeSession(models, targets, compiling=compiling)
     print(f"loading the session: {time.perf_counter() - loading:.2f} s")
     ties = get_method("ties")
     first = seconds(lambda: warm.merge(ties, {}))

@@ -139,7 +139,7 @@ def operations(model: Any, windows: Any) -> float:
 
 @torch.no_grad()
 def best_rate(clock: Callable[[], float], tries: int = 30) -> float:
-    """Answer how many operations per second the fastest float32 product makes, of plain and of packed weights."""
+    """Return how many operations per second the fastest float32 product makes, of plain and of packed weights."""
     best = 0.0
     for rows, inputs, outputs in ((512, 768, 3072), (512, 768, 768), (2048, 1024, 1024)):
         layer = torch.nn.Linear(inputs, outputs)

@@ -56,7 +56,9 @@ class Entry:
         reads = method.prepare not in (None, inputs_first)  # the latter looks at names and shapes alone
         passes = "statistics, then one pass" if reads else "one pass"
         way = "in blocks" if method.elementwise else "tensor by tensor"
-        return f"{passes}, {way}{', for each expert' * method.several}" + (f"; {method.work}" if method.work else "")
+        return f"{passes}, {way}{', for each expert' * method.one_model_per_expert}" + (
+            f"; {method.work}" if method.work else ""
+        )
 
     @property
     def summary(self) -> str:

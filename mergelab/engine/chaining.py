@@ -12,8 +12,8 @@ from mergelab.errors import ConfigError
 from mergelab.weights.align import AlignedModels
 
 
-def following(then: str | Mapping[str, Any]) -> tuple[MergeMethod, Parameters]:
-    """Answer the method that merges the aligned experts, and its parameters.
+def chained(then: str | Mapping[str, Any]) -> tuple[MergeMethod, Parameters]:
+    """Return the method that merges the aligned experts, and its parameters.
 
     Raises:
         ConfigError: there is none of that name, it cannot follow, or its parameters are wrong.
@@ -24,7 +24,7 @@ def following(then: str | Mapping[str, Any]) -> tuple[MergeMethod, Parameters]:
     except ConfigError as error:
         allowed = "must be the name of a merge method, or its name and parameters"
         raise ConfigError(f"method.then={then!r}: {allowed}: {error}") from None
-    if method.kind in ("model", "models") or method.needs or method.several:
+    if method.kind in ("model", "models") or method.needs or method.one_model_per_expert:
         raise ConfigError(f"method.then={then!r}: must be a method that makes one model of weights alone")
     return method, check_parameters(method, given)
 
@@ -33,4 +33,4 @@ def check_then(models: AlignedModels, weights: Sequence[float], then: str | Mapp
     """Raise `ConfigError` where the method that follows cannot merge these models."""
     from mergelab.engine.run import merge
 
-    merge(*following(then), models, weights=weights)  # checks the request, and reads nothing before it is iterated
+    merge(*chained(then), models, weights=weights)  # checks the request, and reads nothing before it is iterated

@@ -15,7 +15,7 @@ from mergelab.errors import ConfigError, did_you_mean
 
 
 def custom_method(path: str) -> MergeMethod:
-    """Answer the method that a dotted path names.
+    """Return the method that a dotted path names.
 
     A function declared with ``@merge_method`` is what it was declared to be. One that names ``base`` or ``experts``
     receives these (and ``site``, if it names it). Any other receives, as its first argument, the list of the experts'
@@ -53,7 +53,7 @@ def custom_method(path: str) -> MergeMethod:
         function=function,
         parameters=parameters_of(function, (first.name, "base_index", "site")),
         kind=kind,
-        takes=frozenset(names) & {"base_index", "site"},
+        injected=frozenset(names) & {"base_index", "site"},
         needs_base=has_base,
         order_matters=True,
         identical_at=None,
@@ -62,17 +62,17 @@ def custom_method(path: str) -> MergeMethod:
 
 
 def _by_name(path: str, function: Callable[..., Any], signature: inspect.Signature) -> MergeMethod:
-    takes = frozenset(signature.parameters) & set(INJECTED)
-    if "prepared" in takes:
+    injected = frozenset(signature.parameters) & set(INJECTED)
+    if "prepared" in injected:
         raise ConfigError(f"method.function={path}: a preparing pass needs @merge_method(prepare=...)")
-    if "vectors" in takes:
+    if "vectors" in injected:
         raise ConfigError(f"method.function={path}: task vectors need @merge_method")
     base = signature.parameters.get("base")
     return MergeMethod(
         name=path,
         function=function,
         parameters=parameters_of(function),
-        takes=takes,
+        injected=injected,
         needs_base=base is not None and base.default is base.empty,
         order_matters=True,
         identical_at=None,

@@ -11,7 +11,7 @@ from mergelab.weights.align import check_finite
 from mergelab.weights.source import TensorSource, WrappedSource
 
 
-class Checked(WrappedSource):
+class FiniteChecked(WrappedSource):
     """A source whose tensors are looked through for NaN and infinity when they are first read, by whichever thread."""
 
     def __init__(self, source: TensorSource) -> None:
@@ -32,6 +32,6 @@ class Checked(WrappedSource):
         return tensor
 
 
-def checked_source(source: TensorSource) -> Checked:
-    """Answer the source, with what is known of it where it has been looked through before."""
-    return source if isinstance(source, Checked) else Checked(source)
+def finite_checked(source: TensorSource) -> FiniteChecked:
+    """Return the source, with what is known of it where it has been looked through before."""
+    return source if isinstance(source, FiniteChecked) else FiniteChecked(source)

@@ -29,14 +29,14 @@ class MergeMethod:
         parameters: the pydantic model of its parameters.
         kind: "tensor": called with ``base`` and ``experts``; "list": with one list of tensors; "model": with one list
             of state dicts; "models": called once with ``models``, it answers a `Substitute`.
-        takes: names of the arguments that the engine supplies.
+        injected: names of the arguments that the engine supplies.
         needs_base: whether there must be a base model.
-        adds: the function answers a merged task vector, and the engine adds it to the base, times the parameter
-            ``lambda`` where there is one; otherwise the function answers the merged tensor.
+        returns_task_vector: the function returns a merged task vector, and the engine adds it to the base, times the
+            parameter ``lambda`` where there is one; otherwise the function returns the merged tensor.
         needs: what else there must be: "data" (the experts' training examples), "gradients" (of the experts' models),
             "selection" (scores on the examples that select).
-        several: it answers one merged model for each expert, for that expert's task; the function takes ``output``, the
-            expert's index, and is called once for each.
+        one_model_per_expert: it makes one merged model for each expert, for that expert's task; the function takes
+            ``output``, the expert's index, and is called once for each.
         min_experts: fewest experts it merges.
         max_experts: most experts it merges; None for no limit.
         elementwise: an entry of the result depends on the same entry of the inputs alone (and on ``prepared``), so that
@@ -45,10 +45,10 @@ class MergeMethod:
             is the function's ``prepared``. Where the method needs data it can name ``examples`` too.
         check: called with ``models`` and any parameters it names (``weights`` resolved) before a tensor is read; reads
             none, and raises ConfigError.
-        writers: called with any parameters it names; says why models that write text cannot be merged so, None where
-            they can.
-        session: called with ``compiling``, as `mergelab.engine.warm_session.Warm` takes it; makes what merges there
-            again and again in fewer passes than ``prepare`` and the function do, to the same result.
+        unsupported_for_generation: called with any parameters it names; returns why models that generate text cannot
+            be merged with them, None where they can.
+        session: called with ``compiling``, as `mergelab.engine.warm_session.MergeSession` takes it; makes what merges
+            there again and again in fewer passes than ``prepare`` and the function do, to the same result.
         order_matters: permuting the experts may change the result; otherwise the engine sorts them by name, so that it
             cannot, not even in the last bit.
         identical_at: parameters with which T identical experts give that expert; None where there are none.
@@ -62,17 +62,17 @@ class MergeMethod:
     function: Callable[..., Any]
     parameters: type[Parameters]
     kind: Kind = "tensor"
-    takes: frozenset[str] = frozenset()
+    injected: frozenset[str] = frozenset()
     needs_base: bool = False
-    adds: bool = False
+    returns_task_vector: bool = False
     needs: frozenset[str] = frozenset()
-    several: bool = False
+    one_model_per_expert: bool = False
     min_experts: int = 1
     max_experts: int | None = None
     elementwise: bool = False
     prepare: Callable[..., Any] | None = None
     check: Callable[..., None] | None = None
-    writers: Callable[..., str | None] | None = None
+    unsupported_for_generation: Callable[..., str | None] | None = None
     session: Callable[[bool], Any] | None = None
     order_matters: bool = False
     identical_at: Mapping[str, Any] | None = field(default_factory=dict)
@@ -111,7 +111,7 @@ def merge_method(
     elementwise: bool = False,
     prepare: Callable[..., Any] | None = None,
     check: Callable[..., None] | None = None,
-    writers: Callable[..., str | None] | None = None,
+    unsupported_for_generation: Callable[..., str | None] | None = None,
     session: Callable[[bool], Any] | None = None,
     order_matters: bool = False,
     identical_at: Mapping[str, Any] | None = None,
@@ -129,7 +129,8 @@ def merge_method(
     A function that takes ``vectors``, the experts' task vectors τ_t = θ_t − θ0 in float32 or float64, answers the
     merged task vector τ_m, and the engine answers θ0 + λ·τ_m, with λ the parameter ``lambda``, whose default is
     ``lambda_`` (None: there is no such parameter, and λ is 1). It may write into the vectors, and must not keep them.
-    Where ``elementwise`` it may take the `mergelab.ops.workspace.Rows` that they lie in as ``rows``, and work in these.
+    Where ``elementwise`` it may take the `mergelab.ops.workspace.Workspace` that they lie in as ``workspace``, and work
+    in it.
     In a session that keeps τ_m, a change of λ alone costs one scaled addition.
 
     A function that takes ``models`` (and ``seed``) works on all of them before another method merges: it answers a
@@ -143,7 +144,7 @@ def merge_method(
         if not names & {"base", "experts", "vectors", "models"}:
             raise TypeError(f"{function.__name__} takes neither base nor experts nor vectors nor models")
         whole = "models" in names
-        supplied = (*INJECTED, "rows") if elementwise and "vectors" in names else INJECTED
+        supplied = (*INJECTED, "workspace") if elementwise and "vectors" in names else INJECTED
         if lambda_ is not None and "vectors" not in names:
             raise TypeError(f"{function.__name__}: lambda_ is for functions that take vectors")
         function.merge_method = MergeMethod(  # type: ignore[attr-defined]
@@ -153,17 +154,17 @@ def merge_method(
                 function, (*INJECTED, "models", "seed", "examples") if whole else supplied, lambda_=lambda_
             ),
             kind="models" if whole else "tensor",
-            takes=frozenset(names & set(supplied)),
+            injected=frozenset(names & set(supplied)),
             needs_base=needs_base or "vectors" in names,
-            adds="vectors" in names,
+            returns_task_vector="vectors" in names,
             needs=frozenset(needs),
-            several="output" in names,
+            one_model_per_expert="output" in names,
             min_experts=experts[0],
             max_experts=experts[1],
             elementwise=elementwise,
             prepare=prepare,
             check=check,
-            writers=writers,
+            unsupported_for_generation=unsupported_for_generation,
             session=session,
             order_matters=order_matters,
             identical_at=identical_at,

@@ -82,24 +82,24 @@ class Parameters(BaseModel):
     _method: str = PrivateAttr("")
 
     def arguments(self) -> dict[str, Any]:
-        """Answer the values by the names that the function's signature uses (``lambda_``)."""
+        """Return the values by the names that the function's signature uses (``lambda_``)."""
         return {name: getattr(self, name) for name in type(self).model_fields} | dict(self.model_extra or {})
 
     def of_rules(self) -> list[dict[str, Any]]:
-        """Answer, for each rule by tensor name, the values that hold where it fits, by the function's names."""
+        """Return, for each rule by tensor name, the values that hold where it fits, by the function's names."""
         rules = () if self._varied is None else self._varied.rules
         plain = self.arguments()
         return [{name: rule.values.get(key_of(name), value) for name, value in plain.items()} for rule in rules]
 
     def by_key(self) -> dict[str, Any]:
-        """Answer the values by the names that configs use (``lambda``), as they were given."""
+        """Return the values by the names that configs use (``lambda``), as they were given."""
         values = {key_of(name): value for name, value in self.arguments().items()} | {
             key: dict(numbers) for key, numbers in self._each.items()
         }
         return values if self._varied is None else values | self._varied.by_key()
 
     def of_experts(self, names: Sequence[str]) -> dict[str, tuple[float, ...]]:
-        """Answer the values that were given for each expert, in the order of ``names``, by the function's names.
+        """Return the values that were given for each expert, in the order of ``names``, by the function's names.
 
         Raises:
             ConfigError: an expert is unknown, or one has no value.
@@ -120,7 +120,7 @@ class Parameters(BaseModel):
         return any(key_of(name) == key and _mark(field.metadata) for name, field in cls.model_fields.items())
 
     def by_tensor(self, names: Sequence[str]) -> list[tuple[Parameters, list[str]]]:
-        """Answer the parameters that hold for tensors, each with the names of those that they hold for.
+        """Return the parameters that hold for tensors, each with the names of those that they hold for.
 
         Raises:
             ConfigError: a rule fits none of ``names``, or a value between two of a list's is not allowed.
@@ -135,7 +135,7 @@ class Parameters(BaseModel):
         return [(self._with(plain, {**self._each, **own}), tensors) for own, tensors in groups.values()]
 
     def _with(self, plain: Mapping[str, Any], own: Mapping[str, Any]) -> Parameters:
-        """Answer these parameters with other values of some, by key."""
+        """Return these parameters with other values of some, by key."""
         each = {key: value for key, value in own.items() if isinstance(value, Mapping) and self._is_of_experts(key)}
         changed = validated(type(self), {**plain, **own, **{key: plain[key] for key in each}}, self._method)
         changed._each = each
@@ -149,7 +149,7 @@ class OpenParameters(Parameters):
 
 
 def key_of(name: str) -> str:
-    """Answer the config key of a Python parameter: ``lambda_`` → ``lambda``."""
+    """Return the config key of a Python parameter: ``lambda_`` → ``lambda``."""
     return name.removesuffix("_")
 
 
@@ -167,7 +167,7 @@ def check_experts(each: Mapping[str, Mapping[str, float]], names: Sequence[str],
 
 
 def is_number(value: object) -> bool:
-    """Tell whether ``value`` is an int or a float; a bool is neither."""
+    """Return whether ``value`` is an int or a float; a bool is neither."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -211,7 +211,7 @@ def _mark(metadata: Sequence[Any]) -> OfExperts | None:
 
 
 def _of_one(annotation: Any) -> Any:
-    """Answer what is checked of one number, where a parameter may be given for each expert."""
+    """Return what is checked of one number, where a parameter may be given for each expert."""
     mark = _mark(get_args(annotation)[1:]) if get_origin(annotation) is Annotated else None
     return annotation if mark is None else Annotated[mark.number, mark]
 

@@ -41,7 +41,7 @@ class Varied:
     rules: tuple[Rule, ...] = ()
 
     def by_key(self) -> dict[str, Any]:
-        """Answer them as they are configured."""
+        """Return them as they are configured."""
         rules = [
             {MATCH: rule.match} | {k: list(v) if isinstance(v, tuple) else v for k, v in rule.values.items()}
             for rule in self.rules
@@ -72,7 +72,7 @@ class Varied:
                 setters.update({(name, key): index for name in fitting})
 
     def at(self, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Answer for each tensor the values that are its own, by config key."""
+        """Return for each tensor the values that are its own, by config key."""
         depth = depths(names)
         for name in names:
             own: dict[str, Any] = {key: on_curve(curve, depth[name]) for key, curve in self.curves.items()}

@@ -56,7 +56,7 @@ def get_method(name: str) -> MergeMethod:
 
 
 def method_from_config(node: Mapping[str, Any]) -> tuple[MergeMethod, Parameters]:
-    """Answer the method of a composed config group, and its checked parameters.
+    """Return the method of a composed config group, and its checked parameters.
 
     Args:
         node: plain containers; ``function`` is a dotted path, ``name`` is ignored, the rest are parameters.
@@ -99,20 +99,23 @@ def check_capabilities(method: MergeMethod, *, has_base: bool, experts: int) -> 
         )
 
 
-def against_writers(method: MergeMethod, parameters: Parameters) -> str | None:
+def unsupported_for_generation(method: MergeMethod, parameters: Parameters) -> str | None:
     """Say why ``method``, with these parameters, does not merge models that write text; None where it does."""
-    if method.writers is None:
+    if method.unsupported_for_generation is None:
         return None
-    asked = inspect.signature(method.writers).parameters
+    asked = inspect.signature(method.unsupported_for_generation).parameters
     settings = (parameters.arguments(), *parameters.of_rules())
-    reasons = (method.writers(**{name: value for name, value in own.items() if name in asked}) for own in settings)
+    reasons = (
+        method.unsupported_for_generation(**{name: value for name, value in own.items() if name in asked})
+        for own in settings
+    )
     return next(filter(None, reasons), None)
 
 
 def resolve_weights(
     method: MergeMethod, parameters: Parameters, names: Sequence[str], weights: Sequence[float] | None
 ) -> tuple[float, ...]:
-    """Answer one weight per expert: the ``weights`` parameter where it is given, else the models' own, else ones.
+    """Return one weight per expert: the ``weights`` parameter where it is given, else the models' own, else ones.
 
     Args:
         method: the method they are for.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergelab.engine.finite_check import checked_source
+from mergelab.engine.finite_check import finite_checked
 from mergelab.engine.method import MergeMethod
 from mergelab.engine.parameters import Parameters
 from mergelab.engine.registry import check_capabilities, check_parameters, resolve_weights
@@ -21,7 +21,7 @@ from mergelab.ops.blocks import BLOCK, all_finite, blocks, working
 from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import difference_into
 from mergelab.ops.threads import thread_count
-from mergelab.ops.workspace import Room, Rooms, Rows
+from mergelab.ops.workspace import Workspace, WorkspaceMemory, WorkspacePool
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.source import TensorSource
 
@@ -42,7 +42,7 @@ class Same:
 
 
 @dataclass(frozen=True)
-class Job:
+class MergeRequest:
     """A checked request.
 
     Attributes:
@@ -64,7 +64,7 @@ class Job:
     output: int = 0
     examples: Any = None
     prepared: Mapping[str, Any] = field(default_factory=dict)
-    rooms: Rooms = field(default_factory=Rooms)
+    rooms: WorkspacePool = field(default_factory=WorkspacePool)
 
     @property
     def threads(self) -> int:
@@ -82,7 +82,7 @@ class Job:
         return Site(name, experts, tuple(self.reference.shape(name)), 0, self.seed)
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """Answer the dtype that a merged tensor is rounded to."""
+        """Return the dtype that a merged tensor is rounded to."""
         return self.dtype or self.reference.dtype(name)
 
     def empty(self, name: str) -> Tensor:
@@ -91,7 +91,7 @@ class Job:
 
     def open(self, name: str) -> tuple[Tensor | None, list[Tensor]]:
         """Read a tensor of the base, where the method wants it, and of the experts."""
-        wants_base = self.method.adds or self.method.takes & {"base", "base_index"}
+        wants_base = self.method.returns_task_vector or self.method.injected & {"base", "base_index"}
         base = self.models.base.get(name) if self.models.base is not None and wants_base else None
         return base, [expert.get(name) for expert in self.models.experts]
 
@@ -100,7 +100,7 @@ class Job:
         """The number of entries of the longest block."""
         return min(self.block, max(torch.Size(self.reference.shape(name)).numel() for name in self.models.names))
 
-    def room(self, base: Tensor, ends: Sequence[Tensor]) -> AbstractContextManager[Room]:
+    def room(self, base: Tensor, ends: Sequence[Tensor]) -> AbstractContextManager[WorkspaceMemory]:
         """Lend room for blocks of a tensor."""
         double = any(tensor.dtype == torch.float64 for tensor in (base, *ends))
         return self.rooms.take(len(ends), self.longest, torch.float64 if double else torch.float32, self.device)
@@ -124,7 +124,7 @@ def checked_job(
     dtype: torch.dtype | None = None,
     output: str | None = None,
     examples: Any = None,
-) -> Job:
+) -> MergeRequest:
     """Check a request for a merge, before any tensor is read; arguments and errors are those of the engine's merge."""
     if not isinstance(parameters, Parameters):
         parameters = check_parameters(method, parameters)
@@ -132,7 +132,7 @@ def checked_job(
     names = tuple(expert.name for expert in models.experts)
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"models.experts: {listed(repeated)} stands for more than one expert; names must differ")
-    if method.several and output not in names:
+    if method.one_model_per_expert and output not in names:
         raise ConfigError(f"method={method.name}: makes one model for each expert; say for which: {listed(names)}")
     order = list(range(len(names)) if method.order_matters else sorted(range(len(names)), key=names.__getitem__))
     arguments: dict[str, Mapping[str, Any]] = {}
@@ -156,10 +156,10 @@ def checked_job(
         raise ConfigError(f"method={method.name}: needs {needed} examples, and there are none here")
     seen = replace(
         models,
-        base=None if models.base is None else checked_source(models.base),
-        experts=tuple(checked_source(models.experts[i]) for i in order),
+        base=None if models.base is None else finite_checked(models.base),
+        experts=tuple(finite_checked(models.experts[i]) for i in order),
     )
-    return Job(
+    return MergeRequest(
         method=method,
         arguments=arguments,
         models=seen,
@@ -173,7 +173,7 @@ def checked_job(
 
 
 @torch.no_grad()
-def prepared_job(job: Job, known: dict[Any, Any] | None = None) -> Job:
+def prepared_job(job: MergeRequest, known: dict[Any, Any] | None = None) -> MergeRequest:
     """Run the method's preparing pass on the whole models, once for each set of the parameters that it looks at.
 
     Args:
@@ -201,8 +201,8 @@ def prepared_job(job: Job, known: dict[Any, Any] | None = None) -> Job:
     return replace(job, prepared=prepared)
 
 
-def _substituted(job: Job) -> Job:
-    """Answer the request that a method on whole models puts in the place of its own."""
+def _substituted(job: MergeRequest) -> MergeRequest:
+    """Return the request that a method on whole models puts in the place of its own."""
     arguments = next(iter(job.arguments.values()))
     other = call_with(
         job.method.function, {**arguments, "models": job.models, "seed": job.seed, "examples": job.examples}
@@ -220,7 +220,7 @@ def _substituted(job: Job) -> Job:
 
 
 @torch.no_grad()
-def merge_into(job: Job, name: str, into: Tensor, chunk: slice, vector: Tensor | None = None) -> None:
+def merge_into(job: MergeRequest, name: str, into: Tensor, chunk: slice, vector: Tensor | None = None) -> None:
     """Merge a part of a tensor; the whole of it unless the method is elementwise.
 
     Args:
@@ -241,7 +241,7 @@ def merge_into(job: Job, name: str, into: Tensor, chunk: slice, vector: Tensor |
         return
     start = None if base is None else base.reshape(-1)[chunk]
     ends = [expert.reshape(-1)[chunk] for expert in experts]
-    with job.room(start, ends) if job.method.adds and start is not None else nullcontext() as room:
+    with job.room(start, ends) if job.method.returns_task_vector and start is not None else nullcontext() as room:
         for part in blocks(into.numel(), job.block):
             first = None if start is None else start[part]
             here = replace(site, offset=chunk.start + part.start)
@@ -252,7 +252,9 @@ def merge_into(job: Job, name: str, into: Tensor, chunk: slice, vector: Tensor |
 
 
 @torch.no_grad()
-def add_scaled(job: Job, name: str, base: Tensor, vector: Tensor, merged: Tensor, *, bounded: bool = False) -> None:
+def add_scaled(
+    job: MergeRequest, name: str, base: Tensor, vector: Tensor, merged: Tensor, *, bounded: bool = False
+) -> None:
     """Write θ0 + λ·τ_m for (a part of) a tensor whose merged task vector is known.
 
     Args:
@@ -274,18 +276,18 @@ def add_scaled(job: Job, name: str, base: Tensor, vector: Tensor, merged: Tensor
 
 
 def _call(
-    job: Job,
+    job: MergeRequest,
     site: Site,
     stored: Tensor | None,
     ends: Sequence[Tensor],
     vector: Tensor | None = None,
-    rows: Rows | None = None,
+    workspace: Workspace | None = None,
 ) -> object:
     """Call the method's function with tensors as it wants them, and add what it answers to the base if it adds."""
     method = job.method
     base = None if stored is None else placed(job, stored)
     # Where the task vectors are all that is wanted, no expert is widened but for the moment.
-    wanted = method.kind == "list" or "experts" in method.takes
+    wanted = method.kind == "list" or "experts" in method.injected
     experts = [placed(job, end) for end in ends] if wanted else []
     supplied = {
         "base": base,
@@ -296,29 +298,29 @@ def _call(
         "base_index": 0,
     }
     keywords = dict(job.arguments[site.name])
-    scale = 1.0 if method.custom else keywords.pop("lambda_", 1.0) if method.adds else 1.0
-    if method.adds:
+    scale = 1.0 if method.custom else keywords.pop("lambda_", 1.0) if method.returns_task_vector else 1.0
+    if method.returns_task_vector:
         assert base is not None
         start = working(base)
-        supplied["rows"] = rows
-        supplied["vectors"] = _vectors(job, start, ends, rows)
-    keywords |= {name: supplied[name] for name in method.takes}
+        supplied["workspace"] = workspace
+        supplied["vectors"] = _vectors(job, start, ends, workspace)
+    keywords |= {name: supplied[name] for name in method.injected}
     if method.kind == "list":
-        if "base_index" in method.takes and base is not None:
+        if "base_index" in method.injected and base is not None:
             experts.insert(0, base)
         return run(job, site.name, lambda: method.function(experts, **keywords))
     answer = run(job, site.name, lambda: method.function(**keywords))
-    if not method.adds or base is None:
+    if not method.returns_task_vector or base is None:
         return answer
     if vector is not None and isinstance(answer, Tensor):
         vector.copy_(answer)
     return _added(base, answer, scale)
 
 
-def _vectors(job: Job, start: Tensor, ends: Sequence[Tensor], rows: Rows | None) -> list[Tensor]:
-    """Answer the task vectors, in ``rows`` if given; else new ones, in the experts' widened copies where there are."""
-    if rows is not None:
-        pairs = zip(rows.vectors, ends, strict=True)
+def _vectors(job: MergeRequest, start: Tensor, ends: Sequence[Tensor], workspace: Workspace | None) -> list[Tensor]:
+    """Return the task vectors, in ``workspace`` if given, else in the experts' widened copies or in new tensors."""
+    if workspace is not None:
+        pairs = zip(workspace.vectors, ends, strict=True)
         return [difference_into(row, end.to(job.device), start) for row, end in pairs]
     found = []
     for end in ends:
@@ -329,7 +331,7 @@ def _vectors(job: Job, start: Tensor, ends: Sequence[Tensor], rows: Rows | None)
 
 
 def _added(base: Tensor, vector: object, scale: float) -> object:
-    """Answer θ0 + λ·τ_m, product and sum each rounded (a fused multiply-add would differ between machines)."""
+    """Return θ0 + λ·τ_m, product and sum each rounded (a fused multiply-add would differ between machines)."""
     if not isinstance(vector, Tensor) or vector.shape != base.shape or not vector.is_floating_point():
         return vector  # refused where every answer is looked at
     start = working(base)
@@ -338,7 +340,7 @@ def _added(base: Tensor, vector: object, scale: float) -> object:
     return (vector * scale).add_(start)  # into the copy, so that there is no third one
 
 
-def placed(job: Job, tensor: Tensor) -> Tensor:
+def placed(job: MergeRequest, tensor: Tensor) -> Tensor:
     """Bring a tensor to the device, and to the dtype of arithmetic where the method leaves that to the engine."""
     here = tensor.to(job.device)
     if job.method.custom:  # a copy, as the function may write into it
@@ -346,7 +348,7 @@ def placed(job: Job, tensor: Tensor) -> Tensor:
     return working(here) if job.method.elementwise else here
 
 
-def run(job: Job, name: str, call: Callable[[], object]) -> object:
+def run(job: MergeRequest, name: str, call: Callable[[], object]) -> object:
     """Call a function; say of a user's own on which tensor it failed."""
     if not job.method.custom:
         return call()
@@ -358,7 +360,7 @@ def run(job: Job, name: str, call: Callable[[], object]) -> object:
         raise ConfigError(f"method.function={job.method.name}: failed{on}: {type(error).__name__}: {line}") from error
 
 
-def rounded(job: Job, name: str, result: object, like: Tensor) -> Tensor:
+def rounded(job: MergeRequest, name: str, result: object, like: Tensor) -> Tensor:
     """Check what a function answered for (a part of) a tensor, and round it once to the stored dtype."""
     label = f"method.function={job.method.name}" if job.method.custom else f"method={job.method.name}"
     if not isinstance(result, Tensor):

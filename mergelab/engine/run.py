@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergelab.engine.method import MergeMethod
 from mergelab.engine.parameters import Parameters
-from mergelab.engine.request import Job, checked_job, merge_into, placed, prepared_job, rounded, run
+from mergelab.engine.request import MergeRequest, checked_job, merge_into, placed, prepared_job, rounded, run
 from mergelab.errors import ConfigError, listed
 from mergelab.ops.blocks import blocks
 from mergelab.ops.threads import CHUNK, pool, return_memory
@@ -118,7 +118,7 @@ def merge_to_dict(
     return {name: merged[name] for name in dict.fromkeys([*ordered, *merged])}
 
 
-def merge_in_parts(job: Job, only: Collection[str] | None = None) -> Iterator[TensorPart]:
+def merge_in_parts(job: MergeRequest, only: Collection[str] | None = None) -> Iterator[TensorPart]:
     """Merge as `merge` does, and answer parts of the tensors: where the method is elementwise none is ever whole.
 
     Args:
@@ -146,7 +146,7 @@ def merge_in_parts(job: Job, only: Collection[str] | None = None) -> Iterator[Te
             yield TensorPart(each, 0, job.reference.get(name).reshape(-1))
 
 
-def _stream(job: Job, progress: Progress | None, only: frozenset[str] | None) -> Iterator[tuple[str, Tensor]]:
+def _stream(job: MergeRequest, progress: Progress | None, only: frozenset[str] | None) -> Iterator[tuple[str, Tensor]]:
     models = job.models
     aliases = {alias: name for alias, name in models.aliases.items() if only is None or alias in only}
     named = set(aliases.values())
@@ -175,7 +175,9 @@ def _stream(job: Job, progress: Progress | None, only: frozenset[str] | None) ->
         yield alias, held[name]
 
 
-def _parts(job: Job, names: Sequence[str], room: Callable[[str], Tensor] | None = None) -> Iterator[TensorPart]:
+def _parts(
+    job: MergeRequest, names: Sequence[str], room: Callable[[str], Tensor] | None = None
+) -> Iterator[TensorPart]:
     """Merge these tensors; ``room`` as for `_merged_parts`."""
     if not names:
         return
@@ -190,7 +192,9 @@ def _parts(job: Job, names: Sequence[str], room: Callable[[str], Tensor] | None 
             yield TensorPart(name, 0, into.view(-1))
 
 
-def _merged_parts(job: Job, names: Sequence[str], room: Callable[[str], Tensor] | None = None) -> Iterator[TensorPart]:
+def _merged_parts(
+    job: MergeRequest, names: Sequence[str], room: Callable[[str], Tensor] | None = None
+) -> Iterator[TensorPart]:
     """Merge part by part, several at once; few are ahead of the one that is answered.
 
     Args:
@@ -232,7 +236,7 @@ class Ring:
     allocator for each part comes from all over, and much of it stays unused between others.
     """
 
-    def __init__(self, job: Job, names: Sequence[str]) -> None:
+    def __init__(self, job: MergeRequest, names: Sequence[str]) -> None:
         self._job = job
         sizes = {name: torch.Size(job.reference.shape(name)).numel() for name in names}
         self._largest = max(_padded(min(sizes[name], CHUNK) * job.stored_dtype(name).itemsize) for name in names)
@@ -240,7 +244,7 @@ class Ring:
         self._next = 0
 
     def take(self, name: str, count: int) -> Tensor:
-        """Answer room for ``count`` entries of a tensor."""
+        """Return room for ``count`` entries of a tensor."""
         dtype = self._job.stored_dtype(name)
         size = count * dtype.itemsize
         if _padded(size) > self._largest:
@@ -253,7 +257,7 @@ class Ring:
 
 
 def _padded(size: int) -> int:
-    """Answer ``size`` bytes, rounded up to whole lines of a core's cache."""
+    """Return ``size`` bytes, rounded up to whole lines of a core's cache."""
     return size + -size % 64
 
 
@@ -262,12 +266,12 @@ def _finished(part: TensorPart, work: Future[None]) -> TensorPart:
     return part
 
 
-def chunks_of(job: Job, count: int) -> list[slice]:
+def chunks_of(job: MergeRequest, count: int) -> list[slice]:
     """Divide a flattened tensor of ``count`` entries among threads, where the method may be given parts."""
     return list(blocks(count, CHUNK if job.method.elementwise else max(count, 1))) or [slice(0, 0)]
 
 
-def merge_models(job: Job, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+def merge_models(job: MergeRequest, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """Give whole models to a function of state dicts, all in memory, and answer its result tensor by tensor."""
     result = _merged_model(job, names)
     label = f"method.function={job.method.name}"
@@ -283,8 +287,8 @@ def merge_models(job: Job, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]
 
 
 @torch.no_grad()
-def _merged_model(job: Job, names: Sequence[str]) -> object:
-    base = job.models.base if "base_index" in job.method.takes else None
+def _merged_model(job: MergeRequest, names: Sequence[str]) -> object:
+    base = job.models.base if "base_index" in job.method.injected else None
     sources = [*([base] if base is not None else []), *job.models.experts]
     models = [StateDict({name: placed(job, source.get(name)) for name in names}) for source in sources]
     keywords = dict(job.arguments[names[0]]) | ({"base_index": 0} if base is not None else {})

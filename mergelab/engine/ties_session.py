@@ -17,13 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mergelab.engine.request import Job, add_scaled
+from mergelab.engine.request import MergeRequest, add_scaled
 from mergelab.errors import MergelabError, MergeWarning
 from mergelab.ops.blocks import BLOCK, blocks
-from mergelab.ops.sign_consensus import Scope, ZeroSign, find_thresholds, open_task_vectors, sign_of
+from mergelab.ops.sign_consensus import Scope, TieBreak, find_thresholds, open_task_vectors, sign_of
 from mergelab.ops.threads import CHUNK, in_order
 from mergelab.ops.ties_kernels import Vote, compiled, merge_block
-from mergelab.ops.workspace import Rooms
+from mergelab.ops.workspace import WorkspacePool
 
 Path = Literal["plain", "compiled"]
 COMPILED_PART = 1 << 28  # entries that one call of a compiled function, which has threads of its own, works through
@@ -31,7 +31,7 @@ SHORT = 1 << 14  # entries of a tensor; shorter ones are joined: a call takes as
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorBlock:
     """A part of a tensor, flat: the models', and where the results are written; or several short tensors joined."""
 
     name: str
@@ -39,10 +39,10 @@ class Part:
     ends: Sequence[Tensor]
     target: Tensor
     vector: Tensor | None
-    joined: tuple[Part, ...] = ()
+    joined: tuple[TensorBlock, ...] = ()
 
     @classmethod
-    def join(cls, parts: Sequence[Part]) -> Part:
+    def join(cls, parts: Sequence[TensorBlock]) -> TensorBlock:
         """Join tensors, with new room for the results."""
         base = torch.cat([part.base for part in parts])
         ends = [torch.cat(models) for models in zip(*(part.ends for part in parts), strict=True)]
@@ -60,13 +60,13 @@ class Part:
             if part.vector is not None and self.vector is not None:
                 part.vector.copy_(self.vector[own])
 
-    def cut(self, part: slice) -> Part:
-        """Answer a part of it."""
+    def cut(self, part: slice) -> TensorBlock:
+        """Return a part of it."""
         vector = None if self.vector is None else self.vector[part]
-        return Part(self.name, self.base[part], [end[part] for end in self.ends], self.target[part], vector)
+        return TensorBlock(self.name, self.base[part], [end[part] for end in self.ends], self.target[part], vector)
 
     @cached_property
-    def blocks(self) -> tuple[Part, ...]:
+    def blocks(self) -> tuple[TensorBlock, ...]:
         """Blocks of it that stay in a core's cache. To cut one takes as long as an operation on it."""
         return tuple(map(self.cut, blocks(self.base.numel())))
 
@@ -75,26 +75,26 @@ class Part:
 class Division:
     """A model's tensors in parts, and those that were joined from several of these, by their names: both stay."""
 
-    parts: list[Part]
-    joined: dict[tuple[str, ...], Part]
+    parts: list[TensorBlock]
+    joined: dict[tuple[str, ...], TensorBlock]
 
 
 @dataclass(frozen=True)
-class Asked:
+class SessionRequest:
     """A request, and the thresholds for it by tensor."""
 
-    job: Job
+    job: MergeRequest
     vote: Vote
     thresholds: Mapping[str, Sequence[float]]
 
     def scale(self, name: str) -> float:
-        """Answer λ for a tensor."""
+        """Return λ for a tensor."""
         return float(self.job.arguments[name].get("lambda_", 1.0))
 
 
 # Merges a part with a sign for cancelled votes; answers how many more of its entries are elected positive than are
 # elected negative.
-Merge = Callable[[Part, float], int]
+Merge = Callable[[TensorBlock, float], int]
 
 
 class TiesSession:
@@ -107,12 +107,12 @@ class TiesSession:
     def __init__(self, compiling: bool) -> None:
         self._compiling = compiling
         self._signs: dict[str, float] = {}
-        self._rooms = Rooms()
+        self._rooms = WorkspacePool()
         self._divisions: dict[tuple[int, bool], Division] = {}
         self._largest: dict[str, float] = {}
         self._double: bool | None = None
 
-    def path(self, job: Job, targets: Mapping[str, Tensor]) -> Path | None:
+    def path(self, job: MergeRequest, targets: Mapping[str, Tensor]) -> Path | None:
         """Say how a request would be merged; None: not here, but as other methods are.
 
         That is so on an accelerator, for float64 models, and where parameters differ between tensors.
@@ -127,7 +127,9 @@ class TiesSession:
         once = all(job.stored_dtype(name) in (torch.float32, target.dtype) for name, target in targets.items())
         return "compiled" if self._compiling and once else "plain"
 
-    def merge(self, job: Job, path: Path, targets: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> Path:
+    def merge(
+        self, job: MergeRequest, path: Path, targets: Mapping[str, Tensor], vectors: Mapping[str, Tensor]
+    ) -> Path:
         """Merge into the targets, and keep the merged task vector in ``vectors`` where it has room.
 
         Returns:
@@ -138,12 +140,12 @@ class TiesSession:
         thresholds = find_thresholds(
             partial(open_task_vectors, job.models), sizes, own["density"], own["scope"], job.models, job.models.memo
         )
-        vote = Vote(tuple(own["weights"]), own["election"], own["reduce"], own["weights_at"])
-        asked = Asked(job, vote, thresholds)
+        vote = Vote(tuple(own["weights"]), own["majority_sign"], own["reduce"], own["weights_stage"])
+        asked = SessionRequest(job, vote, thresholds)
         if path == "compiled":
             try:
                 parts = self._parts(asked, targets, vectors, COMPILED_PART)
-                self._pass(partial(self._compiled, asked), parts, own["zero_sign"], own["scope"], threads=1)
+                self._pass(partial(self._compiled, asked), parts, own["tie_break"], own["scope"], threads=1)
                 return path
             except MergelabError:
                 raise
@@ -156,12 +158,12 @@ class TiesSession:
                     stacklevel=3,
                 )
         parts = self._parts(asked, targets, vectors, CHUNK)
-        self._pass(partial(self._plain, asked), parts, own["zero_sign"], own["scope"], threads=job.threads)
+        self._pass(partial(self._plain, asked), parts, own["tie_break"], own["scope"], threads=job.threads)
         return "plain"
 
     def _parts(
-        self, asked: Asked, targets: Mapping[str, Tensor], vectors: Mapping[str, Tensor], size: int
-    ) -> list[Part]:
+        self, asked: SessionRequest, targets: Mapping[str, Tensor], vectors: Mapping[str, Tensor], size: int
+    ) -> list[TensorBlock]:
         """Divide the tensors into parts of ``size`` entries; join short ones that are merged with the same numbers.
 
         Both are done once, as models, targets and vectors stay the same.
@@ -184,18 +186,20 @@ class TiesSession:
         for alike in short.values():
             names = tuple(part.name for part in alike)
             if names not in division.joined:
-                division.joined[names] = Part.join(alike)
+                division.joined[names] = TensorBlock.join(alike)
             found.append(division.joined[names])
         return found
 
-    def _pass(self, merge: Merge, parts: Sequence[Part], zero_sign: ZeroSign, scope: Scope, *, threads: int) -> None:
+    def _pass(
+        self, merge: Merge, parts: Sequence[TensorBlock], tie_break: TieBreak, scope: Scope, *, threads: int
+    ) -> None:
         """Merge all parts, and those again that were merged with another sign for cancelled votes than they must be."""
-        if zero_sign == "majority":
+        if tie_break == "majority":
             assumed = {part.name: self._signs.get(part.name) or 1.0 for part in parts}
         else:
-            assumed = {part.name: 1.0 if zero_sign == "positive" else 0.0 for part in parts}
+            assumed = {part.name: 1.0 if tie_break == "positive" else 0.0 for part in parts}
         found = list(in_order(lambda part: merge(part, assumed[part.name]), parts, threads=threads))
-        if zero_sign != "majority":
+        if tie_break != "majority":
             return
         surplus = dict.fromkeys(assumed, 0)
         for part, more in zip(parts, found, strict=True):
@@ -206,7 +210,7 @@ class TiesSession:
         for _ in in_order(lambda part: merge(part, self._signs[part.name]), wrong, threads=threads):
             pass
 
-    def _plain(self, asked: Asked, part: Part, sign: float) -> int:
+    def _plain(self, asked: SessionRequest, part: TensorBlock, sign: float) -> int:
         scale, thresholds = asked.scale(part.name), asked.thresholds[part.name]
         once = {part.base.dtype, part.target.dtype, asked.job.stored_dtype(part.name)} == {torch.float32}
         direct = once and part.vector is None and self._bounded(asked, part, scale)
@@ -215,29 +219,31 @@ class TiesSession:
         surplus = 0
         with self._rooms.take(len(part.ends), BLOCK, torch.float32, asked.job.device) as room:
             for block in part.blocks:
-                rows = room.rows(block.base.numel())
-                magnitudes, more = merge_block(asked.vote, block.base, block.ends, thresholds, sign, rows)
+                workspace = room.rows(block.base.numel())
+                magnitudes, more = merge_block(asked.vote, block.base, block.ends, thresholds, sign, workspace)
                 surplus += more
                 if direct:  # a sign is a factor that does not round
-                    torch.addcmul(block.base, magnitudes.mul_(scale), rows.signs, out=block.target)
+                    torch.addcmul(block.base, magnitudes.mul_(scale), workspace.signs, out=block.target)
                     continue
-                vector = torch.mul(magnitudes, rows.signs, out=magnitudes if block.vector is None else block.vector)
+                vector = torch.mul(
+                    magnitudes, workspace.signs, out=magnitudes if block.vector is None else block.vector
+                )
                 add_scaled(asked.job, part.name, block.base, vector, block.target)
         part.divide()
         return surplus
 
-    def _compiled(self, asked: Asked, part: Part, sign: float) -> int:
+    def _compiled(self, asked: SessionRequest, part: TensorBlock, sign: float) -> int:
         vote, scale = asked.vote, asked.scale(part.name)
         if not self._bounded(asked, part, scale):
             return self._plain(asked, part, sign)
-        function = compiled(vote.election, vote.reduce, vote.weights_at == "before", vote.weighted)
+        function = compiled(vote.majority_sign, vote.reduce, vote.weights_stage == "elect", vote.weighted)
         thresholds, given, weights, factor = map(torch.tensor, (asked.thresholds[part.name], sign, vote.weights, scale))
         surplus = function(part.base, list(part.ends), thresholds, given, weights, factor, part.target, part.vector)
         part.divide()
         return int(surplus)
 
-    def _bounded(self, asked: Asked, part: Part, scale: float) -> bool:
-        """Tell whether no entry of the result can be too large for its dtype, so that nobody needs to look."""
+    def _bounded(self, asked: SessionRequest, part: TensorBlock, scale: float) -> bool:
+        """Return whether no entry of the result can be too large for its dtype, so that nobody needs to look."""
         if part.joined:
             return all(self._bounded(asked, piece, scale) for piece in part.joined)
         if part.name not in self._largest:
@@ -248,19 +254,19 @@ class TiesSession:
 
 
 def largest(tensor: Tensor) -> float:
-    """Answer the largest magnitude; 0 of an empty tensor."""
+    """Return the largest magnitude; 0 of an empty tensor."""
     if not tensor.numel():
         return 0.0
     ends = torch.aminmax(tensor)
     return max(-float(ends.min), float(ends.max))
 
 
-def _parts(job: Job, name: str, target: Tensor, vector: Tensor | None, size: int) -> Iterator[Part]:
+def _parts(job: MergeRequest, name: str, target: Tensor, vector: Tensor | None, size: int) -> Iterator[TensorBlock]:
     """Divide a tensor into parts of ``size`` entries."""
     base, ends = job.open(name)
     assert base is not None
     flat = None if vector is None else vector.view(-1)
-    whole = Part(name, base.reshape(-1), [end.reshape(-1) for end in ends], target.view(-1), flat)
+    whole = TensorBlock(name, base.reshape(-1), [end.reshape(-1) for end in ends], target.view(-1), flat)
     for part in blocks(target.numel(), size):
         yield whole.cut(part)
 

@@ -1,6 +1,6 @@
 """Many merges of the same models into the same tensors, as a sweep makes them: loaded once, nothing learnt twice.
 
-warm = Warm(aligned, dict(module.named_parameters()))
+warm = MergeSession(aligned, dict(module.named_parameters()))
 for density, scale in trials:
     warm.merge(get_method("ties"), {"density": density, "lambda": scale})  # the module now has the merged weights
 """
@@ -16,26 +16,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mergelab.engine.finite_check import checked_source
+from mergelab.engine.finite_check import finite_checked
 from mergelab.engine.method import MergeMethod
 from mergelab.engine.parameters import Parameters
 from mergelab.engine.registry import check_parameters
-from mergelab.engine.request import Job, Same, add_scaled, checked_job, merge_into, prepared_job
+from mergelab.engine.request import MergeRequest, Same, add_scaled, checked_job, merge_into, prepared_job
 from mergelab.engine.run import chunks_of, merge_models
 from mergelab.engine.ties_session import Path, largest
-from mergelab.errors import KeyMismatch, NoRoom, ShapeMismatch, listed
+from mergelab.errors import InsufficientMemoryError, KeyMismatch, ShapeMismatch, listed
 from mergelab.ops.blocks import blocks
 from mergelab.ops.threads import pool
-from mergelab.ops.workspace import Rooms
+from mergelab.ops.workspace import WorkspacePool
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.source import DictSource, TensorSource
 
-Way = Literal["merged", "scaled"]
+Mode = Literal["merged", "scaled"]
 SCALED_BLOCK = 1 << 20  # entries of one scaled addition
 HEADROOM = 1 << 29  # bytes of an accelerator's memory that are left to the computing itself
 
 
-class Warm:
+class MergeSession:
     """Models held in memory, for any number of merges into the same tensors.
 
     Every merge gives the bits that `mergelab.engine.run.merge` gives; a compiled one gives them but for float32
@@ -60,7 +60,7 @@ class Warm:
         path: how the last merge computed: "compiled" or "plain" torch operations.
 
     Raises:
-        NoRoom: the models do not fit into memory.
+        InsufficientMemoryError: the models do not fit into memory.
         KeyMismatch, ShapeMismatch: the targets are not those of the models.
     """
 
@@ -83,12 +83,12 @@ class Warm:
         places = residence(models, self.device, memory)
         self.models = replace(
             models,
-            base=None if models.base is None else checked_source(_loaded(models.base, models.names, places)),
-            experts=tuple(checked_source(_loaded(expert, models.names, places)) for expert in models.experts),
+            base=None if models.base is None else finite_checked(_loaded(models.base, models.names, places)),
+            experts=tuple(finite_checked(_loaded(expert, models.names, places)) for expert in models.experts),
             memo={},
         )
         self._known: dict[Any, Any] = {}
-        self._rooms = Rooms()
+        self._rooms = WorkspacePool()
         self._compiling = compiling
         self._sessions: dict[str, Any] = {}
         self._vectors: dict[str, Tensor] = {}
@@ -106,7 +106,7 @@ class Warm:
         weights: Sequence[float] | None = None,
         output: str | None = None,
         examples: Any = None,
-    ) -> Way:
+    ) -> Mode:
         """Merge into the targets.
 
         Args:
@@ -140,16 +140,16 @@ class Warm:
                 self._targets[name].copy_(tensor)
             return "merged"
         direction = _direction(job)
-        way: Way = "scaled" if method.adds and self._kept and direction == last else "merged"
-        if way == "scaled":
+        mode: Mode = "scaled" if method.returns_task_vector and self._kept and direction == last else "merged"
+        if mode == "scaled":
             self._scale(job)
         else:
             self._kept = False
             self._merge(job, again=direction == last)
         self._last = direction
-        return way
+        return mode
 
-    def _merge(self, job: Job, *, again: bool) -> None:
+    def _merge(self, job: MergeRequest, *, again: bool) -> None:
         method = job.method
         if method.session is not None and method.name not in self._sessions:
             self._sessions[method.name] = method.session(self._compiling)
@@ -157,7 +157,7 @@ class Warm:
         path = None if session is None else session.path(job, self._targets)
         # Where a merge reads and writes little else, it takes half as long again if its task vector is kept: not before
         # it is asked for twice.
-        keep = method.adds and (again or path is None)
+        keep = method.returns_task_vector and (again or path is None)
         if keep and not self._vectors:
             self._vectors = {name: self._space(name) for name in self.models.names}
         vectors = self._vectors if keep else {}
@@ -171,7 +171,7 @@ class Warm:
                     finished()
         self._kept, self._largest = keep, {}
 
-    def _scale(self, job: Job) -> None:
+    def _scale(self, job: MergeRequest) -> None:
         """Add λ·τ_m to the base; operations are long enough to be divided among threads by themselves."""
         self.path = "plain"
         for name, parts in self._parts.items():
@@ -222,7 +222,7 @@ def residence(models: AlignedModels, device: torch.device, memory: int | None = 
 
 
 def check_memory(models: AlignedModels, memory: int | None = None) -> None:
-    """Raise `NoRoom` when the main memory has no room for the models; it says what would fit."""
+    """Raise `InsufficientMemoryError` when the main memory has no room for the models; it says what would fit."""
     import psutil
 
     room = psutil.virtual_memory().available if memory is None else memory
@@ -232,7 +232,7 @@ def check_memory(models: AlignedModels, memory: int | None = None) -> None:
     count = len(models.experts)
     each = sum(_bytes_of(expert, models.names) for expert in models.experts) / count
     fitting = max(0, int(count - (needed - room) / each))
-    raise NoRoom(
+    raise InsufficientMemoryError(
         f"keeping {count} experts in memory takes {needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free: "
         f"{f'{fitting} of them would fit' if fitting else 'not even one of them fits'}; "
         "a merge to disk (evaluate=false output=...) holds only a few tensors at a time"
@@ -265,7 +265,7 @@ def _checked_targets(models: AlignedModels, targets: Mapping[str, Tensor]) -> di
     return {name: targets[name].detach() for name in models.names}
 
 
-def _direction(job: Job) -> object:
+def _direction(job: MergeRequest) -> object:
     """Name all that a merged task vector depends on."""
     arguments = {id(own): own for own in job.arguments.values()}
     settings = {at: {k: v for k, v in own.items() if k != "lambda_"} for at, own in arguments.items()}
@@ -278,7 +278,7 @@ def _direction(job: Job) -> object:
 
 
 def _spread(
-    workers: ThreadPoolExecutor | None, job: Job, targets: Mapping[str, Tensor], vectors: Mapping[str, Tensor]
+    workers: ThreadPoolExecutor | None, job: MergeRequest, targets: Mapping[str, Tensor], vectors: Mapping[str, Tensor]
 ) -> Iterator[Callable[[], None]]:
     """Divide the work among threads; answer, for each part, what waits for its end (and raises its error)."""
     waiting: list[Callable[[], None]] = []

@@ -16,10 +16,10 @@ Tensors = Mapping[str, Tensor]
 Notes = dict[str, str]
 
 
-def kept(
+def disk_cached(
     folder: Path | None, parts: Mapping[str, Any] | None, compute: Callable[[], tuple[Tensors, Notes]]
 ) -> tuple[Tensors, Notes]:
-    """Answer what ``compute`` does: tensors, and notes on them.
+    """Return what ``compute`` does: tensors, and notes on them.
 
     Args:
         folder: where it is kept between runs, in a file that is mapped into memory when it is read; None: nowhere.

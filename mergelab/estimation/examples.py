@@ -38,7 +38,7 @@ class ExpertExamples(Protocol):
     def parameter_names(self) -> Mapping[str, str]: ...  # noqa: D102
 
     def module(self) -> nn.Module:
-        """Answer the expert with its own weights and head, in evaluation mode.
+        """Return the expert with its own weights and head, in evaluation mode.
 
         It may be one that experts share: it is this expert's until another one's is asked for. It may be written into;
         when it is asked for again, it is the expert again.
@@ -46,7 +46,7 @@ class ExpertExamples(Protocol):
         ...
 
     def batches(self) -> Iterator[Batch]:
-        """Answer all examples as inputs of the module, where it is, in an order that is always the same.
+        """Return all examples as inputs of the module, where it is, in an order that is always the same.
 
         ``labels`` (b,) is among them where labels were asked for: class numbers, or scores. Of models that write
         tokens it always is, (b, l) or (b, m): the token that should follow each position, −100 where none is to.

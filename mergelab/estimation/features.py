@@ -57,7 +57,7 @@ def layer_inputs(
 
 
 def masks(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Answer which tokens are real, as the module is told; all where it is not."""
+    """Return which tokens are real, as the module is told; all where it is not."""
     told = {name: mask for name, mask in inputs.items() if name.endswith("attention_mask")}
     return told or {"attention_mask": torch.ones_like(next(iter(inputs.values())))}
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from mergelab.errors import ConfigError, ModelError
-from mergelab.estimation.disk_cache import kept
+from mergelab.estimation.disk_cache import disk_cached
 from mergelab.estimation.examples import Batch, Examples, ExpertExamples
 from mergelab.estimation.forward import frozen, groups, on_one_thread, size_of, split_labels
-from mergelab.estimation.hooks import Matrices, PerExample, Recorder, Rows, Use, Vectors, kind_of, per_example
+from mergelab.estimation.hooks import Matrices, PerExample, Recorder, TableRows, Use, Vectors, kind_of, per_example
 from mergelab.ops.blocks import blocks
 from mergelab.ops.philox import stream_key, words
 from mergelab.ops.site import Site
@@ -88,7 +88,7 @@ def diagonal_fisher(examples: ExpertExamples, *, estimator: Estimator = "expecte
 
 
 def covariance_root(logits: Tensor) -> Tensor:
-    """Answer R with R·Rᵀ = diag(p) − p·pᵀ, p the softmax of ``logits`` (b, C): (b, C, C−1).
+    """Return R with R·Rᵀ = diag(p) − p·pᵀ, p the softmax of ``logits`` (b, C): (b, C, C−1).
 
     As ∂ log p_c = ∂z_c − Σ_k p_k ∂z_k, the expected squares of score directions are those of R's columns; with two
     classes there is one. It is the Cholesky factor, whose entries are products of conditional probabilities (no
@@ -109,7 +109,7 @@ def covariance_root(logits: Tensor) -> Tensor:
 
 
 def sampled_scores(logits: Tensor, key: int, position: int) -> Tensor:
-    """Answer δ_y − p with y drawn from p, or (for one output) a draw from the unit Gaussian: (b, C, 1)."""
+    """Return δ_y − p with y drawn from p, or (for one output) a draw from the unit Gaussian: (b, C, 1)."""
     count = len(logits)
     uniform = (words(key, 2 * position, 2 * count).astype(np.float64).reshape(count, 2) + 0.5) / 2.0**32
     if logits.shape[1] == 1:
@@ -121,7 +121,7 @@ def sampled_scores(logits: Tensor, key: int, position: int) -> Tensor:
 
 
 def label_scores(logits: Tensor, labels: Tensor) -> Tensor:
-    """Answer δ_y − p for the labels y, or (for one output) y − z: (b, C, 1)."""
+    """Return δ_y − p for the labels y, or (for one output) y − z: (b, C, 1)."""
     if logits.shape[1] == 1:
         return (labels.to(logits)[:, None] - logits)[..., None]
     p = logits.double().softmax(1)
@@ -129,7 +129,7 @@ def label_scores(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _token_scores(logits: Tensor, labels: Tensor | None, estimator: Estimator, key: int, position: int) -> Tensor:
-    """Answer δ_y − p of each position that has a label, y the label or drawn from p; 0 elsewhere: (b, l, C, 1)."""
+    """Return δ_y − p of each position that has a label, y the label or drawn from p; 0 elsewhere: (b, l, C, 1)."""
     if estimator == "expected":
         raise ConfigError(_NO_EXPECTED)
     if labels is None or labels.shape != logits.shape[:2]:
@@ -254,7 +254,7 @@ def _forward(recorder: Recorder, directions: Directions, device: torch.device, s
 
 
 def _backward(logits: Tensor, cotangent: Tensor, uses: Sequence[Use], *, keep: bool) -> list[tuple[Use, Tensor]]:
-    """Answer the gradient of each use's output; uses that the outputs do not depend on are left out."""
+    """Return the gradient of each use's output; uses that the outputs do not depend on are left out."""
     if not uses or not logits.requires_grad:
         return []
     outputs = [use.output for use in uses]
@@ -288,7 +288,7 @@ def _covered(
 
 
 def _agrees(parameter: _Parameter, gradients: Sequence[tuple[Use, Tensor]], true: Tensor | None) -> bool:
-    """Tell whether the examples' gradients add up to autograd's, up to rounding of the terms that are added."""
+    """Return whether the examples' gradients add up to autograd's, up to rounding of the terms that are added."""
     if true is None or not gradients:
         return true is None and not gradients
     part = per_example(parameter.local, gradients)
@@ -310,7 +310,7 @@ def _add_squares(totals: Mapping[str, Tensor], seen: Sequence[Mapping[str, PerEx
             total += torch.stack([p.terms.sum(1).square_().sum(0) for p in parts if isinstance(p, Vectors)]).sum(0)
         else:
             for part in parts:
-                assert isinstance(part, Rows)
+                assert isinstance(part, TableRows)
                 indices, sums = part.of_each_example()
                 total.index_add_(0, indices, sums.square_())
 
@@ -329,7 +329,7 @@ def _row_blocks(total: Tensor, part: PerExample) -> Iterator[slice]:
 
 
 def _squared_matrices(parts: Sequence[Matrices], rows: slice) -> Tensor:
-    """Answer Σ_b (left_bᵀ·right_b)² over all parts, for some rows."""
+    """Return Σ_b (left_bᵀ·right_b)² over all parts, for some rows."""
     first = parts[0]
     total = first.left.new_zeros(rows.stop - rows.start, first.right.shape[2])
     product = torch.empty_like(total)
@@ -412,7 +412,7 @@ class Diagonal:
     scale: float = 1.0
 
     def part(self, site: Site, like: Tensor) -> Tensor:
-        """Answer the entries that belong to a flat part of a tensor, in float64; 0 for what the data do not reach."""
+        """Return the entries that belong to a flat part of a tensor, in float64; 0 for what the data do not reach."""
         if site.name not in self.tensors:
             return torch.zeros_like(like, dtype=torch.float64)
         entries = self.tensors[site.name].reshape(-1)[site.offset : site.offset + like.numel()]
@@ -439,7 +439,7 @@ def _diagonal(drawn: ExpertExamples, examples: Examples, seed: int, estimator: E
         "names": sorted(drawn.parameter_names.items()),
         "examples": drawn.key,
     }
-    tensors, _ = kept(
+    tensors, _ = disk_cached(
         examples.folder,
         parts if drawn.key else None,
         lambda: (diagonal_fisher(drawn, estimator=estimator, seed=seed), {}),

@@ -34,7 +34,7 @@ def split_labels(batch: Batch, device: torch.device) -> tuple[dict[str, Tensor],
 
 
 def size_of(batch: Batch) -> int:
-    """Answer the number of examples."""
+    """Return the number of examples."""
     return len(next(iter(batch.values())))
 
 

@@ -46,7 +46,7 @@ class _Notes(threading.local):
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
-    """Answer which closed form a layer's gradients have, judged by its class; None for other layers."""
+    """Return which closed form a layer's gradients have, judged by its class; None for other layers."""
     if isinstance(layer, nn.Linear):
         return "linear"
     if isinstance(layer, nn.Embedding):
@@ -132,7 +132,7 @@ class Recorder:
         self._notes.encoded.append(found)
 
     def _is_in_decoder(self, layer: nn.Module, given: Tensor) -> bool:
-        """Tell whether an input stands for the decoder's tokens: cross-attention's keys and values do not."""
+        """Return whether an input stands for the decoder's tokens: cross-attention's keys and values do not."""
         if self._encoder is None or layer in self._in_encoder:
             return False
         places = [(encoded.data_ptr(), encoded.shape) for encoded in self._notes.encoded]
@@ -168,7 +168,7 @@ class Matrices:
     right: Tensor
 
     def magnitude(self) -> Matrices:
-        """Answer the same with every term's absolute value."""
+        """Return the same with every term's absolute value."""
         return Matrices(self.left.abs(), self.right.abs())
 
     def total(self) -> Tensor:
@@ -183,7 +183,7 @@ class Vectors:
     terms: Tensor
 
     def magnitude(self) -> Vectors:
-        """Answer the same with every term's absolute value."""
+        """Return the same with every term's absolute value."""
         return Vectors(self.terms.abs())
 
     def total(self) -> Tensor:
@@ -192,16 +192,16 @@ class Vectors:
 
 
 @dataclass(frozen=True)
-class Rows:
+class TableRows:
     """Gradients of a table (m, n), whose rows are chosen by indices (b, l): sums of values (b, l, n)."""
 
     indices: Tensor
     values: Tensor
     shape: torch.Size
 
-    def magnitude(self) -> Rows:
-        """Answer the same with every term's absolute value."""
-        return Rows(self.indices, self.values.abs(), self.shape)
+    def magnitude(self) -> TableRows:
+        """Return the same with every term's absolute value."""
+        return TableRows(self.indices, self.values.abs(), self.shape)
 
     def total(self) -> Tensor:
         """Add up the examples' gradients: (m, n)."""
@@ -217,7 +217,7 @@ class Rows:
         return places % self.shape[0], sums
 
 
-PerExample = Matrices | Vectors | Rows
+PerExample = Matrices | Vectors | TableRows
 
 
 def per_example(name: str, gradients: Sequence[Gradient]) -> PerExample | None:
@@ -235,10 +235,10 @@ def per_example(name: str, gradients: Sequence[Gradient]) -> PerExample | None:
     if all(isinstance(part, Matrices) for part in parts):
         pairs = [(part.left, part.right) for part in parts if isinstance(part, Matrices)]
         return Matrices(torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 1))
-    tables = [part for part in parts if isinstance(part, Rows)]
+    tables = [part for part in parts if isinstance(part, TableRows)]
     if len(tables) == len(parts):
         indices, values = torch.cat([t.indices for t in tables], 1), torch.cat([t.values for t in tables], 1)
-        return Rows(indices, values, tables[0].shape)
+        return TableRows(indices, values, tables[0].shape)
     return None
 
 
@@ -260,7 +260,7 @@ def _embedding(use: Use, gradient: Tensor, name: str) -> PerExample:
     values = gradient.reshape(*indices.shape, -1)
     if table.padding_idx is not None:  # that row is never trained
         values = values * (indices != table.padding_idx)[..., None]
-    return Rows(indices, values, table.weight.shape)
+    return TableRows(indices, values, table.weight.shape)
 
 
 def _layer_norm(use: Use, gradient: Tensor, name: str) -> PerExample:

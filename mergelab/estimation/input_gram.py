@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mergelab.estimation.disk_cache import kept
+from mergelab.estimation.disk_cache import disk_cached
 from mergelab.estimation.examples import Batch, Examples, ExpertExamples
 from mergelab.estimation.forward import frozen, groups, on_one_thread, split_labels
 from mergelab.estimation.hooks import Kind, Recorder, Use, kind_of
@@ -19,7 +19,7 @@ from mergelab.ops.threads import in_order, thread_count
 
 
 @dataclass(frozen=True)
-class InputProducts:
+class InputGram:
     """XᵀX/n of linear layers' inputs X (n, d).
 
     Attributes:
@@ -33,11 +33,11 @@ class InputProducts:
     input_first: frozenset[str]
 
     def of(self, name: str) -> Tensor | None:
-        """Answer the product for a layer's weight; None for other tensors and for layers that did not run."""
+        """Return the product for a layer's weight; None for other tensors and for layers that did not run."""
         return self.products.get(self.shared.get(name, name))
 
 
-def input_products(examples: Examples, expert: str, samples: int, seed: int) -> InputProducts:
+def input_gram(examples: Examples, expert: str, samples: int, seed: int) -> InputGram:
     """Compute, or find again, the input products of an expert's linear layers on its own examples."""
     drawn = examples.of(expert, samples=samples, seed=seed)
     parts = {
@@ -47,14 +47,14 @@ def input_products(examples: Examples, expert: str, samples: int, seed: int) -> 
     }
 
     def compute() -> tuple[Mapping[str, Tensor], dict[str, str]]:
-        found = run_for_products(drawn)
+        found = run_for_gram(drawn)
         return found.products, {"shared": json.dumps(found.shared), "input_first": json.dumps([*found.input_first])}
 
-    products, notes = kept(examples.folder, parts if drawn.key else None, compute)
-    return InputProducts(products, json.loads(notes["shared"]), frozenset(json.loads(notes["input_first"])))
+    products, notes = disk_cached(examples.folder, parts if drawn.key else None, compute)
+    return InputGram(products, json.loads(notes["shared"]), frozenset(json.loads(notes["input_first"])))
 
 
-def run_for_products(examples: ExpertExamples) -> InputProducts:
+def run_for_gram(examples: ExpertExamples) -> InputGram:
     """Run the expert once over its examples."""
     sums = InputSums(examples.module(), examples.parameter_names)
     sums.add(examples.batches())
@@ -98,14 +98,14 @@ class InputSums:
                 for name in self._sums:
                     self._tokens[name] = self._tokens.get(name, 0) + sum(len(inputs[name]) for inputs in seen)
 
-    def mean(self) -> InputProducts:
+    def mean(self) -> InputGram:
         """Divide the sums by the number of tokens, and let go of them."""
         products = {name: self._sums.pop(name).div_(self._tokens[name]).float().cpu() for name in list(self._sums)}
-        return InputProducts(products, dict(sorted(self._shared.items())), self._input_first)
+        return InputGram(products, dict(sorted(self._shared.items())), self._input_first)
 
     @torch.no_grad()
     def _inputs(self, device: torch.device, batch: Batch) -> dict[str, Tensor]:
-        """Answer the real tokens (n, d) that go into the layers, once for layers that have the same input."""
+        """Return the real tokens (n, d) that go into the layers, once for layers that have the same input."""
         inputs, _ = split_labels(batch, device)
         _, uses = self._recorder.run(inputs)
         found: dict[str, list[Tensor]] = {}
@@ -128,7 +128,7 @@ class InputSums:
 
 
 def linear_layers(module: nn.Module, names: Mapping[str, str], batch: Batch) -> list[str]:
-    """Answer the module's names of those linear weights that take part, in the order in which their layers run."""
+    """Return the module's names of those linear weights that take part, in the order in which their layers run."""
     own, kinds = linear_kinds(module, {name: name for name in names})
     recorder = Recorder(module, kinds)
     inputs, _ = split_labels(batch, next(module.parameters()).device) if own else ({}, None)

@@ -95,14 +95,14 @@ def paired_test(
 
 
 def chance_level(spec: TaskSpec, truth: Array) -> float | None:
-    """Answer what the best constant prediction gets on the primary metric; ``None`` where there is no such thing.
+    """Return what the best constant prediction gets on the primary metric; ``None`` where there is no such thing.
 
     Correlations, which a constant has not, are 0, and so is what an empty text gets.
     """
     if spec.direction == "minimize" or not spec.metrics:
         return None
     if spec.kind == "generation" and spec.labels is not None:
-        constants = [np.full(len(truth), word) for word in spec.label_words or spec.labels]
+        constants = [np.full(len(truth), word) for word in spec.verbalizer or spec.labels]
         return max(score(replace(spec, metrics=(spec.primary,)), c, truth)[spec.primary] for c in constants)
     if spec.labels is None:
         return 0.0

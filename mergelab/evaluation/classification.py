@@ -49,7 +49,7 @@ class Encoded:
         return np.cumsum(self.lengths) - self.lengths
 
     def take(self, members: Array) -> Encoded:
-        """Answer some of the examples: those at the positions ``members`` (m,), in that order."""
+        """Return some of the examples: those at the positions ``members`` (m,), in that order."""
         lengths = self.lengths[members]
         positions = np.concatenate([np.arange(s, s + n) for s, n in zip(self.starts[members], lengths, strict=True)])
         return Encoded({name: values[positions] for name, values in self.columns.items()}, lengths, self.pad_id)
@@ -88,7 +88,7 @@ def encode(data: TaskData, tokenizer: Any, max_length: int | None = None) -> Enc
 
 
 def max_input_length(config: Any, tokenizer: Any, wanted: int | None = None) -> int:
-    """Answer the longest input in tokens that model and tokenizer allow (512 where neither says), or ``wanted``.
+    """Return the longest input in tokens that model and tokenizer allow (512 where neither says), or ``wanted``.
 
     Args:
         config: the model's configuration, or ``None`` to ask the tokenizer alone.
@@ -107,7 +107,7 @@ def max_input_length(config: Any, tokenizer: Any, wanted: int | None = None) -> 
 
 
 def model_positions(config: Any) -> int | None:
-    """Answer how many tokens a model of this configuration can take; ``None`` where nothing limits it."""
+    """Return how many tokens a model of this configuration can take; ``None`` where nothing limits it."""
     if not (positions := getattr(config, "max_position_embeddings", None)):
         return None
     # RoBERTa-like models count positions from the padding index on.

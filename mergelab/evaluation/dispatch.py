@@ -20,7 +20,7 @@ class Inputs(Protocol):
     """Examples that a model can be run over."""
 
     def take(self, members: Array) -> Inputs:
-        """Answer some of the examples: those at the positions ``members`` (m,), in that order."""
+        """Return some of the examples: those at the positions ``members`` (m,), in that order."""
         ...
 
     def run(
@@ -45,11 +45,11 @@ class ClassifierInputs:
     encoded: Encoded
 
     def take(self, members: Array) -> ClassifierInputs:
-        """Answer some of the examples: those at the positions ``members`` (m,), in that order."""
+        """Return some of the examples: those at the positions ``members`` (m,), in that order."""
         return ClassifierInputs(self.encoded.take(members))
 
     def run(self, model: nn.Module, **options: Any) -> Array:
-        """Answer the logits (n, C)."""
+        """Return the logits (n, C)."""
         return predict(model, self.encoded, **options)
 
 
@@ -74,9 +74,9 @@ def prepare(
 
         return encode_prompts(data, config, tokenizer, writes_with=writes_with, max_length=max_length)
     if kind == "lm_eval":
-        from mergelab.evaluation.lm_eval import Harness
+        from mergelab.evaluation.lm_eval import LmEvalRun
 
-        return Harness(data.spec, tokenizer, max_length)
+        return LmEvalRun(data.spec, tokenizer, max_length)
     if kind == "language_modelling":
         from mergelab.evaluation.perplexity import encode_windows
 

@@ -54,7 +54,7 @@ class EncodedPrompts:
         return len(self.ids)
 
     def take(self, members: Array) -> EncodedPrompts:
-        """Answer some of the prompts: those at the positions ``members`` (m,), in that order."""
+        """Return some of the prompts: those at the positions ``members`` (m,), in that order."""
         return replace(self, ids=tuple(self.ids[i] for i in members), seeds=self.seeds[members])
 
     def run(
@@ -208,7 +208,7 @@ def _token_ids(data: TaskData, tokenizer: Any, limit: int | None, is_pair: bool)
 
 
 def _sides(config: Any) -> tuple[Any, Any]:
-    """Answer the configurations of what reads the prompt and of what writes."""
+    """Return the configurations of what reads the prompt and of what writes."""
     return getattr(config, "encoder", None) or config, getattr(config, "decoder", None) or config
 
 
@@ -237,7 +237,7 @@ def _check_lengths(data: TaskData, config: Any, rows: Sequence[Sequence[int]]) -
 
 
 def _own_id(config: Any, name: str) -> Any:
-    """Answer a token's id as the model's configuration, or that of the part that writes, says it."""
+    """Return a token's id as the model's configuration, or that of the part that writes, says it."""
     found = getattr(config, name, None)
     return getattr(getattr(config, "decoder", None), name, None) if found is None else found
 

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval, the Language Model Evaluation Harness (Gao et al.), on a model that is in memory."""
+"""Tasks of lm-eval, the Language Model Evaluation LmEvalRun (Gao et al.), on a model that is in memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _STANDARD_ERRORS = 1.96
 
 
 @dataclass(frozen=True)
-class HarnessScore:
+class LmEvalScore:
     """One of lm-eval's metrics: its value, its standard error where there is one, and whether greater is better."""
 
     value: float
@@ -47,15 +47,15 @@ class HarnessScore:
 
 
 @dataclass(frozen=True)
-class Harness:
+class LmEvalRun:
     """What lm-eval is asked for: as `mergelab.evaluation.dispatch.Inputs`, but for whole tasks only."""
 
     spec: TaskSpec
     tokenizer: Any
     max_length: int | None = None
 
-    def take(self, members: Array) -> Harness:
-        """Answer itself, where there is nothing to choose from.
+    def take(self, members: Array) -> LmEvalRun:
+        """Return itself, where there is nothing to choose from.
 
         Raises:
             ConfigError: always: which examples a task has, lm-eval alone knows.
@@ -112,7 +112,7 @@ class Harness:
                     model=wrapped,
                     tasks=list(self.spec.lm_eval_tasks),
                     task_manager=_known_tasks(self.spec),
-                    num_fewshot=self.spec.lm_eval_shots,
+                    num_fewshot=self.spec.lm_eval_num_fewshot,
                     limit=self.spec.lm_eval_limit,
                     bootstrap_iters=1000,
                     log_samples=False,
@@ -129,10 +129,10 @@ class Harness:
         return outputs
 
 
-def scores_of(outputs: Array) -> tuple[dict[str, HarnessScore], int]:
-    """Read what `Harness.run` answers: the metrics by name (``arc_easy/acc``), and how many examples they are of."""
+def scores_of(outputs: Array) -> tuple[dict[str, LmEvalScore], int]:
+    """Read what `LmEvalRun.run` answers: the metrics by name (``arc_easy/acc``), and how many examples they are of."""
     content = json.loads(outputs[0])
-    return {name: HarnessScore(*score) for name, score in content["scores"].items()}, int(content["examples"])
+    return {name: LmEvalScore(*score) for name, score in content["scores"].items()}, int(content["examples"])
 
 
 @functools.cache
@@ -144,7 +144,7 @@ def _task_manager(include_path: str | None) -> Any:
 
 
 def _known_tasks(spec: TaskSpec) -> Any:
-    """Answer lm-eval's index of tasks; check that it has those that are asked for."""
+    """Return lm-eval's index of tasks; check that it has those that are asked for."""
     manager = _task_manager(spec.include_path)
     if unknown := [name for name in spec.lm_eval_tasks if name not in manager.all_tasks]:
         raise ConfigError(

@@ -58,7 +58,7 @@ class Windows:
         return len(self.members)
 
     def take(self, members: Array) -> Windows:
-        """Answer some of the examples: those at the positions ``members`` (m,), in that order."""
+        """Return some of the examples: those at the positions ``members`` (m,), in that order."""
         chosen = self.members[members]
         wanted = np.append(np.isin(np.arange(len(self.words)), chosen), False)[self.owner]
         until = np.concatenate([[0], np.cumsum(wanted)])
@@ -170,7 +170,7 @@ class _ScoredPositions:
             head.register_forward_pre_hook(self._choose)
 
     def logits(self, inputs: Tensor, chosen: Tensor) -> Tensor:
-        """Answer the scores (m, V) at the positions ``chosen`` (m,) of the flattened inputs (b, l)."""
+        """Return the scores (m, V) at the positions ``chosen`` (m,) of the flattened inputs (b, l)."""
         self._chosen = chosen
         options = {"use_cache": False} if hasattr(self._model, "config") else {}
         found: Tensor = self._model(input_ids=inputs, **options).logits
@@ -186,7 +186,7 @@ class _ScoredPositions:
 
 
 def window_and_stride(spec: TaskSpec, config: Any, max_length: int | None = None) -> tuple[int, int]:
-    """Answer how many tokens a model sees at once, and how many of them are new in each window.
+    """Return how many tokens a model sees at once, and how many of them are new in each window.
 
     Raises:
         DataError: the task's window is longer than the model allows.

@@ -96,7 +96,7 @@ class ExperimentResult:
 
 
 def common_direction(results: Iterable[TaskResult]) -> Direction | None:
-    """Answer the direction that the primary scores of all tasks share; None where they do not, or there are none."""
+    """Return the direction that the primary scores of all tasks share; None where they do not, or there are none."""
     found = {result.direction for result in results if result.report}
     return found.pop() if len(found) == 1 else None
 
@@ -125,6 +125,6 @@ def read_result(file: Path) -> ExperimentResult:
 
 
 def peak_memory_mb() -> float:
-    """Answer this process's peak resident memory so far, in MB."""
+    """Return this process's peak resident memory so far, in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

@@ -93,7 +93,7 @@ def measure(data: TaskData, outputs: Array, examples: Examples, config: EvalConf
     spec, truth, parts = data.spec, data.truth, data.parts
     select, shown = examples.select, examples.report
     if spec.kind == "lm_eval":
-        return _harness_result(spec, outputs)
+        return _lm_eval_result(spec, outputs)
     if not spec.metrics:
         texts = tuple((prompt, text) for (prompt,), text in zip(data.texts, outputs.tolist(), strict=True))
         return TaskResult(spec.name, "", {}, {}, 0, len(data), texts=texts)
@@ -110,7 +110,7 @@ def measure(data: TaskData, outputs: Array, examples: Examples, config: EvalConf
     return TaskResult(spec.name, spec.primary, selected, report, len(select), len(shown), less)
 
 
-def _harness_result(spec: TaskSpec, outputs: Array) -> TaskResult:
+def _lm_eval_result(spec: TaskSpec, outputs: Array) -> TaskResult:
     """Report what lm-eval found."""
     from mergelab.evaluation.lm_eval import scores_of
 
@@ -126,12 +126,12 @@ def _harness_result(spec: TaskSpec, outputs: Array) -> TaskResult:
 
 
 def _is(name: str, metric: str) -> bool:
-    """Say whether a score is of that metric: of all examples, or of those of one split."""
+    """Return whether a score is of that metric: of all examples, or of those of one split."""
     return name == metric or name.startswith(f"{metric}_")
 
 
 def compare(data: TaskData, outputs: Array, other: Array, examples: Examples, config: EvalConfig, seed: int) -> float:
-    """Answer the two-sided p-value that two models differ on the primary metric of the reporting examples."""
+    """Return the two-sided p-value that two models differ on the primary metric of the reporting examples."""
     report = examples.report
     return paired_test(
         data.spec, outputs[report], other[report], data.truth[report], samples=max(config.bootstrap, 1000), seed=seed
@@ -150,7 +150,7 @@ class PredictionCache:
         self.folder = folder or cache_dir() / "predictions"
 
     def get(self, key: str) -> tuple[Array, float] | None:
-        """Answer the kept outputs (n, …) and the seconds that they took, or ``None``."""
+        """Return the kept outputs (n, …) and the seconds that they took, or ``None``."""
         try:
             with np.load(self.folder / f"{key}.npz", allow_pickle=False) as kept:
                 outputs = kept["outputs"]

@@ -27,7 +27,7 @@ _FOLLOWING = "labels"
 
 
 @dataclass(frozen=True)
-class Taught:
+class TeacherForced:
     """Tokenised texts.
 
     Attributes:
@@ -48,7 +48,7 @@ class Taught:
         return np.array([sum(len(row[name]) for name in row if name.endswith("input_ids")) for row in self.rows])
 
     def batches(self, batch_tokens: int) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
-        """Answer the texts' positions and their inputs, padded on the right, those of like length together."""
+        """Return the texts' positions and their inputs, padded on the right, those of like length together."""
         for members in plan_batches(self.lengths, batch_tokens):
             rows = [self.rows[at] for at in members]
             yield members, {name: self._padded(name, [row[name] for row in rows]) for name in rows[0]}
@@ -62,9 +62,9 @@ class Taught:
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=float(fill))
 
 
-def taught(
+def teacher_forced(
     data: TaskData, config: Any, tokenizer: Any, *, writes_with: Any = None, max_length: int | None = None
-) -> Taught:
+) -> TeacherForced:
     """Tokenise examples with their answers. What is longer than the model allows is cut at its end.
 
     Args:
@@ -87,7 +87,7 @@ def taught(
     if data.spec.kind == "language_modelling":
         texts = ["".join(text) for text in data.texts]
         found = [ids[:writes] for ids in _ids(tokenizer, texts)]
-        return Taught(tuple(_alone(ids, 0) for ids in found if len(ids) > 1), pad_id)
+        return TeacherForced(tuple(_alone(ids, 0) for ids in found if len(ids) > 1), pad_id)
     if data.references is None:
         raise ConfigError(f"{data.spec.name}: its examples have no answers that a method could learn from")
     prompts = _ids(tokenizer, [text for (text,) in data.texts])
@@ -97,9 +97,9 @@ def taught(
     pairs = list(zip(prompts, answers, strict=True))
     if not config.is_encoder_decoder:
         rows = (((*prompt, *answer)[:writes], len(prompt)) for prompt, answer in pairs)
-        return Taught(tuple(_alone(ids, prompt) for ids, prompt in rows if len(ids) > max(prompt, 1)), pad_id)
+        return TeacherForced(tuple(_alone(ids, prompt) for ids, prompt in rows if len(ids) > max(prompt, 1)), pad_id)
     start = config.decoder_start_token_id
-    return Taught(
+    return TeacherForced(
         tuple(_behind(prompt[:reads], answer[:writes], pad_id if start is None else start) for prompt, answer in pairs),
         pad_id,
     )

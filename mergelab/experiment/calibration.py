@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mergelab.evaluation.classification import Encoded
-    from mergelab.evaluation.training_batches import Taught
+    from mergelab.evaluation.training_batches import TeacherForced
     from mergelab.experiment.session import Session
     from mergelab.tasks.data import TaskData
     from mergelab.tasks.spec import TaskSpec
@@ -75,7 +75,7 @@ class TrainingExamples:
         return load_into(module, {**self.session.expert_backbone(self.index), **head.tensors})
 
     def batches(self) -> Iterator[Batch]:
-        """Answer all examples as inputs, those of like length together."""
+        """Return all examples as inputs, those of like length together."""
         import torch
 
         from mergelab.evaluation.classification import agree_on_padding, check_lengths, input_batches
@@ -104,10 +104,10 @@ class TrainingExamples:
         return encode(self.data, tokenizer, max_input_length(config, tokenizer, self.session.config.eval.max_length))
 
     @cached_property
-    def _taught(self) -> Taught:
-        from mergelab.evaluation.training_batches import taught
+    def _taught(self) -> TeacherForced:
+        from mergelab.evaluation.training_batches import teacher_forced
 
-        found = taught(
+        found = teacher_forced(
             self.data,
             self.session.module(self.data.spec.outputs).config,
             self.session.tokenizer,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Bench:
+class Evaluator:
     """A session with the tasks' examples, ready to measure weights."""
 
     config: ExperimentConfig
@@ -217,5 +217,5 @@ T = TypeVar("T")
 
 
 def _best(found: Sequence[T], read: Callable[[T], float], direction: Direction) -> T:
-    """Answer the one that is best by what ``read`` answers."""
+    """Return the one that is best by what ``read`` answers."""
     return (max if direction == "maximize" else min)(found, key=read)

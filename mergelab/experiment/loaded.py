@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergelab.console.progress import warn
-from mergelab.errors import NoRoom
+from mergelab.errors import InsufficientMemoryError
 from mergelab.experiment.calibration import Calibration
-from mergelab.experiment.evaluator import Bench
+from mergelab.experiment.evaluator import Evaluator
 from mergelab.experiment.locate import LocatedModels, Source, locate
 from mergelab.experiment.merging import Merging
 from mergelab.experiment.session import Session
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
     from mergelab.engine.method import MergeMethod
     from mergelab.engine.parameters import Parameters
-    from mergelab.engine.warm_session import Warm
+    from mergelab.engine.warm_session import MergeSession
     from mergelab.evaluation.results import ModelResult
     from mergelab.experiment.plan import Plan
-    from mergelab.experiment.selection import BenchSelection
+    from mergelab.experiment.selection import EvaluatorSelection
     from mergelab.tasks.data import TaskData
 
 Progress = Callable[[str, float], None]
@@ -35,24 +35,24 @@ Backbones = Mapping[str, Mapping[str, "Tensor"]]
 
 
 @dataclass
-class Resident:
+class LoadedModels:
     """Opened models, their data, and what is known of them."""
 
-    bench: Bench
+    evaluator: Evaluator
     compiling: bool = False
     calibrations: dict[str, Calibration] = field(default_factory=dict)
 
     @property
     def session(self) -> Session:
         """The opened models."""
-        return self.bench.session
+        return self.evaluator.session
 
     @cached_property
     def baselines(self) -> list[ModelResult]:
         """The base and the experts, measured and, if wanted, checked to be better than chance."""
-        found = self.bench.baselines()
-        if self.bench.config.eval.preflight:
-            self.bench.preflight(found)
+        found = self.evaluator.baselines()
+        if self.evaluator.config.eval.preflight:
+            self.evaluator.preflight(found)
         return found
 
     def calibration(self, plan: Plan, progress: Progress) -> Calibration | None:
@@ -67,7 +67,7 @@ class Resident:
         self,
         method: MergeMethod,
         parameters: Parameters,
-        examples: Calibration | BenchSelection | None,
+        examples: Calibration | EvaluatorSelection | None,
         progress: Progress,
         weights: Sequence[float],
     ) -> tuple[Backbones, float]:
@@ -79,14 +79,18 @@ class Resident:
         if self._warm is None:
             return Merging(method, parameters, self.session, progress, examples, weights).in_memory()
         started = time.perf_counter()
-        served = self.session.served() if method.several else dict.fromkeys(self.bench.data)
+        owners = self.session.head_owner() if method.one_model_per_expert else dict.fromkeys(self.evaluator.data)
         found: dict[str | None, dict[str, Tensor]] = {}
-        for output in dict.fromkeys(served.values()):
+        for output in dict.fromkeys(owners.values()):
             self._warm.merge(method, parameters, weights=weights, output=output, examples=examples)
-            made = {name: tensor.clone() for name, tensor in self._room.items()} if method.several else self._room
+            made = (
+                {name: tensor.clone() for name, tensor in self._room.items()}
+                if method.one_model_per_expert
+                else self._room
+            )
             aliases = {alias: made[name] for alias, name in self.session.aligned.aliases.items() if name in made}
             found[output] = {**self.session.passed_through, **self._integers, **made, **aliases}
-        return {task: found[output] for task, output in served.items()}, time.perf_counter() - started
+        return {task: found[output] for task, output in owners.items()}, time.perf_counter() - started
 
     @property
     def path(self) -> str:
@@ -94,11 +98,11 @@ class Resident:
         return "plain" if self._warm is None else self._warm.path
 
     @cached_property
-    def _warm(self) -> Warm | None:
-        from mergelab.engine.warm_session import Warm
+    def _warm(self) -> MergeSession | None:
+        from mergelab.engine.warm_session import MergeSession
 
         try:
-            return Warm(
+            return MergeSession(
                 self.session.aligned,
                 self._room,
                 seed=self.session.config.seed,
@@ -106,7 +110,7 @@ class Resident:
                 dtype=self.session.saved_dtype,
                 compiling=self.compiling,
             )
-        except NoRoom as error:
+        except InsufficientMemoryError as error:
             warn(f"{error}. Every trial of this sweep reads the models again.")
             return None
 
@@ -125,12 +129,12 @@ class Resident:
         return {name: (aligned.base or aligned.experts[0]).get(name) for name in aligned.integers}
 
 
-_kept: list[tuple[str, Resident]] = []
+_kept: list[tuple[str, LoadedModels]] = []
 
 
-def open_resident(
+def open_loaded(
     plan: Plan, source: Source, progress: Progress, *, keep: bool = False, compiling: bool = False
-) -> Resident:
+) -> LoadedModels:
     """Open a plan's models and data; with ``keep``, take and leave them for the next plan on the same ones."""
     key = _key(plan, source)
     if keep and _kept and _kept[0][0] == key:
@@ -138,10 +142,10 @@ def open_resident(
     _kept.clear()  # two sets of models may not fit beside each other
     located = locate(plan.config.models, source, [task.name for task in plan.tasks if task.path], progress)
     session = Session(located, plan.tasks, plan.config)
-    resident = Resident(Bench(plan.config, session, _load_data(plan, located), progress), compiling)
+    loaded = LoadedModels(Evaluator(plan.config, session, _load_data(plan, located), progress), compiling)
     if keep:
-        _kept.append((key, resident))
-    return resident
+        _kept.append((key, loaded))
+    return loaded
 
 
 def _load_data(plan: Plan, located: LocatedModels) -> dict[str, TaskData]:

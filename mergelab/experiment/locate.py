@@ -117,7 +117,7 @@ def locate(
 
 
 def _revision(reference: Reference | Pair) -> str | None:
-    """Answer the commit of a model that the hub's cache has, or those of a pair's two."""
+    """Return the commit of a model that the hub's cache has, or those of a pair's two."""
     commits = [hub.commit(local_folder(model, "")) for model in reference.models]
     return " + ".join(commit or "local" for commit in commits) if any(commits) else None
 

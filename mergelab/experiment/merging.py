@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mergelab.engine.method import MergeMethod
     from mergelab.engine.parameters import Parameters
     from mergelab.experiment.calibration import Calibration
-    from mergelab.experiment.selection import BenchSelection
+    from mergelab.experiment.selection import EvaluatorSelection
     from mergelab.experiment.session import Session
     from mergelab.weights.source import TensorPart
 
@@ -34,7 +34,7 @@ class Merging:
     parameters: Parameters
     session: Session
     progress: Callable[[str, float], None]
-    examples: Calibration | BenchSelection | None = None
+    examples: Calibration | EvaluatorSelection | None = None
     weights: Sequence[float] | None = None
     """The experts' own weights, where they are others than those that the session was opened with."""
 
@@ -48,10 +48,10 @@ class Merging:
         started = time.perf_counter()
         skipped = self.session.passed_through
         found: dict[str | None, Mapping[str, Tensor]] = {}
-        served = self.session.served() if self.method.several else dict.fromkeys(self._tasks())
-        for output in dict.fromkeys(served.values()):
+        owners = self.session.head_owner() if self.method.one_model_per_expert else dict.fromkeys(self._tasks())
+        for output in dict.fromkeys(owners.values()):
             found[output] = {**skipped, **dict(self._tensors(output))}
-        return {task: found[output] for task, output in served.items()}, time.perf_counter() - started
+        return {task: found[output] for task, output in owners.items()}, time.perf_counter() - started
 
     def to_disk(self, folder: Path, data: str) -> float:
         """Merge into ``folder``, tensor by tensor; answer the seconds it took.
@@ -62,10 +62,10 @@ class Merging:
         started = time.perf_counter()
         saving = Saving(self.session)
         key = f"{saving.merge_key(self.method, self.parameters)} {data}"
-        if not self.method.several:
+        if not self.method.one_model_per_expert:
             saving.merging(folder, partial(self._parts, None), key)
         else:
-            for task, output in self.session.served().items():
+            for task, output in self.session.head_owner().items():
                 saving.merging(folder, partial(self._parts, output), f"{key} {output}", task)
         return time.perf_counter() - started
 
@@ -73,14 +73,14 @@ class Merging:
         return [task.name for task in self.session.tasks]
 
     def _tensors(self, output: str | None) -> Iterator[tuple[str, Tensor]]:
-        """Answer the merged tensors one by one."""
+        """Return the merged tensors one by one."""
         told = self._teller(output, self.session.aligned.names)
         for name, tensor in merge(self.method, self.parameters, self.session.aligned, **self._settings(output)):
             told(name, tensor)
             yield name, tensor
 
     def _parts(self, output: str | None, only: frozenset[str]) -> Iterator[TensorPart]:
-        """Answer the merged tensors of these names part by part; none is ever whole if the method is elementwise."""
+        """Return the merged tensors of these names part by part; none is ever whole if the method is elementwise."""
         told = self._teller(output, only)
         job = checked_job(self.method, self.parameters, self.session.aligned, **self._settings(output))
         for part in merge_in_parts(job, only):
@@ -99,7 +99,7 @@ class Merging:
         }
 
     def _teller(self, output: str | None, names: Collection[str]) -> Callable[[str, Tensor], None]:
-        """Answer what is told of each tensor, or part of one, and shows how far it is, in bytes of what is merged."""
+        """Return what is told of each tensor, or part of one, and shows how far it is, in bytes of what is merged."""
         aligned, dtype = self.session.aligned, self.session.saved_dtype
         merged = [name for name in aligned.names if name in names]
         total = max(

@@ -55,7 +55,12 @@ def plan_experiment(config: DictConfig) -> Plan:
     """
     from omegaconf import OmegaConf
 
-    from mergelab.engine.registry import against_writers, check_capabilities, method_from_config, resolve_weights
+    from mergelab.engine.registry import (
+        check_capabilities,
+        method_from_config,
+        resolve_weights,
+        unsupported_for_generation,
+    )
     from mergelab.tasks.loading import tasks_from_config
     from mergelab.tracking import tracking_config
 
@@ -74,7 +79,7 @@ def plan_experiment(config: DictConfig) -> Plan:
     checked = check(ExperimentConfig, resolved)
     method, parameters = method_from_config(checked.method)
     check_capabilities(method, has_base=checked.models.base is not None, experts=len(checked.models.experts))
-    if method.several and checked.models.head in ("average", "base"):
+    if method.one_model_per_expert and checked.models.head in ("average", "base"):
         raise ConfigError(
             f"method={method.name}: makes one model for each expert, and models.head={checked.models.head} does not "
             "say which of them a task is measured with; models.head=per_task: its own expert's, "
@@ -89,7 +94,7 @@ def plan_experiment(config: DictConfig) -> Plan:
     weights = [expert.weight for expert in checked.models.experts.values()]
     resolve_weights(method, parameters, tuple(checked.models.experts), weights)
     suite = tasks_from_config(checked.task)
-    if (reason := against_writers(method, parameters)) is not None and _merges_writers(checked, suite.tasks):
+    if (reason := unsupported_for_generation(method, parameters)) is not None and _merges_writers(checked, suite.tasks):
         raise ConfigError(reason)
     if not checked.evaluate and checked.output is None:
         raise ConfigError("evaluate=false: nothing would be made; say where the merged model goes with output=<folder>")
@@ -109,7 +114,7 @@ def plan_experiment(config: DictConfig) -> Plan:
 
 
 def _merges_writers(config: ExperimentConfig, tasks: Sequence[TaskSpec]) -> bool:
-    """Tell whether an expert was made for a task whose models write text."""
+    """Return whether an expert was made for a task whose models write text."""
     from mergelab.tasks.loading import task_of_expert
 
     if config.source == "mini" and config.models.mini is None:

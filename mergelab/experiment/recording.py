@@ -16,7 +16,7 @@ from mergelab.tracking import BASELINE_KEY, DIRECTION, PRIMARY
 if TYPE_CHECKING:
     from mergelab.evaluation.results import ExperimentResult, ModelResult
     from mergelab.experiment.calibration import Calibration
-    from mergelab.experiment.evaluator import Bench
+    from mergelab.experiment.evaluator import Evaluator
     from mergelab.experiment.locate import LocatedModels
     from mergelab.experiment.session import Session
     from mergelab.tasks.data import TaskData
@@ -110,7 +110,7 @@ def _judged_by(model: ModelResult) -> dict[str, str]:
     return {PRIMARY: primary_metric(model), DIRECTION: direction}
 
 
-def record_result(run: Run, result: ExperimentResult, bench: Bench) -> None:
+def record_result(run: Run, result: ExperimentResult, evaluator: Evaluator) -> None:
     """Record the merged model's scores, the table, and the predictions of every example."""
     merged = result.merged
     run.log_metrics(result_metrics(merged))
@@ -118,21 +118,21 @@ def record_result(run: Run, result: ExperimentResult, bench: Bench) -> None:
     run.log_table([_row(model) for model in result.models], "table.csv")
     for task, rows in generations(result).items():
         run.log_table(rows, f"{task}.json")
-    _log_predictions(run, merged, bench)
+    _log_predictions(run, merged, evaluator)
 
 
-def record_baseline(tracker: Tracker, experiment: str, model: ModelResult, bench: Bench, source: str) -> None:
+def record_baseline(tracker: Tracker, experiment: str, model: ModelResult, evaluator: Evaluator, source: str) -> None:
     """Give the base or an expert a run of its own beside the merges, once for the same weights, data and protocol."""
-    key = _baseline_key(model, bench)
+    key = _baseline_key(model, evaluator)
     if not model.scored:
         return
     with tracker.exclusively():  # jobs side by side would all find that it is not there
         if tracker.find_run({BASELINE_KEY: key}, experiment=experiment) is None:
-            _record_baseline(tracker, experiment, model, bench, source, key)
+            _record_baseline(tracker, experiment, model, evaluator, source, key)
 
 
 def _record_baseline(
-    tracker: Tracker, experiment: str, model: ModelResult, bench: Bench, source: str, key: str
+    tracker: Tracker, experiment: str, model: ModelResult, evaluator: Evaluator, source: str, key: str
 ) -> None:
     name = f"{model.role} {model.label}"
     task = ",".join(model.results)
@@ -140,30 +140,38 @@ def _record_baseline(
         BASELINE_KEY: key,
         "mergelab.kind": model.role,
         "mergelab.source": source,
-        "mergelab.protocol": bench.config.eval.protocol,
-        "mergelab.seed": bench.config.seed,
+        "mergelab.protocol": evaluator.config.eval.protocol,
+        "mergelab.seed": evaluator.config.seed,
         "mergelab.task": task,
         **_judged_by(model),
     }
-    params = {"models.name": model.label, "role": model.role, "task.name": task, "eval": bench.config.eval.model_dump()}
+    params = {
+        "models.name": model.label,
+        "role": model.role,
+        "task.name": task,
+        "eval": evaluator.config.eval.model_dump(),
+    }
     with tracker.start_run(name, experiment=experiment, tags=tags, params=params) as run:
         for task_name in model.results:
-            log_dataset(run, bench.data[task_name])
+            log_dataset(run, evaluator.data[task_name])
         run.log_metrics(result_metrics(model))
-        _log_predictions(run, model, bench)
+        _log_predictions(run, model, evaluator)
 
 
-def _baseline_key(model: ModelResult, bench: Bench) -> str:
+def _baseline_key(model: ModelResult, evaluator: Evaluator) -> str:
     """Hash what a baseline's scores depend on: weights, tokens, examples, protocol and seed."""
     parts: dict[str, Any] = {
         "weights": model.contents,
         "role": model.role,
-        "data": [data.fingerprint for data in bench.data.values()],
-        "eval": {k: v for k, v in bench.config.eval.model_dump().items() if k not in ("cache", "preflight")},
-        "seed": bench.config.seed,
+        "data": [data.fingerprint for data in evaluator.data.values()],
+        "eval": {k: v for k, v in evaluator.config.eval.model_dump().items() if k not in ("cache", "preflight")},
+        "seed": evaluator.config.seed,
     }
-    if bench.config.models.vocab is not None:
-        parts["vocab"] = [bench.config.models.vocab, bench.session.vocabulary and bench.session.vocabulary.digest]
+    if evaluator.config.models.vocab is not None:
+        parts["vocab"] = [
+            evaluator.config.models.vocab,
+            evaluator.session.vocabulary and evaluator.session.vocabulary.digest,
+        ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -183,14 +191,14 @@ def generations(result: ExperimentResult) -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def _log_predictions(run: Run, model: ModelResult, bench: Bench) -> None:
+def _log_predictions(run: Run, model: ModelResult, evaluator: Evaluator) -> None:
     """Write a Parquet file per task: each example, its labels or references, outputs, whether it selects or reports."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     for name, prediction in model.predictions.items():
-        data, examples = bench.data[name], bench.examples[name]
+        data, examples = evaluator.data[name], evaluator.examples[name]
         if not len(data):
             continue
         columns = {"idx": data.idx, **_prediction_columns(data, prediction.outputs)}

@@ -46,7 +46,7 @@ def run_experiment(config: DictConfig) -> float | None:
     experiment = parent.experiment if parent else (plan.tracking.experiment or f"{mini}{plan.task_name}")
     with (
         tracker.start_run(
-            f"{mini}{plan.task_name} {_told(plan)}",
+            f"{mini}{plan.task_name} {_describe(plan)}",
             experiment=experiment,
             params=plan.resolved,
             tags=_tags(plan, source),
@@ -79,35 +79,35 @@ def decide_source(config: DictConfig) -> str:
 
 def _execute(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: Progress) -> ExperimentResult | None:
     """Load, measure the models that are merged, merge, measure the result, and record all of it."""
-    from mergelab.experiment.loaded import open_resident
+    from mergelab.experiment.loaded import open_loaded
     from mergelab.experiment.merging import Merging
-    from mergelab.experiment.selection import BenchSelection
+    from mergelab.experiment.selection import EvaluatorSelection
 
     if not plan.config.evaluate:
         _merge_to_disk(plan, source, run, progress)
         return None
-    resident = open_resident(plan, source, progress)
-    bench, session = resident.bench, resident.session
+    loaded = open_loaded(plan, source, progress)
+    evaluator, session = loaded.evaluator, loaded.session
     _record_inputs(plan, session, run)
-    examples = resident.calibration(plan, progress)
-    for data in bench.data.values():
+    examples = loaded.calibration(plan, progress)
+    for data in evaluator.data.values():
         recording.log_dataset(run, data)
-    for baseline in resident.baselines:
-        recording.record_baseline(tracker, run.experiment, baseline, bench, source)
-    selection = BenchSelection(bench) if "selection" in plan.method.needs else None
+    for baseline in loaded.baselines:
+        recording.record_baseline(tracker, run.experiment, baseline, evaluator, source)
+    selection = EvaluatorSelection(evaluator) if "selection" in plan.method.needs else None
     merging = Merging(plan.method, plan.parameters, session, progress, selection or examples)
     backbones, seconds = merging.in_memory()
     run.set_tags(recording.calibration_tags(examples) | (selection.tags() if selection else {}))
     recording.log_coefficients(run, examples)
-    merged = bench.merged(backbones, f"{plan.method.name} of {len(session.located.experts)}", resident.baselines)
+    merged = evaluator.merged(backbones, f"{plan.method.name} of {len(session.located.experts)}", loaded.baselines)
     merged = replace(merged, merge_seconds=seconds, peak_mb=peak_memory_mb())
     result = ExperimentResult(
         f"{plan.method.name} on {session.located.name}",
-        bench.note,
-        tuple(bench.data),
-        (*resident.baselines, merged),
+        evaluator.note,
+        tuple(evaluator.data),
+        (*loaded.baselines, merged),
     )
-    recording.record_result(run, result, bench)
+    recording.record_result(run, result, evaluator)
     _keep(plan, session, backbones, run)
     return result
 
@@ -169,7 +169,7 @@ def _announcement(plan: Plan, mini: str) -> str:
 
 
 def _sweep_dir() -> str | None:
-    """Answer the sweep folder of the grid that this job belongs to; ``None`` for a single run."""
+    """Return the sweep folder of the grid that this job belongs to; ``None`` for a single run."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -195,7 +195,7 @@ def _job_line(plan: Plan, result: ExperimentResult | None) -> str:
     return f"{line}: {scores} (merge {merged.merge_seconds or 0:.2f} s, evaluation {merged.eval_seconds or 0:.2f} s)"
 
 
-def _told(plan: Plan) -> str:
+def _describe(plan: Plan) -> str:
     """Name the method and what the user set of its parameters: ``ties density=0.3``."""
     from hydra.core.hydra_config import HydraConfig
 

@@ -155,7 +155,7 @@ class Saving:
                 del part  # let it go before the next one is made
 
     def _model_folders(self, folder: Path, only: str | None) -> list[tuple[Path, Mapping[str, Tensor], dict[str, Any]]]:
-        """Answer the folders to write, each with its head and what its configuration says of the labels."""
+        """Return the folders to write, each with its head and what its configuration says of the labels."""
         if not self._session.head_names:
             return [(folder, {}, {})]
         if self._session.config.models.head != "per_task" or len(self._session.tasks) == 1:
@@ -166,7 +166,7 @@ class Saving:
         return [(folder / task.name, self._session.heads[task.name].tensors, label_config(task)) for task in tasks]
 
     def _companions(self) -> contextlib.AbstractContextManager[Path]:
-        """Answer a folder whose config, tokenizer, generation config and chat template are copied."""
+        """Return a folder whose config, tokenizer, generation config and chat template are copied."""
         chosen = self._companions_of()
         if self._session.kind.name == PAIRED:
             return companions(chosen, [folder for folder in self._session.folders() if folder != chosen])
@@ -235,7 +235,7 @@ def _parts_of(tensors: Mapping[str, Tensor], names: frozenset[str]) -> Iterator[
 
 
 def label_config(task: TaskSpec) -> dict[str, Any]:
-    """Answer the keys of ``config.json`` that say what a head's outputs mean, in the task's order."""
+    """Return the keys of ``config.json`` that say what a head's outputs mean, in the task's order."""
     names = list(task.labels) if task.labels else ["LABEL_0"]
     return {
         "id2label": {str(index): name for index, name in enumerate(names)},

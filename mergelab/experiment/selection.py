@@ -13,20 +13,20 @@ from mergelab.errors import ConfigError
 from mergelab.evaluation.results import common_direction
 
 if TYPE_CHECKING:
-    from mergelab.experiment.evaluator import Bench
+    from mergelab.experiment.evaluator import Evaluator
 
 
 @dataclass(frozen=True)
-class BenchSelection:
-    """Measures averages on a bench.
+class EvaluatorSelection:
+    """Measures averages on a evaluator.
 
     Attributes:
-        bench: its protocol says which examples select.
+        evaluator: its protocol says which examples select.
         trials: what has been measured: the experts' names, and the score.
         chosen: the experts that the greedy soup is made of, once it is.
     """
 
-    bench: Bench
+    evaluator: Evaluator
     trials: list[tuple[tuple[str, ...], float]] = field(default_factory=list)
     chosen: list[str] = field(default_factory=list)
 
@@ -38,13 +38,13 @@ class BenchSelection:
         Raises:
             ConfigError: some tasks' scores are better when greater, others' when less.
         """
-        session = self.bench.session
+        session = self.evaluator.session
         session.average_heads_of(experts)
         members = tuple(expert for expert in session.aligned.experts if expert.name in experts)
         models = replace(session.aligned, base=None, experts=members)
         backbone = {**session.passed_through, **dict(merge(get_method("soup"), {}, models))}
         title = f"soup of {len(members)}"
-        measured = self.bench.merged(dict.fromkeys(self.bench.data, backbone), title, ())
+        measured = self.evaluator.merged(dict.fromkeys(self.evaluator.data, backbone), title, ())
         if unselected := [name for name, result in measured.scored.items() if not result.select]:
             raise ConfigError(f"method=greedy_soup: no part of {', '.join(unselected)} can be set apart to select on")
         direction = common_direction(measured.results.values())
@@ -61,7 +61,7 @@ class BenchSelection:
     def settle(self, experts: Sequence[str]) -> None:
         """Give the merged model the averaged head of the chosen experts."""
         self.chosen[:] = experts
-        self.bench.session.average_heads_of(experts)
+        self.evaluator.session.average_heads_of(experts)
 
     def tags(self) -> dict[str, str]:
         """Say for the record what was tried and chosen."""

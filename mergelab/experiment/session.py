@@ -135,7 +135,7 @@ class Session:
         return {name: mean_tensor([expert.get(name) for expert in experts], dtype) for name in sorted(chosen)}
 
     def expert_serves(self, expert: LocatedExpert, task: TaskSpec) -> bool:
-        """Say whether an expert's own head is for ``task``."""
+        """Return whether an expert's own head is for ``task``."""
         return self.config.models.head != "per_task" or expert.task == task.name
 
     def expert_head(self, index: int, task: TaskSpec) -> Head:
@@ -204,11 +204,11 @@ class Session:
         return tensors
 
     def content(self, name: str) -> str:
-        """Answer the content hash of an opened model's weights (``base`` or an expert's name)."""
+        """Return the content hash of an opened model's weights (``base`` or an expert's name)."""
         return self.checkpoints[name].content_hash()
 
-    def served(self) -> dict[str, str]:
-        """Answer for each task the name of the expert whose head it has, under a policy that says one."""
+    def head_owner(self) -> dict[str, str]:
+        """Return for each task the name of the expert whose head it has, under a policy that says one."""
         return {task.name: self.heads[task.name].owner for task in self.tasks}
 
     # ------------------------------------------------------------------------------------------------------ measuring

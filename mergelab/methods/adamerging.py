@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Fraction, Positive, Samples
 from mergelab.errors import ConfigError
-from mergelab.estimation.disk_cache import kept
+from mergelab.estimation.disk_cache import disk_cached
 from mergelab.estimation.examples import LABELS, Batch, Examples, ExpertExamples
 from mergelab.estimation.forward import frozen, on_one_thread, size_of
 from mergelab.ops.blocks import working
@@ -82,7 +82,7 @@ def prepare_coefficients(
         "layers": sorted(layer_of.items()),
     }
     can_keep = examples.folder is not None and all(each.key for each in drawn)
-    found, _ = kept(examples.folder, parts | {"base": _digest(models)} if can_keep else None, compute)
+    found, _ = disk_cached(examples.folder, parts | {"base": _digest(models)} if can_keep else None, compute)
     values = dict(zip(layers, found["coefficients"].tolist(), strict=True))
     learnt = {name: tuple(values[layer]) for name, layer in layer_of.items()}
     examples.settle({expert: {name: row[t] for name, row in learnt.items()} for t, expert in enumerate(experts)})
@@ -124,7 +124,7 @@ class _Task:
     pad_id: int
 
     def parts(self, batch: int, seed: int, step: int) -> Iterator[Inputs]:
-        """Answer a step's examples as padded inputs, those of like length together."""
+        """Return a step's examples as padded inputs, those of like length together."""
         drawn = [self.rows[at] for at in positions(len(self.rows), batch, seed, self.expert, step)]
         device = next(self.module.parameters()).device
         drawn.sort(key=lambda row: max((len(value) for value in row.values() if value.dim()), default=0))
@@ -207,7 +207,7 @@ class _Learning:
         return raw.clamp(0, 1)
 
     def _gradient(self, coefficients: Tensor, step: int, threads: int) -> tuple[float, Tensor]:
-        """Answer Σ_t of the mean entropies at the coefficients, and its gradient, by ⟨∂L/∂θ, τ_t⟩ of each tensor."""
+        """Return Σ_t of the mean entropies at the coefficients, and its gradient, by ⟨∂L/∂θ, τ_t⟩ of each tensor."""
         self._pour(coefficients, threads)
         entropy, gradients = 0.0, dict[str, Tensor]()
         for task in self.tasks:
@@ -274,7 +274,7 @@ def _add_entropy(task: _Task, parts: Sequence[Inputs], gradients: dict[str, Tens
 
 
 def mean_entropy(output: Any, expert: str) -> Tensor:
-    """Answer the Shannon entropy of the predicted distributions, softmax of ``output.logits`` (b, C), on average.
+    """Return the Shannon entropy of the predicted distributions, softmax of ``output.logits`` (b, C), on average.
 
     Raises:
         ConfigError: the outputs are not of two or more classes.
@@ -298,7 +298,7 @@ def _asking(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     needs=("data", "gradients"),
     elementwise=True,
     prepare=prepare_coefficients,
-    writers=lambda: f"{_OF_CLASSES}, and models that write text have none as their output",
+    unsupported_for_generation=lambda: f"{_OF_CLASSES}, and models that write text have none as their output",
     identical_at=None,
     family="data",
     paper="Yang et al. 2024, arXiv:2310.02575",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.ops.blocks import BLOCK, blocks, blockwise
-from mergelab.ops.pair import _pair, check_pair
+from mergelab.ops.pair import check_pair, pair_of
 
 MERGEKIT = "mergekit: Goddard et al. 2024, arXiv:2403.13257"
 SMOOTHING = 1e-8  # added to probabilities before their logarithms are taken
@@ -39,14 +39,14 @@ def arcee_fusion(experts: Sequence[Tensor], *, base: Tensor | None = None) -> Te
     Raises:
         ConfigError: one expert and no base.
     """
-    a, b = _pair(base, experts)
+    a, b = pair_of(base, experts)
     scores = _importance(a, b)
     threshold = _threshold(scores)
     return blockwise(lambda kept, taken, score: torch.where(score >= threshold, taken, kept), a, b, scores)
 
 
 def _importance(a: Tensor, b: Tensor) -> Tensor:
-    """Answer |b − a| · KL(softmax b ‖ softmax a), the divergence taken row by row, in float32 or float64."""
+    """Return |b − a| · KL(softmax b ‖ softmax a), the divergence taken row by row, in float32 or float64."""
     change = blockwise(lambda x, y: (y - x).abs_(), a, b)
     of_change, of_a, of_b = (x.reshape(-1, x.shape[-1] if x.dim() else 1) for x in (change, a, b))
     for part in blocks(len(of_change), max(1, BLOCK // of_change.shape[1])):
@@ -57,7 +57,7 @@ def _importance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _threshold(scores: Tensor) -> float:
-    """Answer median + 1.5 · (Q3 − Q1), the quartiles being entries, those next below."""
+    """Return median + 1.5 · (Q3 − Q1), the quartiles being entries, those next below."""
     entries = scores.reshape(-1).cpu().numpy()
     ranks = [quarter * (len(entries) - 1) // 4 for quarter in (1, 2, 3)]
     first, median, third = (float(entry) for entry in np.partition(entries, ranks)[ranks])

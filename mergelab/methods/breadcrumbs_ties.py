@@ -9,9 +9,9 @@ from torch import Tensor
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Densities, Fractions, Weights
 from mergelab.methods.breadcrumbs import RowScope, keep_middle
-from mergelab.ops.sign_consensus import WeightsAt, ZeroSign, check_weights
+from mergelab.ops.sign_consensus import TieBreak, WeightsStage, check_weights
 from mergelab.ops.sparsify import agreed, sign_of_ties
-from mergelab.ops.task_vectors import Election, Reduce, factors
+from mergelab.ops.task_vectors import MajoritySign, Reduce, factors
 from mergelab.weights.align import AlignedModels
 
 
@@ -23,9 +23,9 @@ def breadcrumbs_sign(
     density: float | Sequence[float],
     gamma: float | Sequence[float],
     scope: RowScope,
-    election: Election,
-    zero_sign: ZeroSign,
-    weights_at: WeightsAt,
+    majority_sign: MajoritySign,
+    tie_break: TieBreak,
+    weights_stage: WeightsStage,
 ) -> float:
     """Find the sign of entries whose votes cancel."""
     return sign_of_ties(
@@ -33,9 +33,9 @@ def breadcrumbs_sign(
         lambda vectors, _: keep_middle(vectors, density, gamma, scope),
         seed=seed,
         weights=weights,
-        election=election,
-        zero_sign=zero_sign,
-        weights_at=weights_at,
+        majority_sign=majority_sign,
+        tie_break=tie_break,
+        weights_stage=weights_stage,
     )
 
 
@@ -55,17 +55,17 @@ def breadcrumbs_ties(
     gamma: Fractions = 0.01,
     weights: Weights = None,
     scope: RowScope = "row",
-    election: Election = "mass",
+    majority_sign: MajoritySign = "total",
     reduce: Reduce = "mean",
-    zero_sign: ZeroSign = "majority",
-    weights_at: WeightsAt = "after",
+    tie_break: TieBreak = "majority",
+    weights_stage: WeightsStage = "reduce",
 ) -> Tensor:
     """Drop outliers and small entries as Breadcrumbs does, then elect signs and merge what agrees as TIES does.
 
     θ0 + λ·τ_m with τ̂_t = m_t⊙τ_t, m_t as in `breadcrumbs`, and τ_m the disjoint mean of the τ̂_t under the elected
     signs (Davari & Belilovsky 2023, arXiv:2312.06795, with Yadav et al. 2023, arXiv:2306.01708). Departures: those of
-    `breadcrumbs`; votes that cancel, and weights, as in `ties`. ``scope="tensor"`` with ``weights_at="before"`` and
-    ``zero_sign="positive"`` is mergekit's.
+    `breadcrumbs`; votes that cancel, and weights, as in `ties`. ``scope="tensor"`` with ``weights_stage="elect"`` and
+    ``tie_break="positive"`` is mergekit's.
 
     Args:
         vectors: T task vectors, float32 or float64; whole tensors, not parts.
@@ -75,7 +75,7 @@ def breadcrumbs_ties(
         lambda_: scale of the merged task vector; the engine applies it.
         weights: per expert, at least 0; default 1.
         scope: what the fractions are of: each row, or the whole tensor.
-        election, reduce, zero_sign, weights_at: as in `ties`; the majority is over the whole model.
+        majority_sign, reduce, tie_break, weights_stage: as in `ties`; the majority is over the whole model.
 
     Returns:
         τ_m, of the vectors' shape and dtype.
@@ -85,4 +85,4 @@ def breadcrumbs_ties(
     """
     sparse = keep_middle(vectors, density, gamma, scope)
     shares = factors(weights, len(vectors))
-    return agreed(sparse, shares, prepared, election=election, reduce=reduce, weights_at=weights_at)
+    return agreed(sparse, shares, prepared, majority_sign=majority_sign, reduce=reduce, weights_stage=weights_stage)

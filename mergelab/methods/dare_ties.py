@@ -13,9 +13,9 @@ from mergelab.methods.dare import drop_
 from mergelab.ops.sign_consensus import (
     Consensus,
     Scope,
+    TieBreak,
     Vectors,
-    WeightsAt,
-    ZeroSign,
+    WeightsStage,
     check_pooled,
     check_weights,
     election_factors,
@@ -23,8 +23,8 @@ from mergelab.ops.sign_consensus import (
     prepare_consensus,
 )
 from mergelab.ops.site import Site
-from mergelab.ops.task_vectors import Election, Reduce, agree_, elect_in, factors, of_each, resolve_zeros_, trim_
-from mergelab.ops.workspace import Rows
+from mergelab.ops.task_vectors import MajoritySign, Reduce, agree_, elect_in, factors, of_each, resolve_zeros_, trim_
+from mergelab.ops.workspace import Workspace
 from mergelab.weights.align import AlignedModels
 
 
@@ -37,9 +37,9 @@ def dare_consensus(
     trim_density: float | Sequence[float] | None,
     rescale: bool,
     scope: Scope,
-    election: Election,
-    zero_sign: ZeroSign,
-    weights_at: WeightsAt,
+    majority_sign: MajoritySign,
+    tie_break: TieBreak,
+    weights_stage: WeightsStage,
 ) -> Mapping[str, Consensus]:
     """Find thresholds (where a second trim is asked for) and majority signs of the dropped and rescaled vectors."""
     experts = tuple(expert.name for expert in models.experts)
@@ -63,9 +63,9 @@ def dare_consensus(
         weights=weights,
         density=trim_density,
         scope=scope,
-        election=election,
-        zero_sign=zero_sign,
-        weights_at=weights_at,
+        majority_sign=majority_sign,
+        tie_break=tie_break,
+        weights_stage=weights_stage,
     )
 
 
@@ -89,16 +89,16 @@ def dare_ties(
     *,
     site: Site,
     prepared: Mapping[str, Consensus],
-    rows: Rows,
+    workspace: Workspace,
     density: Densities = 0.5,
     trim_density: OptionalDensities = None,
     weights: Weights = None,
     rescale: bool = True,
     scope: Scope = "model",
-    election: Election = "mass",
+    majority_sign: MajoritySign = "total",
     reduce: Reduce = "mean",
-    zero_sign: ZeroSign = "majority",
-    weights_at: WeightsAt = "after",
+    tie_break: TieBreak = "majority",
+    weights_stage: WeightsStage = "reduce",
 ) -> Tensor:
     """Drop and rescale task vectors as DARE does, then elect signs and merge what agrees as TIES does.
 
@@ -111,14 +111,14 @@ def dare_ties(
         vectors: T task vectors, float32 or float64; they are written over.
         site: keys the masks, and names the tensor in ``prepared``.
         prepared: thresholds and tie sign by tensor name.
-        rows: has the vectors, and room for intermediates.
+        workspace: the memory of the vectors and of intermediates.
         density: probability of keeping an entry; may be given for each expert.
         trim_density: fraction of entries kept by the second trim; None for no such trim; may be given for each expert.
         lambda_: scale of the merged task vector; the engine applies it.
         weights: per expert, at least 0; default 1.
         rescale: divide the kept entries by the density.
-        scope, election, reduce, zero_sign, weights_at: as in `ties`; ``scope`` is that of the second trim and of the
-            majority.
+        scope, majority_sign, reduce, tie_break, weights_stage: as in `ties`; ``scope`` is that of the second trim and
+            of the majority.
 
     Returns:
         τ_m, of the vectors' shape and dtype.
@@ -130,5 +130,5 @@ def dare_ties(
     here = prepared[site.name]
     for vector, threshold in zip(drop_(vectors, site, density, rescale), here.thresholds, strict=True):
         trim_(vector, threshold)
-    signs = resolve_zeros_(elect_in(rows, election_factors(shares, weights_at), election), here.tie_sign)
-    return agree_(rows, signs, shares, reduce).mul_(signs)
+    signs = resolve_zeros_(elect_in(workspace, election_factors(shares, weights_stage), majority_sign), here.tie_sign)
+    return agree_(workspace, signs, shares, reduce).mul_(signs)

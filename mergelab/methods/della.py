@@ -12,10 +12,10 @@ from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Densities, Fractions, Weights
 from mergelab.errors import ConfigError
 from mergelab.ops.philox import stream_key, words
-from mergelab.ops.sign_consensus import WeightsAt, ZeroSign, check_weights
+from mergelab.ops.sign_consensus import TieBreak, WeightsStage, check_weights
 from mergelab.ops.site import Site
 from mergelab.ops.sparsify import agreed, row_blocks, rows, sign_of_ties
-from mergelab.ops.task_vectors import Election, Reduce, factors, of_each
+from mergelab.ops.task_vectors import MajoritySign, Reduce, factors, of_each
 from mergelab.weights.align import AlignedModels
 
 
@@ -44,7 +44,7 @@ def check_della(
 
 
 def keep_probabilities(length: int, density: float, epsilon: float) -> Tensor:
-    """Answer the probabilities by rank, the smallest entry of a row of ``length`` first, in float64."""
+    """Return the probabilities by rank, the smallest entry of a row of ``length`` first, in float64."""
     if length == 1:
         return torch.tensor([density], dtype=torch.float64)
     ranks = torch.arange(length, dtype=torch.float64)
@@ -95,9 +95,9 @@ def della_sign(
     weights: Sequence[float],
     density: float | Sequence[float],
     epsilon: float | Sequence[float],
-    election: Election,
-    zero_sign: ZeroSign,
-    weights_at: WeightsAt,
+    majority_sign: MajoritySign,
+    tie_break: TieBreak,
+    weights_stage: WeightsStage,
 ) -> float:
     """Find the sign of entries whose votes cancel."""
     return sign_of_ties(
@@ -105,9 +105,9 @@ def della_sign(
         lambda vectors, site: drop_by_rank(vectors, site, density, epsilon),
         seed=seed,
         weights=weights,
-        election=election,
-        zero_sign=zero_sign,
-        weights_at=weights_at,
+        majority_sign=majority_sign,
+        tie_break=tie_break,
+        weights_stage=weights_stage,
     )
 
 
@@ -127,10 +127,10 @@ def della(
     density: Densities = 0.5,
     epsilon: Fractions = 0.15,
     weights: Weights = None,
-    election: Election = "mass",
+    majority_sign: MajoritySign = "total",
     reduce: Reduce = "mean",
-    zero_sign: ZeroSign = "majority",
-    weights_at: WeightsAt = "after",
+    tie_break: TieBreak = "majority",
+    weights_stage: WeightsStage = "reduce",
 ) -> Tensor:
     """Drop and rescale task vectors by rank as `della_linear` does, then elect signs and merge what agrees.
 
@@ -146,7 +146,7 @@ def della(
         epsilon: how much the probability departs from it at either end of a row; may be given for each expert.
         lambda_: scale of the merged task vector; the engine applies it.
         weights: per expert, at least 0; default 1.
-        election, reduce, zero_sign, weights_at: as in `ties`; the majority is over the whole model.
+        majority_sign, reduce, tie_break, weights_stage: as in `ties`; the majority is over the whole model.
 
     Returns:
         τ_m, of the vectors' shape and dtype.
@@ -156,4 +156,4 @@ def della(
     """
     sparse = drop_by_rank(vectors, site, density, epsilon)
     shares = factors(weights, len(vectors))
-    return agreed(sparse, shares, prepared, election=election, reduce=reduce, weights_at=weights_at)
+    return agreed(sparse, shares, prepared, majority_sign=majority_sign, reduce=reduce, weights_stage=weights_stage)

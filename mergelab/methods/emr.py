@@ -17,7 +17,7 @@ from mergelab.weights.numerics import total
 
 
 def unify(vectors: Sequence[Tensor]) -> Tensor:
-    """Answer the unified task vector: at each entry the elected sign and the largest magnitude that has it."""
+    """Return the unified task vector: at each entry the elected sign and the largest magnitude that has it."""
     return disjoint_reduce(vectors, elect(vectors), (1.0,) * len(vectors), "max")
 
 
@@ -27,7 +27,7 @@ def masked(unified: Tensor, vector: Tensor) -> Tensor:
 
 
 def rescalers(models: AlignedModels) -> tuple[float, ...]:
-    """Answer Σ|τ_t| / Σ|M_t⊙τ_uni| for each expert, sums over its whole task vector, in float64.
+    """Return Σ|τ_t| / Σ|M_t⊙τ_uni| for each expert, sums over its whole task vector, in float64.
 
     1 where nothing is left to be rescaled.
     """

@@ -39,7 +39,7 @@ def prepare_fisher(
 
 
 def _unit_scale(diagonal: Diagonal, names: Sequence[str], size: int) -> float:
-    """Answer the factor that makes the root mean square of all entries 1."""
+    """Return the factor that makes the root mean square of all entries 1."""
     lengths = [norm(diagonal.tensors[name]) for name in names if name in diagonal.tensors]
     total = math.fsum(length * length for length in lengths)
     return math.sqrt(size / total) if total else 1.0
@@ -50,7 +50,7 @@ def _unit_scale(diagonal: Diagonal, names: Sequence[str], size: int) -> float:
     elementwise=True,
     prepare=prepare_fisher,
     check=check_shares,
-    writers=of_writers,
+    unsupported_for_generation=of_writers,
     family="data",
     paper="Matena & Raffel 2022, arXiv:2111.09832",
 )

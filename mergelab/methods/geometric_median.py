@@ -20,7 +20,7 @@ MARGIN = 1e-9  # by which the pull on a point must be too weak: two points pull 
 
 
 def weiszfeld(inner: Array, eps: float, iterations: int) -> Array:
-    """Answer coefficients, adding up to 1, of the geometric median of T points.
+    """Return coefficients, adding up to 1, of the geometric median of T points.
 
     Args:
         inner: T×T inner products of the points, about any origin.
@@ -51,7 +51,7 @@ def _expert_that_is_it(inner: Array) -> Array | None:
 
 
 def _distances(point: Array, inner: Array) -> Array:
-    """Answer each point's distance from ``point``, given by coefficients that add up to 1."""
+    """Return each point's distance from ``point``, given by coefficients that add up to 1."""
     ways = np.eye(len(inner)) - point
     squares: Array = ((ways @ inner) * ways).sum(axis=1)
     return np.sqrt(np.maximum(squares, 0))
@@ -60,7 +60,7 @@ def _distances(point: Array, inner: Array) -> Array:
 def model_coefficients(
     models: AlignedModels, *, scope: Literal["tensor", "model"], eps: float, iterations: int
 ) -> Array | None:
-    """Answer the coefficients over all tensors together, or None where each tensor has its own."""
+    """Return the coefficients over all tensors together, or None where each tensor has its own."""
     if scope == "tensor":
         return None
     inner = list(in_order(lambda name: _relative([expert.get(name) for expert in models.experts]), models.names))
@@ -70,7 +70,7 @@ def model_coefficients(
 
 
 def _relative(experts: Sequence[Tensor]) -> Array:
-    """Answer inner products about the first expert, so that large weights do not drown small distances."""
+    """Return inner products about the first expert, so that large weights do not drown small distances."""
     return gram(experts, experts[0])
 
 
@@ -83,7 +83,7 @@ def geometric_median(
     eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6,
     iterations: Annotated[int, Field(ge=1)] = 1000,
 ) -> Tensor:
-    """Answer the point with the least sum of Euclidean distances to the experts.
+    """Return the point with the least sum of Euclidean distances to the experts.
 
     argmin_θ Σ_t ‖θ − θ_t‖ by Weiszfeld's iteration from the mean on: θ ← Σ θ_t/d_t / Σ 1/d_t with
     d_t = max(‖θ − θ_t‖, ε) (Weiszfeld 1937; with the floor ε, Pillutla et al. 2019, arXiv:1912.13445). More than half

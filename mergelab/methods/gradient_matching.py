@@ -29,7 +29,7 @@ def prepare_hessians(
     elementwise=True,
     prepare=prepare_hessians,
     check=check_shares,
-    writers=of_writers,
+    unsupported_for_generation=of_writers,
     identical_at=None,
     family="data",
     paper="Daheim et al. 2024, arXiv:2310.12808",

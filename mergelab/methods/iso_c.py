@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.ops.layout import is_matrix
-from mergelab.ops.svd import assembled, decompose, tall, total
+from mergelab.ops.svd import assembled, decompose, tall_matrix, total
 from mergelab.ops.task_vectors import mean
 
 
@@ -38,6 +38,6 @@ def iso_c(vectors: Sequence[Tensor]) -> Tensor:
     """
     if not is_matrix(vectors[0]):
         return mean(vectors)
-    whole = decompose(total([tall(vector) for vector in vectors]))
+    whole = decompose(total([tall_matrix(vector) for vector in vectors]))
     level = whole.values.sum() / whole.matrix.columns
     return assembled(whole.matrix, (whole.right * (level / whole.values)) @ whole.right.T, vectors[0])

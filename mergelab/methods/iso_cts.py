@@ -10,8 +10,8 @@ from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Fraction
 from mergelab.ops.layout import inputs_first, is_matrix
 from mergelab.ops.site import Site
-from mergelab.ops.spectral import _with_own
-from mergelab.ops.svd import tall
+from mergelab.ops.spectral import with_own
+from mergelab.ops.svd import tall_matrix
 from mergelab.ops.task_vectors import mean
 
 
@@ -55,5 +55,5 @@ def iso_cts(
     turned = rows == columns and site.name not in prepared
     upright = [vector.T for vector in vectors] if turned else vectors
     outputs_are_columns = turned or (rows < columns) != (site.name in prepared)
-    merged = _with_own([tall(vector) for vector in upright], outputs_are_columns, common_fraction, upright[0])
+    merged = with_own([tall_matrix(vector) for vector in upright], outputs_are_columns, common_fraction, upright[0])
     return merged.T if turned else merged

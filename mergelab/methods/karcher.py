@@ -23,7 +23,7 @@ def karcher(
     max_iterations: Annotated[int, Field(ge=1)] = 10,
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-5,
 ) -> Tensor:
-    """Answer the Riemannian mean of the experts' directions on the unit sphere, times the mean of their norms.
+    """Return the Riemannian mean of the experts' directions on the unit sphere, times the mean of their norms.
 
     (1/T Σ ‖θ_t‖) · argmin Σ_t ∠(m, θ_t)² over ‖m‖ = 1, each tensor one vector (Karcher 1977). By gradient descent from
     the normalised mean of the directions u_t on: v = 1/T Σ log_m(u_t) with log_m(u) = φ/sin φ · (u − cos φ · m),
@@ -57,7 +57,7 @@ def karcher(
 
 
 def _frechet_mean(cosines: Array, max_iterations: int, tolerance: float) -> Array | None:
-    """Answer the mean of unit vectors on the sphere, as coefficients of them; None where they cancel."""
+    """Return the mean of unit vectors on the sphere, as coefficients of them; None where they cancel."""
     mean = np.full(len(cosines), 1 / len(cosines))
     resultant = length(mean, cosines)
     if resultant < max(tolerance, RESOLUTION):

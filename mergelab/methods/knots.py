@@ -26,7 +26,7 @@ from mergelab.ops.sign_consensus import (
 )
 from mergelab.ops.site import Site
 from mergelab.ops.sparsify import agreed, ranked_magnitudes
-from mergelab.ops.svd import Tall, assembled, decompose_leading
+from mergelab.ops.svd import TallMatrix, assembled, decompose_leading
 from mergelab.ops.task_vectors import factors, of_each, task_vectors, trim_
 from mergelab.ops.threads import in_order
 from mergelab.weights.align import AlignedModels
@@ -51,7 +51,7 @@ class Basis:
     is_left: bool
 
     def parts(self, matrices: Sequence[Tensor], rows: slice | None = None) -> list[Tensor]:
-        """Answer rows of Σ V_tᵀ, which is Uᵀ X_t, for each t: (r, n), in the matrices' dtype.
+        """Return rows of Σ V_tᵀ, which is Uᵀ X_t, for each t: (r, n), in the matrices' dtype.
 
         Products are made for the same rows at a time whichever are asked for: an entry has the same bits each time.
         """
@@ -70,7 +70,7 @@ class Basis:
         return [scaled[:, part].to(matrices[0].dtype) for part in blocks(width * len(matrices), width)]
 
     def mapped_back(self, merged: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-        """Answer U·M for M (r, n), in the matrices' dtype."""
+        """Return U·M for M (r, n), in the matrices' dtype."""
         held = self.vectors.to(merged.device)
         if self.is_left:
             return (held @ merged.double()).to(matrices[0].dtype)
@@ -78,13 +78,15 @@ class Basis:
         return assembled(side_by_side(matrices), inner, matrices[0])
 
 
-def side_by_side(matrices: Sequence[Tensor]) -> Tall:
+def side_by_side(matrices: Sequence[Tensor]) -> TallMatrix:
     """View T matrices (m, n) as one (m, T·n)."""
     rows, columns = matrices[0].shape
-    return Tall(lambda part: torch.cat([m[part].double() for m in matrices], dim=1), rows, columns * len(matrices))
+    return TallMatrix(
+        lambda part: torch.cat([m[part].double() for m in matrices], dim=1), rows, columns * len(matrices)
+    )
 
 
-def stacked(matrices: Sequence[Tensor]) -> Tall:
+def stacked(matrices: Sequence[Tensor]) -> TallMatrix:
     """View T matrices (m, n) as one (T·n, m), each transposed."""
     rows, columns = matrices[0].shape
 
@@ -96,7 +98,7 @@ def stacked(matrices: Sequence[Tensor]) -> Tall:
                 found.append(matrix[:, start:stop].T.double())
         return torch.cat(found)
 
-    return Tall(read, columns * len(matrices), rows)
+    return TallMatrix(read, columns * len(matrices), rows)
 
 
 def common_basis(matrices: Sequence[Tensor], tolerance: float) -> Basis:
@@ -141,9 +143,9 @@ def prepare_knots(
         weights=(1.0,) * len(models.experts),
         density=density,
         scope=scope,
-        election="mass",
-        zero_sign="majority",
-        weights_at="after",
+        majority_sign="total",
+        tie_break="majority",
+        weights_stage="reduce",
     )
     if scope == "tensor":
         return Knots(turned, consensus)
@@ -174,7 +176,7 @@ def prepare_knots(
 
 
 def _matrices(models: AlignedModels, name: str, turned: frozenset[str]) -> list[Tensor]:
-    """Answer the experts' task vectors of a matrix, outputs along the rows, on the CPU."""
+    """Return the experts' task vectors of a matrix, outputs along the rows, on the CPU."""
     assert models.base is not None
     vectors = task_vectors(models.base.get(name).cpu(), [expert.get(name).cpu() for expert in models.experts])
     return [vector.T for vector in vectors] if name in turned else vectors
@@ -251,11 +253,11 @@ def _trimmed_and_agreed(vectors: Sequence[Tensor], consensus: Consensus, weights
     """Merge whole tensors as `ties` does."""
     trimmed = [trim_(vector, threshold) for vector, threshold in zip(vectors, consensus.thresholds, strict=True)]
     shares = factors(weights, len(vectors))
-    return agreed(trimmed, shares, consensus.tie_sign, election="mass", reduce="mean", weights_at="after")
+    return agreed(trimmed, shares, consensus.tie_sign, majority_sign="total", reduce="mean", weights_stage="reduce")
 
 
 def _smallest_kept(part: Tensor, density: float) -> float:
-    """Answer the magnitude below which the entries are that ``density`` drops."""
+    """Return the magnitude below which the entries are that ``density`` drops."""
     if density >= 1 or not part.numel():
         return 0.0
     return ranked_magnitudes(part.reshape(1, -1), [rank_of(density, part.numel())])[0].item()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from mergelab.engine.chaining import check_then, following
+from mergelab.engine.chaining import chained, check_then
 from mergelab.engine.method import Substitute, merge_method
 from mergelab.engine.parameters import Weights
 from mergelab.engine.registry import check_parameters
@@ -19,7 +19,7 @@ def check_scaled(
     models: AlignedModels, weights: Any, then: str | Mapping[str, Any], alpha: float | None, beta: float
 ) -> None:
     """Raise `ConfigError` where the method that follows has no λ to scale, or cannot merge these models."""
-    method = following(then)[0]
+    method = chained(then)[0]
     if "lambda_" not in method.parameters.model_fields:
         raise ConfigError(f"method.then={then!r}: must be a method with a parameter lambda, which is what is scaled")
     if isinstance(then, Mapping) and "lambda" in then:
@@ -64,7 +64,7 @@ def lines(
     Raises:
         ConfigError: ``then`` cannot follow, or has no λ.
     """
-    method, parameters = following(then)
+    method, parameters = chained(then)
     first = 1 / len(models.experts) if alpha is None else alpha
     return Substitute(
         method, check_parameters(method, {**parameters.by_key(), "lambda": [first, first + beta]}), models

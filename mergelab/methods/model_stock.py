@@ -16,7 +16,7 @@ from mergelab.weights.align import AlignedModels
 
 
 def interpolation_ratio(sums: Products) -> float:
-    """Answer r = T·c / (1 + (T−1)·c), c the mean cosine over pairs of task vectors, clamped to [0, 1].
+    """Return r = T·c / (1 + (T−1)·c), c the mean cosine over pairs of task vectors, clamped to [0, 1].
 
     A pair of which one is zero counts as orthogonal, so that experts equal to the base stay there.
     """
@@ -32,7 +32,7 @@ def interpolation_ratio(sums: Products) -> float:
 
 
 def model_ratio(models: AlignedModels, *, scope: Literal["tensor", "model"]) -> float | None:
-    """Answer the ratio over all tensors together, or None where each has its own."""
+    """Return the ratio over all tensors together, or None where each has its own."""
     if scope == "tensor" or models.base is None:
         return None
     whole: Products = {}

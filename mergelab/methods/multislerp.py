@@ -13,7 +13,7 @@ from torch import Tensor
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Weights
 from mergelab.ops.gram import RESOLUTION, combined, gram, length
-from mergelab.ops.spherical import MERGEKIT, _origin, check_spherical
+from mergelab.ops.spherical import MERGEKIT, check_spherical, origin
 from mergelab.ops.task_vectors import factors
 
 
@@ -52,7 +52,7 @@ def multislerp(
     Raises:
         ConfigError: the weights add up to 0, or there is no base for the task vectors.
     """
-    start = _origin(base, task_vectors)
+    start = origin(base, task_vectors)
     shares = np.array(factors(weights, len(experts)))
     shares /= math.fsum(shares)
     inner = gram(experts, start)

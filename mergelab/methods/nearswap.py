@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.methods.arcee_fusion import MERGEKIT
-from mergelab.ops.pair import _pair, check_pair
+from mergelab.ops.pair import check_pair, pair_of
 
 
 @merge_method(experts=(1, 2), elementwise=True, check=check_pair, order_matters=True, family="pairwise", paper=MERGEKIT)
@@ -36,5 +36,5 @@ def nearswap(
     Raises:
         ConfigError: one expert and no base.
     """
-    a, b = _pair(base, experts)
+    a, b = pair_of(base, experts)
     return torch.minimum(torch.maximum(b, a - t), a + t)

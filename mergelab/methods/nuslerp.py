@@ -11,7 +11,7 @@ from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Weights
 from mergelab.methods.slerp import arc, slerp
 from mergelab.ops.blocks import BLOCK, blocks, blockwise, working
-from mergelab.ops.spherical import MERGEKIT, _origin, check_spherical
+from mergelab.ops.spherical import MERGEKIT, check_spherical, origin
 from mergelab.ops.task_vectors import factors
 
 
@@ -52,7 +52,7 @@ def nuslerp(
     """
     of_a, of_b = factors(weights, len(experts))
     t = of_b / (of_a + of_b)
-    start = _origin(base, task_vectors)
+    start = origin(base, task_vectors)
     ends = experts if start is None else [blockwise(torch.sub, expert, start) for expert in experts]
     merged = slerp(ends, t=t, threshold=1.0) if flatten else _interpolated(*ends, t=t, row_wise=row_wise)
     return merged if start is None else merged + working(start)
@@ -78,6 +78,6 @@ def _rows(tensor: Tensor, row_wise: bool) -> Tensor:
 
 
 def _cosines(x: Tensor, y: Tensor) -> Tensor:
-    """Answer the cosines between the rows of two float64 matrices, as a column; 1 where a row is zero."""
+    """Return the cosines between the rows of two float64 matrices, as a column; 1 where a row is zero."""
     lengths = x.norm(dim=1, keepdim=True) * y.norm(dim=1, keepdim=True)
     return torch.where(lengths > 0, (x * y).sum(dim=1, keepdim=True) / lengths, 1.0).clamp_(-1, 1)

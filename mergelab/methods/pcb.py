@@ -54,7 +54,7 @@ class Competition:
 
 
 def balance(vectors: Sequence[Tensor], magnitudes: Sequence[Range]) -> list[Tensor]:
-    """Answer the scores exp(T·(x_t² − 1))·tanh(τ_t·Σ_s τ_s), x_t the magnitudes placed in their range.
+    """Return the scores exp(T·(x_t² − 1))·tanh(τ_t·Σ_s τ_s), x_t the magnitudes placed in their range.
 
     Args:
         vectors: blocks in float64.
@@ -69,7 +69,7 @@ def balance(vectors: Sequence[Tensor], magnitudes: Sequence[Range]) -> list[Tens
 
 
 def in_double(vectors: Sequence[Tensor]) -> list[Tensor]:
-    """Answer the vectors in float64."""
+    """Return the vectors in float64."""
     return [vector.double() for vector in vectors]
 
 
@@ -104,7 +104,7 @@ def competition(models: AlignedModels, *, ratio: float) -> Competition:
 
 
 def above_zero(open_: OpenVectors, sign: float) -> OpenVectors:
-    """Answer the vectors times ±1, with 0 (not −0, whose bits would order above all) for what is below 0."""
+    """Return the vectors times ±1, with 0 (not −0, whose bits would order above all) for what is below 0."""
 
     def opened(name: str) -> Vectors:
         read = open_(name)
@@ -127,7 +127,7 @@ def ascending(open_: OpenVectors, sizes: Mapping[str, int], count: int, place: i
 
 
 def largest(open_: OpenVectors, sizes: Mapping[str, int]) -> tuple[float, ...]:
-    """Answer the largest entry of each vector."""
+    """Return the largest entry of each vector."""
 
     def through(chunk: tuple[str, slice]) -> list[float]:
         name, whole = chunk

@@ -18,7 +18,7 @@ from mergelab.weights.align import AlignedModels
 
 
 def unique_scales(models: AlignedModels, *, epsilon: float, r: float, alpha: float) -> tuple[float, ...]:
-    """Answer λ_t = 1 + r·min(ρ_t, α) for each expert, ρ_t the number of its shared entries for each unique one."""
+    """Return λ_t = 1 + r·min(ρ_t, α) for each expert, ρ_t the number of its shared entries for each unique one."""
 
     def counts(name: str) -> list[tuple[int, int]]:
         assert models.base is not None

@@ -14,7 +14,7 @@ from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mergelab.engine.chaining import check_then, following
+from mergelab.engine.chaining import chained, check_then
 from mergelab.engine.method import Substitute, merge_method
 from mergelab.engine.parameters import Weights
 from mergelab.errors import ConfigError, MergeWarning
@@ -74,7 +74,7 @@ def rebasin(
     Raises:
         ConfigError: ``then`` is no method that can follow, or the number of heads is not known.
     """
-    method, parameters = following(then)
+    method, parameters = chained(then)
     reference = models.base if models.base is not None else min(models.experts, key=lambda expert: expert.name)
     shapes = {name: tuple(reference.shape(name)) for name in models.names}
     outside = (*models.ignored, *models.experts_only)
@@ -82,7 +82,7 @@ def rebasin(
         message = "rebasin: knows no hidden units of these models, so the experts are merged in the order they have"
         warnings.warn(message, MergeWarning, stacklevel=2)
         return Substitute(method, parameters, models)
-    groups = head_groups((reference, *models.experts), heads, kv_heads)
+    groups = attention_head_groups((reference, *models.experts), heads, kv_heads)
     permutations = find_permutations(shapes, outside, heads=groups)
 
     def align(expert: TensorSource) -> TensorSource:
@@ -94,8 +94,10 @@ def rebasin(
     return Substitute(method, parameters, replace(models, experts=tuple(in_order(align, models.experts))))
 
 
-def head_groups(sources: Sequence[object], heads: int | None, kv_heads: int | None, method: str = "rebasin") -> int:
-    """Answer how many groups of attention heads there are: of those that share keys and values.
+def attention_head_groups(
+    sources: Sequence[object], heads: int | None, kv_heads: int | None, method: str = "rebasin"
+) -> int:
+    """Return how many groups of attention heads there are: of those that share keys and values.
 
     Args:
         sources: models, some of them perhaps with a config.
@@ -116,7 +118,7 @@ def head_groups(sources: Sequence[object], heads: int | None, kv_heads: int | No
 
 
 def config_of(source: object) -> Mapping[str, Any] | None:
-    """Answer the config of the checkpoint that a source reads, through whatever wraps it."""
+    """Return the config of the checkpoint that a source reads, through whatever wraps it."""
     while source is not None:
         config = getattr(source, "config", None)
         if isinstance(config, Mapping):
@@ -148,7 +150,7 @@ class PermutedSource(WrappedSource):
 def indices(
     permutations: Sequence[Permutation], orders: Orders, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, dict[int, Tensor]]:
-    """Answer, by tensor and axis, which entry comes in each place once the units are in ``orders``."""
+    """Return, by tensor and axis, which entry comes in each place once the units are in ``orders``."""
     result: dict[str, dict[int, Tensor]] = {}
     for permutation in permutations:
         for slot in permutation.slots:
@@ -209,7 +211,7 @@ def similarity(
     permutation: Permutation,
     current: Mapping[str, Mapping[int, Tensor]],
 ) -> NDArray[np.float64]:
-    """Answer ⟨unit i of the reference, unit j of the expert⟩ over all tensors that have these units, in float64.
+    """Return ⟨unit i of the reference, unit j of the expert⟩ over all tensors that have these units, in float64.
 
     The expert's other axes are in the order that ``current`` gives them.
     """

@@ -12,7 +12,7 @@ from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Fraction, Positive, Samples
 from mergelab.errors import MergeWarning
 from mergelab.estimation.examples import Examples
-from mergelab.estimation.input_gram import InputProducts, input_products
+from mergelab.estimation.input_gram import InputGram, input_gram
 from mergelab.methods.soup import soup
 from mergelab.ops.blocks import blocks
 from mergelab.ops.site import Site
@@ -21,11 +21,9 @@ from mergelab.weights.align import AlignedModels
 ENTRIES = 1 << 20  # of a layer's weight that are solved for at once
 
 
-def prepare_products(
-    models: AlignedModels, examples: Examples, *, seed: int, samples: int
-) -> tuple[InputProducts, ...]:
+def prepare_products(models: AlignedModels, examples: Examples, *, seed: int, samples: int) -> tuple[InputGram, ...]:
     """Compute the input products of every expert's linear layers."""
-    return tuple(input_products(examples, expert.name, samples, seed) for expert in models.experts)
+    return tuple(input_gram(examples, expert.name, samples, seed) for expert in models.experts)
 
 
 @merge_method(
@@ -38,7 +36,7 @@ def prepare_products(
 def regmean(
     experts: Sequence[Tensor],
     *,
-    prepared: Sequence[InputProducts],
+    prepared: Sequence[InputGram],
     site: Site,
     alpha: Fraction = 0.9,
     samples: Samples = 1000,
@@ -83,7 +81,7 @@ def solve_layer(
     input_first: bool,
     method: str = "regmean",
 ) -> Tensor:
-    """Answer the weight that minimises Σ_t tr((W − W_t)·Ĝ_t·(W − W_t)ᵀ).
+    """Return the weight that minimises Σ_t tr((W − W_t)·Ĝ_t·(W − W_t)ᵀ).
 
     Args:
         experts: T weights, (out, in), or (in, out) where ``input_first``.
@@ -121,14 +119,14 @@ def solve_layer(
 
 
 def scaled_off_diagonal(product: Tensor, alpha: float) -> Tensor:
-    """Answer α·G + (1−α)·diag(G)."""
+    """Return α·G + (1−α)·diag(G)."""
     scaled = product * alpha
     scaled.diagonal().copy_(product.diagonal())
     return scaled
 
 
 def factorise(system: Tensor, ridge: float, inputs: str) -> Tensor | None:
-    """Answer the Cholesky factor of a symmetric matrix of non-negative eigenvalues; None for a matrix of zeros.
+    """Return the Cholesky factor of a symmetric matrix of non-negative eigenvalues; None for a matrix of zeros.
 
     Where the matrix is singular, a warning says so, and a ridge is added.
     """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Fraction, Positive, Samples
-from mergelab.estimation.disk_cache import kept
+from mergelab.estimation.disk_cache import disk_cached
 from mergelab.estimation.examples import Examples, ExpertExamples
 from mergelab.estimation.input_gram import InputSums, linear_layers
 from mergelab.methods.regmean import solve_layer
@@ -64,7 +64,7 @@ def prepare_layers(
         "names": [sorted(each.parameter_names.items()) for each in drawn],
         "settings": [alpha, ridge],
     }
-    merged, _ = kept(
+    merged, _ = disk_cached(
         examples.folder,
         parts if all(each.key for each in drawn) else None,
         lambda: (_merged(models, drawn, alpha, ridge), {}),
@@ -110,7 +110,7 @@ def _merged(models: AlignedModels, drawn: Sequence[ExpertExamples], alpha: float
 
 
 def _stage_at(own: str, stages: Sequence[Stage]) -> int:
-    """Answer the stage of a parameter that is averaged; −1 outside of blocks."""
+    """Return the stage of a parameter that is averaged; −1 outside of blocks."""
     places = (number for number, stage in enumerate(stages) if stage.place and own.startswith(f"{stage.place}."))
     return next(places, -1)
 

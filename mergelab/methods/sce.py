@@ -18,7 +18,7 @@ from mergelab.weights.numerics import dot
 
 
 def variance(*vectors: Tensor) -> Tensor:
-    """Answer the population variance over the vectors at each entry; exactly 0 where they are equal."""
+    """Return the population variance over the vectors at each entry; exactly 0 where they are equal."""
     each = (1 / len(vectors),) * len(vectors)
     apart = [vector - vectors[0] for vector in vectors]
     mean = weighted_sum(apart, each)

@@ -16,7 +16,7 @@ COLLINEAR = 1e-12  # sin²Ω up to which an arc has no direction that float64 co
 
 
 def arc(cosine: Tensor, t: float, threshold: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Answer the coefficients of two vectors at ``t`` of the arc between them.
+    """Return the coefficients of two vectors at ``t`` of the arc between them.
 
     Args:
         cosine: cos Ω of each pair of vectors, float64; 1 where a vector is zero.

@@ -13,8 +13,8 @@ from mergelab.engine.ties_session import TiesSession
 from mergelab.ops.sign_consensus import (
     Consensus,
     Scope,
-    WeightsAt,
-    ZeroSign,
+    TieBreak,
+    WeightsStage,
     check_pooled,
     check_weights,
     election_factors,
@@ -22,8 +22,8 @@ from mergelab.ops.sign_consensus import (
     prepare_consensus,
 )
 from mergelab.ops.site import Site
-from mergelab.ops.task_vectors import Election, Reduce, agree_, elect_in, factors, resolve_zeros_, trim_
-from mergelab.ops.workspace import Rows
+from mergelab.ops.task_vectors import MajoritySign, Reduce, agree_, elect_in, factors, resolve_zeros_, trim_
+from mergelab.ops.workspace import Workspace
 from mergelab.weights.align import AlignedModels
 
 
@@ -33,9 +33,9 @@ def ties_consensus(
     weights: Sequence[float],
     density: float | Sequence[float],
     scope: Scope,
-    election: Election,
-    zero_sign: ZeroSign,
-    weights_at: WeightsAt,
+    majority_sign: MajoritySign,
+    tie_break: TieBreak,
+    weights_stage: WeightsStage,
 ) -> Mapping[str, Consensus]:
     """Find thresholds and majority signs of the plain task vectors."""
     return prepare_consensus(
@@ -44,9 +44,9 @@ def ties_consensus(
         weights=weights,
         density=density,
         scope=scope,
-        election=election,
-        zero_sign=zero_sign,
-        weights_at=weights_at,
+        majority_sign=majority_sign,
+        tie_break=tie_break,
+        weights_stage=weights_stage,
         memo=models.memo,
     )
 
@@ -72,14 +72,14 @@ def ties(
     *,
     site: Site,
     prepared: Mapping[str, Consensus],
-    rows: Rows,
+    workspace: Workspace,
     density: Densities = 0.2,
     weights: Weights = None,
     scope: Scope = "model",
-    election: Election = "mass",
+    majority_sign: MajoritySign = "total",
     reduce: Reduce = "mean",
-    zero_sign: ZeroSign = "majority",
-    weights_at: WeightsAt = "after",
+    tie_break: TieBreak = "majority",
+    weights_stage: WeightsStage = "reduce",
 ) -> Tensor:
     """Merge task vectors after trimming small entries and resolving sign conflicts.
 
@@ -88,24 +88,24 @@ def ties(
     arXiv:2306.01708).
 
     Departures from the paper, which leaves them open: entries that equal the k-th magnitude all stay, and k is at least
-    1. An entry whose votes cancel exactly takes the sign that was elected at more entries (``zero_sign="majority"``),
+    1. An entry whose votes cancel exactly takes the sign that was elected at more entries (``tie_break="majority"``),
     as the authors' code does; where these are equally many, it is 0, as the paper's formula says (their code takes the
-    negative entries then). ``zero_sign="positive"`` is what PEFT and mergekit do. Weights are an addition: the paper's
-    are 1. ``scope="tensor"`` with ``weights_at="before"`` and ``zero_sign="positive"`` is mergekit's TIES.
+    negative entries then). ``tie_break="positive"`` is what PEFT and mergekit do. Weights are an addition: the paper's
+    are 1. ``scope="tensor"`` with ``weights_stage="elect"`` and ``tie_break="positive"`` is mergekit's TIES.
 
     Args:
         vectors: T task vectors, float32 or float64; they are written over.
         site: whose ``name`` is looked up in ``prepared``.
         prepared: thresholds and tie sign by tensor name.
-        rows: has the vectors, and room for intermediates.
+        workspace: the memory of the vectors and of intermediates.
         density: fraction of entries kept; may be given for each expert, but where they are pooled.
         lambda_: scale of the merged task vector; the engine applies it.
         weights: per expert, at least 0; default 1.
         scope: what the fraction is of: an expert's whole task vector, each tensor of it, or all experts' together.
-        election: by total magnitude or by number of entries.
+        majority_sign: by total magnitude or by number of entries.
         reduce: what is made of the entries that agree: weighted mean, weighted sum, or the largest w·τ̂.
-        zero_sign: the sign of entries whose votes cancel.
-        weights_at: whether weights count from the mean on, or multiply the task vectors before they vote.
+        tie_break: the sign of entries whose votes cancel.
+        weights_stage: whether weights count from the mean on, or multiply the task vectors before they vote.
 
     Returns:
         τ_m, of the vectors' shape and dtype.
@@ -117,5 +117,5 @@ def ties(
     here = prepared[site.name]
     for vector, threshold in zip(vectors, here.thresholds, strict=True):
         trim_(vector, threshold)
-    signs = resolve_zeros_(elect_in(rows, election_factors(shares, weights_at), election), here.tie_sign)
-    return agree_(rows, signs, shares, reduce).mul_(signs)
+    signs = resolve_zeros_(elect_in(workspace, election_factors(shares, weights_stage), majority_sign), here.tie_sign)
+    return agree_(workspace, signs, shares, reduce).mul_(signs)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.ops.layout import is_matrix
-from mergelab.ops.svd import beside, decompose_leading, orthogonalised, tall
+from mergelab.ops.svd import beside, decompose_leading, orthogonalised, tall_matrix
 from mergelab.ops.task_vectors import mean
 
 
@@ -42,6 +42,6 @@ def tsv_m(vectors: Sequence[Tensor]) -> Tensor:
     if not is_matrix(vectors[0]):
         return mean(vectors)
     rank = max(1, min(vectors[0].shape) // len(vectors))
-    parts = [decompose_leading(tall(vector), rank) for vector in vectors]
+    parts = [decompose_leading(tall_matrix(vector), rank) for vector in vectors]
     right = torch.cat([part.right for part in parts], dim=1)
     return orthogonalised(beside(parts), right, torch.cat([part.values for part in parts]), vectors[0])

@@ -80,7 +80,7 @@ def wudi(
 
 
 def _shares(matrix: Tensor, length: float) -> Tensor:
-    """Answer τᵀτ/‖τ‖², from some rows at a time."""
+    """Return τᵀτ/‖τ‖², from some rows at a time."""
     product = matrix.new_zeros(matrix.shape[1], matrix.shape[1])
     for part in blocks(matrix.shape[0], ROWS):
         unit = matrix[part] / length  # before it is squared: float32 has no squares of very small numbers
@@ -89,7 +89,7 @@ def _shares(matrix: Tensor, length: float) -> Tensor:
 
 
 def _descent(linear: Tensor, quadratic: Tensor, steps: int, lr: float) -> Tensor:
-    """Answer how far Adam goes from 0 on tr(D A Dᵀ) + 2·tr(D Bᵀ)."""
+    """Return how far Adam goes from 0 on tr(D A Dᵀ) + 2·tr(D Bᵀ)."""
     distance = torch.zeros_like(linear)
     adam = torch.optim.Adam([distance], lr=lr)
     for _ in range(steps):

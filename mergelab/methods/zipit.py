@@ -19,10 +19,10 @@ from mergelab.engine.method import MergeMethod, Substitute, merge_method
 from mergelab.engine.parameters import Fraction, Samples
 from mergelab.engine.registry import check_parameters
 from mergelab.errors import ConfigError, MergeWarning
-from mergelab.estimation.disk_cache import kept
+from mergelab.estimation.disk_cache import disk_cached
 from mergelab.estimation.examples import Batch, Examples, ExpertExamples
 from mergelab.estimation.features import layer_inputs
-from mergelab.methods.rebasin import config_of, head_groups, place
+from mergelab.methods.rebasin import attention_head_groups, config_of, place
 from mergelab.methods.soup import soup
 from mergelab.ops.blocks import working
 from mergelab.ops.feature_matching import Likeness, Places, zipped
@@ -122,7 +122,7 @@ def zipit(
         return Substitute(method, plain, models)
     drawn = [examples.of(expert.name, samples=samples, seed=seed) for expert in experts]
     told = experts if heads or any(map(config_of, experts)) else (_config_of(drawn[0]),)
-    units = units_of(models, heads=head_groups(told, heads, kv_heads, "zipit"))
+    units = units_of(models, heads=attention_head_groups(told, heads, kv_heads, "zipit"))
     turned = inputs_first(models)
     features = expert_features(examples, drawn, {slot.tensor for unit in units for slot in readers(unit, turned)})
 
@@ -144,7 +144,7 @@ def _config_of(drawn: ExpertExamples) -> SimpleNamespace:
 
 
 def is_whole(unit: Permutation) -> bool:
-    """Tell whether two features of one expert cannot become one."""
+    """Return whether two features of one expert cannot become one."""
     return unit.name.split(".")[0] in ("heads", "residual")
 
 
@@ -174,7 +174,7 @@ def expert_features(
             "examples": [each.key for each in drawn],
             "tokens": tokens,
         }
-        return kept(examples.folder, parts if all(each.key for each in drawn) else None, lambda: run(expert))[0]
+        return disk_cached(examples.folder, parts if all(each.key for each in drawn) else None, lambda: run(expert))[0]
 
     return [of(expert) for expert in drawn]
 
@@ -182,7 +182,7 @@ def expert_features(
 def unit_likeness(
     unit: Permutation, features: Sequence[Mapping[str, Tensor]], slots: Sequence[Slot]
 ) -> Likeness | None:
-    """Answer how the T experts' features correlate, (T·n, T·n); the mean over the layers that read them.
+    """Return how the T experts' features correlate, (T·n, T·n); the mean over the layers that read them.
 
     Of heads, which are several features each, it is the mean over the features that have the same place in their heads.
 
@@ -225,7 +225,7 @@ class Axis:
 def axes_of(
     units: Sequence[Permutation], places: Mapping[str, Places], at: int, models: AlignedModels, turned: frozenset[str]
 ) -> dict[str, dict[int, Axis]]:
-    """Answer what becomes of the tensors of the expert at ``at``, so that the experts' mean is the merged model.
+    """Return what becomes of the tensors of the expert at ``at``, so that the experts' mean is the merged model.
 
     A tensor that writes a group's features is the mean of them all: T times over the group's size in the experts' mean.
     One that reads them adds up what it did with each.

@@ -40,7 +40,7 @@ class MiniSet:
 
 
 def build(task: str, *, progress: Progress | None = None, recipe: Recipe | None = None) -> MiniSet:
-    """Answer ``task``'s miniature, built at first use.
+    """Return ``task``'s miniature, built at first use.
 
     Everything is really trained, on text that the package's grammars generate; the same recipe gives the same weights
     on one platform. What is finished stands in the cache under a name that hashes this package's source and the major

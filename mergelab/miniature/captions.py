@@ -100,7 +100,7 @@ def _alter(rng: random.Random, scene: Scene, part: str) -> Scene:
 
 
 def similarity(first: Scene, second: Scene) -> float:
-    """Answer how much two scenes have in common, from 0 to 5."""
+    """Return how much two scenes have in common, from 0 to 5."""
     shared = WEIGHTS["who"] * _alike(WHO, first.who, second.who)
     shared += WEIGHTS["where"] * _alike(WHERE, first.where, second.where)
     if first.scene == second.scene:

@@ -50,7 +50,7 @@ _IRREGULAR_BY_BASE: Mapping[str, Verb] = {verb.base: verb for verb in _IRREGULAR
 
 
 def verb(base: str) -> Verb:
-    """Answer the five forms of the verb ``base``."""
+    """Return the five forms of the verb ``base``."""
     return _IRREGULAR_BY_BASE.get(base) or _regular(base)
 
 

@@ -41,7 +41,7 @@ class Recipe:
     size: float = 1.0  # less makes a sketch of the miniature, for tests of how it is made
 
     def scaled(self, count: int) -> int:
-        """Answer how many of ``count`` examples are generated."""
+        """Return how many of ``count`` examples are generated."""
         return max(64, round(self.size * count))
 
 

@@ -61,7 +61,7 @@ class Encoded:
     lengths: tuple[int, ...]
 
     def batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Answer the ids and segments of ``rows``, cut to the longest of them."""
+        """Return the ids and segments of ``rows``, cut to the longest of them."""
         longest = max(self.lengths[row] for row in rows)
         at = torch.tensor(rows)
         return self.ids[at, :longest], self.segments[at, :longest]
@@ -214,7 +214,7 @@ class _Pretraining(torch.nn.Module):
         self.text, self.bigrams, self.recipe = text, bigrams, recipe
 
     def loss(self, rows: list[int], generator: torch.Generator) -> Tensor:
-        """Answer the summed losses of ``rows``, with words hidden and swapped as ``generator`` says."""
+        """Return the summed losses of ``rows``, with words hidden and swapped as ``generator`` says."""
         ids, segments = self.text.encoded.batch(rows)
         dice = torch.rand(ids.shape, generator=generator)
         word = ids > MASK

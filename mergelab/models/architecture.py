@@ -157,7 +157,7 @@ def open_generator(folder: Path, model: str) -> nn.Module:
 
 
 def _siblings(module: nn.Module) -> str:
-    """Answer the names of the classes that stand beside a module's in transformers, such as BertForMaskedLM."""
+    """Return the names of the classes that stand beside a module's in transformers, such as BertForMaskedLM."""
     import sys
 
     return " ".join(dir(sys.modules[type(module).__module__]))

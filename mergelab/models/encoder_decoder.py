@@ -41,7 +41,7 @@ _ENCODERS = ("bert-generation", "xlnet")
 
 
 def newly_initialised(folder: Path) -> frozenset[str]:
-    """Answer which tensors of a model that was made here no checkpoint had; of other models nothing is known."""
+    """Return which tensors of a model that was made here no checkpoint had; of other models nothing is known."""
     file = folder / NEW
     return frozenset(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else frozenset()
 
@@ -85,7 +85,7 @@ def warm_start(
 
 
 def made(parts: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
-    """Answer the folder in the cache that ``parts`` name; the first time it is written.
+    """Return the folder in the cache that ``parts`` name; the first time it is written.
 
     Raises:
         ModelError: it cannot be written.
@@ -246,7 +246,7 @@ def _same_tokens(a: Path, b: Path) -> bool:
 
 
 def _token_ids(folder: Path, where: str, given: Mapping[str, int]) -> dict[str, int]:
-    """Answer the ids that generation needs, the user's before the decoder's own.
+    """Return the ids that generation needs, the user's before the decoder's own.
 
     Raises:
         ModelError: there is no token to start or to pad with, or the decoder has no such row.

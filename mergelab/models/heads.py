@@ -56,15 +56,15 @@ class ReorderedSource:
         return self.source.keys()
 
     def aliases(self) -> dict[str, str]:
-        """Answer the further names of tied tensors."""
+        """Return the further names of tied tensors."""
         return self.source.aliases()
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Answer the shape of ``key``."""
+        """Return the shape of ``key``."""
         return self.source.shape(key)
 
     def dtype(self, key: str) -> torch.dtype:
-        """Answer the dtype of ``key``."""
+        """Return the dtype of ``key``."""
         return self.source.dtype(key)
 
     def prefetch(self, key: str) -> None:

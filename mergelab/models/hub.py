@@ -41,7 +41,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def endpoint() -> str:
-    """Answer the hub's address: ``HF_ENDPOINT``, else the public hub's."""
+    """Return the hub's address: ``HF_ENDPOINT``, else the public hub's."""
     from huggingface_hub import constants
 
     return constants.ENDPOINT
@@ -122,13 +122,13 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
 
 
 def commit(path: Path) -> str | None:
-    """Answer the commit hash of a snapshot in the hub's cache, None for any other folder."""
+    """Return the commit hash of a snapshot in the hub's cache, None for any other folder."""
     inside = path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--")
     return path.name if inside and _COMMIT.fullmatch(path.name) else None
 
 
 def dataset_cached(path: str, config: str | None) -> bool:
-    """Tell whether ``datasets`` has prepared this dataset before, so that it loads without network."""
+    """Return whether ``datasets`` has prepared this dataset before, so that it loads without network."""
     from huggingface_hub import constants
 
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets").expanduser()

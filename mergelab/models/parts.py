@@ -19,13 +19,13 @@ from mergelab.weights.naming import modern_name
 from mergelab.weights.source import TensorSource, layout_of
 from mergelab.weights.writer import COMPANIONS, save_folder
 
-Part = Literal["encoder", "decoder"]
+ModelPart = Literal["encoder", "decoder"]
 # What only a decoder beside an encoder has; a checkpoint that stood alone lacks it.
 _CROSS_ATTENTION = ("*crossattention*", "*cross_attn*", "*encoder_attn*", "*EncDecAttention*")
 _PART = re.compile(r"((?:model\.|transformer\.)?(?:encoder|decoder)\.)")
 
 
-def with_part(base: Path, checkpoint: Path, part: Part, *, where: str) -> Path:
+def with_part(base: Path, checkpoint: Path, part: ModelPart, *, where: str) -> Path:
     """Make the model that is ``base`` with a checkpoint's weights in the place of its encoder or decoder.
 
     The checkpoint is an encoder (BERT, a classifier made of one), a decoder (GPT-2), or another whole encoder-decoder
@@ -66,8 +66,8 @@ class _PartSource(RenamedSource):
         return self.label
 
 
-def _exchanged(whole: Checkpoint, other: Checkpoint, part: Part, where: str) -> dict[str, Tensor]:
-    """Answer the tensors, by their names in the whole model, that are the checkpoint's."""
+def _exchanged(whole: Checkpoint, other: Checkpoint, part: ModelPart, where: str) -> dict[str, Tensor]:
+    """Return the tensors, by their names in the whole model, that are the checkpoint's."""
     own = _part_of(whole, part, f"the {part} of the base")
     if own is None:
         raise ModelError(f"{where}.part={part}: the base is no encoder-decoder, of which one part could be exchanged")
@@ -89,7 +89,7 @@ def _exchanged(whole: Checkpoint, other: Checkpoint, part: Part, where: str) -> 
     return {stored[name]: aligned.base.get(name) for name in taken if name in stored}
 
 
-def _part_of(model: Checkpoint, part: Part, label: str) -> _PartSource | None:
+def _part_of(model: Checkpoint, part: ModelPart, label: str) -> _PartSource | None:
     names = [*model.keys(), *model.aliases()]
     prefixes = {prefix for name in names if (prefix := _prefix(name))}
     halves = {prefix.rsplit(".", 2)[-2]: prefix for prefix in sorted(prefixes, key=len, reverse=True)}
@@ -100,12 +100,14 @@ def _part_of(model: Checkpoint, part: Part, label: str) -> _PartSource | None:
 
 
 def _prefix(name: str) -> str:
-    """Answer what the names of an encoder's or decoder's tensors start with; "" for what is in neither."""
+    """Return what the names of an encoder's or decoder's tensors start with; "" for what is in neither."""
     match = _PART.match(name)
     return match[1] if match else ""
 
 
-def _write(folder: Path, whole: Checkpoint, exchanged: Mapping[str, Tensor], other: Checkpoint, part: Part) -> None:
+def _write(
+    folder: Path, whole: Checkpoint, exchanged: Mapping[str, Tensor], other: Checkpoint, part: ModelPart
+) -> None:
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for info in layout_of(whole):
             yield info.name, exchanged.get(info.name, whole.get(info.name)).to(info.dtype)

@@ -103,7 +103,7 @@ def references(models: ModelsConfig) -> list[Reference]:
 
 
 def local_folder(reference: Reference | Pair, where: str) -> Path:
-    """Answer the folder of a model: the user's own, one that the hub's cache has or gets, or that of a joined pair.
+    """Return the folder of a model: the user's own, one that the hub's cache has or gets, or that of a joined pair.
 
     ``where`` is the configuration's key of the reference, for messages.
 

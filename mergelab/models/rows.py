@@ -54,16 +54,16 @@ class RowSource:
         return self.source.keys()
 
     def aliases(self) -> dict[str, str]:
-        """Answer the further names of tied tensors."""
+        """Return the further names of tied tensors."""
         return self.source.aliases()
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Answer the shape of ``key``."""
+        """Return the shape of ``key``."""
         shape = self.source.shape(key)
         return (len(self.model.rows), *shape[1:]) if key in self.vocabulary else shape
 
     def dtype(self, key: str) -> torch.dtype:
-        """Answer the dtype of ``key``: where rows of others are among its own, one that holds both exactly."""
+        """Return the dtype of ``key``: where rows of others are among its own, one that holds both exactly."""
         own = self.source.dtype(key)
         if key not in self.vocabulary or self._is_complete:
             return own
@@ -94,7 +94,7 @@ class RowSource:
         return found
 
     def _of_others(self, key: str, at: Tensor) -> Tensor:
-        """Answer the rows ``at``: the first model's, or where it has none the mean of the models that have the token.
+        """Return the rows ``at``: the first model's, or where it has none the mean of the models that have the token.
 
         The mean is taken in float32 and rounded once, to the first model's dtype. A row that no model has is the mean
         of all the rows of the first one, as transformers makes new rows.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def left_out(names: Sequence[str], leave_out: LeaveOut, *, key: str) -> list[str]:
-    """Answer the tensors of layers that are to be left out of the merge.
+    """Return the tensors of layers that are to be left out of the merge.
 
     Args:
         names: of the models' tensors.

@@ -30,7 +30,7 @@ _TOKENIZER = (
 
 
 def decoder_tokenizer(folder: Path) -> Path:
-    """Answer where the tokenizer is that belongs to what a model writes: for most models the only one."""
+    """Return where the tokenizer is that belongs to what a model writes: for most models the only one."""
     own = folder / DECODER_TOKENIZER
     return own if own.is_dir() else folder
 
@@ -94,7 +94,7 @@ def extended_tokenizer(folder: Path, added: Sequence[AddedToken]) -> Any:
 
 
 def ids_after_adding(folder: Path, added: Sequence[AddedToken]) -> dict[str, int]:
-    """Answer the ids that added tokens have in `extended_tokenizer`.
+    """Return the ids that added tokens have in `extended_tokenizer`.
 
     Raises:
         ModelError: the tokenizer does not take one of them.

@@ -73,7 +73,7 @@ class Vocabulary:
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    """Answer the number of rows of a model's embedding by its ``config.json``; None for models without just one."""
+    """Return the number of rows of a model's embedding by its ``config.json``; None for models without just one."""
     if is_encoder_decoder_pair(config):
         return None
     inner = config.get("text_config")
@@ -109,7 +109,7 @@ def check_vocabularies(models: Sequence[Checkpoint], *, has_base: bool, key: str
     _check_rows([_row_names(model) for model in models], "", ways)
 
 
-class _Rows(NamedTuple):
+class _TokenRows(NamedTuple):
     """A model, how many rows its embedding has, and the folder of the tokenizer that says what they stand for."""
 
     name: str
@@ -117,19 +117,19 @@ class _Rows(NamedTuple):
     folder: Path
 
 
-def _row_names(model: Checkpoint, part: str | None = None) -> _Rows:
+def _row_names(model: Checkpoint, part: str | None = None) -> _TokenRows:
     if part is None:
-        return _Rows(model.name, vocabulary_size(model.config), model.folder)
+        return _TokenRows(model.name, vocabulary_size(model.config), model.folder)
     folder = decoder_tokenizer(model.folder) if part == "decoder" else model.folder
-    return _Rows(model.name, vocabulary_size(model.config[part]), folder)
+    return _TokenRows(model.name, vocabulary_size(model.config[part]), folder)
 
 
-def _check_rows(models: Sequence[_Rows], whose: str, ways: str) -> None:
+def _check_rows(models: Sequence[_TokenRows], whose: str, ways: str) -> None:
     sizes = {model.name: model.size for model in models if model.size is not None}
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ModelError(f"the models' vocabularies{whose} differ in size ({told}): {ways}")
-    contents: dict[bytes, _Rows] = {}
+    contents: dict[bytes, _TokenRows] = {}
     for model in models:
         if model.name in sizes and (content := tokenizer_content(model.folder)) is not None:
             contents.setdefault(content, model)
@@ -320,7 +320,7 @@ class MergedVocabulary:
         return tokenizer
 
     def _resized(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Answer a config with the merged model's number of rows, where it says the number."""
+        """Return a config with the merged model's number of rows, where it says the number."""
         inner = config.get("text_config")
         if isinstance(inner, dict) and "vocab_size" in inner:
             config = {**config, "text_config": {**inner, "vocab_size": self.size}}
@@ -329,7 +329,7 @@ class MergedVocabulary:
         return {**config, "vocab_size": self.size}
 
     def _translated(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        """Answer a config of the model in ``folder`` with its token ids as they are in the merged model.
+        """Return a config of the model in ``folder`` with its token ids as they are in the merged model.
 
         An id whose token the merged model does not have becomes what the first model's config says.
         """

@@ -21,7 +21,7 @@ def blocks(stop: int, size: int = BLOCK, start: int = 0) -> Iterator[slice]:
 
 
 def working(tensor: Tensor) -> Tensor:
-    """Answer ``tensor`` in the dtype that elementwise arithmetic is done in: float64 for float64, else float32."""
+    """Return ``tensor`` in the dtype that elementwise arithmetic is done in: float64 for float64, else float32."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
@@ -46,7 +46,7 @@ def blockwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Tell whether a block has no NaN and no infinity; False also where finite entries are too large to be added up."""
+    """Return whether a block is finite; False also where finite entries are too large to be added up."""
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     wide = tensor.float() if tensor.element_size() == 1 else tensor  # 8-bit floats cannot be added
     return math.isfinite(wide.sum(dtype=dtype).item())

@@ -122,7 +122,7 @@ def match_in_turn(likeness: Likeness, models: int) -> Places:
 
 
 def _greedy_pairs(likeness: Likeness) -> Places:
-    """Answer for each row the column that it is paired with, the likest pair first."""
+    """Return for each row the column that it is paired with, the likest pair first."""
     open_rows, taken = np.ones(len(likeness), dtype=bool), np.zeros(len(likeness), dtype=bool)
     likest: Places = likeness.argmax(1)
     bound = likeness.max(1)

@@ -25,7 +25,7 @@ RESOLUTION = 1e-7  # lengths of sums of unit vectors below this are lost in the 
 
 
 def gram(experts: Sequence[Tensor], origin: Tensor | None = None) -> Array:
-    """Answer the T×T matrix (θ_i − o)·(θ_j − o), accumulated in float64; without an origin, o is 0."""
+    """Return the T×T matrix (θ_i − o)·(θ_j − o), accumulated in float64; without an origin, o is 0."""
     count = len(experts)
     if origin is None:
         pairs = combinations_with_replacement(range(count), 2)
@@ -39,12 +39,12 @@ def gram(experts: Sequence[Tensor], origin: Tensor | None = None) -> Array:
 
 
 def length(coefficients: Array, inner: Array) -> float:
-    """Answer ‖Σ c_t x_t‖, given the inner products of the x_t."""
+    """Return ‖Σ c_t x_t‖, given the inner products of the x_t."""
     return math.sqrt(max(0.0, float(coefficients @ inner @ coefficients)))
 
 
 def combined(experts: Sequence[Tensor], coefficients: Sequence[float] | Array, origin: Tensor | None = None) -> Tensor:
-    """Answer o + Σ c_t (θ_t − o), in float32 (float64 for float64 inputs); without an origin, o is 0."""
+    """Return o + Σ c_t (θ_t − o), in float32 (float64 for float64 inputs); without an origin, o is 0."""
     factors = [float(coefficient) for coefficient in coefficients]
     if origin is None:
         return blockwise(lambda *ends: weighted_sum(ends, factors), *experts)
@@ -59,7 +59,7 @@ Products = dict[tuple[int, int], list[float]]
 
 
 def products(base: Tensor, experts: Sequence[Tensor]) -> Products:
-    """Answer τ_i·τ_j for every pair of task vectors (i ≤ j), in float64, as summands over blocks of the tensor."""
+    """Return τ_i·τ_j for every pair of task vectors (i ≤ j), in float64, as summands over blocks of the tensor."""
     start = base.reshape(-1)
     ends = [expert.reshape(-1) for expert in experts]
     sums: Products = {pair: [] for pair in combinations_with_replacement(range(len(experts)), 2)}

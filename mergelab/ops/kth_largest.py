@@ -35,7 +35,7 @@ GATHER = 16  # a bracket that holds this many times what was expected is given u
 
 
 def rank_of(density: float, length: int) -> int:
-    """Answer how many entries ``density`` keeps: ``int(density · length)``, at least one."""
+    """Return how many entries ``density`` keeps: ``int(density · length)``, at least one."""
     return max(1, int(density * length))
 
 
@@ -76,7 +76,7 @@ def kth_largest(
 
 
 def _ranked(entries: Array, rank: int) -> float:
-    """Answer the entry of ``rank``, counted from the largest, which has rank 1; the entries are reordered."""
+    """Return the entry of ``rank``, counted from the largest, which has rank 1; the entries are reordered."""
     entries.partition(len(entries) - rank)
     return float(entries[len(entries) - rank])
 
@@ -88,7 +88,7 @@ class _Data:
     pooled: bool
 
     def over(self, work: Callable[[int, Array], Result]) -> Iterator[tuple[int, Result]]:
-        """Answer what ``work`` makes of every block, with the group it counts for: its vector's index, 0 if pooled.
+        """Return what ``work`` makes of every block, with the group it counts for: its vector's index, 0 if pooled.
 
         ``work`` is called with the group and the block, in several threads.
         """
@@ -236,7 +236,7 @@ def _divided(entries: Array, bracket: _Bracket, *, gather: bool) -> tuple[int, A
 
 
 def _is_at(data: _Data, group: int, value: float, rank: int) -> bool:
-    """Tell whether the entry of ``rank`` equals ``value``."""
+    """Return whether the entry of ``rank`` equals ``value``."""
 
     def look(index: int, entries: Array) -> tuple[int, int]:
         if index != group:

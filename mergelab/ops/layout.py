@@ -15,7 +15,7 @@ EMBEDDINGS = re.compile(
 
 
 def is_embedding(name: str) -> bool:
-    """Tell whether a matrix is a table that is looked up, by its name."""
+    """Return whether a matrix is a table that is looked up, by its name."""
     return EMBEDDINGS.search(name) is not None
 
 
@@ -32,5 +32,5 @@ def inputs_first(models: AlignedModels) -> frozenset[str]:
 
 
 def is_matrix(tensor: Tensor) -> bool:
-    """Tell whether a tensor has two dimensions, and entries."""
+    """Return whether a tensor has two dimensions, and entries."""
     return tensor.ndim == 2 and tensor.numel() > 0

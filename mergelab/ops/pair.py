@@ -16,8 +16,8 @@ def check_pair(models: AlignedModels) -> None:
         raise ConfigError("models.experts: one alone is given; two models are merged: two experts, or a base and one")
 
 
-def _pair(base: Tensor | None, experts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Answer the model that is drawn and the one it is drawn towards."""
+def pair_of(base: Tensor | None, experts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the model that is drawn and the one it is drawn towards."""
     if len(experts) == 2:
         return experts[0], experts[1]
     assert base is not None

@@ -136,7 +136,7 @@ def _family(names: Collection[str]) -> Table | None:
 
 
 def _axes(table: Table, name: str) -> dict[int, str] | None:
-    """Answer what the axes of a tensor run over; None for a tensor that the table does not know."""
+    """Return what the axes of a tensor run over; None for a tensor that the table does not know."""
     for pattern, axes in table:
         if match := re.fullmatch(rf"(?:\w+\.)?{pattern}", name):
             number = match.group(1) if match.re.groups else ""
@@ -185,5 +185,5 @@ def _plain(
 
 
 def _is_read(unit: str, places: Sequence[tuple[str, int]]) -> bool:
-    """Tell whether something reads the units, so that their order is not that of the model's output."""
+    """Return whether something reads the units, so that their order is not that of the model's output."""
     return unit not in ("pooled", "classified") or any(axis == 1 for _, axis in places)

@@ -17,7 +17,7 @@ WORDS = 8  # 32-bit words that one step of the counter gives
 
 @lru_cache(maxsize=4096)
 def stream_key(seed: int, *names: str) -> int:
-    """Answer a 128-bit key for what the numbers are for, e.g. ``stream_key(seed, expert, tensor)``."""
+    """Return a 128-bit key for what the numbers are for, e.g. ``stream_key(seed, expert, tensor)``."""
     digest = hashlib.blake2b(digest_size=16, person=b"mergelab")
     for part in (str(seed), *names):
         encoded = part.encode()
@@ -26,7 +26,7 @@ def stream_key(seed: int, *names: str) -> int:
 
 
 def words(key: int, start: int, count: int) -> NDArray[np.uint32]:
-    """Answer the numbers from ``start`` on of the stream ``key``: ``count`` integers, uniform over 32 bits."""
+    """Return the numbers from ``start`` on of the stream ``key``: ``count`` integers, uniform over 32 bits."""
     first, lead = divmod(start, WORDS)
     steps = -(-(lead + count) // WORDS)
     raw = np.random.Philox(key=key, counter=first).random_raw(steps * WORDS // 2)

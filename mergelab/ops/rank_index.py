@@ -37,7 +37,7 @@ class Run:
     entries: NDArray[Any]
 
     def group(self, upper: int) -> NDArray[Any]:
-        """Answer the entries with these upper bits."""
+        """Return the entries with these upper bits."""
         at = upper - self.first
         if not 0 <= at < len(self.starts) - 1:
             return self.entries[:0]
@@ -98,7 +98,7 @@ def rank_each(open_: Open, sizes: Mapping[str, int], vectors: int) -> dict[str, 
 
 
 def together(parts: Sequence[Ranked]) -> Ranked:
-    """Answer the concatenation of parts of a vector."""
+    """Return the concatenation of parts of a vector."""
     return Ranked(
         *_counted([(part.first, part.below) for part in parts]), tuple(r for part in parts for r in part.runs)
     )
@@ -116,7 +116,7 @@ def kth_of(vectors: Sequence[Ranked], density: float, *, pooled: bool = False) -
 
 
 def _selected(vectors: Sequence[Ranked], density: float) -> float:
-    """Answer the smallest entry that ``density`` keeps of all the vectors' entries together."""
+    """Return the smallest entry that ``density`` keeps of all the vectors' entries together."""
     whole = vectors[0] if len(vectors) == 1 else together(vectors)
     first, below = whole.first, whole.below
     total = int(below[-1])

@@ -14,14 +14,14 @@ from mergelab.errors import ConfigError, listed
 from mergelab.ops.blocks import blocks, working
 from mergelab.ops.kth_largest import Array, Open, kth_largest
 from mergelab.ops.rank_index import Ranked, kth_of, rank_each, together
-from mergelab.ops.task_vectors import Election, difference_into, elect, trim_
+from mergelab.ops.task_vectors import MajoritySign, difference_into, elect, trim_
 from mergelab.ops.threads import chunks, in_order
 from mergelab.ops.workspace import mapped
 from mergelab.weights.align import AlignedModels
 
 Scope = Literal["model", "tensor", "pooled"]
-ZeroSign = Literal["majority", "positive", "zero"]
-WeightsAt = Literal["after", "before"]
+TieBreak = Literal["majority", "positive", "zero"]
+WeightsStage = Literal["reduce", "elect"]
 # Answers the T task vectors' entries in a slice of a tensor: differences, or what a method makes of them first. They
 # may be written into, and are overwritten by the next that are asked for.
 Vectors = Callable[[slice], list[Tensor]]
@@ -50,7 +50,7 @@ class Consensus:
 
 
 def open_task_vectors(models: AlignedModels, name: str, *, only: slice = slice(None)) -> Vectors:
-    """Answer access to the experts' task vectors in tensor ``name``, or to those of some of them, on the CPU."""
+    """Return access to the experts' task vectors in tensor ``name``, or to those of some of them, on the CPU."""
     assert models.base is not None
     base = models.base.get(name).reshape(-1)
     experts = [expert.get(name).reshape(-1) for expert in models.experts[only]]
@@ -77,9 +77,9 @@ def prepare_consensus(
     weights: Sequence[float],
     density: float | Sequence[float] | None,
     scope: Scope,
-    election: Election,
-    zero_sign: ZeroSign,
-    weights_at: WeightsAt,
+    majority_sign: MajoritySign,
+    tie_break: TieBreak,
+    weights_stage: WeightsStage,
     memo: dict[str, Any] | None = None,
 ) -> Mapping[str, Consensus]:
     """Find each tensor's trimming thresholds and the sign of its ties.
@@ -90,7 +90,7 @@ def prepare_consensus(
         weights: one factor per expert.
         density: fraction of entries to keep, of all experts or of each; None: no trimming.
         scope: what the fraction is of, and over what the majority is counted.
-        election, zero_sign, weights_at: as for the method.
+        majority_sign, tie_break, weights_stage: as for the method.
         memo: keeps the vectors' grouped magnitudes for the next time, where the vectors will be the same.
 
     Returns:
@@ -99,13 +99,13 @@ def prepare_consensus(
     assert models.base is not None
     sizes = {name: _entries(models.base.shape(name)) for name in models.names}
     thresholds = find_thresholds(open_vectors, sizes, density, scope, models, memo)
-    signs = dict.fromkeys(sizes, 1.0 if zero_sign == "positive" else 0.0)
-    if zero_sign == "majority":
-        votes = election_factors(weights, weights_at)
+    signs = dict.fromkeys(sizes, 1.0 if tie_break == "positive" else 0.0)
+    if tie_break == "majority":
+        votes = election_factors(weights, weights_stage)
 
         def count(place: tuple[str, slice]) -> tuple[str, int]:
             name, chunk = place
-            return name, _surplus(open_vectors(name), chunk, thresholds[name], votes, election)
+            return name, _surplus(open_vectors(name), chunk, thresholds[name], votes, majority_sign)
 
         surplus = dict.fromkeys(sizes, 0)
         for name, more in in_order(count, chunks(sizes)):
@@ -123,7 +123,7 @@ def find_thresholds(
     models: AlignedModels,
     memo: dict[str, Any] | None = None,
 ) -> dict[str, tuple[float, ...]]:
-    """Answer for each tensor the experts' thresholds: the k-th largest magnitudes, k = max(1, int(density · n)).
+    """Return for each tensor the experts' thresholds: the k-th largest magnitudes, k = max(1, int(density · n)).
 
     n counts the entries of an expert's task vector over all tensors, those of one tensor, or those of all experts.
     With ``memo`` the vectors must be the plain task vectors; when a second density is asked for, their magnitudes are
@@ -154,7 +154,7 @@ def find_thresholds(
 def _thresholds_of_each(
     open_vectors: OpenVectors, sizes: Mapping[str, int], density: Sequence[float], scope: Scope, models: AlignedModels
 ) -> dict[str, tuple[float, ...]]:
-    """Answer the thresholds where every expert has a density of its own."""
+    """Return the thresholds where every expert has a density of its own."""
 
     def of_one(at: int) -> dict[str, tuple[float, ...]]:
         def open_one(name: str, /, *, only: slice = slice(None)) -> Vectors:
@@ -176,7 +176,7 @@ def _looked_up(
     scope: Scope,
     memo: dict[str, Any],
 ) -> dict[str, tuple[float, ...]]:
-    """Answer thresholds from the task vectors' grouped magnitudes; these are made when they are first needed."""
+    """Return thresholds from the task vectors' grouped magnitudes; these are made when they are first needed."""
     count = len(models.experts)
     if "ranked" not in memo:
         memo["ranked"] = rank_each(_magnitudes(partial(open_task_vectors, models), dtype), sizes, count)
@@ -192,9 +192,9 @@ def _looked_up(
     return dict.fromkeys(sizes, tuple(threshold for (threshold,) in each))
 
 
-def election_factors(weights: Sequence[float], weights_at: WeightsAt) -> tuple[float, ...]:
-    """Answer the factors that task vectors are multiplied by before they vote."""
-    return tuple(weights) if weights_at == "before" else (1.0,) * len(weights)
+def election_factors(weights: Sequence[float], weights_stage: WeightsStage) -> tuple[float, ...]:
+    """Return the factors that task vectors are multiplied by before they vote."""
+    return tuple(weights) if weights_stage == "elect" else (1.0,) * len(weights)
 
 
 def check_weights(weights: Sequence[float]) -> None:
@@ -227,16 +227,16 @@ def _magnitudes(open_vectors: OpenVectors, dtype: torch.dtype) -> Open:
 
 
 def _surplus(
-    read: Vectors, chunk: slice, thresholds: Sequence[float], weights: Sequence[float], election: Election
+    read: Vectors, chunk: slice, thresholds: Sequence[float], weights: Sequence[float], majority_sign: MajoritySign
 ) -> int:
-    """Answer how many more entries of a part of a tensor are elected positive than negative."""
+    """Return how many more entries of a part of a tensor are elected positive than negative."""
     surplus = 0
     for part in blocks(chunk.stop, start=chunk.start):
         trimmed = [trim_(vector, threshold) for vector, threshold in zip(read(part), thresholds, strict=True)]
-        surplus += int(elect(trimmed, weights, election).sum())  # exact: a block has fewer than 2^24 entries
+        surplus += int(elect(trimmed, weights, majority_sign).sum())  # exact: a block has fewer than 2^24 entries
     return surplus
 
 
 def sign_of(count: int) -> float:
-    """Answer −1, 0 or 1."""
+    """Return −1, 0 or 1."""
     return float((count > 0) - (count < 0))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mergelab.ops.blocks import BLOCK, blocks, blockwise
-from mergelab.ops.sign_consensus import WeightsAt, ZeroSign, election_factors
+from mergelab.ops.sign_consensus import TieBreak, WeightsStage, election_factors
 from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import (
-    Election,
+    MajoritySign,
     Reduce,
     disjoint_reduce,
     elect,
@@ -57,7 +57,7 @@ def ranked_magnitudes(lines: Tensor, ranks: Sequence[int]) -> list[Tensor]:
 
 
 def summed(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Answer Σ w_t x_t of whole tensors."""
+    """Return Σ w_t x_t of whole tensors."""
     return blockwise(lambda *parts: weighted_sum(parts, weights), *vectors)
 
 
@@ -66,15 +66,15 @@ def agreed(
     weights: Sequence[float],
     tie_sign: float,
     *,
-    election: Election,
+    majority_sign: MajoritySign,
     reduce: Reduce,
-    weights_at: WeightsAt,
+    weights_stage: WeightsStage,
 ) -> Tensor:
     """Elect signs and combine what agrees, as TIES does, of whole tensors."""
-    votes = election_factors(weights, weights_at)
+    votes = election_factors(weights, weights_stage)
 
     def combine(*parts: Tensor) -> Tensor:
-        return disjoint_reduce(parts, resolve_zeros_(elect(parts, votes, election), tie_sign), weights, reduce)
+        return disjoint_reduce(parts, resolve_zeros_(elect(parts, votes, majority_sign), tie_sign), weights, reduce)
 
     return blockwise(combine, *vectors)
 
@@ -85,18 +85,18 @@ def sign_of_ties(
     *,
     seed: int,
     weights: Sequence[float],
-    election: Election,
-    zero_sign: ZeroSign,
-    weights_at: WeightsAt,
+    majority_sign: MajoritySign,
+    tie_break: TieBreak,
+    weights_stage: WeightsStage,
 ) -> float:
-    """Answer the sign of entries whose votes cancel: that which more entries of the sparsified models elect.
+    """Return the sign of entries whose votes cancel: that which more entries of the sparsified models elect.
 
     Returns:
-        −1, 0 or 1; found without reading the models where ``zero_sign`` says it.
+        −1, 0 or 1; found without reading the models where ``tie_break`` says it.
     """
-    if zero_sign != "majority":
-        return 1.0 if zero_sign == "positive" else 0.0
-    votes = election_factors(weights, weights_at)
+    if tie_break != "majority":
+        return 1.0 if tie_break == "positive" else 0.0
+    votes = election_factors(weights, weights_stage)
     experts = tuple(expert.name for expert in models.experts)
 
     def surplus(name: str) -> int:
@@ -105,7 +105,7 @@ def sign_of_ties(
         site = Site(name, experts, tuple(models.base.shape(name)), seed=seed)
         flat = [vector.reshape(-1) for vector in sparsify(vectors, site)]
         parts = blocks(flat[0].numel())  # a block has fewer than 2^24 entries, so its sum is exact
-        return sum(int(elect([vector[part] for vector in flat], votes, election).sum()) for part in parts)
+        return sum(int(elect([vector[part] for vector in flat], votes, majority_sign).sum()) for part in parts)
 
     total = sum(in_order(surplus, models.names, ahead=1))
     return float((total > 0) - (total < 0))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergelab.ops.svd import (
-    Tall,
+    TallMatrix,
     Triplets,
     decompose,
     decompose_leading,
@@ -22,7 +22,7 @@ from mergelab.ops.svd import (
 from mergelab.weights.numerics import norm
 
 
-def _with_own(matrices: Sequence[Tall], outputs_are_columns: bool, common_fraction: float, like: Tensor) -> Tensor:
+def with_own(matrices: Sequence[TallMatrix], outputs_are_columns: bool, common_fraction: float, like: Tensor) -> Tensor:
     """Merge tall matrices as `iso_cts` does."""
     common_rank, own_rank = directions(matrices[0].columns, len(matrices), common_fraction)
     whole = total(matrices)
@@ -45,11 +45,11 @@ def _with_own(matrices: Sequence[Tall], outputs_are_columns: bool, common_fracti
     values = torch.cat([common.values, *(each.values for each in own)])
     right = torch.cat([common.right, *(each.right for each in own)], dim=1)
     level = values.sum() / matrices[0].columns
-    return orthogonalised(Tall(left, whole.rows, len(values)), right, level.expand_as(values), like)
+    return orthogonalised(TallMatrix(left, whole.rows, len(values)), right, level.expand_as(values), like)
 
 
 def directions(rank: int, tasks: int, common_fraction: float) -> tuple[int, int]:
-    """Answer how many directions are common, and how many each task has of its own."""
+    """Return how many directions are common, and how many each task has of its own."""
     own = min(rank // tasks, round((rank - int(rank * common_fraction)) / tasks))
     return rank - own * tasks, own
 
@@ -70,15 +70,15 @@ class Own:
     of_whole: Tensor
 
 
-def within(matrix: Tall, space: Tensor, rank: int) -> Own:
+def within(matrix: TallMatrix, space: Tensor, rank: int) -> Own:
     """Decompose X C Cᵀ for a C of few orthonormal columns; that is X − X V Vᵀ where C spans what V does not."""
-    inside = Tall(lambda part: matrix.read(part) @ space, matrix.rows, space.shape[1])
+    inside = TallMatrix(lambda part: matrix.read(part) @ space, matrix.rows, space.shape[1])
     found = decompose_leading(inside, rank, size=_size(matrix))
     right = space @ found.right
     return Own(found.values, right, right / found.values, torch.zeros_like(right))
 
 
-def without_left(matrix: Tall, common: Triplets, rank: int) -> Own:
+def without_left(matrix: TallMatrix, common: Triplets, rank: int) -> Own:
     """Decompose X − U Uᵀ X for the common U = S V/σ, S the matrix that the common triplets are of."""
     whole, scaled = common.matrix, common.right / common.values
     own = common.right.new_zeros(matrix.columns, matrix.columns)
@@ -94,11 +94,11 @@ def without_left(matrix: Tall, common: Triplets, rank: int) -> Own:
         return matrix.read(part) - whole.read(part) @ share
 
     size = float(own.trace().sqrt())
-    rest = Tall(read, matrix.rows, matrix.columns)
+    rest = TallMatrix(read, matrix.rows, matrix.columns)
     found = decompose_leading(rest, rank, size=size, gram=own - self_product(seen))
     of_own = found.right / found.values
     return Own(found.values, found.right, of_own, share @ of_own)
 
 
-def _size(matrix: Tall) -> float:
+def _size(matrix: TallMatrix) -> float:
     return math.hypot(*(norm(matrix.read(part)) for part in matrix.parts()))

@@ -21,5 +21,6 @@ def check_spherical(models: AlignedModels, weights: Sequence[float], task_vector
         raise ConfigError("method.task_vectors=True: needs a base model, and none is given (models.base)")
 
 
-def _origin(base: Tensor | None, task_vectors: bool | None) -> Tensor | None:
+def origin(base: Tensor | None, task_vectors: bool | None) -> Tensor | None:
+    """Return what the directions start from: the base, or None for the weights themselves."""
     return None if task_vectors is False else base

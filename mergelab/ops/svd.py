@@ -15,7 +15,7 @@ from torch import Tensor
 from mergelab.ops.blocks import blocks
 
 # Answers the rows in a slice, float64.
-Rows = Callable[[slice], Tensor]
+ReadRows = Callable[[slice], Tensor]
 
 ROWS = 2048  # rows that are in memory at once
 COLUMNS = 192  # columns of a symmetric product that are multiplied at once
@@ -24,7 +24,7 @@ SHARED = 1e-10  # eigenvalues of a Gram matrix of unit vectors that are this sma
 
 
 @dataclass(frozen=True)
-class Tall:
+class TallMatrix:
     """A matrix of at least as many rows as columns.
 
     Attributes:
@@ -32,7 +32,7 @@ class Tall:
         rows, columns: its shape.
     """
 
-    read: Rows
+    read: ReadRows
     rows: int
     columns: int
 
@@ -51,32 +51,32 @@ class Triplets:
         right: (columns, r) V.
     """
 
-    matrix: Tall
+    matrix: TallMatrix
     values: Tensor
     right: Tensor
 
     def left(self, part: slice) -> Tensor:
-        """Answer rows of U: X·V/σ."""
+        """Return rows of U: X·V/σ."""
         return self.matrix.read(part) @ (self.right / self.values)
 
     def leading(self, rank: int) -> Triplets:
-        """Answer the first ``rank`` of them, or all where there are fewer."""
+        """Return the first ``rank`` of them, or all where there are fewer."""
         return Triplets(self.matrix, self.values[:rank], self.right[:, :rank])
 
 
 def is_wide(shape: Sequence[int]) -> bool:
-    """Tell whether a matrix has to be transposed to be tall."""
+    """Return whether a matrix has to be transposed to be tall."""
     return shape[0] < shape[1]
 
 
-def tall(tensor: Tensor) -> Tall:
+def tall_matrix(tensor: Tensor) -> TallMatrix:
     """View a matrix, or its transpose where it is wide, as a tall one."""
     upright = tensor.T if is_wide(tensor.shape) else tensor
-    return Tall(lambda part: upright[part].double(), *upright.shape)
+    return TallMatrix(lambda part: upright[part].double(), *upright.shape)
 
 
-def total(matrices: Sequence[Tall]) -> Tall:
-    """Answer the sum of matrices of one shape."""
+def total(matrices: Sequence[TallMatrix]) -> TallMatrix:
+    """Return the sum of matrices of one shape."""
     first, *others = matrices
 
     def read(part: slice) -> Tensor:
@@ -85,11 +85,11 @@ def total(matrices: Sequence[Tall]) -> Tall:
             rows += matrix.read(part)
         return rows
 
-    return Tall(read, first.rows, first.columns)
+    return TallMatrix(read, first.rows, first.columns)
 
 
-def decompose(matrix: Tall, *, size: float = 0.0) -> Triplets:
-    """Answer all singular triplets but those whose σ is 0 within rounding, m·ε·σ_1, so that the vectors are arbitrary.
+def decompose(matrix: TallMatrix, *, size: float = 0.0) -> Triplets:
+    """Return all singular triplets but those whose σ is 0 within rounding, m·ε·σ_1, so that the vectors are arbitrary.
 
     The matrix is reduced to a triangle by QR decompositions, block by block, and the triangle decomposed: nothing is
     squared, so small singular values are as accurate as float64 allows.
@@ -108,8 +108,8 @@ def decompose(matrix: Tall, *, size: float = 0.0) -> Triplets:
     return _without_zeros(matrix, values, right.T, size)
 
 
-def decompose_leading(matrix: Tall, rank: int, *, size: float = 0.0, gram: Tensor | None = None) -> Triplets:
-    """Answer the ``rank`` largest singular triplets, fewer where others are 0 within rounding.
+def decompose_leading(matrix: TallMatrix, rank: int, *, size: float = 0.0, gram: Tensor | None = None) -> Triplets:
+    """Return the ``rank`` largest singular triplets, fewer where others are 0 within rounding.
 
     They are the eigenvectors of XᵀX as long as squaring loses nothing that counts; else as `decompose` finds them.
 
@@ -128,16 +128,16 @@ def decompose_leading(matrix: Tall, rank: int, *, size: float = 0.0, gram: Tenso
     return Triplets(matrix, values, vectors.flip(1)[:, :rank])
 
 
-def beside(parts: Sequence[Triplets]) -> Tall:
+def beside(parts: Sequence[Triplets]) -> TallMatrix:
     """View the left vectors of several matrices' triplets as one matrix, [U_1 … U_T]."""
 
     def left(rows: slice) -> Tensor:
         return torch.cat([part.left(rows) for part in parts], dim=1)
 
-    return Tall(left, parts[0].matrix.rows, sum(len(part.values) for part in parts))
+    return TallMatrix(left, parts[0].matrix.rows, sum(len(part.values) for part in parts))
 
 
-def orthogonalised(left: Tall, right: Tensor, spectrum: Tensor, like: Tensor) -> Tensor:
+def orthogonalised(left: TallMatrix, right: Tensor, spectrum: Tensor, like: Tensor) -> Tensor:
     """Put triplets of several matrices together after making their vectors orthonormal on either side.
 
     Ũ·diag(s)·Ṽᵀ with Ũ = U(UᵀU)^−½ for U = [U_1 … U_T], the nearest matrix of orthonormal columns (Procrustes), and Ṽ
@@ -156,8 +156,8 @@ def orthogonalised(left: Tall, right: Tensor, spectrum: Tensor, like: Tensor) ->
     return assembled(left, inner, like)
 
 
-def assembled(left: Tall, right: Tensor, like: Tensor) -> Tensor:
-    """Answer the product of a matrix read in blocks and a small one, transposed where ``like`` is wide."""
+def assembled(left: TallMatrix, right: Tensor, like: Tensor) -> Tensor:
+    """Return the product of a matrix read in blocks and a small one, transposed where ``like`` is wide."""
     result = torch.empty_like(like, memory_format=torch.contiguous_format)
     upright = result.T if is_wide(like.shape) else result
     for part in left.parts():
@@ -166,7 +166,7 @@ def assembled(left: Tall, right: Tensor, like: Tensor) -> Tensor:
 
 
 def self_product(matrix: Tensor) -> Tensor:
-    """Answer XᵀX, each pair of columns multiplied once."""
+    """Return XᵀX, each pair of columns multiplied once."""
     columns = matrix.shape[1]
     product = matrix.new_empty(columns, columns)
     for part in blocks(columns, COLUMNS):
@@ -176,22 +176,22 @@ def self_product(matrix: Tensor) -> Tensor:
     return product
 
 
-def _without_zeros(matrix: Tall, values: Tensor, right: Tensor, size: float) -> Triplets:
+def _without_zeros(matrix: TallMatrix, values: Tensor, right: Tensor, size: float) -> Triplets:
     kept = int((values > _zero(matrix, values, size)).sum())
     return Triplets(matrix, values[:kept], right[:, :kept])
 
 
-def _zero(matrix: Tall, values: Tensor, size: float) -> float:
+def _zero(matrix: TallMatrix, values: Tensor, size: float) -> float:
     return matrix.rows * torch.finfo(values.dtype).eps * max(float(values[0]), size)
 
 
-def _gram(matrix: Tall) -> Tensor:
+def _gram(matrix: TallMatrix) -> Tensor:
     products = [self_product(rows) for rows in map(matrix.read, matrix.parts())]
     return torch.stack(products).sum(0) if len(products) > 1 else products[0]
 
 
 def _inverse_root(gram: Tensor) -> Tensor:
-    """Answer G^−½ on the directions that G has."""
+    """Return G^−½ on the directions that G has."""
     squares, vectors = torch.linalg.eigh(gram)
     kept = squares > SHARED * squares[-1]
     root: Tensor = (vectors[:, kept] / squares[kept].sqrt()) @ vectors[:, kept].T

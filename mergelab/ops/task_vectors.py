@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from mergelab.ops.blocks import working
-from mergelab.ops.workspace import INTERMEDIATE, Rows
+from mergelab.ops.workspace import INTERMEDIATE, Workspace
 
-Election = Literal["mass", "count"]
+MajoritySign = Literal["total", "frequency"]
 Reduce = Literal["mean", "sum", "max"]
 
 
 def task_vectors(base: Tensor, experts: Sequence[Tensor]) -> list[Tensor]:
-    """Answer τ_t = θ_t − θ0 for each expert, in float32 (float64 where a tensor is float64)."""
+    """Return τ_t = θ_t − θ0 for each expert, in float32 (float64 where a tensor is float64)."""
     start = working(base)
     return [working(expert) - start for expert in experts]
 
@@ -43,7 +43,7 @@ def difference_into(row: Tensor, expert: Tensor, start: Tensor) -> Tensor:
 
 
 def factors(weights: Sequence[float] | Mapping[str, float] | None, count: int) -> tuple[float, ...]:
-    """Answer one factor per expert: the resolved ``weights``, or ones.
+    """Return one factor per expert: the resolved ``weights``, or ones.
 
     Raises:
         ValueError: the weights are by name (only the engine knows names), or not ``count`` many.
@@ -56,7 +56,7 @@ def factors(weights: Sequence[float] | Mapping[str, float] | None, count: int) -
 
 
 def of_each(number: float | Sequence[float], count: int) -> tuple[float, ...]:
-    """Answer one number per expert: those given, or the same for all.
+    """Return one number per expert: those given, or the same for all.
 
     Raises:
         ValueError: there are not ``count`` of them.
@@ -73,7 +73,7 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Answer Σ w_t x_t, product and sum each rounded (a fused multiply-add would differ between machines)."""
+    """Return Σ w_t x_t, product and sum each rounded (a fused multiply-add would differ between machines)."""
     total = tensors[0] * weights[0]
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
         total += scaled(tensor, weight)
@@ -89,7 +89,7 @@ def trim_(task_vector: Tensor, threshold: float) -> Tensor:
 
 @lru_cache(maxsize=4096)
 def just_below(threshold: float, dtype: torch.dtype) -> float:
-    """Answer the largest number of ``dtype`` under ``threshold``: hardshrink keeps what is larger than its bound."""
+    """Return the largest number of ``dtype`` under ``threshold``: hardshrink keeps what is larger than its bound."""
     bound = torch.tensor(threshold, dtype=dtype)
     if bound.item() >= threshold:
         bound = torch.nextafter(bound, torch.tensor(-math.inf, dtype=dtype))
@@ -99,18 +99,18 @@ def just_below(threshold: float, dtype: torch.dtype) -> float:
 def elect(
     task_vectors: Sequence[Tensor],
     weights: Sequence[float] | Mapping[str, float] | None = None,
-    election: Election = "mass",
+    majority_sign: MajoritySign = "total",
 ) -> Tensor:
-    """Answer the sign (−1, 0 or 1) that has the larger total magnitude w τ, or the larger total weight."""
+    """Return the sign (−1, 0 or 1) that has the larger total magnitude w τ, or the larger total weight."""
     signs, spare = torch.empty_like(task_vectors[0]), torch.empty_like(task_vectors[0])
-    _combine(task_vectors, factors(weights, len(task_vectors)), signs, spare, counting=election == "count")
+    _combine(task_vectors, factors(weights, len(task_vectors)), signs, spare, counting=majority_sign == "frequency")
     return signs.sign_()
 
 
-def elect_in(rows: Rows, weights: Sequence[float], election: Election) -> Tensor:
-    """Answer what `elect` answers in ``rows.signs``, of the task vectors that ``rows`` holds."""
-    _combine(rows.vectors, weights, rows.signs, rows.spare, counting=election == "count")
-    return rows.signs.sign_()
+def elect_in(workspace: Workspace, weights: Sequence[float], majority_sign: MajoritySign) -> Tensor:
+    """Return what `elect` answers in ``workspace.signs``, of the task vectors that ``workspace`` holds."""
+    _combine(workspace.vectors, weights, workspace.signs, workspace.spare, counting=majority_sign == "frequency")
+    return workspace.signs.sign_()
 
 
 def resolve_zeros_(signs: Tensor, sign: float) -> Tensor:
@@ -133,12 +133,12 @@ def disjoint_reduce(
         A block; 0 where no task vector agrees.
     """
     flat = [vector.reshape(-1) for vector in task_vectors]
-    rows = Rows.of(signs.new_empty(len(flat) + INTERMEDIATE, signs.numel()))
-    torch.stack(flat, out=rows.whole)
-    return agree_(rows, signs.reshape(-1), weights, reduce).mul(signs.reshape(-1)).view(signs.shape)
+    workspace = Workspace.of(signs.new_empty(len(flat) + INTERMEDIATE, signs.numel()))
+    torch.stack(flat, out=workspace.whole)
+    return agree_(workspace, signs.reshape(-1), weights, reduce).mul(signs.reshape(-1)).view(signs.shape)
 
 
-def agree_(rows: Rows, signs: Tensor, weights: Sequence[float], reduce: Reduce) -> Tensor:
+def agree_(workspace: Workspace, signs: Tensor, weights: Sequence[float], reduce: Reduce) -> Tensor:
     """Do what `disjoint_reduce` does in given room, with few operations: threads share one lock.
 
     Args:
@@ -146,15 +146,21 @@ def agree_(rows: Rows, signs: Tensor, weights: Sequence[float], reduce: Reduce) 
         signs, weights, reduce: as for `disjoint_reduce`.
 
     Returns:
-        The result's magnitudes, in ``rows``.
+        The result's magnitudes, in ``workspace``.
     """
-    rows.whole.mul_(signs).relu_()  # magnitudes of what agrees
-    _combine(rows.vectors, weights, rows.result, rows.spare, operation=torch.maximum if reduce == "max" else torch.add)
+    workspace.whole.mul_(signs).relu_()  # magnitudes of what agrees
+    _combine(
+        workspace.vectors,
+        weights,
+        workspace.result,
+        workspace.spare,
+        operation=torch.maximum if reduce == "max" else torch.add,
+    )
     if reduce == "mean":
-        rows.whole.sign_()
-        _combine(rows.vectors, weights, rows.shares, rows.spare)
-        rows.result.div_(rows.shares.clamp_min_(torch.finfo(rows.shares.dtype).tiny))
-    return rows.result
+        workspace.whole.sign_()
+        _combine(workspace.vectors, weights, workspace.shares, workspace.spare)
+        workspace.result.div_(workspace.shares.clamp_min_(torch.finfo(workspace.shares.dtype).tiny))
+    return workspace.result
 
 
 def _combine(
@@ -183,5 +189,5 @@ def _combine(
 
 
 def mean(vectors: Sequence[Tensor]) -> Tensor:
-    """Answer the mean task vector, which is what tensors other than matrices get."""
+    """Return the mean task vector, which is what tensors other than matrices get."""
     return weighted_sum(vectors, (1.0,) * len(vectors)) / len(vectors)

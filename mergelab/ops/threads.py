@@ -24,7 +24,7 @@ CHUNK = 32 * BLOCK  # entries of a tensor that one thread works through: 4 milli
 
 
 def thread_count() -> int:
-    """Answer how many threads to use: as many as torch does (``OMP_NUM_THREADS``, ``torch.set_num_threads``)."""
+    """Return how many threads to use: as many as torch does (``OMP_NUM_THREADS``, ``torch.set_num_threads``)."""
     return torch.get_num_threads()
 
 
@@ -48,7 +48,7 @@ def pool(threads: int) -> Iterator[ThreadPoolExecutor | None]:
 def in_order(
     work: Callable[[Part], Result], parts: Iterable[Part], *, threads: int | None = None, ahead: int = 4
 ) -> Iterator[Result]:
-    """Answer ``work(part)`` for each part, in their order, computed by several threads.
+    """Return ``work(part)`` for each part, in their order, computed by several threads.
 
     Args:
         work: called in any thread; must not depend on what it was called with before.

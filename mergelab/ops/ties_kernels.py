@@ -14,9 +14,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from mergelab.ops.sign_consensus import WeightsAt, election_factors
+from mergelab.ops.sign_consensus import WeightsStage, election_factors
 from mergelab.ops.task_vectors import (
-    Election,
+    MajoritySign,
     Reduce,
     agree_,
     difference_into,
@@ -24,7 +24,7 @@ from mergelab.ops.task_vectors import (
     resolve_zeros_,
     trim_,
 )
-from mergelab.ops.workspace import Rows
+from mergelab.ops.workspace import Workspace
 
 TINY = torch.finfo(torch.float32).tiny
 # Called with base, experts, thresholds (T,), sign of cancelled votes, weights (T,), λ, and where θ0 + λ·τ_m and, unless
@@ -37,9 +37,9 @@ class Vote:
     """How signs are elected and what is made of the entries that agree: TIES' parameters of these names."""
 
     weights: tuple[float, ...]
-    election: Election
+    majority_sign: MajoritySign
     reduce: Reduce
-    weights_at: WeightsAt
+    weights_stage: WeightsStage
 
     @property
     def weighted(self) -> bool:
@@ -48,7 +48,7 @@ class Vote:
 
 
 def merge_block(
-    vote: Vote, base: Tensor, ends: Sequence[Tensor], thresholds: Sequence[float], sign: float, rows: Rows
+    vote: Vote, base: Tensor, ends: Sequence[Tensor], thresholds: Sequence[float], sign: float, workspace: Workspace
 ) -> tuple[Tensor, int]:
     """Merge a block in plain operations that allocate nothing.
 
@@ -61,23 +61,23 @@ def merge_block(
         rows: of this length; they are written over, ``signs`` with the elected ones.
 
     Returns:
-        The magnitudes of τ_m, in ``rows``; how many more entries are elected positive than negative.
+        The magnitudes of τ_m, in ``workspace``; how many more entries are elected positive than negative.
     """
-    start = base if base.dtype == torch.float32 else rows.start.copy_(base)
-    for row, end, threshold in zip(rows.vectors, ends, thresholds, strict=True):
+    start = base if base.dtype == torch.float32 else workspace.start.copy_(base)
+    for row, end, threshold in zip(workspace.vectors, ends, thresholds, strict=True):
         trim_(difference_into(row, end, start), threshold)
-    signs = elect_in(rows, election_factors(vote.weights, vote.weights_at), vote.election)
+    signs = elect_in(workspace, election_factors(vote.weights, vote.weights_stage), vote.majority_sign)
     surplus = int(signs.sum())  # exact: a block has fewer than 2^24 entries
-    return agree_(rows, resolve_zeros_(signs, sign), vote.weights, vote.reduce), surplus
+    return agree_(workspace, resolve_zeros_(signs, sign), vote.weights, vote.reduce), surplus
 
 
 @cache
-def compiled(election: Election, reduce: Reduce, before: bool, weighted: bool) -> Compiled:
+def compiled(majority_sign: MajoritySign, reduce: Reduce, before: bool, weighted: bool) -> Compiled:
     """Compile the whole of it, for tensors of any length; the result's first call takes seconds, and may fail.
 
     Thresholds, signs, weights and λ are tensors, so that one function serves a whole sweep.
     """
-    whole = partial(_whole, election=election, reduce=reduce, before=before, weighted=weighted)
+    whole = partial(_whole, majority_sign=majority_sign, reduce=reduce, before=before, weighted=weighted)
     return torch.compile(whole, dynamic=True, fullgraph=True)
 
 
@@ -91,7 +91,7 @@ def _whole(
     target: Tensor,
     vector: Tensor | None,
     *,
-    election: Election,
+    majority_sign: MajoritySign,
     reduce: Reduce,
     before: bool,
     weighted: bool,
@@ -101,7 +101,7 @@ def _whole(
     trimmed = [torch.where(row.abs() >= at, row, 0.0) for row, at in zip(differences, thresholds.unbind(), strict=True)]
     shares = weights.unbind()
     votes = [row * weight for row, weight in zip(trimmed, shares, strict=True)] if before and weighted else trimmed
-    votes = votes if election == "mass" else [_sign(row, 0.0) for row in votes]
+    votes = votes if majority_sign == "total" else [_sign(row, 0.0) for row in votes]
     total = votes[0]
     for row in votes[1:]:
         total = total + row
@@ -125,5 +125,5 @@ def _whole(
 
 
 def _sign(tensor: Tensor, zero: Tensor | float) -> Tensor:
-    """Answer the sign, and ``zero`` for 0; comparisons and choices are single instructions, where sign() is nine."""
+    """Return the sign, and ``zero`` for 0; comparisons and choices are single instructions, where sign() is nine."""
     return torch.where(tensor > 0, 1.0, torch.where(tensor < 0, -1.0, zero))

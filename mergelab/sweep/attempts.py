@@ -84,7 +84,7 @@ def tries(trial: FrozenTrial) -> int:
 
 
 def has_begun(trial: FrozenTrial) -> bool:
-    """Answer whether a process began the trial's last attempt."""
+    """Return whether a process began the trial's last attempt."""
     begun = trial.user_attrs.get(BEGUN)
     return begun is not None and bool(begun["attempt"] == trial.user_attrs.get(ATTEMPTS))
 

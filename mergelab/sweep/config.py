@@ -34,7 +34,7 @@ class SweepConfig(Schema):
     study_name: str | None = None
     seed: Annotated[int, Field(ge=0)] = 0
     params: dict[str, Any] | None = None
-    first: list[dict[str, Any]] | None = None
+    enqueue: list[dict[str, Any]] | None = None
     """Points that are tried before the sampler's."""
     retries: Annotated[int, Field(ge=0)] = 1
     """How often a trial is started again whose process died while it was merged or measured."""
@@ -44,7 +44,7 @@ class SweepConfig(Schema):
     """The sweep stops when more than this share of its trials failed."""
 
 
-class Job(Schema):
+class TrialJob(Schema):
     """What a sweep tells a job: whose trial it is, and whether it measures that trial or reports the winner."""
 
     study: str

@@ -30,7 +30,7 @@ class JobConfigs:
         return getattr(self._loader, name)
 
     def load_sweep_config(self, master_config: DictConfig, sweep_overrides: Sequence[str]) -> DictConfig:
-        """Answer what Hydra would compose; ``master_config`` is the same in every call."""
+        """Return what Hydra would compose; ``master_config`` is the same in every call."""
         from hydra.core.override_parser.overrides_parser import OverridesParser
 
         overrides = OverridesParser.create().parse_overrides(list(sweep_overrides))

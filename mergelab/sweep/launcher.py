@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab.errors import MergelabError, SweepError, TrackingError
-from mergelab.sweep.config import Job
-from mergelab.sweep.storage import shown
+from mergelab.sweep.config import TrialJob
+from mergelab.sweep.storage import redacted
 from mergelab.tracking.values import one_line, without_password
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def end_workers() -> None:
 
 
 @contextlib.contextmanager
-def sheltered(job: Job) -> Iterator[None]:
+def worker_context(job: TrialJob) -> Iterator[None]:
     """Make a worker's process like the sweeper's: in its folder, and left to the sweeper when the user interrupts.
 
     Passwords are masked in what Hydra has written about the job.
@@ -123,7 +123,7 @@ def mask_passwords(folder: Path) -> None:
             file.write_text(masked, encoding="utf-8")
 
 
-def open_study(url: str, job: Job) -> tuple[BaseStorage, Study]:
+def open_study(url: str, job: TrialJob) -> tuple[BaseStorage, Study]:
     """Open the study that a job reports to.
 
     Raises:
@@ -134,7 +134,7 @@ def open_study(url: str, job: Job) -> tuple[BaseStorage, Study]:
     here = socket.gethostname()
     if url.startswith("sqlite:") and job.host != here:
         raise SweepError(
-            f"sweep.storage={shown(url)}: is a file of {job.host}, and a trial runs on {here}; sweeps over several "
+            f"sweep.storage={redacted(url)}: is a file of {job.host}, and a trial runs on {here}; sweeps over several "
             "machines need sweep.storage=postgresql+psycopg://…, or journal:FILE in a folder that all share"
         )
     if url.startswith("journal:") and not Path(url.removeprefix("journal:")).exists():
@@ -142,10 +142,10 @@ def open_study(url: str, job: Job) -> tuple[BaseStorage, Study]:
     try:
         return load(url, job.study)
     except KeyError:
-        raise SweepError(f"sweep.storage={shown(url)}: has no study {job.study}, seen from {here}") from None
+        raise SweepError(f"sweep.storage={redacted(url)}: has no study {job.study}, seen from {here}") from None
 
 
-def open_tracker(config: TrackingConfig, job: Job) -> Tracker:
+def open_tracker(config: TrackingConfig, job: TrialJob) -> Tracker:
     """Open the store that the sweep records in, also where the worker has another environment than the sweeper.
 
     Raises:
@@ -177,5 +177,5 @@ def open_tracker(config: TrackingConfig, job: Job) -> Tracker:
     return tracker
 
 
-def _is_sweeper(job: Job) -> bool:
+def _is_sweeper(job: TrialJob) -> bool:
     return job.pid == os.getpid() and job.host == socket.gethostname()

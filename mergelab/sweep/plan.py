@@ -45,14 +45,14 @@ class Sweep:
 
 
 def named_sampler(settings: SweepConfig) -> str:
-    """Answer the sampler's name."""
+    """Return the sampler's name."""
     return settings.sampler if isinstance(settings.sampler, str) else str(settings.sampler.get("name"))
 
 
-def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, told: Sequence[str]) -> Sweep:
+def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, overrides: Sequence[str]) -> Sweep:
     """Check a sweep's settings, and that every edge of its space is a possible experiment."""
     settings = sweep_config(node)
-    space = space_from(settings.params or {}, told, loader)
+    space = space_from(settings.params or {}, overrides, loader)
     plans = [plan_experiment(loader.load_sweep_config(config, space.overrides(edge))) for edge in space.edges()]
     plan = plans[0]
     if not plan.config.evaluate:
@@ -68,7 +68,7 @@ def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, told: S
     make_sampler(settings.sampler, space, seed=0, number=0, objectives=len(wanted), side_by_side=False)
     if make_pruner(settings.pruner) is not None and len(wanted) > 1 and settings.pruner != "futility":
         raise SweepError(f"sweep.pruner={settings.pruner}: trials are pruned by one objective, there are {len(wanted)}")
-    settings = replace_first(settings, space, len(plan.config.models.experts))
+    settings = replace_enqueued(settings, space, len(plan.config.models.experts))
     source = plan.source
     warn_if_mini(plan, source)
     url = storage_url(settings.storage, str(config.hydra.runtime.cwd))
@@ -76,7 +76,7 @@ def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, told: S
     return sweep if sweep.name else replace(sweep, name=_default_name(sweep))
 
 
-def replace_first(settings: SweepConfig, space: Space, experts: int) -> SweepConfig:
+def replace_enqueued(settings: SweepConfig, space: Space, experts: int) -> SweepConfig:
     """Work out the first points: ``1/experts`` is a number; what the user has fixed or narrowed is left out.
 
     Raises:
@@ -84,15 +84,15 @@ def replace_first(settings: SweepConfig, space: Space, experts: int) -> SweepCon
     """
     kept = []
     fixed = {override.lstrip("+~").partition("=")[0] for override in space.fixed}
-    for point in settings.first or []:
+    for point in settings.enqueue or []:
         values = {key: 1 / experts if value == "1/experts" else value for key, value in point.items()}
         values = {key: value for key, value in values.items() if key not in fixed}
         if values and (reason := space.check_point(values)) is None:
             kept.append(values)
         elif values and "is outside of" not in str(reason):
-            raise SweepError(f"sweep.first: {point}: {reason}")
+            raise SweepError(f"sweep.enqueue: {point}: {reason}")
     unique = [point for index, point in enumerate(kept) if point not in kept[:index]]
-    return settings.model_copy(update={"first": unique})
+    return settings.model_copy(update={"enqueue": unique})
 
 
 def definition(sweep: Sweep) -> dict[str, str]:
@@ -111,7 +111,7 @@ def definition(sweep: Sweep) -> dict[str, str]:
 
 def _default_name(sweep: Sweep) -> str:
     settings = sweep.settings
-    parts = [definition(sweep), settings.sampler, settings.pruner, settings.seed, settings.first]
+    parts = [definition(sweep), settings.sampler, settings.pruner, settings.seed, settings.enqueue]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
     mini = "mini-" if sweep.source == "mini" else ""
     return f"{sweep.plan.method.name}-{mini}{sweep.plan.task_name}-{named_sampler(settings)}-{digest}"

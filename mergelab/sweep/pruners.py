@@ -12,7 +12,7 @@ import numpy as np
 
 from mergelab.errors import SweepError
 from mergelab.sweep.samplers import named
-from mergelab.sweep.storage import hush
+from mergelab.sweep.storage import silence
 from mergelab.sweep.study import SCORES
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Futility:
             raise ValueError(f"probability={self.probability}: must be between 0 and 0.5")
 
     def is_hopeless(self, scores: Array, rival: Array) -> bool:
-        """Answer for scores (n,), NaN where not known yet, beside the best trial's (n,)."""
+        """Return for scores (n,), NaN where not known yet, beside the best trial's (n,)."""
         known = ~np.isnan(scores)
         found = scores[known] - rival[known]
         if len(found) < max(self.n_startup_steps, 2) or not found.any():
@@ -77,7 +77,7 @@ def make_pruner(setting: str | dict[str, Any]) -> BasePruner | Futility | None:
     """
     import optuna
 
-    hush(optuna)
+    silence(optuna)
     name, options = named(setting, "pruner", PRUNERS)
     pruners = optuna.pruners
     try:

@@ -18,7 +18,7 @@ from mergelab.sweep.pruners import PRUNERS
 from mergelab.sweep.samplers import named
 from mergelab.sweep.scheduler import Jobs, point
 from mergelab.sweep.space import described
-from mergelab.sweep.storage import shown, storage_errors
+from mergelab.sweep.storage import redacted, storage_errors
 from mergelab.sweep.study import PARENT, SWEEPER, SweepStudy
 from mergelab.sweep.trial import STUDY, Report, prunes
 
@@ -33,7 +33,7 @@ _MARK = "mergelab.sweep"
 
 
 def run_sweep(
-    node: Mapping[str, Any], config: DictConfig, launcher: Launcher, loader: Any, told: Sequence[str]
+    node: Mapping[str, Any], config: DictConfig, launcher: Launcher, loader: Any, overrides: Sequence[str]
 ) -> None:
     """Run what is left of a sweep, then measure and show its winner.
 
@@ -42,7 +42,7 @@ def run_sweep(
         config: the composed configuration, Hydra's node included.
         launcher: what runs the jobs.
         loader: Hydra's configuration loader.
-        told: the overrides of the command line.
+        overrides: those of the command line.
 
     Raises:
         MergelabError: a setting, the search space, the study or its storage is not usable, or too many trials failed.
@@ -52,7 +52,7 @@ def run_sweep(
 
     from mergelab.tracking import open_tracking
 
-    sweep = plan_sweep(node, config, loader, told)
+    sweep = plan_sweep(node, config, loader, overrides)
     study = SweepStudy(
         sweep.url,
         sweep.name,
@@ -100,7 +100,7 @@ def _announce(sweep: Sweep, study: SweepStudy) -> None:
         f"selects {wanted}",
         f"trials    {sweep.trials} in all{there}; sampler {named_sampler(settings)}, "
         f"pruner {pruner if prunes(settings, plan) else 'none'}",
-        f"study     {sweep.name} in {shown(sweep.url)}",
+        f"study     {sweep.name} in {redacted(sweep.url)}",
         *_launcher_line(sweep),
     ]
     if pruner != "none" and not prunes(settings, plan):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mergelab.errors import SweepError, did_you_mean, listed
-from mergelab.sweep.storage import hush
+from mergelab.sweep.storage import silence
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -52,7 +52,7 @@ def make_sampler(
     """
     import optuna
 
-    hush(optuna)
+    silence(optuna)
     name, options = named(setting, "sampler", SAMPLERS)
     if objectives > 1 and name in _SINGLE_OBJECTIVE:
         raise SweepError(f"sweep.sampler={name}: is for one objective, there are {objectives}; nsga2, tpe or gp fit")

@@ -15,7 +15,7 @@ from mergelab.errors import MergelabError, SweepError
 from mergelab.sweep.attempts import FORGIVEN, has_begun, measured_by, tries
 from mergelab.sweep.launcher import end_workers, launch
 from mergelab.sweep.plan import Sweep
-from mergelab.sweep.study import ERROR, OUTCOME, Asked, SweepStudy
+from mergelab.sweep.study import ERROR, OUTCOME, Proposal, SweepStudy
 from mergelab.sweep.trial import STUDY, TRIAL, Report, TrialFailure, TrialOutcome
 from mergelab.tracking.values import one_line, without_password
 
@@ -59,14 +59,14 @@ class Jobs:
             self._run(batch)
             self._check_failures()
 
-    def _batch(self) -> list[Asked]:
+    def _batch(self) -> list[Proposal]:
         settings, study = self.sweep.settings, self.study
         waiting = []
         for trial in study.pending():
             if (count := tries(trial)) > settings.retries:
                 self._give_up(trial.number, f"its process died {count} times")
             else:
-                waiting.append(Asked(trial.number, trial.params))
+                waiting.append(Proposal(trial.number, trial.params))
         if alone := [asked for asked in waiting if asked.number in self.suspects]:
             return alone[:1]
         if waiting:
@@ -74,7 +74,7 @@ class Jobs:
         count = min(settings.n_jobs, self.sweep.trials - study.count)
         return [study.ask(side_by_side=settings.n_jobs > 1) for _ in range(count)]
 
-    def _run(self, batch: Sequence[Asked]) -> None:
+    def _run(self, batch: Sequence[Proposal]) -> None:
         numbers = [asked.number for asked in batch]
         jobs = [
             self._overrides(

@@ -160,7 +160,7 @@ def _distribution(key: str, override: Override) -> BaseDistribution:
 
 
 def _range(key: str, override: Override, sweep: RangeSweep) -> BaseDistribution:
-    """Answer what Hydra's grid would go through, without what adding up the steps leaves at the end of a float."""
+    """Return what Hydra's grid would go through, without what adding up the steps leaves at the end of a float."""
     from optuna.distributions import FloatDistribution, IntDistribution
 
     assert sweep.start is not None

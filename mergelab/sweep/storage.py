@@ -20,7 +20,7 @@ _JOURNAL = "journal:"
 
 
 def storage_url(wanted: str | None, folder: str) -> str:
-    """Answer the storage's URL, what is relative in it being relative to ``folder``: ``outputs/sweeps.db`` there."""
+    """Return the storage's URL, what is relative in it being relative to ``folder``: ``outputs/sweeps.db`` there."""
     url = wanted or f"sqlite:///{DEFAULT}"
     for scheme in (_JOURNAL, "sqlite:///"):
         if url.startswith(scheme) and ":memory:" not in url:
@@ -28,7 +28,7 @@ def storage_url(wanted: str | None, folder: str) -> str:
     return url
 
 
-def shown(url: str) -> str:
+def redacted(url: str) -> str:
     """Write a URL without its password."""
     if url.startswith(_JOURNAL):
         return url
@@ -42,7 +42,7 @@ def shown(url: str) -> str:
         return f"{scheme}{separator}…" if separator else url
 
 
-def hush(optuna: Any) -> None:
+def silence(optuna: Any) -> None:
     """Keep Optuna from telling on standard error what mergelab says itself, and what of it may change some day."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -64,7 +64,7 @@ def storage_errors(url: str, *others: type[Exception]) -> Iterator[None]:
     except caught as error:
         cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
         reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
-        raise SweepError(f"sweep.storage={shown(url)}: cannot be used: {reason}") from None
+        raise SweepError(f"sweep.storage={redacted(url)}: cannot be used: {reason}") from None
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ def _driver_named(url: str) -> Iterator[None]:
         if not isinstance(driver, ModuleNotFoundError):
             raise
         raise SweepError(
-            f"sweep.storage={shown(url)}: the driver {driver.name!r} is not installed; "
+            f"sweep.storage={redacted(url)}: the driver {driver.name!r} is not installed; "
             "for PostgreSQL: pip install 'mergelab[postgres]' and postgresql+psycopg://…"
         ) from None
 
@@ -95,7 +95,7 @@ def open_storage(url: str) -> BaseStorage:
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
-    hush(optuna)
+    silence(optuna)
     with storage_errors(url, OSError, RuntimeError), _driver_named(url):
         if url.startswith(_JOURNAL):
             file = Path(url.removeprefix(_JOURNAL))

@@ -27,7 +27,7 @@ _DEFINITION, SWEEPER, PARENT = "mergelab:definition", "mergelab:sweeper", "merge
 
 
 @dataclass(frozen=True)
-class Asked:
+class Proposal:
     """A trial that is to be run: its number and the point of the space."""
 
     number: int
@@ -64,7 +64,7 @@ class SweepStudy:
         import optuna
 
         self.space, self.config, self.directions = space, config, tuple(directions)
-        self.first = list(config.first or [])
+        self.enqueued = list(config.enqueue or [])
         self.storage = open_storage(url)
         self.study = self._opened(url, name, dict(definition))
         self._memory = optuna.storages.InMemoryStorage()
@@ -111,7 +111,7 @@ class SweepStudy:
         """How many trials there are, whatever became of them."""
         return len(self.trials)
 
-    def ask(self, *, side_by_side: bool = False) -> Asked:
+    def ask(self, *, side_by_side: bool = False) -> Proposal:
         """Draw the next trial's point and write the trial down."""
         from optuna.trial import create_trial
 
@@ -124,8 +124,8 @@ class SweepStudy:
             objectives=len(self.directions),
             side_by_side=side_by_side,
         )
-        if number < len(self.first):
-            self._copy.enqueue_trial(self.first[number])
+        if number < len(self.enqueued):
+            self._copy.enqueue_trial(self.enqueued[number])
         drawn = self._copy.ask(dict(self.space.distributions)).number
         frozen = self._copy.get_trials(deepcopy=False)[drawn]
         memory = self._memory.get_study_system_attrs(self._id)
@@ -137,7 +137,7 @@ class SweepStudy:
         )
         self.study.add_trial(whole)
         assert self.count == number + 1, "another process adds trials to this study"
-        return Asked(number, frozen.params)
+        return Proposal(number, frozen.params)
 
     def hand_out(self, number: int) -> int:
         """Note that a trial is started; answer how often it has been."""
@@ -168,7 +168,7 @@ class SweepStudy:
     # ----------------------------------------------------------------------------------------------------- results
 
     def best(self) -> FrozenTrial | None:
-        """Answer the best complete trial, the earliest of equals; by the first objective where there are several."""
+        """Return the best complete trial, the earliest of equals; by the first objective where there are several."""
         from optuna.trial import TrialState
 
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

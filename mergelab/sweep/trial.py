@@ -18,12 +18,12 @@ from mergelab.evaluation.metrics import example_statistics, score, value_of_rows
 from mergelab.evaluation.results import ExperimentResult, ModelResult, peak_memory_mb
 from mergelab.evaluation.scoring import compare
 from mergelab.experiment import recording
-from mergelab.experiment.loaded import Backbones, Resident, open_resident
+from mergelab.experiment.loaded import Backbones, LoadedModels, open_loaded
 from mergelab.experiment.plan import Plan, plan_experiment
 from mergelab.experiment.saving import Saving, keep
 from mergelab.sweep.attempts import Attempt, Superseded, attempting
-from mergelab.sweep.config import Job, SweepConfig, sweep_config
-from mergelab.sweep.launcher import open_study, open_tracker, sheltered
+from mergelab.sweep.config import SweepConfig, TrialJob, sweep_config
+from mergelab.sweep.launcher import open_study, open_tracker, worker_context
 from mergelab.sweep.objective import objectives
 from mergelab.sweep.pruners import Pruned, Watch, make_pruner
 from mergelab.sweep.storage import storage_url
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
     from mergelab.engine.parameters import Parameters
-    from mergelab.experiment.evaluator import Bench
+    from mergelab.experiment.evaluator import Evaluator
     from mergelab.experiment.locate import Source
     from mergelab.tasks.spec import TaskSpec
     from mergelab.tracking import Run, Tracker
@@ -94,8 +94,8 @@ def run_job(config: DictConfig) -> TrialOutcome | TrialFailure | Report | None:
     from omegaconf import OmegaConf
 
     told: Any = OmegaConf.to_container(config.sweep.job)
-    job = check(Job, told, "sweep.job")
-    with sheltered(job), gathered_warnings(), progress_bar() as progress:
+    job = check(TrialJob, told, "sweep.job")
+    with worker_context(job), gathered_warnings(), progress_bar() as progress:
         plan = plan_experiment(config)
         node: Any = OmegaConf.to_container(HydraConfig.get().sweeper, resolve=True)
         settings = sweep_config(node)
@@ -107,15 +107,15 @@ def run_job(config: DictConfig) -> TrialOutcome | TrialFailure | Report | None:
         storage, study = open_study(storage_url(settings.storage, job.folder), job)
         trial_id = storage.get_trial_id_from_study_id_trial_number(study._study_id, job.number)
         # Before the trial has begun: a process that dies while it loads is not the trial's fault.
-        resident = open_resident(plan, job.source, progress, keep=True, compiling=settings.compile)
-        assert resident.baselines  # an expert at chance makes every trial worthless
+        loaded = open_loaded(plan, job.source, progress, keep=True, compiling=settings.compile)
+        assert loaded.baselines  # an expert at chance makes every trial worthless
         try:
             with attempting(storage, trial_id, job.attempt) as attempt:
                 run, logged = _open_run(tracker, plan, job, again=attempt.again)
                 with run, _left_if_superseded(attempt, run):
                     if (known := storage.get_trial(trial_id).user_attrs.get(OUTCOME)) is not None:
                         return TrialOutcome.read(known)
-                    outcome, scores = measure_trial(plan, settings, resident, study, job, attempt, run, progress)
+                    outcome, scores = measure_trial(plan, settings, loaded, study, job, attempt, run, progress)
                     _record(run, plan, scores, outcome, logged)
                     storage.set_trial_user_attr(trial_id, OUTCOME, asdict(outcome))
                     return outcome
@@ -125,7 +125,7 @@ def run_job(config: DictConfig) -> TrialOutcome | TrialFailure | Report | None:
             return TrialFailure(str(failure))
 
 
-def _open_run(tracker: Tracker, plan: Plan, job: Job, *, again: bool) -> tuple[Run, Collection[str]]:
+def _open_run(tracker: Tracker, plan: Plan, job: TrialJob, *, again: bool) -> tuple[Run, Collection[str]]:
     """Open the trial's run below the sweep's; ``again``: if there is one already, go on with that.
 
     Returns:
@@ -160,9 +160,9 @@ def _open_run(tracker: Tracker, plan: Plan, job: Job, *, again: bool) -> tuple[R
 def measure_trial(
     plan: Plan,
     settings: SweepConfig,
-    resident: Resident,
+    loaded: LoadedModels,
     study: Study,
-    job: Job,
+    job: TrialJob,
     attempt: Attempt,
     run: Run,
     progress: Any,
@@ -174,17 +174,17 @@ def measure_trial(
     """
     if run.id:
         run.log_dict(dict(plan.resolved), "config.yaml")
-    resident.session.average_heads_of([expert.name for expert in resident.session.located.experts])
+    loaded.session.average_heads_of([expert.name for expert in loaded.session.located.experts])
     with _failing():
-        examples = resident.calibration(plan, progress)
-        backbones, seconds = resident.merged(plan.method, plan.parameters, examples, progress, _weights(plan))
-    run.set_tags({"mergelab.merge_path": resident.path})
+        examples = loaded.calibration(plan, progress)
+        backbones, seconds = loaded.merged(plan.method, plan.parameters, examples, progress, _weights(plan))
+    run.set_tags({"mergelab.merge_path": loaded.path})
     started = time.perf_counter()
-    bench, wanted = resident.bench, objectives(settings.objective, settings.direction, plan.tasks)
+    evaluator, wanted = loaded.evaluator, objectives(settings.objective, settings.direction, plan.tasks)
     primary = {task.name: task.primary for task in plan.tasks}
     pruner = make_pruner(settings.pruner) if prunes(settings, plan) else None
-    watched = _Watched(bench, backbones, f"{plan.method.name} (trial {job.number})")
-    count = sum(len(examples.select) for examples in bench.examples.values())
+    watched = _Watched(evaluator, backbones, f"{plan.method.name} (trial {job.number})")
+    count = sum(len(examples.select) for examples in evaluator.examples.values())
     watch = Watch(
         pruner,
         attempt.storage,
@@ -237,7 +237,7 @@ def _failing() -> Iterator[None]:
 
 
 def prunes(settings: SweepConfig, plan: Plan) -> bool:
-    """Say whether trials can be stopped early: with one objective and one task, whose examples come in random order."""
+    """Return whether trials can be stopped early: one objective, one task, examples in random order."""
     several = isinstance(settings.objective, list) and len(settings.objective) > 1
     return settings.pruner != "none" and len(plan.tasks) == 1 and not several
 
@@ -247,15 +247,15 @@ def run_report(plan: Plan, source: Source, tracker: Tracker, run: Run, progress:
 
     The winner is saved where that was asked for.
     """
-    resident = open_resident(plan, source, progress, keep=True)
-    bench, experts = resident.bench, len(resident.session.located.experts)
+    loaded = open_loaded(plan, source, progress, keep=True)
+    evaluator, experts = loaded.evaluator, len(loaded.session.located.experts)
     if run.id:
-        run.set_tags(recording.model_tags(resident.session.located, resident.session))
-    for data in bench.data.values():
+        run.set_tags(recording.model_tags(loaded.session.located, loaded.session))
+    for data in evaluator.data.values():
         recording.log_dataset(run, data)
-    for baseline in resident.baselines:
-        recording.record_baseline(tracker, run.experiment, baseline, bench, source)
-    examples = resident.calibration(plan, progress)
+    for baseline in loaded.baselines:
+        recording.record_baseline(tracker, run.experiment, baseline, evaluator, source)
+    examples = loaded.calibration(plan, progress)
     own, uniform = _weights(plan), [1.0] * experts
     others: list[tuple[str, Any, Parameters]] = [
         (f"soup of {experts}", get_method("soup"), check_parameters(get_method("soup"), {}))
@@ -264,22 +264,22 @@ def run_report(plan: Plan, source: Source, tracker: Tracker, run: Run, progress:
     if plan.method.name != "soup" and has_defaults:
         others.append((f"{plan.method.name}, defaults", plan.method, check_parameters(plan.method, {})))
     measured = [
-        _reported(resident, label, method, parameters, None if method.name == "soup" else examples, progress, uniform)
+        _reported(loaded, label, method, parameters, None if method.name == "soup" else examples, progress, uniform)
         for label, method, parameters in others
     ]
-    winner = _reported(resident, f"best {plan.method.name}", plan.method, plan.parameters, examples, progress, own)
-    _save(plan, resident, run, examples, progress)
+    winner = _reported(loaded, f"best {plan.method.name}", plan.method, plan.parameters, examples, progress, own)
+    _save(plan, loaded, run, examples, progress)
     recording.log_coefficients(run, examples)
-    title = f"sweep of {plan.method.name} on {resident.session.located.name}"
-    result = ExperimentResult(title, bench.note, tuple(bench.data), (*resident.baselines, *measured, winner))
-    against = _against(bench, winner, [m for m in resident.baselines if m.role == "expert"], measured)
-    recording.record_result(run, result, bench)
+    title = f"sweep of {plan.method.name} on {loaded.session.located.name}"
+    result = ExperimentResult(title, evaluator.note, tuple(evaluator.data), (*loaded.baselines, *measured, winner))
+    against = _against(evaluator, winner, [m for m in loaded.baselines if m.role == "expert"], measured)
+    recording.record_result(run, result, evaluator)
     run.log_metrics({f"report/p_vs_{name}": p for name, p in against.items() if name != "best_expert"})
     return Report(replace(result, models=tuple(replace(m, predictions={}) for m in result.models)), against)
 
 
 def _reported(
-    resident: Resident,
+    loaded: LoadedModels,
     label: str,
     method: Any,
     parameters: Parameters,
@@ -287,8 +287,8 @@ def _reported(
     progress: Any,
     weights: Sequence[float],
 ) -> ModelResult:
-    backbones, seconds = resident.merged(method, parameters, examples, progress, weights)
-    found = resident.bench.merged(backbones, label, resident.baselines)
+    backbones, seconds = loaded.merged(method, parameters, examples, progress, weights)
+    found = loaded.evaluator.merged(backbones, label, loaded.baselines)
     return replace(found, merge_seconds=seconds, peak_mb=peak_memory_mb())
 
 
@@ -296,55 +296,55 @@ def _weights(plan: Plan) -> list[float]:
     return [expert.weight for expert in plan.config.models.experts.values()]
 
 
-def _save(plan: Plan, resident: Resident, run: Run, examples: Any, progress: Any) -> None:
+def _save(plan: Plan, loaded: LoadedModels, run: Run, examples: Any, progress: Any) -> None:
     """Write the winner where it was asked for: in a folder, or with the run."""
     if plan.config.output is None and (run.id is None or plan.tracking.log_model == "none"):
         return
-    backbones, _ = resident.merged(plan.method, plan.parameters, examples, progress, _weights(plan))
-    keep(Saving(resident.session), backbones, run, plan.config.output, log=plan.tracking.log_model != "none")
+    backbones, _ = loaded.merged(plan.method, plan.parameters, examples, progress, _weights(plan))
+    keep(Saving(loaded.session), backbones, run, plan.config.output, log=plan.tracking.log_model != "none")
 
 
 def _against(
-    bench: Bench, winner: ModelResult, experts: Sequence[ModelResult], others: Sequence[ModelResult]
+    evaluator: Evaluator, winner: ModelResult, experts: Sequence[ModelResult], others: Sequence[ModelResult]
 ) -> dict[str, float]:
     """Test the winner against the best expert and against each other merge; of a suite nothing is tested."""
-    if len(bench.data) > 1:
+    if len(evaluator.data) > 1:
         return {}
-    name, data = next(iter(bench.data.items()))
+    name, data = next(iter(evaluator.data.items()))
     tested = dict(zip(("soup", "defaults"), others, strict=False))
     found = {} if winner.p_value is None else {"best_expert": winner.p_value}
     for what, other in tested.items():
         own, theirs = winner.predictions[name].outputs, other.predictions[name].outputs
-        found[what] = compare(data, own, theirs, bench.examples[name], bench.config.eval, bench.config.seed)
+        found[what] = compare(data, own, theirs, evaluator.examples[name], evaluator.config.eval, evaluator.config.seed)
     return found
 
 
 class _Watched:
     """One merged model's outputs on the selecting examples, as they come."""
 
-    def __init__(self, bench: Bench, backbones: Backbones, label: str) -> None:
-        self.bench, self.backbones, self.label = bench, backbones, label
-        self._batches: dict[str, list[tuple[Array, Array]]] = {name: [] for name in bench.data}
+    def __init__(self, evaluator: Evaluator, backbones: Backbones, label: str) -> None:
+        self.evaluator, self.backbones, self.label = evaluator, backbones, label
+        self._batches: dict[str, list[tuple[Array, Array]]] = {name: [] for name in evaluator.data}
 
     def measure(self, watch: Watch) -> None:
         """Predict task by task and tell ``watch`` of every batch."""
         first = 0
-        for name, data in self.bench.data.items():
-            select = self.bench.examples[name].select
-            self.bench.session.predict(
+        for name, data in self.evaluator.data.items():
+            select = self.evaluator.examples[name].select
+            self.evaluator.session.predict(
                 data,
                 partial(self.backbones.__getitem__, name),
-                self.bench.session.heads[name],
+                self.evaluator.session.heads[name],
                 self.label,
-                progress=self.bench.progress,
+                progress=self.evaluator.progress,
                 members=select,
                 watch=partial(self._see, watch, name, first),
-                seed=self.bench.config.seed,
+                seed=self.evaluator.config.seed,
             )
             first += len(select)
 
     def _see(self, watch: Watch, name: str, first: int, members: Array, outputs: Array) -> None:
-        data, select = self.bench.data[name], self.bench.examples[name].select
+        data, select = self.evaluator.data[name], self.evaluator.examples[name].select
         self._batches[name].append((members, outputs))
         watch.see(first + members, example_scores(data.spec, outputs, data.truth[select[members]]))
 
@@ -353,8 +353,8 @@ class _Watched:
         found = {}
         for name, batches in self._batches.items():
             if batches:
-                data = self.bench.data[name]
-                seen = self.bench.examples[name].select[np.concatenate([members for members, _ in batches])]
+                data = self.evaluator.data[name]
+                seen = self.evaluator.examples[name].select[np.concatenate([members for members, _ in batches])]
                 outputs = np.concatenate([outputs for _, outputs in batches])
                 found[name] = score(data.spec, outputs, data.truth[seen], parts=data.parts[seen])
         return found

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mergelab.errors import DataError, HubError, listed
-from mergelab.tasks.rows import Rows, read_rows
+from mergelab.tasks.rows import TaskRows, read_rows
 
 if TYPE_CHECKING:
     from mergelab.tasks.spec import TaskSpec
@@ -94,13 +94,13 @@ def load_data(
     if spec.kind == "prompts":
         return _prompts(spec, limit)
     if spec.kind == "lm_eval":
-        return _harness(spec)
+        return _lm_eval_data(spec)
     folder = None if data_dir is None else Path(data_dir).expanduser()
     if split is not None:
         spec = replace(spec, splits=(split,))
     rows = [_from_hub(spec, name) if folder is None else _from_folder(spec, folder, name) for name in spec.splits]
     if limit is not None:
-        # Rows that are read as one text stay together.
+        # TaskRows that are read as one text stay together.
         rows = [part.sample(limit, seed) if spec.join is None else part.first(limit) for part in rows]
     texts = tuple(text for part in rows for text in part.texts)
     labels = np.concatenate([part.labels for part in rows])
@@ -142,7 +142,7 @@ def _prompts(spec: TaskSpec, limit: int | None) -> TaskData:
     )  # fmt: skip
 
 
-def _harness(spec: TaskSpec) -> TaskData:
+def _lm_eval_data(spec: TaskSpec) -> TaskData:
     """Leave the examples to lm-eval."""
     from importlib.metadata import version
 
@@ -161,7 +161,7 @@ def _fingerprint(texts: Sequence[tuple[str, ...]], labels: Array, references: Ar
 # ---------------------------------------------------------------------------------------------------------- hub, folder
 
 
-def _from_hub(spec: TaskSpec, split: str) -> Rows:
+def _from_hub(spec: TaskSpec, split: str) -> TaskRows:
     import datasets
 
     from mergelab.models import hub
@@ -200,7 +200,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _from_folder(spec: TaskSpec, folder: Path, split: str) -> Rows:
+def _from_folder(spec: TaskSpec, folder: Path, split: str) -> TaskRows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

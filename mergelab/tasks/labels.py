@@ -29,7 +29,7 @@ _NUMBERED = re.compile(r"(?:label)?(\d+)")
 
 
 def same_label(first: str, second: str) -> bool:
-    """Say whether two spellings name one label: case and separators aside, or by a known synonym."""
+    """Return whether two spellings name one label: case and separators aside, or by a known synonym."""
     a, b = _plain(first), _plain(second)
     return a == b or a in _SYNONYMS.get(b, ()) or b in _SYNONYMS.get(a, ())
 

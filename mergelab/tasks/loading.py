@@ -10,7 +10,7 @@ from typing import Any
 from mergelab.config import CONF_DIR, check
 from mergelab.errors import ConfigError, DataError, did_you_mean, listed
 from mergelab.tasks.metric_table import METRICS, TEXT_METRICS, metric_directions
-from mergelab.tasks.prompting import AnswerKind, plain_word, template_columns, worked_examples
+from mergelab.tasks.prompting import AnswerKind, fewshot_examples, plain_word, template_columns
 from mergelab.tasks.schema import (
     SCHEMAS,
     GenerationTask,
@@ -56,14 +56,14 @@ def _generation(task: Any) -> TaskSpec:
         raise ConfigError(f"task.answer={answer}: must be label where there are task.labels, and only there")
     if task.group_by is not None and task.labels:
         raise ConfigError(f"task.group_by={task.group_by}: examples are grouped by their references, not by labels")
-    if task.label_words is not None and len(task.label_words) != len(task.labels or ()):
-        raise ConfigError(f"task.label_words={task.label_words}: must be as many as task.labels, one for each")
-    words = list(map(plain_word, task.label_words or task.labels or ()))
+    if task.verbalizer is not None and len(task.verbalizer) != len(task.labels or ()):
+        raise ConfigError(f"task.verbalizer={task.verbalizer}: must be as many as task.labels, one for each")
+    words = list(map(plain_word, task.verbalizer or task.labels or ()))
     if len(set(words)) < len(words) or not all(words):
-        raise ConfigError(f"task.label_words={task.label_words}: must differ in more than case and punctuation")
+        raise ConfigError(f"task.verbalizer={task.verbalizer}: must differ in more than case and punctuation")
     _check_text_metrics(task, answer)
-    if task.shots is not None and task.examples is None:
-        raise ConfigError(f"task.shots={task.shots}: task.examples names no worked examples")
+    if task.num_fewshot is not None and task.fewshot_examples is None:
+        raise ConfigError(f"task.num_fewshot={task.num_fewshot}: task.fewshot_examples names no worked examples")
     return _scored(
         task,
         kind="generation",
@@ -71,11 +71,13 @@ def _generation(task: Any) -> TaskSpec:
         label_column=task.label_column,
         labels=_tuple(task.labels),
         prompt=task.prompt,
-        worked_examples=() if task.examples is None else worked_examples(task.examples, task.shots),
+        fewshot_examples=()
+        if task.fewshot_examples is None
+        else fewshot_examples(task.fewshot_examples, task.num_fewshot),
         references=tuple(task.references),
         answer=answer,
         group_by=task.group_by,
-        label_words=_tuple(task.label_words),
+        verbalizer=_tuple(task.verbalizer),
         max_prompt_tokens=task.max_prompt_tokens,
         decoding=_decoding(task.decoding),
     )
@@ -120,7 +122,7 @@ def _lm_eval(task: Any) -> TaskSpec:
         "lm_eval",
         primary=task.primary or "",
         lm_eval_tasks=tuple(task.tasks),
-        lm_eval_shots=task.shots,
+        lm_eval_num_fewshot=task.num_fewshot,
         lm_eval_limit=task.limit,
         include_path=task.include_path,
     )
@@ -159,7 +161,7 @@ def _scored(task: Any, **own: Any) -> TaskSpec:
             )
     if spec.primary not in spec.metrics:
         raise ConfigError(f"task.primary={spec.primary!r}: must be one of task.metrics: {listed(spec.metrics)}")
-    for key in ("splits", "columns", "labels", "label_words", "references", "metrics"):
+    for key in ("splits", "columns", "labels", "verbalizer", "references", "metrics"):
         values = getattr(spec, key) or ()
         if len(set(values)) < len(values):
             raise ConfigError(f"task.{key}={list(values)}: must not repeat a name")

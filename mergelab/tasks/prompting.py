@@ -32,7 +32,7 @@ _STATED = re.compile(r"(?:####|\bthe answer is\b:?)(.*?\d.*?)(?:\.(?!\d)|\n|$)",
 
 
 def template_columns(template: str) -> tuple[str, ...]:
-    """Answer the columns that a template names, each once, in the order of their first use.
+    """Return the columns that a template names, each once, in the order of their first use.
 
     Raises:
         ConfigError: a brace is not closed, braces hold something else than a column's name, or there are none.
@@ -59,7 +59,7 @@ def fill(template: str, row: Mapping[str, str], examples: Sequence[str] = ()) ->
     return "\n\n".join([*examples, template.format_map(row)])
 
 
-def worked_examples(name: str, count: int | None = None) -> tuple[str, ...]:
+def fewshot_examples(name: str, count: int | None = None) -> tuple[str, ...]:
     """Read the first ``count`` worked examples (by default all) of a file.
 
     Args:
@@ -75,14 +75,14 @@ def worked_examples(name: str, count: int | None = None) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError):
         ready = sorted(path.stem for path in _EXAMPLES.glob("*.txt"))
         raise ConfigError(
-            f"task.examples={name}: no readable text file, and not one that is ready{did_you_mean(name, ready)} "
+            f"task.fewshot_examples={name}: no readable text file, and no ready one{did_you_mean(name, ready)} "
             f"(there are {listed(ready)})"
         ) from None
     found = tuple(part.strip() for part in re.split(r"\n\s*\n", text) if part.strip())
     if not found:
-        raise ConfigError(f"task.examples={name}: has no worked examples")
+        raise ConfigError(f"task.fewshot_examples={name}: has no worked examples")
     if count is not None and not 0 < count <= len(found):
-        raise ConfigError(f"task.shots={count}: {name} has {len(found)} worked examples")
+        raise ConfigError(f"task.num_fewshot={count}: {name} has {len(found)} worked examples")
     return found[:count]
 
 

@@ -20,7 +20,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Rows:
+class TaskRows:
     """One split's examples, as `mergelab.tasks.data.TaskData` has them."""
 
     texts: list[tuple[str, ...]]
@@ -31,21 +31,21 @@ class Rows:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def take(self, members: Array) -> Rows:
-        """Answer the examples at the positions ``members`` (m,)."""
+    def take(self, members: Array) -> TaskRows:
+        """Return the examples at the positions ``members`` (m,)."""
         references = None if self.references is None else self.references[members]
-        return Rows([self.texts[i] for i in members], self.labels[members], self.idx[members], references)
+        return TaskRows([self.texts[i] for i in members], self.labels[members], self.idx[members], references)
 
-    def first(self, limit: int) -> Rows:
-        """Answer the first ``limit`` examples."""
+    def first(self, limit: int) -> TaskRows:
+        """Return the first ``limit`` examples."""
         return self.take(np.arange(min(limit, len(self))))
 
-    def sample(self, limit: int, seed: int) -> Rows:
+    def sample(self, limit: int, seed: int) -> TaskRows:
         """Draw ``limit`` examples, every label in its share, where there are more."""
         return self if limit >= len(self) else self.take(stratified_sample(self.labels, limit, seed))
 
 
-def read_rows(spec: TaskSpec, table: Any, names: Sequence[str] | None, where: str) -> Rows:
+def read_rows(spec: TaskSpec, table: Any, names: Sequence[str] | None, where: str) -> TaskRows:
     """Check a split's table and make the task's examples of it.
 
     Args:
@@ -73,13 +73,13 @@ def read_rows(spec: TaskSpec, table: Any, names: Sequence[str] | None, where: st
     if spec.kind == "generation":
         return _prompted(spec, table, names, list(zip(*texts, strict=True)), idx, where)
     labels = _scores(spec, table, where) if spec.labels is None else _classes(spec, table, names, where)
-    return Rows(list(zip(*texts, strict=True)), labels, idx)
+    return TaskRows(list(zip(*texts, strict=True)), labels, idx)
 
 
 # ------------------------------------------------------------------------------------------------------ language models
 
 
-def _running_text(spec: TaskSpec, texts: Sequence[str], idx: Array, where: str) -> Rows:
+def _running_text(spec: TaskSpec, texts: Sequence[str], idx: Array, where: str) -> TaskRows:
     """Make an example of each row with words; blank ones stand, with what joins rows, before the next."""
     found: list[tuple[str, str]] = []
     before, kept = "", []
@@ -96,7 +96,7 @@ def _running_text(spec: TaskSpec, texts: Sequence[str], idx: Array, where: str) 
         raise DataError(f"{spec.name}: {where}: no row has any words")
     if before:
         found[-1] = (found[-1][0], found[-1][1] + before)
-    return Rows(list(found), np.zeros(len(found), dtype=np.int64), idx[kept])
+    return TaskRows(list(found), np.zeros(len(found), dtype=np.int64), idx[kept])
 
 
 # ----------------------------------------------------------------------------------------------------------- generation
@@ -109,12 +109,12 @@ def _prompted(
     texts: Sequence[tuple[str, ...]],
     idx: Array,
     where: str,
-) -> Rows:
+) -> TaskRows:
     """Make an example of each row, or of each group of rows, with its prompt and its references."""
     labels: Array = np.zeros(len(texts), dtype=np.int64)
     said: list[tuple[str, ...]]
     if spec.labels is not None:
-        labels, words = _classes(spec, table, names, where), spec.label_words or spec.labels
+        labels, words = _classes(spec, table, names, where), spec.verbalizer or spec.labels
         said = [(words[label],) if label >= 0 else () for label in labels.tolist()]
     else:
         said = _references(spec, table, where)
@@ -128,13 +128,13 @@ def _prompted(
         members = list(groups.values())
     firsts = [rows[0] for rows in members]
     prompts: list[tuple[str, ...]] = [
-        (fill(spec.prompt, dict(zip(spec.columns, texts[row], strict=True)), spec.worked_examples),) for row in firsts
+        (fill(spec.prompt, dict(zip(spec.columns, texts[row], strict=True)), spec.fewshot_examples),) for row in firsts
     ]
     references = np.empty(len(members), dtype=object)
     references[:] = [tuple(text for row in rows for text in said[row]) for rows in members]
     if (labels < 0).all() and spec.labels is not None:  # hidden, as in GLUE's test splits
-        return Rows(prompts, labels, idx)
-    return Rows(prompts, labels[firsts], idx[firsts], references)
+        return TaskRows(prompts, labels, idx)
+    return TaskRows(prompts, labels[firsts], idx[firsts], references)
 
 
 def _references(spec: TaskSpec, table: Any, where: str) -> list[tuple[str, ...]]:

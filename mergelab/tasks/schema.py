@@ -70,14 +70,14 @@ class GenerationTask(ScoredTask):
 
     kind: Literal["generation"]
     prompt: str
-    examples: str | None = None
-    shots: Count | None = None
+    fewshot_examples: str | None = None
+    num_fewshot: Count | None = None
     references: list[str] = Field(default=[])
     answer: AnswerKind | None = None
     group_by: str | None = None
     label_column: str = "label"
     labels: Annotated[list[str], Field(min_length=2)] | None = None
-    label_words: Annotated[list[str], Field(min_length=2)] | None = None
+    verbalizer: Annotated[list[str], Field(min_length=2)] | None = None
     max_prompt_tokens: Count | None = None
     decoding: DecodingSchema = DecodingSchema()
 
@@ -108,7 +108,7 @@ class LmEvalTask(CommonTask):
     kind: Literal["lm_eval"]
     tasks: Annotated[list[str], Field(min_length=1)]
     primary: str | None = None
-    shots: Annotated[int, Field(ge=0)] | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
     include_path: str | None = None
 
 

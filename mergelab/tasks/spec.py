@@ -49,17 +49,17 @@ class TaskSpec:
         label_column, labels: the column of labels and their names in the dataset's order; ``None``: scores.
         metrics, primary: in order; the one that models are ranked by.
         prompt: of generation: a template over the columns (``"summarize: {dialogue}"``).
-        worked_examples: what goes before each prompt.
+        fewshot_examples: what goes before each prompt.
         references: columns with a reference text or a list of them; none: the answer is the label, said in words.
         answer: how the answer is found in texts and references, as `mergelab.tasks.prompting.answer` does it.
         group_by: rows that have the same value there are one example with all their references.
-        label_words: what to answer for each label, in the order of ``labels``; ``None``: the labels themselves.
+        verbalizer: what to answer for each label, in the order of ``labels``; ``None``: the labels themselves.
         max_prompt_tokens: longer prompts are cut; ``None``: one that is too long for the model is an error.
         window, stride: of language modelling, in tokens: how many a model sees at once, and how many of them are new;
             ``None``: as many as the model allows, and all of them.
         join: what stands between rows that are read as one text; ``None``: each row is a text of its own.
         prompts, file: of the kind ``prompts``: the texts, or the file that has one on each line and is read instead.
-        lm_eval_tasks, lm_eval_shots, lm_eval_limit, include_path: what lm-eval is asked for.
+        lm_eval_tasks, lm_eval_num_fewshot, lm_eval_limit, include_path: what lm-eval is asked for.
     """
 
     name: str
@@ -76,11 +76,11 @@ class TaskSpec:
     metrics: tuple[str, ...] = ()
     primary: str = ""
     prompt: str = ""
-    worked_examples: tuple[str, ...] = ()
+    fewshot_examples: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
     answer: AnswerKind = "text"
     group_by: str | None = None
-    label_words: tuple[str, ...] | None = None
+    verbalizer: tuple[str, ...] | None = None
     max_prompt_tokens: int | None = None
     decoding: Decoding = field(default_factory=Decoding)
     window: int | None = None
@@ -89,7 +89,7 @@ class TaskSpec:
     prompts: tuple[str, ...] = ()
     file: str | None = None
     lm_eval_tasks: tuple[str, ...] = ()
-    lm_eval_shots: int | None = None
+    lm_eval_num_fewshot: int | None = None
     lm_eval_limit: int | None = None
     include_path: str | None = None
 

@@ -31,5 +31,5 @@ def tracking_config(node: Mapping[str, Any] | DictConfig) -> TrackingConfig:
 
 
 def experiment_name(config: TrackingConfig, task: str, *, mini: bool) -> str:
-    """Answer the MLflow experiment that a run on ``task`` belongs to; the miniature's runs never mix with real ones."""
+    """Return the MLflow experiment that a run on ``task`` belongs to; the miniature's runs never mix with real ones."""
     return config.experiment or (f"mini/{task}" if mini else task)

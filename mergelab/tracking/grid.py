@@ -164,7 +164,7 @@ def _failure(grid: _Grid, children: Sequence[RunRecord]) -> str:
 
 
 def _settled_children(grid: _Grid, *, wait: bool) -> list[RunRecord]:
-    """Answer the grid's children, oldest first, once those whose process was killed are marked so."""
+    """Return the grid's children, oldest first, once those whose process was killed are marked so."""
     deadline = time.monotonic() + _SETTLE_S
     while True:
         grid.tracker.reconcile()
@@ -201,7 +201,7 @@ def _keep_best_model(grid: _Grid, children: Sequence[RunRecord], best: RunRecord
 
 
 def best_child(children: Sequence[RunRecord]) -> RunRecord | None:
-    """Answer the finished run that is best by the metric that all of them are judged by; None without a common one."""
+    """Return the finished run that is best by the metric that all of them are judged by; None without a common one."""
     judged = [child for child in children if child.status == "FINISHED" and child.tags.get(PRIMARY) in child.metrics]
     if len({(child.tags[PRIMARY], child.tags.get("mergelab.task")) for child in judged}) != 1:
         return None

@@ -39,7 +39,7 @@ def release() -> None:
 
 
 def terminated() -> bool:
-    """Answer whether SIGTERM has come while a run was open: the process is on its way out."""
+    """Return whether SIGTERM has come while a run was open: the process is on its way out."""
     return _terminated
 
 

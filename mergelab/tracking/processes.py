@@ -37,7 +37,7 @@ def process_tags() -> dict[str, str]:
 
 
 def has_ended(tags: Mapping[str, str]) -> bool:
-    """Answer whether the process that ``tags`` name ran here and is no more; False when that cannot be known."""
+    """Return whether the process that ``tags`` name ran here and is no more; False when that cannot be known."""
     import psutil
 
     if tags.get(HOST) != socket.gethostname() or tags.get(NAMESPACE, "") != _pid_namespace():

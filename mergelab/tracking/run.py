@@ -195,7 +195,7 @@ class Run:
 
 
 def tag_values(tags: Mapping[str, Any]) -> dict[str, str]:
-    """Answer tags as MLflow takes them: strings, not too long, nothing for None."""
+    """Return tags as MLflow takes them: strings, not too long, nothing for None."""
     return {name: shortened(str(value), MAX_TAG) for name, value in tags.items() if value is not None}
 
 

@@ -53,7 +53,7 @@ class Store:
 
 
 def locate(config: TrackingConfig) -> Store:
-    """Answer the store: ``tracking.uri``, else ``MLFLOW_TRACKING_URI``, else ``outputs/mlflow.db``."""
+    """Return the store: ``tracking.uri``, else ``MLFLOW_TRACKING_URI``, else ``outputs/mlflow.db``."""
     outputs = _launch_folder() / "outputs"
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{outputs / 'mlflow.db'}"
     scheme = urlsplit(uri).scheme
@@ -71,7 +71,7 @@ def locate(config: TrackingConfig) -> Store:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """Answer the file of an SQLite store, None for other stores."""
+    """Return the file of an SQLite store, None for other stores."""
     scheme, found, path = uri.partition(":///")
     return Path(path.partition("?")[0]) if found and scheme.partition("+")[0] == "sqlite" else None
 
@@ -237,7 +237,7 @@ def _is_storage_error(error: Exception) -> bool:
 
 
 def ui_command(store: Store) -> str:
-    """Answer the command, for the working folder, that opens the UI on ``store``; for a server its address."""
+    """Return the command, for the working folder, that opens the UI on ``store``; for a server its address."""
     if urlsplit(store.uri).scheme in ("http", "https"):
         return without_password(store.uri)
     if store.artifact_root is None:
@@ -250,7 +250,7 @@ def ui_command(store: Store) -> str:
 
 
 def ui_page(store: Store, experiment_id: str, run_ids: Sequence[str] = ()) -> str:
-    """Answer the page of the running UI that lists an experiment's runs, or that compares the named ones."""
+    """Return the page of the running UI that lists an experiment's runs, or that compares the named ones."""
     server = store.uri if urlsplit(store.uri).scheme in ("http", "https") else _LOCAL_UI
     page = f"experiments/{experiment_id}/runs?"
     if run_ids:
@@ -268,7 +268,7 @@ def _relative_sqlite(uri: str) -> str:
 
 
 def _mlflow() -> str:
-    """Answer the ``mlflow`` of this Python: by name where the shell finds the same one."""
+    """Return the ``mlflow`` of this Python: by name where the shell finds the same one."""
     beside = Path(sys.executable).with_name("mlflow")
     if not beside.exists():
         return f"{shlex.quote(sys.executable)} -m mlflow"

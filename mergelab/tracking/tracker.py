@@ -73,7 +73,7 @@ class Tracker:
         return self.client is not None
 
     def experiment(self, name: str) -> str:
-        """Answer the id of an experiment, creating it at first use; processes may do so at the same time.
+        """Return the id of an experiment, creating it at first use; processes may do so at the same time.
 
         Raises:
             TrackingError: an experiment of that name was deleted, or the name is not allowed.
@@ -193,7 +193,7 @@ class Tracker:
     def find_run(
         self, tags: Mapping[str, str], *, experiment: str | None = None, status: str | None = "FINISHED"
     ) -> str | None:
-        """Answer the id of the newest run that has all of ``tags`` (a baseline by its key, say), or None."""
+        """Return the id of the newest run that has all of ``tags`` (a baseline by its key, say), or None."""
         return next((record.id for record in self.runs(tags, experiment=experiment, status=status)), None)
 
     @contextmanager
@@ -242,11 +242,11 @@ class Tracker:
         return [metric.timestamp for name in names for metric in self.client.get_metric_history(run.info.run_id, name)]
 
     def ui_command(self) -> str:
-        """Answer the command that opens the UI, to be typed in the working folder; for a server its address."""
+        """Return the command that opens the UI, to be typed in the working folder; for a server its address."""
         return ui_command(self.store) if self.store else ""
 
     def ui_page(self, experiment: str, run_ids: Sequence[str] = ()) -> str:
-        """Answer the address, in the UI that ``ui_command`` opens, of an experiment's runs or of their comparison."""
+        """Return the address, in the UI that ``ui_command`` opens, of an experiment's runs or of their comparison."""
         return ui_page(self.store, self.experiment(experiment), run_ids) if self.store else ""
 
 

@@ -71,7 +71,7 @@ def tidy_name(name: str) -> str:
 
 
 def unique(name: str, taken: Mapping[str, Any]) -> str:
-    """Answer ``name``, numbered if it is taken."""
+    """Return ``name``, numbered if it is taken."""
     if name not in taken:
         return name
     return next(f"{name}_{number}" for number in range(2, len(taken) + 3) if f"{name}_{number}" not in taken)
@@ -86,7 +86,7 @@ def shortened(text: str, limit: int, mark: str = "… sha256 ") -> str:
 
 
 def one_line(error: BaseException | str) -> str:
-    """Answer the first line of an error's message, with its type where the message alone would not say what it is."""
+    """Return the first line of an error's message, with its type where the message alone would not say what it is."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""
     if isinstance(error, BaseException) and not isinstance(error, MergelabError):

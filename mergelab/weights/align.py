@@ -56,11 +56,11 @@ class RenamedSource:
         return [key for key in self.stored if key not in ties]
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Answer the shape of ``key``."""
+        """Return the shape of ``key``."""
         return self.source.shape(self._at(key))
 
     def dtype(self, key: str) -> torch.dtype:
-        """Answer the dtype of ``key``."""
+        """Return the dtype of ``key``."""
         return self.source.dtype(self._at(key))
 
     def get(self, key: str) -> Tensor:
@@ -72,7 +72,7 @@ class RenamedSource:
         self.source.prefetch(self._at(key))
 
     def aliases(self) -> dict[str, str]:
-        """Answer the further names of tied tensors."""
+        """Return the further names of tied tensors."""
         ties = self.source.aliases()
         first: dict[str, str] = {}
         holders = {name: first.setdefault(ties.get(at, at), name) for name, at in self.stored.items()}
@@ -273,7 +273,7 @@ def _set_aside(views: list[_View], ignore: Sequence[str]) -> tuple[list[_View], 
 
 
 def _tied_groups(views: list[_View]) -> dict[str, str]:
-    """Answer ``{alias: name}`` for tensors that are one wherever both are stored.
+    """Return ``{alias: name}`` for tensors that are one wherever both are stored.
 
     The name is one that every model has. A tensor that is tied in one model and stored apart in another is no alias.
     """
@@ -300,7 +300,7 @@ def _tied_groups(views: list[_View]) -> dict[str, str]:
 
 
 def _ties(view: _View, views: list[_View]) -> dict[str, str]:
-    """Answer a model's tied names: those that share memory, and matrices stored twice where others store one."""
+    """Return a model's tied names: those that share memory, and matrices stored twice where others store one."""
     here = {stored: name for name, stored in view.stored.items()}
     ties = {here[alias]: here[key] for alias, key in view.source.aliases().items()}
     ties = {alias: key for alias, key in ties.items() if alias in view.present and key in view.present}

@@ -95,11 +95,11 @@ class Checkpoint:
         return list(self._home)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Answer the shape of ``key``, from the header."""
+        """Return the shape of ``key``, from the header."""
         return self._info(key).shape
 
     def dtype(self, key: str) -> torch.dtype:
-        """Answer the dtype of ``key``, from the header."""
+        """Return the dtype of ``key``, from the header."""
         return self._info(key).dtype
 
     def get(self, key: str) -> Tensor:
@@ -117,11 +117,11 @@ class Checkpoint:
         self._home[info.name].prefetch(info.name)
 
     def aliases(self) -> dict[str, str]:
-        """Answer the further names of tied tensors, as far as the files tell."""
+        """Return the further names of tied tensors, as far as the files tell."""
         return dict(self._aliases)
 
     def content_hash(self) -> str:
-        """Answer a SHA-256 that names the weights' content, wherever the folder lies.
+        """Return a SHA-256 that names the weights' content, wherever the folder lies.
 
         One weight file: the SHA-256 of its bytes (what the hub shows for it). Several: the SHA-256 of their digests
         in the order of the files' names. Digests are remembered in the cache folder by path, size and time of change.

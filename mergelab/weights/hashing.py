@@ -14,7 +14,7 @@ from mergelab.config import cache_dir
 
 
 def file_sha256(path: Path) -> str:
-    """Answer the SHA-256 of a file's bytes as hex digits.
+    """Return the SHA-256 of a file's bytes as hex digits.
 
     The answer is kept in ``<cache>/sha256.json`` under the file's resolved path, with its size and the times of its
     last change; a file that is unchanged by these is not read again. A cache folder that cannot be written is no error.
@@ -32,7 +32,7 @@ def file_sha256(path: Path) -> str:
 
 
 def joint_sha256(digests: Sequence[str]) -> str:
-    """Answer the one digest itself, or the SHA-256 of several in their order."""
+    """Return the one digest itself, or the SHA-256 of several in their order."""
     if len(digests) == 1:
         return digests[0]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()

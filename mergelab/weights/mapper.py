@@ -79,7 +79,7 @@ class ModelTensorMapper:
         return self._filled(tensor, self._template)
 
     def to_pipeline(self, tensor: Tensor, base_pipeline: Pipeline) -> Pipeline:
-        """Answer a pipeline like ``base_pipeline`` (task, tokenizer, settings) that runs the model of ``tensor``.
+        """Return a pipeline like ``base_pipeline`` (task, tokenizer, settings) that runs the model of ``tensor``.
 
         Raises:
             KeyMismatch, ShapeMismatch: the pipeline's model is not of the template's architecture; see also `to_model`.
@@ -110,7 +110,7 @@ class ModelTensorMapper:
         }
 
     def _matched(self, model: nn.Module | Pipeline | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Answer the template's parameters as ``model`` has them, under the template's names."""
+        """Return the template's parameters as ``model`` has them, under the template's names."""
         given: Mapping[str, Tensor]
         if (module := module_of(model)) is not None:
             label, given = type(module).__name__, dict(module.named_parameters())

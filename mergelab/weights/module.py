@@ -14,7 +14,7 @@ from mergelab.weights.source import tied_names
 
 
 def module_of(model: object) -> nn.Module | None:
-    """Answer the module itself, or the one inside a transformers pipeline; None for anything else."""
+    """Return the module itself, or the one inside a transformers pipeline; None for anything else."""
     if isinstance(model, nn.Module):
         return model
     inner = getattr(model, "model", None)
@@ -28,7 +28,7 @@ def copy_module(module: nn.Module) -> nn.Module:
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Answer every parameter and buffer by name, a tied one under each of its names."""
+    """Return every parameter and buffer by name, a tied one under each of its names."""
     return {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),

@@ -28,7 +28,7 @@ _NO_BACKBONE = {"encoder", "decoder", "shared"}
 
 
 def modern_name(key: str) -> str:
-    """Answer today's spelling of a stored name: ``LayerNorm.gamma`` and ``beta`` are ``weight`` and ``bias``."""
+    """Return today's spelling of a stored name: ``LayerNorm.gamma`` and ``beta`` are ``weight`` and ``bias``."""
     match = _OLD_LAYER_NORM.search(key)
     return key if match is None else key[: match.start(2)] + _NEW_SPELLING[match[2]]
 
@@ -52,7 +52,7 @@ def is_optional(key: str) -> bool:
 
 
 def matches_any(key: str, patterns: Iterable[str]) -> bool:
-    """Tell whether ``key`` fits one of the shell-style patterns (``classifier.*``), upper and lower case distinct."""
+    """Return whether ``key`` fits one of the shell-style patterns (``classifier.*``), upper and lower case distinct."""
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
@@ -141,7 +141,7 @@ def depths(names: Sequence[str]) -> dict[str, float]:
 
 
 def layer_of(name: str) -> tuple[str, int] | None:
-    """Answer in which part's stack ("encoder", "decoder", or "" where the name does not say) a tensor lies, and where.
+    """Return in which part's stack ("encoder", "decoder", or "" where the name does not say) a tensor lies, and where.
 
     Layers are counted from 0 in each stack; None for what is in no layer.
     """

@@ -17,7 +17,7 @@ BLOCK = 16_384
 
 
 def dot(a: Tensor, b: Tensor) -> float:
-    """Answer Σ a·b over all entries, products and sums in float64.
+    """Return Σ a·b over all entries, products and sums in float64.
 
     The tensors are taken block by block, so no float64 copy of a whole tensor is made; block sums are added exactly
     (``math.fsum``), so the answer does not depend on the number of threads or on how the caller ordered them.
@@ -35,17 +35,17 @@ def dot(a: Tensor, b: Tensor) -> float:
 
 
 def norm(a: Tensor) -> float:
-    """Answer the Euclidean norm of all entries of ``a``, accumulated in float64."""
+    """Return the Euclidean norm of all entries of ``a``, accumulated in float64."""
     return math.sqrt(_blockwise(a, None, lambda x, _: x.mul_(x)))
 
 
 def total(a: Tensor) -> float:
-    """Answer the sum of all entries of ``a``, accumulated in float64."""
+    """Return the sum of all entries of ``a``, accumulated in float64."""
     return _blockwise(a, None, lambda x, _: x)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Answer the cosine between ``a`` and ``b`` taken as flat vectors, in [-1, 1]; 0 where either is zero."""
+    """Return the cosine between ``a`` and ``b`` taken as flat vectors, in [-1, 1]; 0 where either is zero."""
     lengths = norm(a) * norm(b)
     if lengths == 0.0:
         return 0.0

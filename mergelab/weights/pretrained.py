@@ -81,7 +81,7 @@ def load_pipeline(
 
 
 def pipeline_with(base: Pipeline, model: nn.Module) -> Pipeline:
-    """Answer a pipeline like ``base`` (task, tokenizer, every setting) that runs ``model``; ``base`` stays as it is."""
+    """Return a pipeline like ``base`` (task, tokenizer, every setting) that runs ``model``; ``base`` stays as it is."""
     clone: Pipeline = copy.copy(base)
     clone.model = model
     for setting in ("_preprocess_params", "_forward_params", "_postprocess_params", "generation_config"):
@@ -91,7 +91,7 @@ def pipeline_with(base: Pipeline, model: nn.Module) -> Pipeline:
 
 
 def _auto_classes(task: str) -> tuple[Any, ...]:
-    """Answer the classes that may load a model for ``task``, the most fitting first."""
+    """Return the classes that may load a model for ``task``, the most fitting first."""
     import transformers
     from transformers.pipelines import PIPELINE_REGISTRY
 

@@ -139,7 +139,7 @@ class WeightFiles:
             return opened.read(len(header)) == header
 
     def _making(self, file: str) -> Path:
-        """Answer the name under which a file is made: some versions of transformers load weights without a config."""
+        """Return the name under which a file is made: some versions of transformers load weights without a config."""
         return self._folder / f"{file}{PART}"
 
     def _handle(self, file: str) -> int:
@@ -215,7 +215,7 @@ def _write_at(handle: int, content: memoryview, offset: int) -> None:
 
 
 def as_stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    """Answer what is stored of a tensor when floating-point ones are to be of ``dtype`` (None: as they are)."""
+    """Return what is stored of a tensor when floating-point ones are to be of ``dtype`` (None: as they are)."""
     chosen = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
     if chosen not in _NAMES:
         raise ModelError(f"{info.name}: {chosen} cannot be stored as safetensors")
@@ -223,7 +223,7 @@ def as_stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
 
 
 def byte_size(info: TensorInfo) -> int:
-    """Answer how many bytes a tensor's entries take."""
+    """Return how many bytes a tensor's entries take."""
     entries = 1
     for length in info.shape:
         entries *= length

@@ -26,11 +26,11 @@ class TensorSource(Protocol):
         ...
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Answer the shape of ``key`` without reading its data."""
+        """Return the shape of ``key`` without reading its data."""
         ...
 
     def dtype(self, key: str) -> torch.dtype:
-        """Answer the stored dtype of ``key`` without reading its data."""
+        """Return the stored dtype of ``key`` without reading its data."""
         ...
 
     def get(self, key: str) -> Tensor:
@@ -38,7 +38,7 @@ class TensorSource(Protocol):
         ...
 
     def aliases(self) -> dict[str, str]:
-        """Answer the further names of tied tensors, each with the key that holds it; none of them is in ``keys``."""
+        """Return the further names of tied tensors, each with the key that holds it; none of them is in ``keys``."""
         ...
 
     def prefetch(self, key: str) -> None:
@@ -61,15 +61,15 @@ class WrappedSource:
         return self.source.keys()
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Answer the shape of ``key``."""
+        """Return the shape of ``key``."""
         return self.source.shape(key)
 
     def dtype(self, key: str) -> torch.dtype:
-        """Answer the dtype that ``key`` is stored in."""
+        """Return the dtype that ``key`` is stored in."""
         return self.source.dtype(key)
 
     def aliases(self) -> dict[str, str]:
-        """Answer the further names of tied tensors."""
+        """Return the further names of tied tensors."""
         return self.source.aliases()
 
     def prefetch(self, key: str) -> None:
@@ -109,19 +109,19 @@ class DictSource:
         return [key for key in self.tensors if key not in self._ties]
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Answer the shape of ``key``."""
+        """Return the shape of ``key``."""
         return tuple(self._at(key).shape)
 
     def dtype(self, key: str) -> torch.dtype:
-        """Answer the dtype of ``key``."""
+        """Return the dtype of ``key``."""
         return self._at(key).dtype
 
     def get(self, key: str) -> Tensor:
-        """Answer the tensor itself, not a copy."""
+        """Return the tensor itself, not a copy."""
         return self._at(key).detach()
 
     def aliases(self) -> dict[str, str]:
-        """Answer the further names of tied tensors."""
+        """Return the further names of tied tensors."""
         return dict(self._ties)
 
     def prefetch(self, key: str) -> None:
@@ -139,7 +139,7 @@ class DictSource:
 
 
 def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Answer which names are the same memory as an earlier name: ``{alias: first name}``.
+    """Return which names are the same memory as an earlier name: ``{alias: first name}``.
 
     Tensors that only share a storage (slices of one buffer, every tensor of a memory-mapped file) are not tied.
     """

@@ -68,7 +68,7 @@ class StateDict(dict[str, Tensor]):
 
     @classmethod
     def zeros_like(cls, item: Any, **kwargs: Any) -> Self:
-        """Answer zeros in the shapes of a dict, a module, a pipeline, or a hub id or folder with ``task=``."""
+        """Return zeros in the shapes of a dict, a module, a pipeline, or a hub id or folder with ``task=``."""
         like = cls.from_hf(item, **kwargs) if isinstance(item, str | Path) else cls.from_model(item)
         zeros = {key: torch.zeros_like(value) for key, value in like.items() if value.is_floating_point()}
         return cls({**like, **zeros})
@@ -109,7 +109,7 @@ class StateDict(dict[str, Tensor]):
         return result
 
     def subset(self, keys: Iterable[str]) -> Self:
-        """Answer the entries of ``keys`` alone; KeyMismatch lists those that are not there."""
+        """Return the entries of ``keys`` alone; KeyMismatch lists those that are not there."""
         return type(self)({key: self[key] for key in self._known(keys)})
 
     def remove(self, keys: Iterable[str]) -> Self:
@@ -123,13 +123,13 @@ class StateDict(dict[str, Tensor]):
         return self.remove([key for key, value in self.items() if not condition(value)])
 
     def to(self, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Answer the entries on ``device`` and, the floating-point ones, in ``dtype``."""
+        """Return the entries on ``device`` and, the floating-point ones, in ``dtype``."""
         return type(self)(
             {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in self.items()}
         )
 
     def copy(self) -> Self:
-        """Answer a dictionary whose tensors share no memory with this one's."""
+        """Return a dictionary whose tensors share no memory with this one's."""
         return type(self)(
             {key: value.detach().clone().requires_grad_(value.requires_grad) for key, value in self.items()}
         )
@@ -151,7 +151,7 @@ class StateDict(dict[str, Tensor]):
             self._sort()
 
     def setdefault(self, key: str, default: Tensor) -> Tensor:
-        """Answer the entry of ``key``, putting ``default`` there when there is none."""
+        """Return the entry of ``key``, putting ``default`` there when there is none."""
         if key not in self:
             self[key] = default
         return self[key]
@@ -230,7 +230,7 @@ class StateDict(dict[str, Tensor]):
         return self
 
     def _apply(self, operation: Operation, other: Any, *, reflected: bool = False) -> Self:
-        """Answer ``operation`` of each entry and the other operand, the other way round when ``reflected``."""
+        """Return ``operation`` of each entry and the other operand, the other way round when ``reflected``."""
         if isinstance(other, Real | Tensor):
             return type(self)({key: _scaled(key, value, other, operation, reflected) for key, value in self.items()})
         if not isinstance(other, Mapping) and module_of(other) is None:
@@ -255,7 +255,7 @@ def _scaled(key: str, value: Tensor, other: Any, operation: Operation, reflected
 
 
 def _fits(value: Tensor, other: Tensor) -> bool:
-    """Tell whether ``other`` broadcasts to the shape of ``value``."""
+    """Return whether ``other`` broadcasts to the shape of ``value``."""
     trailing = value.shape[value.dim() - other.dim() :] if other.dim() <= value.dim() else ()
     return len(trailing) == other.dim() and all(b in (1, a) for a, b in zip(trailing, other.shape, strict=True))
 

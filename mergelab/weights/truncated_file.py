@@ -14,7 +14,7 @@ _END = b"\0"  # no signal has this number
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def reported() -> Iterator[None]:
     """Say which file was cut, and end the process with exit code 2, when mapped entries are no longer there.
 
     The thread that wants to read them cannot go on: it tries for ever, once Python has taken the signal, and Python

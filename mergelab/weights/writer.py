@@ -125,12 +125,12 @@ class FolderWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that was announced."""
-        with _told(self._target):
+        with _os_errors_named(self._target):
             self._files.write(name, tensor)
 
     def write_part(self, part: TensorPart) -> None:
         """Write a part of a tensor that was announced; its parts come in their order."""
-        with _told(self._target):
+        with _os_errors_named(self._target):
             self._files.write_part(part)
 
 
@@ -168,7 +168,7 @@ def writing_folder(
         files = WeightFiles(making, stored, max_shard_bytes, ties)
         try:
             yield FolderWriter(folder, files, ties)
-            with _told(folder):
+            with _os_errors_named(folder):
                 files.finish()
                 _copy_companions(like, making)
                 write_json(making / CONFIG, _config_for(config, stored, config_updates, dtype))
@@ -179,17 +179,17 @@ def writing_folder(
 @contextmanager
 def _folder_in_making(folder: Path, size: int, key: str | None) -> Iterator[Path]:
     """Give a hidden sibling folder that becomes ``folder`` at the end; else it is gone, or kept for the same key."""
-    with _told(folder):
+    with _os_errors_named(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     if key is None:
         making = folder.parent / f".{folder.name}.{_here()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.partial"
-        with _told(folder):
+        with _os_errors_named(folder):
             _remove_remains(folder)
             _check_room(folder, size)
             making.mkdir()
         try:
             yield making
-            with _told(folder):
+            with _os_errors_named(folder):
                 os.rename(making, folder)  # takes the place of an empty folder, fails on any other
         except BaseException:
             shutil.rmtree(making, ignore_errors=True)
@@ -198,11 +198,11 @@ def _folder_in_making(folder: Path, size: int, key: str | None) -> Iterator[Path
     making = making_of(folder)
     with _only_writer(folder):
         try:
-            with _told(folder):
+            with _os_errors_named(folder):
                 _keep_only(making, key)
                 _check_room(folder, size - sum(file.stat().st_size for file in making.iterdir()))
             yield making
-            with _told(folder):
+            with _os_errors_named(folder):
                 (making / _KEY).unlink()
                 os.rename(making, folder)
         except BaseException as error:
@@ -233,7 +233,7 @@ def is_unfinished(path: Path) -> bool:
 
 
 def making_of(folder: Path) -> Path:
-    """Answer where ``folder`` is made, if it is with a key."""
+    """Return where ``folder`` is made, if it is with a key."""
     return folder.parent / f".{folder.name}.partial"
 
 
@@ -259,7 +259,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
 
     place = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:32]
     locks = cache_dir() / "locks"
-    with _told(folder):
+    with _os_errors_named(folder):
         locks.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(locks / f"{place}.lock", timeout=0):
@@ -316,7 +316,7 @@ def _read_config(like: Path) -> dict[str, Any]:
 def _config_for(
     config: dict[str, Any], stored: Sequence[TensorInfo], updates: Mapping[str, Any] | None, dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """Answer the config with the updates and the dtype that most of the weights have."""
+    """Return the config with the updates and the dtype that most of the weights have."""
     sizes: dict[torch.dtype, int] = {}
     for info in stored:
         if info.dtype.is_floating_point:
@@ -347,14 +347,14 @@ def _check_target(folder: Path, inputs: Sequence[Path]) -> None:
                 raise ModelError(f"{folder} is the folder of an input model; choose another for the output")
         if not folder.is_dir():
             raise ModelError(f"{folder} is a file; a folder that does not exist yet is needed for the output")
-        with _told(folder):
+        with _os_errors_named(folder):
             occupied = any(folder.iterdir())
         if occupied:
             raise ModelError(f"{folder} exists and is not empty; choose another folder for the output or remove it")
 
 
 @contextmanager
-def _told(target: Path) -> Iterator[None]:
+def _os_errors_named(target: Path) -> Iterator[None]:
     """Turn what the system says about writing into one line."""
     try:
         yield

@@ -32,7 +32,7 @@ def test_parameters_are_shown_with_the_defaults_of_the_configs() -> None:
 
 def test_the_table_has_ranges_choices_and_what_takes_long() -> None:
     assert "density=0.2 (> 0, ≤ 1)" in entry("ties").settings
-    assert "election=mass (mass | count)" in entry("ties").settings
+    assert "majority_sign=total (total | frequency)" in entry("ties").settings
     assert entry("wudi").settings == "lambda=1, steps=300 (≥ 0), lr=1e-05 (> 0)"
     assert entry("wudi").cost == "one pass, tensor by tensor; multiplies every matrix hundreds of times"
     assert entry("ties").cost == "statistics, then one pass, in blocks"

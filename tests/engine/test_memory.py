@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mergelab.engine.registry import get_method, method_names
 from mergelab.engine.run import merge
-from mergelab.estimation.input_gram import InputProducts, InputSums
+from mergelab.estimation.input_gram import InputGram, InputSums
 from mergelab.methods import regmean as regmean_module
 from mergelab.methods.regmean import regmean
 from mergelab.ops.site import Site
@@ -88,7 +88,7 @@ def test_regmean_holds_little_more_than_the_result_of_a_layer_with_many_outputs(
     generator = torch.Generator().manual_seed(0)
     experts = [torch.randn(ROWS, COLUMNS, generator=generator) for _ in range(3)]
     inputs = torch.randn(500, COLUMNS, generator=generator)
-    known = [InputProducts({"x": inputs.T @ inputs / 500}, {"x": "x"}, frozenset()) for _ in experts]
+    known = [InputGram({"x": inputs.T @ inputs / 500}, {"x": "x"}, frozenset()) for _ in experts]
     site = Site("x", ("a", "b", "c"), (ROWS, COLUMNS))
     assert most_copies(lambda: regmean(experts, prepared=known, site=site)) < 2 + 2 * BESIDES
 
@@ -111,7 +111,7 @@ def test_input_products_need_one_matrix_for_each_linear_layer() -> None:
     module = Stack(width, depth)
     names = {name: name for name, _ in module.named_parameters()}
     batches = [{"features": torch.randn(4, width)} for _ in range(5)]
-    found: list[InputProducts] = []
+    found: list[InputGram] = []
 
     def work() -> None:
         sums = InputSums(module, names)

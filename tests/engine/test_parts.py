@@ -9,7 +9,7 @@ from mergelab.engine import run
 from mergelab.engine.registry import get_method
 from mergelab.engine.request import checked_job
 from mergelab.engine.run import merge_in_parts
-from mergelab.engine.warm_session import Warm
+from mergelab.engine.warm_session import MergeSession
 from tests.methods.toy import SHAPES, aligned, merged, toy_models
 
 LENGTHS = (7, 100, 64, 1, 33, 0, 250, 100, 100, 16, 5, 90, 3, 77, 64, 64, 128)
@@ -55,7 +55,7 @@ def test_only_the_wanted_tensors_come_in_parts_and_aliases_with_what_they_name()
 def test_a_warm_merge_in_another_dtype_is_rounded_once(name: str, stored: torch.dtype, wanted: torch.dtype) -> None:
     models = toy_models(2, dtype=stored)
     targets = {at: torch.empty(shape, dtype=wanted) for at, shape in SHAPES.items()}
-    session = Warm(models, targets, dtype=wanted)
+    session = MergeSession(models, targets, dtype=wanted)
     job = checked_job(get_method(name), {}, models, dtype=wanted)
     for _ in range(2):
         session.merge(get_method(name), {})

@@ -13,7 +13,7 @@ from torch import Tensor
 from mergelab.engine.parameters import OfExperts, key_of
 from mergelab.engine.registry import check_parameters, get_method, method_names, resolve_weights
 from mergelab.engine.run import merge
-from mergelab.engine.warm_session import Warm
+from mergelab.engine.warm_session import MergeSession
 from mergelab.errors import ConfigError
 from mergelab.weights.align import AlignedModels
 from tests.methods.toy import NAMES, SHAPES, aligned, merged, toy_models
@@ -68,7 +68,9 @@ ELECTED = {"dare_ties": "dare", "breadcrumbs_ties": "breadcrumbs", "della": "del
 
 
 @pytest.mark.parametrize("name", ELECTED)
-@pytest.mark.parametrize("options", [{}, {"weights": [1.0, 2.0, 0.5], "election": "count", "weights_at": "before"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"weights": [1.0, 2.0, 0.5], "majority_sign": "frequency", "weights_stage": "elect"}]
+)
 def test_an_election_is_that_of_the_experts_sparsified_alone(name: str, options: dict[str, Any]) -> None:
     models = models_around_zero()
     parameters: dict[str, Any] = {"density": DENSITY} | ({"epsilon": 0.05} if name == "della" else {})
@@ -184,7 +186,7 @@ def test_a_warm_session_has_the_bits_of_one_merge(name: str) -> None:
     models = toy_models(3)
     assert models.base is not None
     targets = {tensor: torch.empty(models.base.shape(tensor)) for tensor in models.names}
-    session = Warm(models, targets)
+    session = MergeSession(models, targets)
     numbers = dict(zip(THREE, [0.3, 0.2, 0.4], strict=True))
     for density in (0.3, numbers, {**numbers, "pear": 0.35}, numbers):
         assert session.merge(get_method(name), {"density": density}) == "merged"

@@ -34,7 +34,7 @@ def example(
     mode: Literal["a", "b", "c"] = "a",
     floor: Density | None = None,
 ) -> Tensor:
-    """Answer the base."""
+    """Return the base."""
     return base
 
 
@@ -66,7 +66,7 @@ def test_an_unknown_method_is_answered_with_the_nearest_or_all(name: str, said: 
 def test_declaring_leaves_the_function_a_function() -> None:
     assert example("base", []) == "base"  # type: ignore[comparison-overlap,arg-type]
     assert (METHOD.name, METHOD.min_experts, METHOD.max_experts) == ("example", 2, 4)
-    assert METHOD.takes == {"base", "experts"}
+    assert METHOD.injected == {"base", "experts"}
     with pytest.raises(TypeError, match="neither base nor experts nor vectors"):
         merge_method()(lambda tensors: tensors)
 

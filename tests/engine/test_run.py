@@ -13,7 +13,7 @@ from torch import Tensor
 from mergelab.engine import request
 from mergelab.engine.registry import get_method, method_names
 from mergelab.engine.run import merge, merge_to_dict
-from mergelab.engine.warm_session import Warm
+from mergelab.engine.warm_session import MergeSession
 from mergelab.errors import ConfigError, NonFinite
 from mergelab.ops import workspace
 from mergelab.weights.align import AlignedModels
@@ -68,7 +68,7 @@ def test_methods_without_a_preparing_pass_read_each_tensor_once(
     method: str, watched: AlignedModels, log: list[str]
 ) -> None:
     list(merge(get_method(method), {}, watched))
-    sources = 2 + bool(get_method(method).adds or "base" in get_method(method).takes)
+    sources = 2 + bool(get_method(method).returns_task_vector or "base" in get_method(method).injected)
     assert {key: log.count(key) for key in SHAPES} == dict.fromkeys(SHAPES, sources)
 
 
@@ -189,18 +189,18 @@ def test_room_for_blocks_is_made_once_for_each_thread_in_a_warm_session_too(
 ) -> None:
     made: list[tuple[int, ...]] = []
 
-    class Counted(workspace.Room):
+    class Counted(workspace.WorkspaceMemory):
         def __init__(self, *shape: Any) -> None:
             super().__init__(*shape)
             made.append(shape)
 
-    monkeypatch.setattr(workspace, "Room", Counted)
+    monkeypatch.setattr(workspace, "WorkspaceMemory", Counted)
     monkeypatch.setattr(request, "thread_count", lambda: 1)
     models = toy_models()
     merged(method, models)
     assert len(made) == 1
     targets = {name: torch.empty(models.experts[0].shape(name)) for name in models.names}
-    session = Warm(models, targets)
+    session = MergeSession(models, targets)
     for scale in (0.3, 0.4, 0.5):
         session.merge(get_method(method), {"lambda": scale, "weights": [1.0, 1.0, scale]})
     assert len(made) == 2

@@ -14,7 +14,7 @@ from torch import Tensor
 from mergelab.engine import ties_session
 from mergelab.engine.registry import get_method
 from mergelab.engine.ties_session import TiesSession
-from mergelab.engine.warm_session import Warm
+from mergelab.engine.warm_session import MergeSession
 from mergelab.errors import ConfigError, MergeWarning, NonFinite
 from mergelab.ops.ties_kernels import _whole
 from mergelab.weights.align import AlignedModels
@@ -51,9 +51,9 @@ def same(targets: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return all(torch.equal(targets[name], expected[name].float()) for name in targets)
 
 
-def uncompiled(election: Any, reduce: Any, before: bool, weighted: bool) -> Any:
+def uncompiled(majority_sign: Any, reduce: Any, before: bool, weighted: bool) -> Any:
     """The function that is compiled, as Python runs it."""
-    return partial(_whole, election=election, reduce=reduce, before=before, weighted=weighted)
+    return partial(_whole, majority_sign=majority_sign, reduce=reduce, before=before, weighted=weighted)
 
 
 @pytest.mark.parametrize("compiling", [False, True])
@@ -65,7 +65,7 @@ def test_one_pass_gives_the_bits_of_two(
     monkeypatch.setattr(ties_session, "compiled", uncompiled)
     models = coarse_models(dtype=dtype)
     targets = {name: target.to(dtype) for name, target in room(models).items()}
-    session = Warm(models, targets, compiling=compiling)
+    session = MergeSession(models, targets, compiling=compiling)
     for scope, density, scale in (("model", 0.2, 1.0), ("model", 0.7, 0.6), ("tensor", 0.4, 0.5), ("pooled", 1.0, 1.1)):
         parameters = {**options, "scope": scope, "density": density, "lambda": scale}
         assert session.merge(TIES, parameters) == "merged"
@@ -86,7 +86,7 @@ def test_a_majority_that_turns_out_to_be_another_is_put_right(
     second = torch.cat([-large[:2], large[2:], small])  # the votes of the first two entries cancel
     models = one_tensor(torch.zeros(10), first, second)
     targets = room(models)
-    session = Warm(models, targets, compiling=compiling)
+    session = MergeSession(models, targets, compiling=compiling)
     signs = []
     for density in (0.4, 1.0, 0.7, 0.4):
         session.merge(TIES, {"density": density, "scope": scope})
@@ -112,7 +112,7 @@ def test_only_tensors_whose_sign_turns_out_otherwise_are_merged_again(monkeypatc
 
     monkeypatch.setattr(TiesSession, "_plain", noted)
     targets = room(models)
-    session = Warm(models, targets, compiling=False)
+    session = MergeSession(models, targets, compiling=False)
     session.merge(TIES, {"density": 1.0, "scope": "tensor"})
     assert sorted(seen) == [("a", 1.0), ("b", -1.0), ("b", 1.0)]
     assert same(targets, merged("ties", models, density=1.0, scope="tensor"))
@@ -139,11 +139,11 @@ def test_tensors_longer_than_a_block_are_merged_beside_short_ones(
     monkeypatch.setattr(ties_session, "compiled", uncompiled)
     models = long_and_short_models()
     targets = room(models)
-    session = Warm(models, targets, compiling=compiling)
+    session = MergeSession(models, targets, compiling=compiling)
     for parameters in (
         {"density": 0.3, "lambda": 0.7},
-        {"density": 0.8, "lambda": 0.4, "election": "count"},
-        {"density": 0.8, "lambda": 0.4, "election": "count"},
+        {"density": 0.8, "lambda": 0.4, "majority_sign": "frequency"},
+        {"density": 0.8, "lambda": 0.4, "majority_sign": "frequency"},
         {"density": 0.8, "scope": "tensor", "lambda": 1.3},
         {"density": 0.4, "rules": [{"match": "last", "lambda": 0.6}]},
     ):
@@ -156,7 +156,7 @@ def test_a_short_tensor_that_becomes_too_large_is_named(compiling: bool, monkeyp
     monkeypatch.setattr(ties_session, "compiled", uncompiled)
     models = long_and_short_models(1)
     models.experts[0].get("last")[3] = 1e38
-    session = Warm(models, room(models), compiling=compiling)
+    session = MergeSession(models, room(models), compiling=compiling)
     with pytest.raises(NonFinite, match="merging tensor last gives NaN or infinity"):
         session.merge(TIES, {"lambda": 5.0, "density": 1.0})
 
@@ -168,7 +168,7 @@ def test_float64_models_and_parameters_by_tensor_are_merged_as_by_other_methods(
         (toy_models(3), {"density": 0.3, "rules": [{"match": "embed", "lambda": 0.6}]}),
     ):
         targets = room(models)
-        session = Warm(models, targets, compiling=True)
+        session = MergeSession(models, targets, compiling=True)
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(ties_session, "compiled", uncompiled)
             session.merge(TIES, parameters)
@@ -179,7 +179,7 @@ def test_float64_models_and_parameters_by_tensor_are_merged_as_by_other_methods(
 def test_what_is_rounded_to_half_precision_before_a_float32_target_takes_it_is_not_compiled() -> None:
     models = toy_models(3, dtype=torch.bfloat16)
     targets = room(models)
-    session = Warm(models, targets, compiling=True)
+    session = MergeSession(models, targets, compiling=True)
     session.merge(TIES, {"density": 0.3})
     assert session.path == "plain"
     assert same(targets, merged("ties", models, density=0.3))
@@ -195,7 +195,7 @@ def test_where_compiling_fails_the_merge_goes_on_with_a_message(monkeypatch: pyt
     monkeypatch.setattr(ties_session, "compiled", broken)
     models = toy_models(2)
     targets = room(models)
-    session = Warm(models, targets, compiling=True)
+    session = MergeSession(models, targets, compiling=True)
     with pytest.warns(MergeWarning, match=r"plain torch operations.*RuntimeError: no C\+\+ compiler found$"):
         session.merge(TIES, {"density": 0.3})
     assert session.path == "plain"
@@ -208,7 +208,7 @@ def test_where_compiling_fails_the_merge_goes_on_with_a_message(monkeypatch: pyt
 def test_a_result_that_is_too_large_is_an_error(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ties_session, "compiled", uncompiled)
     models = toy_models(2)
-    session = Warm(models, room(models), compiling=compiling)
+    session = MergeSession(models, room(models), compiling=compiling)
     with pytest.raises(NonFinite, match="merging tensor embed gives NaN or infinity"):
         session.merge(TIES, {"lambda": 1e39})
 
@@ -220,7 +220,7 @@ def test_the_merged_task_vector_is_kept_when_it_is_asked_for_twice(
     monkeypatch.setattr(ties_session, "compiled", uncompiled)
     models = toy_models(3)
     targets = room(models)
-    session = Warm(models, targets, compiling=compiling)
+    session = MergeSession(models, targets, compiling=compiling)
     ways = []
     for density, scale in ((0.3, 0.2), (0.5, 0.3), (0.5, 0.4), (0.5, 0.6), (0.4, 0.6), (0.4, 0.6)):
         ways.append(session.merge(TIES, {"density": density, "lambda": scale}))
@@ -230,7 +230,7 @@ def test_the_merged_task_vector_is_kept_when_it_is_asked_for_twice(
 
 def test_what_cannot_be_merged_is_an_error_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ties_session, "compiled", None)
-    session = Warm(toy_models(2), room(toy_models(2)), compiling=True)
+    session = MergeSession(toy_models(2), room(toy_models(2)), compiling=True)
     with pytest.raises(ConfigError, match="weights"):
         session.merge(TIES, {"weights": [1, -1]})
 
@@ -239,7 +239,7 @@ def test_what_cannot_be_merged_is_an_error_before_anything_is_compiled(monkeypat
 def test_compiled_it_is_the_same_within_float32_rounding() -> None:
     models = toy_models(3)
     targets = room(models)
-    session = Warm(models, targets, compiling=True)
+    session = MergeSession(models, targets, compiling=True)
     for density, scale in ((0.2, 1.0), (0.6, 0.3)):
         session.merge(TIES, {"density": density, "lambda": scale})
         assert session.path == "compiled"

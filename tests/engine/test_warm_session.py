@@ -12,7 +12,7 @@ from torch import Tensor
 from mergelab.engine import warm_session
 from mergelab.engine.method import MergeMethod
 from mergelab.engine.registry import get_method, method_names
-from mergelab.engine.warm_session import Warm, residence
+from mergelab.engine.warm_session import MergeSession, residence
 from mergelab.errors import ConfigError, KeyMismatch, ModelError, ShapeMismatch
 from mergelab.weights.align import AlignedModels
 from tests.methods.test_contract import models_for
@@ -40,7 +40,7 @@ def same(targets: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 def test_a_warm_merge_has_the_bits_of_a_cold_one_whatever_came_before(name: str, dtype: torch.dtype) -> None:
     method, models = get_method(name), models_for(name, dtype=dtype)
     targets = room(models)
-    session = Warm(models, targets)
+    session = MergeSession(models, targets)
     known = method.parameters.model_fields
     steps = few_steps(method)
     changed = steps | {key: value for key, value in SECOND.items() if key in known}
@@ -52,10 +52,10 @@ def test_a_warm_merge_has_the_bits_of_a_cold_one_whatever_came_before(name: str,
 @pytest.mark.parametrize("name", [name for name in METHODS if "lambda_" in get_method(name).parameters.model_fields])
 def test_a_change_of_lambda_alone_is_one_scaled_addition(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method, models = get_method(name), models_for(name)
-    if not method.adds:
+    if not method.returns_task_vector:
         pytest.skip("its lambda is not a factor of a merged task vector")
     targets = room(models)
-    session = Warm(models, targets)
+    session = MergeSession(models, targets)
     extra = needed(method, models)
     assert session.merge(method, {"lambda": 0.2}, **extra) == "merged"
     if method.session is not None:  # keeps the task vector when it is asked for twice
@@ -71,7 +71,7 @@ def test_a_change_of_lambda_alone_is_one_scaled_addition(name: str, monkeypatch:
 def test_another_method_weights_or_density_is_merged_anew() -> None:
     models = toy_models(3)
     targets = room(models)
-    session = Warm(models, targets)
+    session = MergeSession(models, targets)
     for name, parameters in (
         ("ties", {"lambda": 0.5}),
         ("dare", {"lambda": 0.5}),
@@ -89,7 +89,7 @@ def test_another_method_weights_or_density_is_merged_anew() -> None:
 def test_thresholds_of_any_density_are_looked_up(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
     models = toy_models(3)
     targets = room(models)
-    session = Warm(models, targets)
+    session = MergeSession(models, targets)
     for density in (0.3, 0.4):
         session.merge(get_method("ties"), {"scope": scope, "density": density})
     monkeypatch.setattr("mergelab.ops.sign_consensus.rank_each", None)
@@ -105,7 +105,7 @@ def test_thresholds_of_any_density_are_looked_up(scope: str, monkeypatch: pytest
 @pytest.mark.parametrize("name", ["fisher", "regmean"])
 def test_other_examples_are_learnt_from_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method, models = get_method(name), toy_models(2)
-    session = Warm(models, room(models))
+    session = MergeSession(models, room(models))
     asked: list[object] = []
     found = ToyExamples.of
 
@@ -125,7 +125,7 @@ def test_other_examples_are_learnt_from_anew(name: str, monkeypatch: pytest.Monk
 def test_the_models_weights_count() -> None:
     models = toy_models(2)
     targets = room(models)
-    Warm(models, targets, weights=[3.0, 1.0]).merge(get_method("soup"), {})
+    MergeSession(models, targets, weights=[3.0, 1.0]).merge(get_method("soup"), {})
     assert same(targets, merged("soup", models, model_weights=[3.0, 1.0]))
 
 
@@ -133,7 +133,7 @@ def test_the_models_are_copied_and_the_files_no_longer_needed() -> None:
     models = toy_models(2)
     expected = merged("soup", models)
     targets = room(models)
-    session = Warm(models, targets)
+    session = MergeSession(models, targets)
     for expert in models.experts:
         for name in SHAPES:
             expert.get(name).zero_()
@@ -144,7 +144,7 @@ def test_the_models_are_copied_and_the_files_no_longer_needed() -> None:
 def test_a_request_that_cannot_be_met_changes_nothing() -> None:
     models = toy_models(2)
     targets = room(models)
-    session = Warm(models, targets)
+    session = MergeSession(models, targets)
     for scale in (1.0, 0.9):
         session.merge(get_method("ties"), {"density": 0.5, "lambda": scale})
     before = {name: target.clone() for name, target in targets.items()}
@@ -160,7 +160,7 @@ def test_no_tensor_of_the_models_size_is_made_in_a_trial() -> None:
     length = 8_000_000
     generator = torch.Generator().manual_seed(0)
     models = one_tensor(*(torch.randn(length, generator=generator) for _ in range(4)))
-    session = Warm(models, room(models))
+    session = MergeSession(models, room(models))
     for scale in (0.9, 1.0):  # makes room for the task vector when it is asked for twice
         session.merge(get_method("ties"), {"lambda": scale})
     torch.set_num_threads(1)
@@ -176,21 +176,21 @@ def test_targets_must_fit() -> None:
     models = toy_models(2)
     targets = room(models)
     with pytest.raises(KeyMismatch, match="merge embed into"):
-        Warm(models, {name: target for name, target in targets.items() if name != "embed"})
+        MergeSession(models, {name: target for name, target in targets.items() if name != "embed"})
     with pytest.raises(ShapeMismatch, match=r"embed is \[300, 257\]"):
-        Warm(models, targets | {"embed": torch.zeros(3)})
+        MergeSession(models, targets | {"embed": torch.zeros(3)})
     with pytest.raises(ShapeMismatch, match="not contiguous"):
-        Warm(models, targets | {"embed": torch.zeros(257, 300).T})
+        MergeSession(models, targets | {"embed": torch.zeros(257, 300).T})
 
 
 def test_too_little_memory_says_what_would_fit() -> None:
     models = toy_models(4)
     entries = sum(torch.Size(shape).numel() for shape in SHAPES.values())
-    Warm(models, room(models), memory=6 * 4 * entries)  # the base, the experts and the merged task vector
+    MergeSession(models, room(models), memory=6 * 4 * entries)  # the base, the experts and the merged task vector
     with pytest.raises(ModelError, match=r"keeping 4 experts in memory takes .* 2 of them would fit"):
-        Warm(models, room(models), memory=4 * 4 * entries)
+        MergeSession(models, room(models), memory=4 * 4 * entries)
     with pytest.raises(ModelError, match="not even one of them fits; a merge to disk"):
-        Warm(models, room(models), memory=100)
+        MergeSession(models, room(models), memory=100)
 
 
 def test_an_accelerator_holds_what_fits_and_the_rest_is_brought_there() -> None:
@@ -209,5 +209,5 @@ def test_tied_names_are_merged_once() -> None:
     assert "tied" not in models.names
     renamed = dataclasses.replace(models, names=models.names[::-1])
     targets = room(renamed)
-    Warm(renamed, targets).merge(get_method("soup"), {})
+    MergeSession(renamed, targets).merge(get_method("soup"), {})
     assert same(targets, merged("soup", models))

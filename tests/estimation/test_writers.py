@@ -11,7 +11,7 @@ from mergelab.errors import ModelError
 from mergelab.estimation import fisher
 from mergelab.estimation.fisher import diagonal_fisher
 from mergelab.estimation.hooks import kind_of
-from mergelab.estimation.input_gram import run_for_products
+from mergelab.estimation.input_gram import run_for_gram
 from tests.methods.tiny_writers import COUNT, VOCABULARY, Writer, is_pair, padded_texts, single_texts, writer
 
 KINDS = ["gpt2", "llama", "t5", "bert2gpt2"]
@@ -41,7 +41,7 @@ def inputs_of_layers(network: nn.Module, kind: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_input_products_count_the_real_tokens_of_each_side(kind: str, padding: int) -> None:
     network = writer(kind)
-    found = run_for_products(Writer(network, kind, padding))
+    found = run_for_gram(Writer(network, kind, padding))
     expected = inputs_of_layers(network, kind)
     assert expected.keys() == {*found.shared}
     for name, x in expected.items():
@@ -64,7 +64,7 @@ def test_an_output_layer_that_is_an_embedding_is_averaged_like_one(kind: str) ->
     (head,) = (name for name in example.parameter_names if name.endswith("lm_head.weight"))
     common = example.parameter_names[head]
     assert (common == head) == (kind == "llama")
-    assert (run_for_products(example).of(common) is not None) == (kind == "llama")
+    assert (run_for_gram(example).of(common) is not None) == (kind == "llama")
 
 
 @pytest.mark.parametrize("kind", KINDS)

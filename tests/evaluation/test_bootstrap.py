@@ -252,7 +252,7 @@ def test_generated_texts_have_intervals_and_tests_like_any_other_answers() -> No
 
 
 def test_answered_labels_are_at_chance_where_one_word_would_do() -> None:
-    words = {"references": [], "labels": ["a", "b"], "label_words": ["yes", "no"]}
+    words = {"references": [], "labels": ["a", "b"], "verbalizer": ["yes", "no"]}
     spec = generation_task(**words, metrics=["accuracy", "invalid_rate"], primary="accuracy")
     truth = np.empty(10, dtype=object)
     truth[:] = [("yes",)] * 7 + [("no",)] * 3

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mergelab.errors import ConfigError
-from mergelab.evaluation.training_batches import NONE, Taught, taught
+from mergelab.evaluation.training_batches import NONE, TeacherForced, teacher_forced
 from mergelab.models.encoder_decoder import warm_start
 from mergelab.models.tokens import decoder_tokenizer, load_tokenizer
 from mergelab.tasks.data import TaskData, load_data
@@ -50,7 +50,7 @@ def text(tmp_path: Path) -> TaskData:
     return load_data(replace(load_task("wikitext"), join=None), data_dir=tmp_path / "data")
 
 
-def losses(model: Any, texts: Taught, batch_tokens: int) -> dict[int, float]:
+def losses(model: Any, texts: TeacherForced, batch_tokens: int) -> dict[int, float]:
     """−log p of each text's tokens, added up, by its position."""
     found = {}
     for members, batch in texts.batches(batch_tokens):
@@ -75,7 +75,7 @@ def test_an_answer_behind_an_encoder_has_the_loss_that_transformers_gives_it(
         folder = getattr(pairs, kind)(tmp_path / "model")
     model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
     reads, writes = load_tokenizer([folder], "m"), load_tokenizer([decoder_tokenizer(folder)], "m")
-    texts = taught(summaries, model.config, reads, writes_with=writes)
+    texts = teacher_forced(summaries, model.config, reads, writes_with=writes)
     assert len(texts) == 4
     found = losses(model, texts, batch_tokens)
     end = model.config.eos_token_id
@@ -95,7 +95,7 @@ def test_behind_a_prompt_only_the_answer_and_the_end_are_taught(tmp_path: Path, 
 
     folder = pairs.gpt2(tmp_path / "gpt2", n_positions=100)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer([folder], "m")
-    found = losses(model, taught(summaries, model.config, tokenizer), 1000)
+    found = losses(model, teacher_forced(summaries, model.config, tokenizer), 1000)
     for at, (chat, summary) in enumerate(zip(CHATS, SUMMARIES, strict=True)):
         prompt, answer = tokenizer(chat).input_ids, [*tokenizer(summary).input_ids, 256]
         labels = torch.tensor([[NONE] * len(prompt) + answer])
@@ -109,7 +109,7 @@ def test_of_running_text_every_token_but_the_first_is_taught(tmp_path: Path, tex
 
     folder = pairs.gpt2(tmp_path / "gpt2", n_positions=30)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), load_tokenizer([folder], "m")
-    texts = taught(text, model.config, tokenizer)
+    texts = teacher_forced(text, model.config, tokenizer)
     assert len(texts) == 4  # nothing follows in an empty one
     found = losses(model, texts, 1000)
     for at, chat in enumerate(CHATS):
@@ -123,11 +123,11 @@ def test_what_is_too_long_is_cut_on_each_side(summaries: TaskData, tmp_path: Pat
     folder = pairs.bert2bert(tmp_path / "model")
     config, tokenizer = pairs.bert_config(), load_tokenizer([folder], "m")
     config.is_encoder_decoder, config.decoder_start_token_id = True, 2
-    rows = taught(summaries, config, tokenizer, max_length=4).rows
+    rows = teacher_forced(summaries, config, tokenizer, max_length=4).rows
     assert max(len(row["input_ids"]) for row in rows) == max(len(row["decoder_input_ids"]) for row in rows) == 4
     alone = pairs.gpt2_config(n_positions=10)
     bytes_of = load_tokenizer([pairs.gpt2(tmp_path / "gpt2")], "m")
-    (kept,) = taught(summaries, alone, bytes_of).rows  # of the others the prompt fills all positions
+    (kept,) = teacher_forced(summaries, alone, bytes_of).rows  # of the others the prompt fills all positions
     assert len(kept["input_ids"]) == 10
     assert np.count_nonzero(kept["labels"] != NONE) == 10 - len("the dog")
 
@@ -135,7 +135,7 @@ def test_what_is_too_long_is_cut_on_each_side(summaries: TaskData, tmp_path: Pat
 def test_examples_without_answers_teach_nothing(summaries: TaskData, tmp_path: Path) -> None:
     tokenizer = load_tokenizer([pairs.gpt2(tmp_path / "gpt2")], "m")
     with pytest.raises(ConfigError, match="samsum: its examples have no answers"):
-        taught(replace(summaries, references=None), pairs.gpt2_config(), tokenizer)
+        teacher_forced(replace(summaries, references=None), pairs.gpt2_config(), tokenizer)
 
 
 def test_rows_are_padded_with_tokens_that_each_side_has(tmp_path: Path, summaries: TaskData) -> None:
@@ -144,7 +144,7 @@ def test_rows_are_padded_with_tokens_that_each_side_has(tmp_path: Path, summarie
 
     config = AutoConfig.from_pretrained(folder)
     reads, writes = load_tokenizer([folder], "m"), load_tokenizer([decoder_tokenizer(folder)], "m")
-    ((_, batch),) = taught(summaries, config, reads, writes_with=writes).batches(10_000)
+    ((_, batch),) = teacher_forced(summaries, config, reads, writes_with=writes).batches(10_000)
 
     def padding(name: str) -> Tensor:
         mask = "decoder_attention_mask" if name != "input_ids" else "attention_mask"

@@ -210,9 +210,9 @@ CUTTING = """
 import os, sys
 from pathlib import Path
 from mergelab.__main__ import main
-from mergelab.engine.request import Job
+from mergelab.engine.request import MergeRequest
 
-opened = Job.open
+opened = MergeRequest.open
 
 def open_and_cut(job, name):
     found = opened(job, name)
@@ -220,7 +220,7 @@ def open_and_cut(job, name):
         os.truncate(shard, 1024)
     return found
 
-Job.open = open_and_cut
+MergeRequest.open = open_and_cut
 sys.argv = ["mergelab", *sys.argv[1:]]
 main()
 """
@@ -247,7 +247,7 @@ FORKING = """
 import os, time
 from mergelab.weights import truncated_file
 
-with truncated_file.told():
+with truncated_file.reported():
     if os.fork() == 0:
         os.close(1)
         os.close(2)

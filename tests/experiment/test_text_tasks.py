@@ -153,7 +153,7 @@ def test_texts_for_real_prompts_are_scored_as_a_plain_loop_scores_them(
     task = load_task(name)
     for seed, folder in enumerate(("base", "a", "b")):
         byte_gpt2(workplace / folder, seed)
-    shots = ["task.examples=null", "task.shots=null"] if name == "gsm8k" else []
+    shots = ["task.fewshot_examples=null", "task.num_fewshot=null"] if name == "gsm8k" else []
     (workplace / name).mkdir()
     rows = pq.read_table(generation_data / name / f"{task.splits[0]}.parquet").slice(0, 40)
     rows = rows.filter([len(text) < 200 for text in rows.column(0).to_pylist()])

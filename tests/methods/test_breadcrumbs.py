@@ -23,7 +23,7 @@ GOLDEN: dict[str, tuple[dict[str, Any], list[float]]] = {
          -0.45882812, -0.053593755, 0.53320312, -0.35023436, -0.012812495, 0.52804691, -0.24164061, 0.090312496],
     ),
     "breadcrumbs_ties": (
-        {"weights_at": "before", "zero_sign": "positive"},
+        {"weights_stage": "elect", "tie_break": "positive"},
         [-0.375, 0.0625, 0.5, -0.1296875, 0.30781251, -0.44218749, -0.020312503, 0.41718751,
          -0.52031249, -0.082812503, 0.52656251, -0.41093749, 0.026562497, 0.46406251, -0.30156249, 0.1359375],
     ),
@@ -161,8 +161,8 @@ def test_the_majority_of_what_is_left_decides_votes_that_cancel() -> None:
     large_negative = torch.tensor([-9.0] * 4 + [0.1] * 5)
     experts = [{"x": torch.tensor([first, 0.5]), "y": large_negative} for first in (1.0, -1.0)]
     models = aligned(base, experts)
-    for zero_sign, first in (("majority", -1.0), ("positive", 1.0), ("zero", 0.0)):
-        result = merged("breadcrumbs_ties", models, density=0.5, gamma=0.0, zero_sign=zero_sign)
+    for tie_break, first in (("majority", -1.0), ("positive", 1.0), ("zero", 0.0)):
+        result = merged("breadcrumbs_ties", models, density=0.5, gamma=0.0, tie_break=tie_break)
         assert result["x"].tolist() == [first, 0.0]
     assert merged("breadcrumbs_ties", models, density=1.0)["x"].tolist() == [1.0, 0.5]
 

@@ -154,8 +154,8 @@ def test_the_majority_of_what_is_kept_decides_votes_that_cancel() -> None:
     models = aligned(base, experts)
     options = {"density": 0.5, "epsilon": 0.49}
     seed = next(s for s in range(99) if _cancels(models, options, s))
-    for zero_sign, sign in (("majority", -1), ("positive", 1), ("zero", 0)):
-        assert merged("della", models, zero_sign=zero_sign, seed=seed, **options)["x"][0].sign() == sign
+    for tie_break, sign in (("majority", -1), ("positive", 1), ("zero", 0)):
+        assert merged("della", models, tie_break=tie_break, seed=seed, **options)["x"][0].sign() == sign
     assert merged("della", models, density=1.0)["x"][0] == 1
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mergelab.engine.registry import check_parameters, get_method
-from mergelab.engine.warm_session import Warm
+from mergelab.engine.warm_session import MergeSession
 from mergelab.errors import ConfigError
 from mergelab.methods import knots as module
 from mergelab.weights.align import AlignedModels
@@ -229,7 +229,7 @@ def test_a_session_decomposes_once_for_all_densities(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(module, "common_basis", counted)
     targets = {name: torch.empty(models.base.shape(name)) for name in models.names}
-    warm = Warm(models, targets)
+    warm = MergeSession(models, targets)
     for density, scale, way in [(0.2, 0.6, "merged"), (0.2, 0.9, "scaled"), (0.5, 0.9, "merged")]:
         assert warm.merge(method, {"density": density, "lambda": scale}) == way
     assert sorted(calls) == sorted(shape for shape in SHAPES.values() if len(shape) == 2)

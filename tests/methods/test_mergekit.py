@@ -23,7 +23,7 @@ GOLDEN: dict[str, tuple[dict[str, Any], list[float]]] = {
          -0.4871875, -0.026250005, 0.51437503, -0.37156248, 0.089374997, 0.63, -0.25593752, 0.205],
     ),
     "ties": (  # mergekit trims each tensor, weighs before the election and counts zeros as positive
-        {"weights": [1, 2, 0.5], "density": 0.4, "scope": "tensor", "weights_at": "before", "zero_sign": "positive"},
+        {"weights": [1, 2, 0.5], "density": 0.4, "scope": "tensor", "weights_stage": "elect", "tie_break": "positive"},
         [-0.50468749, 0.1984375, 0.63593751, -0.1296875, 0.30781251, -0.44218749, -0.020312503, 0.41718751,
          -0.33281249, 0.089062497, 0.52656251, -0.41093749, 0.026562497, 0.46406251, -0.30156249, 0.1359375],
     ),

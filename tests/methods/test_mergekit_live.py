@@ -38,7 +38,7 @@ torch.save({"version": version("mergekit"), "found": found}, sys.argv[2])
 
 DROPPED = "by the same random numbers; mergekit drops in float32; its rescaling, to the same sum, is replaced"
 UNSTABLE = f"{DROPPED}; it has equal magnitudes of a row in any order, and no scalars"
-AS_THEIRS: dict[str, Any] = {"weights_at": "before", "zero_sign": "positive"}
+AS_THEIRS: dict[str, Any] = {"weights_stage": "elect", "tie_break": "positive"}
 WEIGHTS = [1.0, 2.0, 0.5]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge, merge_to_dict
 from mergelab.errors import MergeWarning
-from mergelab.estimation.input_gram import InputProducts, run_for_products
+from mergelab.estimation.input_gram import InputGram, run_for_gram
 from mergelab.methods.regmean import regmean
 from mergelab.ops.site import Site
 from mergelab.weights.align import align
@@ -48,7 +48,7 @@ def paper(grams: list[Any], weights: list[Any], alpha: float) -> Any:
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "albert"])
 def test_input_products_are_those_of_real_tokens(kind: str) -> None:
     network = classifier(kind).float()
-    found = run_for_products(Expert(network))
+    found = run_for_gram(Expert(network))
     layers = [
         (path, layer) for path, layer in network.named_modules() if hasattr(layer, "weight") and layer.weight.dim() == 2
     ]  # type: ignore[union-attr,operator]
@@ -64,7 +64,7 @@ def test_input_products_are_those_of_real_tokens(kind: str) -> None:
 
 
 def test_layers_with_the_same_input_share_one_product() -> None:
-    found = run_for_products(Expert(classifier("bert").float()))
+    found = run_for_gram(Expert(classifier("bert").float()))
     attention = "bert.encoder.layer.0.attention.self"
     assert found.of(f"{attention}.query.weight") is found.of(f"{attention}.value.weight")
     assert len(found.products) == 2 * 4 + 2  # of each layer's six; the pooler's and the head's
@@ -73,8 +73,8 @@ def test_layers_with_the_same_input_share_one_product() -> None:
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
 def test_more_padding_changes_nothing(kind: str) -> None:
     network, end = classifier(kind).float(), 1 if kind == "t5" else None
-    plain = run_for_products(Expert(network, ends_with=end))
-    padded = run_for_products(Expert(network, padding=5, ends_with=end))
+    plain = run_for_gram(Expert(network, ends_with=end))
+    padded = run_for_gram(Expert(network, padding=5, ends_with=end))
     for name, product in plain.products.items():
         torch.testing.assert_close(padded.products[name], product, rtol=1e-4, atol=1e-5 * float(product.abs().max()))
 
@@ -109,7 +109,7 @@ def drawn_inputs() -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 def regmean_w(experts: list[Any], inputs: list[Any], **parameters: Any) -> Tensor:
-    prepared = [InputProducts({"w": torch.from_numpy(x.T @ x / len(x))}, {"w": "w"}, frozenset()) for x in inputs]
+    prepared = [InputGram({"w": torch.from_numpy(x.T @ x / len(x))}, {"w": "w"}, frozenset()) for x in inputs]
     site = Site("w", tuple("abcdef"[: len(experts)]), tuple(experts[0].shape))
     return regmean([torch.from_numpy(w) for w in experts], prepared=prepared, site=site, **parameters)
 

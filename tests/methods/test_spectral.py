@@ -14,7 +14,7 @@ from mergelab.methods.iso_cts import iso_cts
 from mergelab.methods.tsv_m import tsv_m
 from mergelab.ops import svd
 from mergelab.ops.spectral import directions
-from mergelab.ops.svd import decompose, decompose_leading, tall
+from mergelab.ops.svd import decompose, decompose_leading, tall_matrix
 from tests.methods.toy import aligned, merged, merged_x, one_tensor, task_vector, toy_models
 from tests.parity import FORMULA, compared
 
@@ -263,7 +263,7 @@ def test_small_singular_values_are_not_lost_by_squaring() -> None:
     generator = np.random.default_rng(0)
     u, v = (np.linalg.qr(generator.standard_normal((rows, 20)))[0] for rows in (60, 20))
     spectrum = np.logspace(0, -11, 20)
-    matrix = tall(torch.from_numpy((u * spectrum) @ v.T))
+    matrix = tall_matrix(torch.from_numpy((u * spectrum) @ v.T))
     for triplets in (decompose(matrix), decompose_leading(matrix, 20)):
         np.testing.assert_allclose(triplets.values.numpy(), spectrum, rtol=1e-4)
     few = decompose_leading(matrix, 6)

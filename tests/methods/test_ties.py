@@ -33,11 +33,11 @@ def transcribed(
     density: float,
     *,
     pooled: bool = False,
-    election: str = "mass",
+    majority_sign: str = "total",
     reduce: str = "mean",
-    zero_sign: str = "majority",
+    tie_break: str = "majority",
     weights: Sequence[float] | None = None,
-    weights_at: str = "after",
+    weights_stage: str = "reduce",
 ) -> np.ndarray:
     """The merged task vector of (T, d) task vectors, in float64, by sorting."""
     magnitudes = np.abs(vectors)
@@ -45,9 +45,9 @@ def transcribed(
     thresholds = np.sort(rows, axis=1)[:, ::-1][:, max(1, int(density * rows.shape[1])) - 1][:, None]
     trimmed = np.where(magnitudes >= thresholds, vectors, 0).astype(np.float64)
     shares = np.array(weights or [1.0] * len(vectors))[:, None]
-    voting = trimmed * shares if weights_at == "before" else trimmed
-    sign = np.sign((voting if election == "mass" else np.sign(voting)).sum(axis=0))
-    fallback = {"majority": np.sign(sign.sum()), "positive": 1, "zero": 0}[zero_sign]
+    voting = trimmed * shares if weights_stage == "elect" else trimmed
+    sign = np.sign((voting if majority_sign == "total" else np.sign(voting)).sum(axis=0))
+    fallback = {"majority": np.sign(sign.sum()), "positive": 1, "zero": 0}[tie_break]
     sign = np.where(sign == 0, fallback, sign)
     agree = (trimmed * sign > 0) * shares
     if reduce == "max":
@@ -58,15 +58,15 @@ def transcribed(
 
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"election": "count"},
+    {"majority_sign": "frequency"},
     {"reduce": "sum"},
     {"reduce": "max"},
     {"weights": [1.0, 3.0, 0.5, 0.0]},
     {"weights": [1.0, 3.0, 0.5, 0.0], "reduce": "max"},
-    {"weights": [1.0, 3.0, 0.5, 0.0], "weights_at": "before"},
-    {"weights": [1.0, 3.0, 0.5, 0.0], "weights_at": "before", "election": "count", "reduce": "sum"},
-    {"zero_sign": "positive", "election": "count"},
-    {"zero_sign": "zero", "election": "count"},
+    {"weights": [1.0, 3.0, 0.5, 0.0], "weights_stage": "elect"},
+    {"weights": [1.0, 3.0, 0.5, 0.0], "weights_stage": "elect", "majority_sign": "frequency", "reduce": "sum"},
+    {"tie_break": "positive", "majority_sign": "frequency"},
+    {"tie_break": "zero", "majority_sign": "frequency"},
 ]
 
 
@@ -116,16 +116,16 @@ def test_pooled_one_threshold_holds_for_all_experts(density: float) -> None:
     assert not np.allclose(answer, base + transcribed(flat_vectors(models), density), atol=1e-4)
 
 
-@pytest.mark.parametrize(("election", "theirs"), [("mass", "total"), ("count", "frequency")])
+@pytest.mark.parametrize("majority_sign", ["total", "frequency"])
 @pytest.mark.parametrize("density", [0.3, 0.8])
-def test_per_tensor_it_is_pefts_ties(density: float, election: str, theirs: str) -> None:
+def test_per_tensor_it_is_pefts_ties(density: float, majority_sign: str, theirs: str) -> None:
     models = toy_models(3)
-    result = merged("ties", models, density=density, scope="tensor", election=election, zero_sign="positive")
+    result = merged("ties", models, density=density, scope="tensor", majority_sign=majority_sign, tie_break="positive")
     assert models.base is not None
     for key in [key for key in SHAPES if key != "gate"]:  # PEFT keeps no entry of a scalar
         vectors = [task_vector(models, i, key).float() for i in range(3)]
         expected = merge_utils.ties(vectors, torch.ones(3), density, theirs)
-        options = f"scope=tensor, zero_sign=positive, election={election}"
+        options = f"scope=tensor, tie_break=positive, majority_sign={majority_sign}"
         note = "PEFT keeps no entry of a scalar"
         compared("ties", "PEFT's ties", result[key], models.base.get(key) + expected, options=options, note=note)
         torch.testing.assert_close(result[key], models.base.get(key) + expected, rtol=1e-6, atol=1e-6)
@@ -134,7 +134,7 @@ def test_per_tensor_it_is_pefts_ties(density: float, election: str, theirs: str)
 def test_pefts_weighted_ties_divides_by_the_count_where_this_divides_by_the_weights() -> None:
     weights = [2.0, 0.5, 1.0]
     models = toy_models(3)
-    result = merged("ties", models, density=0.5, scope="tensor", weights=weights, zero_sign="positive")
+    result = merged("ties", models, density=0.5, scope="tensor", weights=weights, tie_break="positive")
     assert models.base is not None
     vectors = [task_vector(models, i, "embed").float() for i in range(3)]
     trimmed = torch.stack([merge_utils.prune(vector, 0.5, "magnitude") for vector in vectors])
@@ -142,7 +142,7 @@ def test_pefts_weighted_ties_divides_by_the_count_where_this_divides_by_the_weig
     shares = (agree * torch.tensor(weights).view(3, 1, 1)).sum(0)
     theirs = merge_utils.ties(vectors, torch.tensor(weights), 0.5)
     expected = theirs * agree.sum(0).clamp(min=1) / shares.clamp(min=1e-9)
-    options = "scope=tensor, zero_sign=positive, weights=[2, 0.5, 1]"
+    options = "scope=tensor, tie_break=positive, weights=[2, 0.5, 1]"
     note = "PEFT divides by the count, this by the weights: multiplied back"
     compared("ties", "PEFT's ties", result["embed"], models.base.get("embed") + expected, options=options, note=note)
     torch.testing.assert_close(result["embed"], models.base.get("embed") + expected, rtol=1e-6, atol=1e-6)
@@ -186,10 +186,10 @@ def test_thresholds_of_half_precision_models_do_not_underflow() -> None:
 CANCELLING = [[1.0, 1.0, 3.0, -2.0], [-1.0, 1.0, 3.0, -2.0]]
 
 
-@pytest.mark.parametrize(("zero_sign", "first"), [("majority", 1.0), ("positive", 1.0), ("zero", 0.0)])
-def test_votes_that_cancel_take_the_asked_sign(zero_sign: str, first: float) -> None:
+@pytest.mark.parametrize(("tie_break", "first"), [("majority", 1.0), ("positive", 1.0), ("zero", 0.0)])
+def test_votes_that_cancel_take_the_asked_sign(tie_break: str, first: float) -> None:
     models = one_tensor([0.0] * 4, *CANCELLING)
-    assert merged_x("ties", models, density=1.0, zero_sign=zero_sign).tolist() == [first, 1.0, 3.0, -2.0]
+    assert merged_x("ties", models, density=1.0, tie_break=tie_break).tolist() == [first, 1.0, 3.0, -2.0]
 
 
 def test_a_negative_majority_makes_cancelled_votes_negative() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge, merge_to_dict
-from mergelab.engine.warm_session import Warm
+from mergelab.engine.warm_session import MergeSession
 from mergelab.errors import ConfigError, MergeWarning
 from mergelab.estimation.features import layer_inputs, spread_tokens
 from mergelab.methods.zipit import ZippedSource, standardised, units_of, zipit
@@ -276,7 +276,7 @@ def test_threads_the_order_of_experts_and_a_warm_session_change_no_bit(family: F
     turned = replace(models, experts=(models.experts[2], models.experts[0], models.experts[1]))
     results.append(merge_to_dict(ZIPIT, {}, turned, examples=examples))
     targets = {name: torch.empty_like(states[0][name]) for name in models.names}
-    session = Warm(models, targets)
+    session = MergeSession(models, targets)
     session.merge(ZIPIT, {"ratio": 0.25}, examples=examples)
     session.merge(ZIPIT, {}, examples=examples)
     for other in (*results[1:], targets):

@@ -72,7 +72,7 @@ def one_tensor(base: Any, *experts: Any, dtype: torch.dtype = torch.float32) -> 
 
 def output_of(method: MergeMethod, models: AlignedModels) -> str | None:
     """The expert whose model is looked at, of a method that makes one for each: the first by name."""
-    return min(expert.name for expert in models.experts) if method.several and models.experts else None
+    return min(expert.name for expert in models.experts) if method.one_model_per_expert and models.experts else None
 
 
 def few_steps(method: MergeMethod) -> dict[str, Any]:

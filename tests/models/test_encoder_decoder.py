@@ -1,4 +1,4 @@
-"""Warm starts: an encoder and a decoder joined as transformers does it, with what generation needs."""
+"""MergeSession starts: an encoder and a decoder joined as transformers does it, with what generation needs."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch
 from mergelab.models.encoder_decoder import newly_initialised, warm_start
-from mergelab.models.parts import Part, with_part
+from mergelab.models.parts import ModelPart, with_part
 from tests.models import pairs
 
 
@@ -24,7 +24,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def taken(base: Path, expert: Path, part: Part) -> tuple[dict[str, Tensor], set[str]]:
+def taken(base: Path, expert: Path, part: ModelPart) -> tuple[dict[str, Tensor], set[str]]:
     """The weights of the model with the part exchanged, and the names of those that are not the base's."""
     before, after = weights(base), weights(with_part(base, expert, part, where="models.experts.x"))
     assert before.keys() == after.keys()
@@ -68,7 +68,7 @@ def test_a_masked_language_model_as_decoder_brings_its_output_layer(tmp_path: Pa
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 @pytest.mark.parametrize("make", [pairs.bert2bert, pairs.t5, pairs.bart])
-def test_of_another_whole_model_one_part_is_taken(tmp_path: Path, part: Part, make: object) -> None:
+def test_of_another_whole_model_one_part_is_taken(tmp_path: Path, part: ModelPart, make: object) -> None:
     base, expert = make(tmp_path / "base", 1), make(tmp_path / "expert", 2)  # type: ignore[operator]
     after, changed = taken(base, expert, part)
     assert changed == {name for name in after if name.removeprefix("model.").startswith(f"{part}.")}

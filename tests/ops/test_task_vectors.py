@@ -11,7 +11,7 @@ from peft.utils import merge_utils
 from torch import Tensor
 
 from mergelab.ops.task_vectors import (
-    Election,
+    MajoritySign,
     Reduce,
     disjoint_reduce,
     elect,
@@ -53,15 +53,17 @@ def test_trim_of_float32_by_a_float64_threshold_between_two_numbers() -> None:
     assert trim_(torch.tensor([float(one), float(above)]), middle).tolist() == [0.0, float(above)]
 
 
-@pytest.mark.parametrize(("election", "theirs"), [("mass", "total"), ("count", "frequency")])
-def test_elected_signs_and_disjoint_mean_are_pefts(vectors: list[Tensor], election: Election, theirs: str) -> None:
+@pytest.mark.parametrize("majority_sign", ["total", "frequency"])
+def test_elected_signs_and_disjoint_mean_are_pefts(
+    vectors: list[Tensor], majority_sign: MajoritySign, theirs: str
+) -> None:
     trimmed = [merge_utils.magnitude_based_pruning(vector, 0.4) for vector in vectors]
     mask = merge_utils.calculate_majority_sign_mask(torch.stack(trimmed), method=theirs)
     expected = merge_utils.disjoint_merge(torch.stack(trimmed), mask)
-    signs = resolve_zeros_(elect(trimmed, election=election), 1.0)
+    signs = resolve_zeros_(elect(trimmed, majority_sign=majority_sign), 1.0)
     ours = disjoint_reduce(trimmed, signs, (1.0,) * 5)
     note = "election and mean of what PEFT trimmed"
-    compared("ties", "PEFT's disjoint_merge", ours, expected, options=f"election={election}", note=note)
+    compared("ties", "PEFT's disjoint_merge", ours, expected, options=f"majority_sign={majority_sign}", note=note)
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
 
 

@@ -45,7 +45,7 @@ CASES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("sweep=ties", "sweep.objective=f1"), ("sweep.objective=f1", "rte does not report 'f1'", "accuracy")),
     (("sweep=ties", "sweep.direction=minimize"), ("sweep.direction", "accuracy", "maximize")),
     (("sweep=ties", "sweep.direction=up"), ("sweep.direction='up'", "'maximize'")),
-    (("sweep=ties", "sweep.first=[{method.lamda:1.0}]"), ("sweep.first", "method.lamda is not swept")),
+    (("sweep=ties", "sweep.enqueue=[{method.lamda:1.0}]"), ("sweep.enqueue", "method.lamda is not swept")),
     (("sweep=ties", "eval.protocol=full"), ("eval.protocol=full", "eval.protocol=holdout")),
     (("sweep=ties", "evaluate=false", "output=merged"), ("evaluate=false", "a sweep selects by scores")),
     (("sweep=ties", "models.base=null"), ("ties", "base")),
@@ -126,7 +126,7 @@ def test_every_ready_sweep_composes_and_starts_from_points_of_its_space(workplac
         "slerp": ["~models.experts", "+models.experts={a: x/a, b: x/b}"],
     }
     sweep = planned(workplace, f"sweep={name}", "source=mini", *own.get(name, []))
-    given = sweep.config.sweep.first
+    given = sweep.config.sweep.enqueue
     assert len(sweep.settings.first or []) == len(given)
     assert all(sweep.space.check_point(point) is None for point in sweep.settings.first or [])
     assert sweep.plan.config.eval.protocol == "holdout"

@@ -14,14 +14,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from mergelab.errors import SweepError, TrackingError
-from mergelab.sweep.config import Job
-from mergelab.sweep.launcher import fit_launcher, mask_passwords, open_study, open_tracker, sheltered
+from mergelab.sweep.config import TrialJob
+from mergelab.sweep.launcher import fit_launcher, mask_passwords, open_study, open_tracker, worker_context
 from mergelab.tracking import TrackingConfig, open_tracking
 
 
-def job(folder: Path, **changes: Any) -> Job:
+def job(folder: Path, **changes: Any) -> TrialJob:
     told = {"study": "s", "number": 0, "source": "local", "folder": str(folder), "host": socket.gethostname(), "pid": 1}
-    return Job(**{**told, **changes})
+    return TrialJob(**{**told, **changes})
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def hydra(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_worker_works_in_the_sweeps_folder_and_leaves_ctrl_c_to_the_sweeper(hydra: Path, workplace: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
-    with sheltered(job(workplace)):
+    with worker_context(job(workplace)):
         assert Path.cwd() == workplace
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     assert signal.getsignal(signal.SIGINT) == before
@@ -45,7 +45,7 @@ def test_a_worker_works_in_the_sweeps_folder_and_leaves_ctrl_c_to_the_sweeper(hy
 
 def test_a_job_in_the_sweepers_own_process_changes_nothing(hydra: Path, workplace: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
-    with sheltered(job(workplace, pid=os.getpid())):
+    with worker_context(job(workplace, pid=os.getpid())):
         assert Path.cwd() == hydra
         assert signal.getsignal(signal.SIGINT) == before
 
@@ -53,7 +53,7 @@ def test_a_job_in_the_sweepers_own_process_changes_nothing(hydra: Path, workplac
 def test_a_machine_without_the_sweeps_folder_is_one_line(hydra: Path, workplace: Path) -> None:
     with (
         pytest.raises(SweepError, match=r"the folder .*gone, where it was started on .*; start it in a folder"),
-        sheltered(job(workplace / "gone")),
+        worker_context(job(workplace / "gone")),
     ):
         pass
 
@@ -62,7 +62,7 @@ def test_what_hydra_wrote_keeps_no_passwords(hydra: Path, workplace: Path) -> No
     (workplace / "0" / ".hydra").mkdir(parents=True)
     file = workplace / "0" / ".hydra" / "overrides.yaml"
     file.write_text("- sweep.storage=postgresql+psycopg://lab:secret@db/study\n- tracking.uri=https://me:secret@host\n")
-    with sheltered(job(workplace)):
+    with worker_context(job(workplace)):
         text = file.read_text()
     assert text == "- sweep.storage=postgresql+psycopg://lab:***@db/study\n- tracking.uri=https://me:***@host\n"
 

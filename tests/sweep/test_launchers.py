@@ -120,7 +120,7 @@ def start(
     fixed = ["sweep=custom", "method=custom", "method.function=gated.between", "method.share=interval(0,1)"]
     fixed += ["models.base=./base", "models.experts=[./a,./b]", "task=rte", "task.data_dir=data"]
     fixed += ["sweep.n_jobs=2", "sweep.sampler=random"]
-    fixed += [f"sweep.first=[{','.join(f'{{method.share: {share}}}' for share in _FIRST)}]"]
+    fixed += [f"sweep.enqueue=[{','.join(f'{{method.share: {share}}}' for share in _FIRST)}]"]
     started = []
 
     def start(*arguments: str) -> Sweep:

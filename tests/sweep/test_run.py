@@ -358,7 +358,7 @@ def test_a_hopeless_trial_is_pruned_and_never_the_first(
     sweep: Callable[..., Outcome], workplace: Path, pulled: list[str], pruner: str
 ) -> None:
     pq.write_table(glue_table("rte", 400, 1), workplace / "data" / "validation.parquet")
-    first = "sweep.first=[{method.strength: -8.0}, {method.strength: 1.0}, {method.strength: -9.0}]"
+    first = "sweep.enqueue=[{method.strength: -8.0}, {method.strength: 1.0}, {method.strength: -9.0}]"
     space = "method.strength=interval(-9,1)"
     custom = [*pulled[:2], "eval.batch_tokens=256", "sweep.sampler=random", "tracking=mlflow"]
     outcome = sweep("custom", *custom, space, first, "sweep.n_trials=3", f"sweep.pruner={pruner}")

@@ -9,7 +9,7 @@ import optuna
 import pytest
 
 from mergelab.errors import SweepError
-from mergelab.sweep.storage import open_storage, shown, storage_errors, storage_url
+from mergelab.sweep.storage import open_storage, redacted, storage_errors, storage_url
 from tests.sweep.servers import PASSWORD, free_port, postgres, short_folder
 
 __all__ = ["postgres", "short_folder"]
@@ -24,8 +24,8 @@ def test_files_are_relative_to_the_folder_where_the_sweep_was_started(tmp_path: 
 
 
 def test_a_password_is_not_shown() -> None:
-    assert shown("postgresql+psycopg://lab:secret@db:5432/study") == "postgresql+psycopg://lab:***@db:5432/study"
-    assert "secret" not in shown("postgresql+psycopg://db/study?user=lab&password=secret")
+    assert redacted("postgresql+psycopg://lab:secret@db:5432/study") == "postgresql+psycopg://lab:***@db:5432/study"
+    assert "secret" not in redacted("postgresql+psycopg://db/study?user=lab&password=secret")
 
 
 @pytest.mark.parametrize("url", ["sqlite:///{}/made/study.db", "journal:{}/made/study.log"])

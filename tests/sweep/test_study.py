@@ -79,7 +79,7 @@ def test_an_interrupted_sweep_draws_the_points_of_an_undisturbed_one(
     directions = ("maximize", "minimize")[:objectives]
     told = {"sampler": sampler, "seed": 3, "space": GRID if sampler == "grid" else SPACE, "directions": directions}
     if sampler != "grid":
-        told["first"] = [FIRST]
+        told["enqueue"] = [FIRST]
     trials = 13 if sampler == "gp" else 18
     undisturbed = drive(opened("undisturbed", **told), None, trials)
     assert drive(opened("disturbed", **told), lambda: opened("disturbed", **told), trials) == undisturbed

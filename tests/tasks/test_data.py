@@ -264,7 +264,7 @@ def test_answers_are_found_in_references_too(tmp_path: Path) -> None:
 
 
 def test_labels_are_answered_by_their_words_and_scores_with_one_digit(rte: TaskSpec, tmp_path: Path) -> None:
-    words = {"references": [], "labels": list(rte.labels or ()), "label_words": ["yes", "no"], "metrics": ["accuracy"]}
+    words = {"references": [], "labels": list(rte.labels or ()), "verbalizer": ["yes", "no"], "metrics": ["accuracy"]}
     settings = {**words, "primary": "accuracy", "prompt": "{sentence1} / {sentence2}?"}
     write_parquet(tmp_path / "validation.parquet", rte_columns([0, 1, 1]), NAMES[::-1])
     data = load_data(generation_task(**settings), data_dir=tmp_path)

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mergelab.errors import ConfigError
-from mergelab.tasks.prompting import AnswerKind, answer, fill, number, score_text, template_columns, worked_examples
+from mergelab.tasks.prompting import AnswerKind, answer, fewshot_examples, fill, number, score_text, template_columns
 
 
 def test_a_template_names_its_columns_in_the_order_of_their_first_use() -> None:
@@ -39,26 +39,26 @@ def test_a_prompt_has_the_rows_texts_as_they_are_behind_the_worked_examples() ->
 
 
 def test_the_eight_examples_of_gsm8k_are_questions_with_the_answers_of_wei_et_al() -> None:
-    examples = worked_examples("gsm8k_cot")
+    examples = fewshot_examples("gsm8k_cot")
     assert all(text.startswith("Q: ") and text.count("\nA: ") == 1 for text in examples)
     assert [number(text.split("\nA: ")[1]) for text in examples] == ["6", "5", "39", "8", "9", "29", "33", "8"]
-    assert worked_examples("gsm8k_cot", 3) == examples[:3]
+    assert fewshot_examples("gsm8k_cot", 3) == examples[:3]
 
 
 def test_worked_examples_may_be_the_users_own(tmp_path: Path) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("\nQ: a\nA: 1.\n \n\nQ: b\nA: 2.\n")
-    assert worked_examples(str(file)) == ("Q: a\nA: 1.", "Q: b\nA: 2.")
+    assert fewshot_examples(str(file)) == ("Q: a\nA: 1.", "Q: b\nA: 2.")
     with pytest.raises(ConfigError, match=r"task\.shots=3: .*mine\.txt has 2 worked examples"):
-        worked_examples(str(file), 3)
+        fewshot_examples(str(file), 3)
     with pytest.raises(ConfigError, match=r"task\.examples=gsm8k_cto: .*did you mean 'gsm8k_cot'\?"):
-        worked_examples("gsm8k_cto")
+        fewshot_examples("gsm8k_cto")
     file.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ConfigError, match=r"task\.examples=.*mine\.txt: no readable text file"):
-        worked_examples(str(file))
+        fewshot_examples(str(file))
     file.write_text(" \n\n")
     with pytest.raises(ConfigError, match=r"task\.examples=.*mine\.txt: has no worked examples"):
-        worked_examples(str(file))
+        fewshot_examples(str(file))
 
 
 @pytest.mark.parametrize(

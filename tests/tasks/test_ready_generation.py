@@ -102,10 +102,10 @@ def test_greedy_decoding_is_what_holds_where_nothing_is_said() -> None:
 def test_decoding_is_chosen_by_name_and_changed_by_key() -> None:
     beam = composed("samsum", "task/decoding=beam", "task.decoding.num_beams=3")["task"]["decoding"]
     assert (beam["num_beams"], beam["no_repeat_ngram_size"], beam["max_new_tokens"]) == (3, 3, 96)
-    config = composed("gsm8k", "task/decoding=sample", "task.decoding.seed=5", "task.shots=4")["task"]
+    config = composed("gsm8k", "task/decoding=sample", "task.decoding.seed=5", "task.num_fewshot=4")["task"]
     spec = task_from_config(config)
     assert (spec.decoding.do_sample, spec.decoding.top_p, spec.decoding.seed) == (True, 0.95, 5)
-    assert (spec.decoding.stop, len(spec.worked_examples)) == (("\nQ:",), 4)
+    assert (spec.decoding.stop, len(spec.fewshot_examples)) == (("\nQ:",), 4)
 
 
 @pytest.mark.parametrize(
@@ -124,11 +124,11 @@ def test_decoding_is_chosen_by_name_and_changed_by_key() -> None:
         ),
         ("t5_rte", {"metrics": ["rouge1"], "primary": "rouge1"}, "rouge1 is of answers of the kind text, not of label"),
         ("t5_mnli", {"metrics": ["f1"], "primary": "f1"}, "f1 is for two labels, t5_mnli has 3"),
-        ("t5_rte", {"label_words": ["yes", "Yes."]}, r"label_words=\['yes', 'Yes\.'\]: must differ in more than case"),
-        ("t5_rte", {"label_words": ["yes", "?"]}, "must differ in more than case and punctuation"),
+        ("t5_rte", {"verbalizer": ["yes", "Yes."]}, r"verbalizer=\['yes', 'Yes\.'\]: must differ in more than case"),
+        ("t5_rte", {"verbalizer": ["yes", "?"]}, "must differ in more than case and punctuation"),
         ("samsum", {"metrics": ["rougeL", "blue"]}, r"no metric 'blue'; did you mean 'bleu'\?"),
         ("samsum", {"prompt": "{dialogue"}, r"task\.prompt='\{dialogue': expected '\}'"),
-        ("gsm8k", {"shots": 9}, r"task\.shots=9: gsm8k_cot has 8 worked examples"),
+        ("gsm8k", {"num_fewshot": 9}, r"task\.shots=9: gsm8k_cot has 8 worked examples"),
     ],
 )
 def test_what_does_not_fit_a_task_of_generation_is_one_line(name: str, changes: dict[str, Any], message: str) -> None:

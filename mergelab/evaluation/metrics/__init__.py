@@ -57,7 +57,7 @@ def score(spec: TaskSpec, outputs: Array, truth: Array, *, parts: Array | None =
 
 
 def example_statistics(spec: TaskSpec, outputs: Array, truth: Array) -> dict[str, Array]:
-    """Answer, for each metric of a generation or language modelling task, what it needs to know of each example.
+    """Return, for each metric of a generation or language modelling task, what it needs to know of each example.
 
     Returns:
         (n, k) float64 by metric; `value_of_rows` computes the metric of any choice of the rows.
@@ -67,7 +67,7 @@ def example_statistics(spec: TaskSpec, outputs: Array, truth: Array) -> dict[str
     """
     if spec.kind == "language_modelling":
         return dict.fromkeys(spec.metrics, outputs)
-    words = spec.label_words or spec.labels or ()
+    words = spec.verbalizer or spec.labels or ()
     answers = tuple(answer(spec.answer, text, words) for text in outputs.tolist())
     return {name: _text_statistics(name, answers, tuple(truth.tolist()), words) for name in spec.metrics}
 
@@ -92,7 +92,7 @@ def _text_statistics(
 
 
 def predicted(spec: TaskSpec, logits: Array) -> Array:
-    """Answer the predictions that ``logits`` (n, C) say: class indices (n,) int64, or scores (n,) float64."""
+    """Return the predictions that ``logits`` (n, C) say: class indices (n,) int64, or scores (n,) float64."""
     return logits[:, 0].astype(np.float64) if spec.is_regression else logits.argmax(axis=1)
 
 

@@ -28,7 +28,7 @@ class TextMetric(evaluate.Metric):  # type: ignore[misc]
         return evaluate.MetricInfo(type(self).__doc__ or "", self.citation, features, inputs_description=inputs)
 
     def statistics(self, predictions: Texts, references: Sequence[Texts], labels: Texts = ()) -> Array:
-        """Answer one row of numbers per example: (n, k) float64."""
+        """Return one row of numbers per example: (n, k) float64."""
         return self._rows(predictions, references, labels)
 
     def value(self, rows: Array) -> float:

@@ -36,7 +36,7 @@ class TextSet:
 
 
 def build(name: str, *, progress: Progress | None = None, recipe: Recipe | None = None) -> TextSet:
-    """Answer the miniature ``name``, built at first use.
+    """Return the miniature ``name``, built at first use.
 
     Everything is really trained, on text that the package's grammars generate; the same recipe gives the same weights
     on one platform. What is finished stands in the cache under a name that hashes this package's source and the major
@@ -97,7 +97,7 @@ class _Text:
 
 
 def _grammar(module: str) -> Callable[[random.Random], tuple[str, ...]]:
-    """Answer what draws an example: a text and its summary, or a text alone."""
+    """Return what draws an example: a text and its summary, or a text alone."""
     grammar = import_module(f"mergelab.miniature.text.{module}")
     if hasattr(grammar, "example"):
         example: Callable[[random.Random], tuple[str, ...]] = grammar.example

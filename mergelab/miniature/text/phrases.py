@@ -30,7 +30,7 @@ def _value(rng: random.Random, value: str | Sequence[str]) -> str:
 
 
 def capital(text: str) -> str:
-    """Answer ``text`` with a capital at its start."""
+    """Return ``text`` with a capital at its start."""
     return f"{text[0].upper()}{text[1:]}"
 
 

@@ -27,7 +27,7 @@ SETS = {
 
 
 def kind_of(name: str, task: str | None) -> str | None:
-    """Answer which kind of text of the set ``name`` is called ``task``, or is measured by the task of that name."""
+    """Return which kind of text of the set ``name`` is called ``task``, or is measured by the task of that name."""
     return next((kind for kind, about in SETS[name].items() if task == kind or task in about.tasks), None)
 
 

@@ -51,5 +51,5 @@ def shuffled(count: int, batch: int, seed: int) -> list[list[int]]:
 
 
 def copy_of(model: Any) -> Any:
-    """Answer a model of its own with the weights of ``model``."""
+    """Return a model of its own with the weights of ``model``."""
     return copy.deepcopy(model)
