@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergelab.evaluation.scoring import Score, TaskResult
-from mergelab.tasks.metric_table import Direction
+from mergelab.tasks.metric import Direction
 
 if TYPE_CHECKING:
     from mergelab.evaluation.scoring import Prediction

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mergelab.tasks.metric_table import Direction, metric_directions
+from mergelab.errors import ConfigError
+from mergelab.tasks.metric import Direction, ScoredKind, get_metric
 from mergelab.tasks.prompting import AnswerKind
 
-Kind = Literal["classification", "regression", "generation", "language_modelling", "prompts", "lm_eval"]
+Kind = ScoredKind | Literal["prompts", "lm_eval"]
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,14 @@ class TaskSpec:
 
     @property
     def direction(self) -> Direction:
-        """Whether models are better when their primary metric is greater, or when it is less."""
-        return metric_directions(self.kind).get(self.primary, "maximize")
+        """Whether models are better when their primary metric is greater, or when it is less.
+
+        Raises:
+            ConfigError: the task has no metrics.
+        """
+        if not self.metrics:
+            raise ConfigError(f"task={self.name}: has no metrics, so that no model is better than another")
+        return get_metric(self.primary).direction
 
 
 @dataclass(frozen=True)
@@ -119,9 +126,3 @@ class Suite:
     tasks: tuple[TaskSpec, ...]
     data_dir: str | None = None
     limit: int | None = None
-
-
-# -------------------------------------------------------------------------------------------------------- kinds of task
-
-
-# ------------------------------------------------------------------------------------------------------ suites, loading
