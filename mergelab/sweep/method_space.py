@@ -45,7 +45,7 @@ def sweep_config_of(name: str) -> dict[str, Any]:
     params = method_space(method)
     if not params:
         raise SweepError(f"sweep={name}: {_nothing_to_search(method)}")
-    defaults = {f"method.{key}": value for key, value in method.parameters().by_key().items()}
+    defaults = {f"method.{key_of(key)}": field.get_default() for key, field in method.parameters.model_fields.items()}
     return {
         "defaults": ["_settings", "_self_", {"override /method": name}, {"override /hydra/sweeper": "mergelab"}],
         "sweep": {"params": params, "enqueue": [{key: defaults[key] for key in params}]},
