@@ -5,7 +5,7 @@ Usage:
     python experiments/parity.py --mergekit /path/to/env/bin/python       # an interpreter that has mergekit
 
 Runs the tests in tests/methods that compare (those that use tests/parity.py) and writes the page from what they
-measured. A test that fails, or a method that nothing is compared with, leaves the page as it is.
+measured. A method that nothing is compared with has a row that says so. A test that fails leaves the page as it is.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tests.methods.toy import SHAPES  # noqa: E402
 from tests.parity import FORMULA, VARIABLE, Record, merge_records, read  # noqa: E402
 
 PAGE = ROOT / "experiments" / "PARITY.md"
+NOTHING = "no independent implementation yet"
 LIBRARIES = ("torch", "numpy", "scipy", "peft", "transformers")
 COLUMNS = ("method", "compared with", "options", "dtype", "largest difference", "largest value", "shapes", "remarks")
 
@@ -65,14 +66,16 @@ def measure(mergekit: str | None) -> list[Record]:
         return merge_records(read(lines))
 
 
-def page(records: Sequence[Record], command: str, versions: str, day: str) -> str:
-    """The page's text."""
+def page(records: Sequence[Record], methods: Sequence[str], command: str, versions: str, day: str) -> str:
+    """The page's text, with at least a row for each of ``methods``."""
     own = sorted({record.method for record in records} - {r.method for r in records if not by_formula(r)})
     live = LIVE if any(map(is_live, records)) else ""
     head = HEAD.format(
         day=day, versions=versions, command=command, formula=FORMULA, live=live, toy=shapes(SHAPES.values())
     )
-    table = [row(COLUMNS), row(["---"] * len(COLUMNS)), *(row(cells(record)) for record in records)]
+    rows = [(record.method, row(cells(record))) for record in records]
+    rows += [(name, row([f"`{name}`", NOTHING, *[""] * 6])) for name in set(methods) - {name for name, _ in rows}]
+    table = [row(COLUMNS), row(["---"] * len(COLUMNS)), *(line for _, line in sorted(rows, key=lambda each: each[0]))]
     tail = ["## Compared with a transcription only", "", *(f"- `{name}`" for name in own)]
     return "\n".join([head, *table, "", *tail, ""])
 
@@ -127,15 +130,16 @@ def main() -> None:
         records = measure(mergekit)
     except subprocess.CalledProcessError as failed:
         sys.exit(f"the tests fail (code {failed.returncode}); {PAGE.name} is left as it is")
-    if missing := sorted(set(method_names()) - {record.method for record in records}):
-        sys.exit(f"nothing is compared with: {', '.join(missing)}; {PAGE.name} is left as it is")
     kits = sorted({record.compared_with for record in records if is_live(record)})
     versions = ", ".join(
         [f"Python {sys.version.split()[0]}", *(f"{each} {version(each)}" for each in LIBRARIES), *kits]
     )
     command = "python experiments/parity.py" + (" --mergekit /path/to/env/bin/python" if mergekit else "")
-    PAGE.write_text(page(records, command, versions, str(date.today())), encoding="utf-8")
-    print(f"{PAGE.relative_to(ROOT)}: {len(records)} rows for {len({record.method for record in records})} methods")
+    PAGE.write_text(page(records, method_names(), command, versions, str(date.today())), encoding="utf-8")
+    compared = {record.method for record in records}
+    print(f"{PAGE.relative_to(ROOT)}: {len(records)} comparisons of {len(compared)} methods")
+    if missing := [name for name in method_names() if name not in compared]:
+        print(f"nothing is compared with {', '.join(missing)}")
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def _mark(metadata: Sequence[Any]) -> OfExperts | None:
 def _of_one(annotation: Any) -> Any:
     """Return what is checked of one number, where a parameter may be given for each expert."""
     mark = _mark(get_args(annotation)[1:]) if get_origin(annotation) is Annotated else None
-    return annotation if mark is None else Annotated[mark.number, mark]
+    return annotation if mark is None else Annotated[mark.number, *get_args(annotation)[1:]]
 
 
 def _checkable(annotation: Any) -> Any:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Densities, Fractions, Weights
+from mergelab.engine.sweep_range import SweepRange
 from mergelab.ops.blocks import blocks
 from mergelab.ops.kth_largest import rank_of
 from mergelab.ops.sparsify import ranked_magnitudes, row_blocks, rows, summed
 from mergelab.ops.task_vectors import factors, of_each
 
+Gammas = Annotated[Fractions, SweepRange(0.0, 0.05)]
 RowScope = Literal["row", "tensor"]
 
 
@@ -60,7 +62,7 @@ def breadcrumbs(
     vectors: Sequence[Tensor],
     *,
     density: Densities = 0.1,
-    gamma: Fractions = 0.01,
+    gamma: Gammas = 0.01,
     weights: Weights = None,
     scope: RowScope = "row",
 ) -> Tensor:

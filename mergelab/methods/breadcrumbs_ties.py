@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import Densities, Fractions, Weights
-from mergelab.methods.breadcrumbs import RowScope, keep_middle
+from mergelab.engine.parameters import Densities, Weights
+from mergelab.methods.breadcrumbs import Gammas, RowScope, keep_middle
 from mergelab.ops.sign_consensus import TieBreak, WeightsStage, check_weights
 from mergelab.ops.sparsify import agreed, sign_of_ties
 from mergelab.ops.task_vectors import MajoritySign, Reduce, factors
@@ -52,7 +52,7 @@ def breadcrumbs_ties(
     *,
     prepared: float,
     density: Densities = 0.1,
-    gamma: Fractions = 0.01,
+    gamma: Gammas = 0.01,
     weights: Weights = None,
     scope: RowScope = "row",
     majority_sign: MajoritySign = "total",

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import OfExperts, Weights
+from mergelab.engine.sweep_range import SweepRange
 from mergelab.errors import ConfigError
 from mergelab.ops.task_vectors import factors, of_each, weighted_sum
 
-MaskLambdas = Annotated[float | Sequence[float], OfExperts(Annotated[float, Field(ge=0)])]
+MaskLambdas = Annotated[float | Sequence[float], OfExperts(Annotated[float, Field(ge=0)]), SweepRange(0.2, 0.6)]
 
 
 def check_tasks(weights: Sequence[float], min_tasks: int) -> None:

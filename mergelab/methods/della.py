@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Densities, Fractions, Weights
+from mergelab.engine.sweep_range import SweepRange
 from mergelab.errors import ConfigError
 from mergelab.ops.philox import stream_key, words
 from mergelab.ops.sign_consensus import TieBreak, WeightsStage, check_weights
@@ -17,6 +19,10 @@ from mergelab.ops.site import Site
 from mergelab.ops.sparsify import agreed, row_blocks, rows, sign_of_ties
 from mergelab.ops.task_vectors import MajoritySign, Reduce, factors, of_each
 from mergelab.weights.align import AlignedModels
+
+# Wherever both are searched, density ± epsilon are probabilities.
+MeanDensities = Annotated[Densities, SweepRange(0.2, 0.8)]
+Epsilons = Annotated[Fractions, SweepRange(0.01, 0.19)]
 
 
 def check_probabilities(
@@ -124,8 +130,8 @@ def della(
     *,
     site: Site,
     prepared: float,
-    density: Densities = 0.5,
-    epsilon: Fractions = 0.15,
+    density: MeanDensities = 0.5,
+    epsilon: Epsilons = 0.15,
     weights: Weights = None,
     majority_sign: MajoritySign = "total",
     reduce: Reduce = "mean",

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import Densities, Fractions, Weights
-from mergelab.methods.della import check_probabilities, drop_by_rank
+from mergelab.engine.parameters import Weights
+from mergelab.methods.della import Epsilons, MeanDensities, check_probabilities, drop_by_rank
 from mergelab.ops.site import Site
 from mergelab.ops.sparsify import summed
 from mergelab.ops.task_vectors import factors
@@ -25,8 +25,8 @@ def della_linear(
     vectors: Sequence[Tensor],
     *,
     site: Site,
-    density: Densities = 0.5,
-    epsilon: Fractions = 0.15,
+    density: MeanDensities = 0.5,
+    epsilon: Epsilons = 0.15,
     weights: Weights = None,
 ) -> Tensor:
     """Add up task vectors of which a random part was dropped, small entries the likelier, and the rest rescaled.

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
+from mergelab.engine.sweep_range import NotSwept
 from mergelab.ops.gram import Array, combined, gram, length
 from mergelab.ops.threads import in_order
 from mergelab.weights.align import AlignedModels
@@ -80,7 +81,7 @@ def geometric_median(
     *,
     prepared: Array | None = None,
     scope: Literal["tensor", "model"] = "tensor",
-    eps: Annotated[float, Field(gt=0, lt=1)] = 1e-6,
+    eps: Annotated[float, Field(gt=0, lt=1), NotSwept()] = 1e-6,
     iterations: Annotated[int, Field(ge=1)] = 1000,
 ) -> Tensor:
     """Return the point with the least sum of Euclidean distances to the experts.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Positive, Samples, Weights
+from mergelab.engine.sweep_range import SweepRange
 from mergelab.estimation.examples import Examples
 from mergelab.estimation.fisher import Diagonal, Estimator, diagonals, of_writers
 from mergelab.methods.fisher import check_shares
@@ -41,7 +43,7 @@ def gradient_matching(
     site: Site,
     weights: Weights = None,
     samples: Samples = 4096,
-    delta0: Positive = 1e-12,
+    delta0: Annotated[Positive, SweepRange(1e-12, 1e-2, log=True)] = 1e-12,
     estimator: Estimator = "auto",
 ) -> Tensor:
     """Add up the task vectors, each scaled by its own Hessian over that of the merged model.

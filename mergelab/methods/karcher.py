@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
+from mergelab.engine.sweep_range import NotSwept
 from mergelab.ops.gram import RESOLUTION, Array, combined, gram, length
 
 ANTIPODE = 1e-3  # angle from the opposite point within which no direction leads there
@@ -21,7 +22,7 @@ def karcher(
     experts: Sequence[Tensor],
     *,
     max_iterations: Annotated[int, Field(ge=1)] = 10,
-    tolerance: Annotated[float, Field(gt=0, lt=1)] = 1e-5,
+    tolerance: Annotated[float, Field(gt=0, lt=1), NotSwept()] = 1e-5,
 ) -> Tensor:
     """Return the Riemannian mean of the experts' directions on the unit sphere, times the mean of their norms.
 

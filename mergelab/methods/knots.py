@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Densities, Weights
+from mergelab.engine.sweep_range import NotSwept
 from mergelab.ops.blocks import blocks
 from mergelab.ops.kth_largest import rank_of
 from mergelab.ops.layout import inputs_first, is_matrix
@@ -33,7 +34,7 @@ from mergelab.weights.align import AlignedModels
 
 KnotsScope = Literal["model", "tensor"]
 ROWS = 64  # rows of Σ Vᵀ that are computed at once
-Tolerance = Annotated[float, Field(ge=0)]
+Tolerance = Annotated[float, Field(ge=0), NotSwept()]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Weights
+from mergelab.engine.sweep_range import NotSwept
 from mergelab.ops.gram import RESOLUTION, combined, gram, length
 from mergelab.ops.spherical import MERGEKIT, check_spherical, origin
 from mergelab.ops.task_vectors import factors
@@ -23,7 +24,7 @@ def multislerp(
     *,
     base: Tensor | None = None,
     weights: Weights = None,
-    eps: Annotated[float, Field(gt=0, lt=1)] = 1e-8,
+    eps: Annotated[float, Field(gt=0, lt=1), NotSwept()] = 1e-8,
     task_vectors: bool | None = None,
 ) -> Tensor:
     """Average the directions of the experts, or of their task vectors, and their norms.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Fraction, Positive, Samples
+from mergelab.engine.sweep_range import NotSwept
 from mergelab.errors import MergeWarning
 from mergelab.estimation.examples import Examples
 from mergelab.estimation.input_gram import InputGram, input_gram
@@ -40,7 +42,7 @@ def regmean(
     site: Site,
     alpha: Fraction = 0.9,
     samples: Samples = 1000,
-    ridge: Positive = 1e-6,
+    ridge: Annotated[Positive, NotSwept()] = 1e-6,
 ) -> Tensor:
     """Solve for the linear layer that is nearest to the experts' outputs on each one's own inputs; average the rest.
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Fraction, Positive, Samples
+from mergelab.engine.sweep_range import NotSwept
 from mergelab.estimation.disk_cache import disk_cached
 from mergelab.estimation.examples import Examples, ExpertExamples
 from mergelab.estimation.input_gram import InputSums, linear_layers
@@ -141,7 +143,7 @@ def regmean_plus(
     site: Site,
     alpha: Fraction = 0.9,
     samples: Samples = 1000,
-    ridge: Positive = 1e-6,
+    ridge: Annotated[Positive, NotSwept()] = 1e-6,
 ) -> Tensor:
     """Solve for each linear layer as RegMean does, on inputs that come out of the layers merged before it.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Fraction
+from mergelab.engine.sweep_range import NotSwept
 from mergelab.ops.blocks import blockwise
 from mergelab.weights.numerics import dot, norm
 
@@ -33,7 +35,9 @@ def arc(cosine: Tensor, t: float, threshold: float = 1.0) -> tuple[Tensor, Tenso
 
 
 @merge_method(experts=(2, 2), order_matters=True, family="averages", paper="Shoemake 1985, doi:10.1145/325165.325242")
-def slerp(experts: Sequence[Tensor], *, t: Fraction = 0.5, threshold: Fraction = 0.9995) -> Tensor:
+def slerp(
+    experts: Sequence[Tensor], *, t: Fraction = 0.5, threshold: Annotated[Fraction, NotSwept()] = 0.9995
+) -> Tensor:
     """Interpolate between two experts along the arc between them, each tensor taken as one flat vector.
 
     sin((1−t)Ω)/sinΩ·a + sin(tΩ)/sinΩ·b with cos Ω = a·b / (‖a‖‖b‖) (Shoemake 1985). The coefficients are applied to the

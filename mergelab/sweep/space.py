@@ -109,7 +109,7 @@ def space_from(params: Mapping[str, Any], arguments: Sequence[str], loader: Any 
     if not distributions:
         raise SweepError(
             "sweep: the search space is empty; say what varies, such as 'method.lambda=interval(0.1,1.5)', or choose a "
-            "ready one with sweep=ties"
+            "method's own with sweep=ties"
         )
     return Space(distributions, tuple(fixed.values()))
 

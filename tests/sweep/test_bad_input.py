@@ -23,6 +23,9 @@ Command = Callable[..., Outcome]
 CASES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("sweep=custom",), ("the search space is empty", "interval(0.1,1.5)", "sweep=ties")),
     (("sweep=tie",), ("sweep=tie", "'ties'")),
+    (("sweep=median",), ("sweep=median: median has no parameter to search", "-m method=median,ties")),
+    (("sweep=soup",), ("sweep=soup: soup has no parameter with a range", "'method.normalize=choice(true,false)'")),
+    (("sweep=greedy_soup",), ("sweep=greedy_soup: greedy_soup chooses by the selecting examples itself",)),
     (("sweep=ties", "method.densty=interval(0.1,0.9)"), ("method.densty", "'density'")),
     (("sweep=ties", "method.density=interval(0.1,1.5)"), ("method.density=1.5", "at most 1")),
     (("sweep=ties", "method.density=interval(0,0.5)"), ("method.density=0", "greater than 0")),
