@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from mergelab.errors import SweepError, did_you_mean, listed
 from mergelab.tasks.metric import get_metric
@@ -16,7 +14,6 @@ if TYPE_CHECKING:
     from mergelab.sweep.config import Direction
     from mergelab.tasks.spec import TaskSpec
 
-Array = np.ndarray[Any, Any]
 AVERAGE = "average"
 
 

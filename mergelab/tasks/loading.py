@@ -219,7 +219,7 @@ def load_task(name: str) -> TaskSpec:
 
 
 def task_of_expert(name: str, tasks: Sequence[TaskSpec]) -> TaskSpec | None:
-    """Find the task that an expert was made for, where ``tasks`` are measured; None where that cannot be told.
+    """Find the task that an expert was made for, where ``tasks`` are measured; None where that is not known.
 
     Args:
         name: what the expert's configuration calls its task; the expert's own name where it does not say.
@@ -241,7 +241,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def check_installed() -> None:
-    """Check that lm-eval is there.
+    """Check that lm-eval is installed.
 
     Raises:
         ConfigError: it is not.

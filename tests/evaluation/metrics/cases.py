@@ -13,7 +13,24 @@ from mergelab.tasks.metric import LabelMetric, LikelihoodMetric, ScoreMetric, ge
 from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
-WORDS = ["a", "cat", "and", "the", "dog", "sat", "on", "mats", "jumped", "running", "foxes", "purring", "was", "is"]
+WORDS = [
+    "a",
+    "cat",
+    "and",
+    "the",
+    "dog",
+    "sat",
+    "on",
+    "mat",
+    "mats",
+    "jumped",
+    "jumps",
+    "running",
+    "foxes",
+    "purring",
+    "was",
+    "is",
+]
 
 
 @dataclass(frozen=True)
