@@ -1,6 +1,6 @@
-"""How sure a score is: bootstrap intervals, a paired test of two models, and what a constant answer would get.
+"""Uncertainty of scores: bootstrap intervals, a paired test of two models, and the chance level.
 
-Every class metric depends on an example only through its cell in the confusion matrix. Drawing n examples with
+A metric of classes depends on an example only through its cell in the confusion matrix. Drawing n examples with
 replacement is therefore drawing the cells' counts from a multinomial distribution, which costs the same for 70 examples
 as for 40 000. Correlations are computed from how often each example was drawn. Metrics of generated texts and of the
 likelihood of given text are computed from the statistics of the drawn examples.
@@ -10,18 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from mergelab.evaluation.metrics import (
-    check_scorable,
-    example_statistics,
-    part_members,
-    predicted,
-    score,
-    value_of_rows,
-)
+from mergelab.evaluation.metrics import check_scorable, example_statistics, part_members, score, value_of_rows
+from mergelab.tasks.metric import BEST_CONSTANT, PairMetric, get_metric
 
 if TYPE_CHECKING:
     from mergelab.tasks.spec import TaskSpec
@@ -95,19 +89,25 @@ def paired_test(
 
 
 def chance_level(spec: TaskSpec, truth: Array) -> float | None:
-    """Return what the best constant prediction gets on the primary metric; ``None`` where there is no such thing.
-
-    Correlations, which a constant has not, are 0, and so is what an empty text gets.
-    """
-    if spec.direction == "minimize" or not spec.metrics:
+    """Return what a constant answer gets on the primary metric, as the metric declares it; ``None``: nothing does."""
+    if not spec.metrics:
         return None
-    if spec.kind == "generation" and spec.labels is not None:
-        constants = [np.full(len(truth), word) for word in spec.verbalizer or spec.labels]
-        return max(score(replace(spec, metrics=(spec.primary,)), c, truth)[spec.primary] for c in constants)
-    if spec.labels is None:
-        return 0.0
-    constants = [np.full(len(truth), label) for label in range(spec.outputs)]
-    return max(float(_from_counts(spec.primary, _confusion(spec, c, truth)[None])[0]) for c in constants)
+    metric = get_metric(spec.primary)
+    if metric.chance != BEST_CONSTANT:
+        return metric.chance
+    spec = replace(spec, metrics=(spec.primary,))
+    scores = [
+        value_of_rows(spec, spec.primary, example_statistics(spec, outputs, truth)[spec.primary])
+        for outputs in _constant_outputs(spec, len(truth))
+    ]
+    return max(scores) if metric.direction == "maximize" else min(scores)
+
+
+def _constant_outputs(spec: TaskSpec, count: int) -> list[Array]:
+    """Return the outputs of models that always answer the same: one per label; without labels, empty texts."""
+    if spec.kind == "classification":
+        return [np.eye(spec.outputs)[np.full(count, label)] for label in range(spec.outputs)]
+    return [np.full(count, word, dtype=object) for word in spec.verbalizer or spec.labels or ("",)]
 
 
 # -------------------------------------------------------------------------------------------------------------- drawing
@@ -117,28 +117,49 @@ def _resampled(
     spec: TaskSpec, outputs: Sequence[Array], truth: Array, samples: int, random: np.random.Generator
 ) -> list[dict[str, Array]]:
     """Score each model's outputs on the same resamples: per model and metric, (samples,) values."""
-    if not spec.outputs:
-        return _resampled_rows(spec, [example_statistics(spec, own, truth) for own in outputs], samples, random)
-    predictions = [predicted(spec, own) for own in outputs]
-    if spec.is_regression:
-        found: list[list[dict[str, Array]]] = [[] for _ in predictions]
-        for counts in _draw_counts(len(truth), samples, random):
-            for model, values in zip(found, predictions, strict=True):
-                model.append(_correlations(spec.metrics, values, truth, counts))
-        return [{name: np.concatenate([chunk[name] for chunk in model]) for name in spec.metrics} for model in found]
-    classes = spec.outputs
-    shape = (classes,) * (len(predictions) + 1)
-    cells = np.ravel_multi_index((*predictions, truth), shape)
-    frequency = np.bincount(cells, minlength=int(np.prod(shape))) / len(truth)
-    drawn = random.multinomial(len(truth), frequency, size=samples).reshape(samples, *shape)
-    models = range(len(predictions))
-    confusions = [drawn.sum(axis=tuple(1 + other for other in models if other != model)) for model in models]
-    return [{name: _from_counts(name, confusion) for name in spec.metrics} for confusion in confusions]
+    models = [example_statistics(spec, own, truth) for own in outputs]
+    if spec.kind == "classification":
+        return _resampled_cells(spec, models, samples, random)
+    if spec.kind == "regression":
+        return _resampled_counts(spec, models, samples, random)
+    return _resampled_rows(spec, models, samples, random)
+
+
+def _resampled_cells(
+    spec: TaskSpec, models: Sequence[dict[str, Array]], samples: int, random: np.random.Generator
+) -> list[dict[str, Array]]:
+    """Draw how often each cell of the joint confusion matrix of all models occurs."""
+    pairs = [rows[spec.metrics[0]].astype(np.int64) for rows in models]  # each (n, 2): predicted and true
+    classes, count = spec.outputs, len(pairs[0])
+    shape = (classes,) * (len(models) + 1)
+    cells = np.ravel_multi_index((*(own[:, 0] for own in pairs), pairs[0][:, 1]), shape)
+    frequency = np.bincount(cells, minlength=int(np.prod(shape))) / count
+    drawn = random.multinomial(count, frequency, size=samples).reshape(samples, *shape)
+    distinct = np.array(list(np.ndindex(classes, classes)), dtype=np.float64)  # (C², 2)
+    found = []
+    for model in range(len(models)):
+        confusion = drawn.sum(axis=tuple(1 + other for other in range(len(models)) if other != model))
+        counts = confusion.reshape(samples, -1).astype(np.float64)
+        found.append({name: _pair_metric(name).from_counts(distinct, counts) for name in spec.metrics})
+    return found
+
+
+def _resampled_counts(
+    spec: TaskSpec, models: Sequence[dict[str, Array]], samples: int, random: np.random.Generator
+) -> list[dict[str, Array]]:
+    """Draw how often each example occurs."""
+    found: list[dict[str, list[Array]]] = [{name: [] for name in spec.metrics} for _ in models]
+    for counts in _draw_counts(len(models[0][spec.metrics[0]]), samples, random):
+        for values, rows in zip(found, models, strict=True):
+            for name in spec.metrics:
+                values[name].append(_pair_metric(name).from_counts(rows[name], counts))
+    return [{name: np.concatenate(chunks) for name, chunks in values.items()} for values in found]
 
 
 def _resampled_rows(
     spec: TaskSpec, models: Sequence[dict[str, Array]], samples: int, random: np.random.Generator
 ) -> list[dict[str, Array]]:
+    """Draw examples, and compute each resample's metrics from its examples' statistics."""
     found = [{name: np.empty(samples) for name in spec.metrics} for _ in models]
     count = len(models[0][spec.metrics[0]])
     for index in range(samples):
@@ -149,6 +170,11 @@ def _resampled_rows(
     return found
 
 
+def _pair_metric(name: str) -> PairMetric:
+    """Return a metric of classes or scores, which by its declaration is a `PairMetric`."""
+    return cast(PairMetric, get_metric(name))
+
+
 def _draw_counts(examples: int, samples: int, random: np.random.Generator) -> Iterator[Array]:
     """Yield, in chunks, how often each resample has each example: (chunk, n) float64."""
     step = max(1, _CHUNK // examples)
@@ -156,68 +182,3 @@ def _draw_counts(examples: int, samples: int, random: np.random.Generator) -> It
         rows = min(step, samples - start)
         drawn = random.integers(examples, size=(rows, examples)) + np.arange(rows)[:, None] * examples
         yield np.bincount(drawn.ravel(), minlength=rows * examples).reshape(rows, examples).astype(np.float64)
-
-
-# -------------------------------------------------------------------------------------------------------- class metrics
-
-
-def _confusion(spec: TaskSpec, predictions: Array, labels: Array) -> Array:
-    """Count (predicted, true) pairs: (K, K)."""
-    classes = spec.outputs
-    return np.bincount(predictions * classes + labels, minlength=classes**2).reshape(classes, classes)
-
-
-def _from_counts(metric: str, confusion: Array) -> Array:
-    """Compute a class metric from confusion matrices (samples, predicted, true): (samples,)."""
-    counts = confusion.astype(np.float64)
-    total, right = counts.sum(axis=(1, 2)), np.trace(counts, axis1=1, axis2=2)
-    said, true = counts.sum(axis=2), counts.sum(axis=1)
-    if metric == "accuracy":
-        return np.asarray(right / total)
-    if metric == "f1":
-        return _ratio(2 * counts[:, 1, 1], said[:, 1] + true[:, 1])
-    # Gorodkin 2004, R_K; with two classes Matthews' φ.
-    spread = (total**2 - (said**2).sum(axis=1)) * (total**2 - (true**2).sum(axis=1))
-    return _ratio(right * total - (said * true).sum(axis=1), np.sqrt(spread))
-
-
-def _ratio(numerator: Array, denominator: Array) -> Array:
-    """Divide, with 0 where there is nothing to divide by."""
-    return np.divide(numerator, denominator, out=np.zeros_like(denominator), where=denominator > 0)
-
-
-# --------------------------------------------------------------------------------------------------------- correlations
-
-
-def _correlations(metrics: Sequence[str], predictions: Array, labels: Array, counts: Array) -> dict[str, Array]:
-    """Compute correlations of predictions and labels (n,) on resamples with ``counts`` (samples, n): (samples,)."""
-    x, y = np.asarray(predictions, dtype=np.float64), np.asarray(labels, dtype=np.float64)
-    found = {}
-    if "pearson" in metrics:
-        found["pearson"] = _weighted_pearson(x[None], y[None], counts)
-    if "spearmanr" in metrics:
-        found["spearmanr"] = _weighted_pearson(_ranks(x, counts), _ranks(y, counts), counts)
-    return found
-
-
-def _weighted_pearson(x: Array, y: Array, counts: Array) -> Array:
-    """Pearson's r of (samples or 1, n) values with weights (samples, n): (samples,); 0 where one is constant."""
-    total = counts.sum(axis=1, keepdims=True)
-    mean_x, mean_y = ((counts * values).sum(axis=1, keepdims=True) / total for values in (x, y))
-    dx, dy = x - mean_x, y - mean_y
-    norm_x, norm_y = (np.sqrt((counts * d * d).sum(axis=1)) for d in (dx, dy))
-    # What remains of a constant after subtracting its rounded mean is not variation.
-    rounding = 1e-13 * np.sqrt(total)
-    varies = (norm_x > (rounding * np.abs(mean_x))[:, 0]) & (norm_y > (rounding * np.abs(mean_y))[:, 0])
-    return np.where(varies, _ratio((counts * dx * dy).sum(axis=1), norm_x * norm_y), 0.0)
-
-
-def _ranks(values: Array, counts: Array) -> Array:
-    """Rank the examples (n,) within each resample, ties and repeats sharing their mean rank: (samples, n)."""
-    distinct, group = np.unique(values, return_inverse=True)
-    order = np.argsort(group, kind="stable")
-    starts = np.searchsorted(group[order], np.arange(len(distinct)))
-    in_group = np.add.reduceat(counts[:, order], starts, axis=1)
-    last = np.cumsum(in_group, axis=1)
-    mean_rank: Array = last - (in_group - 1) / 2
-    return mean_rank[:, group]

@@ -1,4 +1,4 @@
-"""What an experiment found: a record for each model, and for the whole."""
+"""The results of an experiment: a record for each model, and for the whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mergelab.evaluation.scoring import Score, TaskResult
-from mergelab.tasks.metric_table import Direction
+from mergelab.tasks.metric import Direction
 
 if TYPE_CHECKING:
     from mergelab.evaluation.scoring import Prediction
@@ -23,9 +23,10 @@ Role = Literal["base", "expert", "merged"]
 
 @dataclass(frozen=True)
 class ModelResult:
-    """What one model got on each task it was measured on, and what that cost.
+    """One model's scores on each task that it was measured on, and their cost.
 
-    Times in seconds, memory in MB. ``contents`` names what its weights are made of, by hash, where these are on disk.
+    Times in seconds, memory in MB. ``contents`` are the hashes of the weights that it is computed from, where these are
+    on disk.
     ``p_value`` is that of the paired test against the best expert; ``average`` and ``normalised`` are means over a
     suite's primary metrics, the latter divided by each task's own expert's, and ``select_normalised`` is that of the
     selecting examples.
@@ -79,7 +80,7 @@ class ExperimentResult:
 
     @property
     def direction(self) -> Direction:
-        """Whether less of the objective is better."""
+        """Whether greater or less of the objective is better; of a normalised average it is greater."""
         return common_direction(self.merged.results.values()) or "maximize"
 
     @property

@@ -15,7 +15,7 @@ import numpy as np
 from mergelab.config import EvalConfig, cache_dir
 from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.evaluation.bootstrap import bootstrap_interval, paired_test
-from mergelab.tasks.metric_table import Direction
+from mergelab.tasks.metric import Direction, get_metric
 from mergelab.tasks.splits import holdout
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def measure(data: TaskData, outputs: Array, examples: Examples, config: EvalConf
 
     Of a task without metrics, the texts are the result.
     """
-    from mergelab.evaluation.metrics import score
-    from mergelab.tasks.metric_table import metric_directions
+    from mergelab.evaluation.metrics import part_members, score
 
     spec, truth, parts = data.spec, data.truth, data.parts
     select, shown = examples.select, examples.report
@@ -103,11 +102,10 @@ def measure(data: TaskData, outputs: Array, examples: Examples, config: EvalConf
         spec, outputs[shown], truth[shown], samples=config.bootstrap, seed=seed, parts=parts[shown]
     )
     report = {name: Score(value, *bounds[name]) for name, value in values.items()}
-    directions = metric_directions(spec.kind)
-    less = tuple(
-        name for name in report for metric in spec.metrics if directions[metric] == "minimize" and _is(name, metric)
-    )
-    return TaskResult(spec.name, spec.primary, selected, report, len(select), len(shown), less)
+    suffixes = ["", *(f"_{name}" for name, _ in part_members(spec, parts[shown]))]
+    less = [name for name in spec.metrics if get_metric(name).direction == "minimize"]
+    minimized = tuple(name + suffix for suffix in suffixes for name in less)
+    return TaskResult(spec.name, spec.primary, selected, report, len(select), len(shown), minimized)
 
 
 def _lm_eval_result(spec: TaskSpec, outputs: Array) -> TaskResult:
@@ -123,11 +121,6 @@ def _lm_eval_result(spec: TaskSpec, outputs: Array) -> TaskResult:
     report = {name: Score(own.value, *own.interval) for name, own in scores.items()}
     less = tuple(name for name, own in scores.items() if not own.greater_is_better)
     return TaskResult(spec.name, primary, {}, report, 0, examples, less)
-
-
-def _is(name: str, metric: str) -> bool:
-    """Return whether a score is of that metric: of all examples, or of those of one split."""
-    return name == metric or name.startswith(f"{metric}_")
 
 
 def compare(data: TaskData, outputs: Array, other: Array, examples: Examples, config: EvalConfig, seed: int) -> float:

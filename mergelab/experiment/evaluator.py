@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mergelab.evaluation.scoring import Prediction, TaskResult
     from mergelab.experiment.session import Session
     from mergelab.tasks.data import TaskData
-    from mergelab.tasks.metric_table import Direction
+    from mergelab.tasks.metric import Direction
     from mergelab.tasks.spec import TaskSpec
 
 
@@ -112,7 +112,8 @@ class Evaluator:
                 if (chance := chance_level(data.spec, data.truth)) is None:
                     continue
                 value = score(data.spec, prediction.outputs, data.truth)[data.spec.primary]
-                if not value > chance:
+                sign = -1 if data.spec.direction == "minimize" else 1
+                if not sign * value > sign * chance:
                     hint = "are its labels in another order (models.experts.<name>.labels=[...])?"
                     if data.spec.kind == "generation":
                         hint = (

@@ -1,22 +1,19 @@
-"""What a sweep makes better: one or several of the selecting examples' scores."""
+"""A sweep's objectives: one or several scores of the selecting examples."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from mergelab.errors import SweepError, did_you_mean, listed
-from mergelab.tasks.metric_table import metric_directions
+from mergelab.tasks.metric import get_metric
 
 if TYPE_CHECKING:
     from mergelab.sweep.config import Direction
     from mergelab.tasks.spec import TaskSpec
 
-Array = np.ndarray[Any, Any]
 AVERAGE = "average"
 
 
@@ -30,7 +27,7 @@ class Objective:
     direction: Direction
 
     def value(self, scores: Mapping[str, Mapping[str, float]], primary: Mapping[str, str]) -> float:
-        """Pick it from the metrics of each task."""
+        """Return it from the metrics of each task."""
         if self.task is None:
             return fmean(scores[task][metric] for task, metric in primary.items())
         return scores[self.task][self.metric]
@@ -39,7 +36,7 @@ class Objective:
 def objectives(
     wanted: str | Sequence[str] | None, directions: str | Sequence[str] | None, tasks: Sequence[TaskSpec]
 ) -> list[Objective]:
-    """Find what a sweep's ``objective`` names, in the order given.
+    """Return the objectives that a sweep's ``objective`` names, in the order given.
 
     Args:
         wanted: metrics of the one task; of a suite: tasks (their primary metric), ``task/metric``, or ``average``.
@@ -52,10 +49,10 @@ def objectives(
     """
     names = [wanted] if isinstance(wanted, str) else list(wanted or [tasks[0].primary if len(tasks) == 1 else AVERAGE])
     found = [_objective(name, tasks) for name in names]
-    told = [directions] * len(found) if isinstance(directions, str) else list(directions or [])
-    if told and len(told) != len(found):
-        raise SweepError(f"sweep.direction: {len(told)} directions for {len(found)} objectives ({listed(names)})")
-    if told and (wrong := [o for o, direction in zip(found, told, strict=True) if o.direction != direction]):
+    given = [directions] * len(found) if isinstance(directions, str) else list(directions or [])
+    if given and len(given) != len(found):
+        raise SweepError(f"sweep.direction: {len(given)} directions for {len(found)} objectives ({listed(names)})")
+    if given and (wrong := [o for o, direction in zip(found, given, strict=True) if o.direction != direction]):
         raise SweepError(f"sweep.direction: {wrong[0].name} is better when it is {_BETTER[wrong[0].direction]}")
     return found
 
@@ -89,4 +86,4 @@ def _objective(name: str, tasks: Sequence[TaskSpec]) -> Objective:
             f"sweep.objective={name}: {task} does not report {metric!r}{did_you_mean(metric, spec.metrics)} "
             f"(there are {listed(spec.metrics)})"
         )
-    return Objective(name, task, metric, metric_directions(spec.kind).get(metric, "maximize"))
+    return Objective(name, task, metric, get_metric(metric).direction)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mergelab.config import CONF_DIR, check
 from mergelab.errors import ConfigError, DataError, did_you_mean, listed
-from mergelab.tasks.metric_table import METRICS, TEXT_METRICS, metric_directions
+from mergelab.tasks.metric import get_metric
 from mergelab.tasks.prompting import AnswerKind, fewshot_examples, plain_word, template_columns
 from mergelab.tasks.schema import (
     SCHEMAS,
@@ -40,12 +40,9 @@ def _labelled(task: Any) -> TaskSpec:
     kind: Kind = "regression" if task.labels is None else "classification"
     if task.kind not in (None, kind):
         raise ConfigError(f"task.kind={task.kind}: task.labels {'is null' if task.labels is None else 'names classes'}")
-    spec = _scored(
+    return _scored(
         task, kind=kind, columns=tuple(task.columns), label_column=task.label_column, labels=_tuple(task.labels)
     )
-    if "f1" in spec.metrics and len(spec.labels or "12") != 2:
-        raise ConfigError(f"task.metrics: f1 is for two labels, {task.name} has {len(spec.labels or ())}")
-    return spec
 
 
 def _generation(task: Any) -> TaskSpec:
@@ -61,7 +58,6 @@ def _generation(task: Any) -> TaskSpec:
     words = list(map(plain_word, task.verbalizer or task.labels or ()))
     if len(set(words)) < len(words) or not all(words):
         raise ConfigError(f"task.verbalizer={task.verbalizer}: must differ in more than case and punctuation")
-    _check_text_metrics(task, answer)
     if task.num_fewshot is not None and task.fewshot_examples is None:
         raise ConfigError(f"task.num_fewshot={task.num_fewshot}: task.fewshot_examples names no worked examples")
     return _scored(
@@ -81,15 +77,6 @@ def _generation(task: Any) -> TaskSpec:
         max_prompt_tokens=task.max_prompt_tokens,
         decoding=_decoding(task.decoding),
     )
-
-
-def _check_text_metrics(task: Any, answer: AnswerKind) -> None:
-    """Check that the metrics are of such answers; that there are such metrics is checked for all kinds of tasks."""
-    for metric in TEXT_METRICS.keys() & task.metrics:
-        if answer not in (fitting := TEXT_METRICS[metric].of):
-            raise ConfigError(f"task.metrics: {metric} is of answers of the kind {listed(fitting)}, not of {answer}")
-    if "f1" in task.metrics and len(task.labels) != 2:
-        raise ConfigError(f"task.metrics: f1 is for two labels, {task.name} has {len(task.labels)}")
 
 
 def _language_modelling(task: Any) -> TaskSpec:
@@ -151,14 +138,8 @@ def _scored(task: Any, **own: Any) -> TaskSpec:
         primary=task.primary,
         **own,
     )
-    known = metric_directions(spec.kind)
     for metric in spec.metrics:
-        if metric not in known and metric in METRICS:
-            raise ConfigError(f"task.metrics: {metric} is not for {spec.kind}")
-        if metric not in known:
-            raise ConfigError(
-                f"task.metrics: no metric {metric!r}{did_you_mean(metric, known)} (there are {listed(known, 20)})"
-            )
+        _check_metric(spec, metric)
     if spec.primary not in spec.metrics:
         raise ConfigError(f"task.primary={spec.primary!r}: must be one of task.metrics: {listed(spec.metrics)}")
     for key in ("splits", "columns", "labels", "verbalizer", "references", "metrics"):
@@ -166,6 +147,20 @@ def _scored(task: Any, **own: Any) -> TaskSpec:
         if len(set(values)) < len(values):
             raise ConfigError(f"task.{key}={list(values)}: must not repeat a name")
     return spec
+
+
+def _check_metric(spec: TaskSpec, name: str) -> None:
+    """Check that there is such a metric, and that it is for such a task."""
+    metric = get_metric(name)
+    if spec.kind not in metric.kinds:
+        raise ConfigError(f"task.metrics: {name} is not for {spec.kind}, but for {listed(metric.kinds)}")
+    if spec.kind == "generation" and spec.answer not in metric.answers:
+        raise ConfigError(
+            f"task.metrics: {name} is of answers of the kind {listed(metric.answers)}, not of {spec.answer}"
+        )
+    count = len(spec.labels or ())
+    if metric.num_labels not in (None, count):
+        raise ConfigError(f"task.metrics: {name} is for {metric.num_labels} labels, {spec.name} has {count}")
 
 
 def _decoding(config: Any) -> Decoding:
@@ -224,7 +219,7 @@ def load_task(name: str) -> TaskSpec:
 
 
 def task_of_expert(name: str, tasks: Sequence[TaskSpec]) -> TaskSpec | None:
-    """Find the task that an expert was made for, where ``tasks`` are measured; None where that cannot be told.
+    """Find the task that an expert was made for, where ``tasks`` are measured; None where that is not known.
 
     Args:
         name: what the expert's configuration calls its task; the expert's own name where it does not say.
@@ -246,7 +241,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def check_installed() -> None:
-    """Check that lm-eval is there.
+    """Check that lm-eval is installed.
 
     Raises:
         ConfigError: it is not.

@@ -1,4 +1,4 @@
-"""What a task is: where its data are, what a model gets of them and is to answer, and its metrics."""
+"""What a task is: its data, what a model sees of them, how it answers, and its metrics."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mergelab.tasks.metric_table import Direction, metric_directions
+from mergelab.errors import ConfigError
+from mergelab.tasks.metric import Direction, ScoredKind, get_metric
 from mergelab.tasks.prompting import AnswerKind
 
-Kind = Literal["classification", "regression", "generation", "language_modelling", "prompts", "lm_eval"]
+Kind = ScoredKind | Literal["prompts", "lm_eval"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """A task, as ``conf/task/<name>.yaml`` says it.
+    """A task, as ``conf/task/<name>.yaml`` describes it.
 
     Attributes:
         kind: ``classification`` and ``regression`` ask a classifier; ``generation`` scores texts that a model generates
@@ -44,7 +45,7 @@ class TaskSpec:
             scoring them; ``lm_eval`` leaves data and scores to the package of that name.
         path, config, revision: the hub dataset's.
         slices: what of the hub's dataset a split is, in the words of ``datasets``, where it is not the split so named.
-        splits: with several, every metric is of all their examples, and of each split on its own beside that.
+        splits: with several, every metric is computed on all their examples, and on those of each split.
         columns: what a model gets of a row.
         label_column, labels: the column of labels and their names in the dataset's order; ``None``: scores.
         metrics, primary: in order; the one that models are ranked by.
@@ -57,7 +58,7 @@ class TaskSpec:
         max_prompt_tokens: longer prompts are cut; ``None``: one that is too long for the model is an error.
         window, stride: of language modelling, in tokens: how many a model sees at once, and how many of them are new;
             ``None``: as many as the model allows, and all of them.
-        join: what stands between rows that are read as one text; ``None``: each row is a text of its own.
+        join: what stands between rows that are read as one text; ``None``: each row is a separate text.
         prompts, file: of the kind ``prompts``: the texts, or the file that has one on each line and is read instead.
         lm_eval_tasks, lm_eval_num_fewshot, lm_eval_limit, include_path: what lm-eval is asked for.
     """
@@ -107,8 +108,14 @@ class TaskSpec:
 
     @property
     def direction(self) -> Direction:
-        """Whether models are better when their primary metric is greater, or when it is less."""
-        return metric_directions(self.kind).get(self.primary, "maximize")
+        """Whether models are better when their primary metric is greater, or when it is less.
+
+        Raises:
+            ConfigError: the task has no metrics.
+        """
+        if not self.metrics:
+            raise ConfigError(f"task={self.name}: has no metrics, so that no model is better than another")
+        return get_metric(self.primary).direction
 
 
 @dataclass(frozen=True)
@@ -119,9 +126,3 @@ class Suite:
     tasks: tuple[TaskSpec, ...]
     data_dir: str | None = None
     limit: int | None = None
-
-
-# -------------------------------------------------------------------------------------------------------- kinds of task
-
-
-# ------------------------------------------------------------------------------------------------------ suites, loading

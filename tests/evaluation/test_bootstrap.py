@@ -9,7 +9,6 @@ import pytest
 from scipy import stats
 
 from mergelab.errors import DataError
-from mergelab.evaluation import bootstrap
 from mergelab.evaluation.bootstrap import bootstrap_interval, chance_level, paired_test
 from mergelab.evaluation.metrics import predicted, score
 from mergelab.tasks.loading import load_task
@@ -60,27 +59,6 @@ def test_intervals_agree_with_scipys_bootstrap(metric: str) -> None:
     # What 4000 resamples leave of uncertainty in a quantile, and the steps of 1/150 that an accuracy has.
     assert expected.low == pytest.approx(low, abs=0.05 * (high - low))
     assert expected.high == pytest.approx(high, abs=0.05 * (high - low))
-
-
-@pytest.mark.parametrize("spec", [BINARY, STSB, load_task("ax")])
-def test_a_resample_is_scored_as_the_metrics_score_it(spec: TaskSpec) -> None:
-    labels = drawn_labels(spec, 60)
-    logits = outputs(spec, labels, 0.5, 2)
-    rows = np.random.default_rng(3).integers(60, size=60)
-    expected = score(spec, logits[rows], labels[rows])
-    if spec.is_regression:
-        counts = np.bincount(rows, minlength=60)[None].astype(float)
-        found = {k: v[0] for k, v in bootstrap._correlations(spec.metrics, logits[:, 0], labels, counts).items()}
-    else:
-        confusion = bootstrap._confusion(spec, logits[rows].argmax(axis=1), labels[rows])[None]
-        found = {name: bootstrap._from_counts(name, confusion)[0] for name in spec.metrics}
-    assert found == pytest.approx(expected, abs=1e-12)
-
-
-def test_ties_and_repeats_share_their_mean_rank() -> None:
-    values, rows = np.array([3.0, 1.0, 3.0, 2.0]), [0, 0, 2, 3, 3, 1]
-    ranks = bootstrap._ranks(values, np.bincount(rows, minlength=4)[None].astype(float))[0]
-    np.testing.assert_allclose(ranks[rows], stats.rankdata(values[rows]))
 
 
 @pytest.mark.parametrize("spec", [BINARY, STSB])

@@ -59,6 +59,6 @@ def test_each_metric_has_its_own_direction() -> None:
         (None, ["maximize"] * 2, [RTE], r"sweep\.direction: 2 directions for 1 objectives \(accuracy\)"),
     ],
 )
-def test_an_objective_that_nothing_reports_is_told_so(wanted: Any, directions: Any, tasks: Any, message: str) -> None:
+def test_an_objective_that_nothing_reports_is_refused(wanted: Any, directions: Any, tasks: Any, message: str) -> None:
     with pytest.raises(SweepError, match=message):
         objectives(wanted, directions, tasks)

@@ -123,12 +123,12 @@ def test_decoding_is_chosen_by_name_and_changed_by_key() -> None:
             "invalid_rate is of answers of the kind number, label, score",
         ),
         ("t5_rte", {"metrics": ["rouge1"], "primary": "rouge1"}, "rouge1 is of answers of the kind text, not of label"),
-        ("t5_mnli", {"metrics": ["f1"], "primary": "f1"}, "f1 is for two labels, t5_mnli has 3"),
+        ("t5_mnli", {"metrics": ["f1"], "primary": "f1"}, "f1 is for 2 labels, t5_mnli has 3"),
         ("t5_rte", {"verbalizer": ["yes", "Yes."]}, r"verbalizer=\['yes', 'Yes\.'\]: must differ in more than case"),
         ("t5_rte", {"verbalizer": ["yes", "?"]}, "must differ in more than case and punctuation"),
         ("samsum", {"metrics": ["rougeL", "blue"]}, r"no metric 'blue'; did you mean 'bleu'\?"),
         ("samsum", {"prompt": "{dialogue"}, r"task\.prompt='\{dialogue': expected '\}'"),
-        ("gsm8k", {"num_fewshot": 9}, r"task\.shots=9: gsm8k_cot has 8 worked examples"),
+        ("gsm8k", {"num_fewshot": 9}, r"task\.num_fewshot=9: gsm8k_cot has 8 worked examples"),
     ],
 )
 def test_what_does_not_fit_a_task_of_generation_is_one_line(name: str, changes: dict[str, Any], message: str) -> None:

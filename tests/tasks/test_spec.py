@@ -68,10 +68,13 @@ def test_a_suite_is_no_task() -> None:
         ({"limit": "10"}, r"task\.limit='10': must be a whole number"),
         ({"limit": True}, r"task\.limit=True: must be a whole number"),
         ({"metrics": ["acuracy"]}, r"no metric 'acuracy'; did you mean 'accuracy'\?"),
-        ({"metrics": ["pearson"], "primary": "pearson"}, "pearson is not for classification"),
+        (
+            {"metrics": ["pearson"], "primary": "pearson"},
+            "pearson is not for classification, but for regression, generation",
+        ),
         ({"labels": None}, "accuracy is not for regression"),
         ({"primary": "f1"}, r"task\.primary='f1': must be one of task\.metrics: accuracy"),
-        ({"labels": ["a", "b", "c"], "metrics": ["f1"], "primary": "f1"}, "f1 is for two labels, rte has 3"),
+        ({"labels": ["a", "b", "c"], "metrics": ["f1"], "primary": "f1"}, "f1 is for 2 labels, rte has 3"),
         ({"columns": ["sentence1", "sentence1"]}, "must not repeat a name"),
         ({"columns": []}, "columns"),
         ({"dataset": {"path": "x", "split": "validation"}}, r"task\.dataset\.split: no such key"),
@@ -163,13 +166,21 @@ PROMPTS = {"name": "prompts", "version": 1, "kind": "prompts", "prompts": ["a"]}
         (GENERATION, {"references": [], "labels": ["a", "b"], "group_by": "a"}, r"task\.group_by=a"),
         (GENERATION, {"num_fewshot": 2}, "task.fewshot_examples names no worked examples"),
         (GENERATION, {"metrics": ["rouge3"]}, "no metric 'rouge3'; did you mean 'rouge"),
-        (GENERATION, {"metrics": ["word_perplexity"]}, "no metric 'word_perplexity'"),
+        (
+            GENERATION,
+            {"metrics": ["word_perplexity"]},
+            "word_perplexity is not for generation, but for language_modelling",
+        ),
         (GENERATION, {"decoding": {"temprature": 1.0}}, r"task\.decoding\.temprature: no such key; did you mean"),
         (GENERATION, {"decoding": {"temperature": 0.0}}, r"task\.decoding\.temperature=0\.0: must be greater than 0"),
         (GENERATION, {"decoding": {"do_sample": True, "num_beams": 2}}, "beams are searched, not sampled"),
         (GENERATION, {"decoding": {"min_new_tokens": 80}}, "must be at most max_new_tokens=64"),
         (LANGUAGE, {"stride": 20, "window": 10}, r"task\.stride=20: must be at most task\.window=10"),
-        (LANGUAGE, {"metrics": ["rougeL"], "primary": "rougeL"}, "no metric 'rougeL'"),
+        (
+            LANGUAGE,
+            {"metrics": ["rougeL"], "primary": "rougeL"},
+            "rougeL is not for language_modelling, but for generation",
+        ),
         (LANGUAGE, {"columns": ["text", "more"]}, "columns"),
         (PROMPTS, {"prompts": []}, r"task\.prompts=\[\]: needs at least one prompt"),
         (PROMPTS, {"prompts": [" "]}, "needs at least one prompt"),
@@ -190,6 +201,8 @@ def test_a_task_says_in_which_direction_models_are_better() -> None:
     invalid = {"answer": "number", "metrics": ["invalid_rate"], "primary": "invalid_rate"}
     assert task_from_config(GENERATION | invalid).direction == "minimize"
     assert load_task("rte").direction == "maximize"
+    with pytest.raises(ConfigError, match="task=prompts: has no metrics"):
+        _ = task_from_config(PROMPTS).direction
 
 
 def test_the_prompts_columns_are_those_that_its_template_names() -> None:

@@ -9,8 +9,9 @@ from sklearn import metrics
 
 from mergelab.errors import DataError
 from mergelab.evaluation.metrics import score
+from mergelab.evaluation.metrics.spearmanr import mean_ranks
 from mergelab.tasks.loading import load_task
-from mergelab.tasks.metric_table import METRICS
+from mergelab.tasks.metric import get_metric
 from mergelab.tasks.spec import TaskSpec
 
 
@@ -113,16 +114,19 @@ def test_too_few_examples_are_an_error(rte: TaskSpec, stsb: TaskSpec) -> None:
         score(rte, np.zeros((0, 2)), np.zeros(0, dtype=int))
 
 
-def test_every_metric_is_an_evaluate_module_of_the_package() -> None:
-    import importlib
+def test_too_few_examples_of_one_split_are_an_error(stsb: TaskSpec) -> None:
+    spec = replace(stsb, splits=("one", "two"))
+    with pytest.raises(DataError, match="stsb: 1 examples are too few to score; pearson needs 2"):
+        score(spec, np.arange(4.0)[:, None], np.arange(4.0), parts=np.array([0, 0, 0, 1]))
 
-    import evaluate
 
-    for name, entry in METRICS.items():
-        cls = getattr(importlib.import_module(entry.module), entry.cls)
-        assert issubclass(cls, evaluate.Metric)
-        assert cls.__module__.startswith("mergelab.")
-        values = [0, 1, 1] if entry.kind == "classification" else [0.0, 1.0, 2.0]
-        metric = cls(keep_in_memory=True)
-        assert metric.compute(predictions=values, references=values) == {name: pytest.approx(1.0)}
-        assert metric.description
+def test_ties_and_repeats_share_their_mean_rank() -> None:
+    values, rows = np.array([3.0, 1.0, 3.0, 2.0]), [0, 0, 2, 3, 3, 1]
+    ranks = mean_ranks(values, np.bincount(rows, minlength=4)[None].astype(float))[0]
+    np.testing.assert_allclose(ranks[rows], stats.rankdata(values[rows]))
+
+
+def test_a_metric_of_classes_takes_a_class_that_no_reference_has() -> None:
+    said, true = np.array([-1, 0, 1, 1, -1]), np.array([0, 0, 1, 0, 1])
+    found = {name: get_metric(name).score(said, true) for name in ("accuracy", "f1", "matthews_correlation")}
+    assert found == pytest.approx({"accuracy": 2 / 5, "f1": 2 / 4, "matthews_correlation": 3 / np.sqrt(16 * 12)})

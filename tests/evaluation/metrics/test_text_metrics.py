@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,8 +13,9 @@ from scipy import stats
 from sklearn import metrics
 
 from mergelab.errors import DataError
-from mergelab.evaluation.metrics.text import from_statistics, statistics, text_metric
-from mergelab.tasks.metric_table import TEXT_METRICS
+from mergelab.evaluation.metrics import example_statistics, score
+from mergelab.tasks.metric import get_metric
+from tests.tasks.writers import generation_task
 
 ROUGE = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
 
@@ -38,8 +39,17 @@ REFERENCES = [
 ]
 
 
-def value(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]], **more: Sequence[str]) -> float:
-    return from_statistics(name, statistics(name, predictions, references, **more))
+def value(name: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    return get_metric(name).score(predictions, references)
+
+
+def answered(names: Sequence[str], predictions: Sequence[str], true: Sequence[str], **task: Any) -> dict[str, float]:
+    """Score generated texts against one true answer each; with ``labels`` the answers are these."""
+    references = {"references": []} if "labels" in task else {}
+    spec = generation_task(metrics=list(names), primary=names[0], **references, **task)
+    truth = np.empty(len(true), dtype=object)
+    truth[:] = [(text,) for text in true]
+    return score(spec, np.array(predictions, dtype=object), truth)
 
 
 def streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
@@ -56,10 +66,10 @@ def expected_rouge(predictions: Sequence[str], references: Sequence[Sequence[str
 
 @pytest.mark.parametrize("name", ROUGE)
 def test_a_rouge_row_is_the_examples_f1_against_its_best_reference(name: str) -> None:
-    rows = statistics(name, PREDICTIONS, REFERENCES)
+    rows = get_metric(name).statistics(PREDICTIONS, REFERENCES)
     expected = expected_rouge(PREDICTIONS, REFERENCES)[name]
     assert rows[:, 0].tolist() == expected
-    assert from_statistics(name, rows) == pytest.approx(np.mean(expected))
+    assert get_metric(name).from_statistics(rows) == pytest.approx(np.mean(expected))
 
 
 def test_rouge_is_what_is_computed_by_hand() -> None:
@@ -95,16 +105,11 @@ def test_bleu_is_what_is_computed_by_hand() -> None:
     assert found == pytest.approx(np.exp(1 - 6 / 5) * np.prod(precisions) ** 0.25)
 
 
-@pytest.mark.parametrize("name", ["bleu", "chrf", *ROUGE])
-def test_a_resamples_metric_is_that_of_its_texts(name: str) -> None:
-    rows = statistics(name, PREDICTIONS, REFERENCES)
-    drawn = np.random.default_rng(0).integers(len(PREDICTIONS), size=20)
-    texts, references = [PREDICTIONS[i] for i in drawn], [REFERENCES[i] for i in drawn]
-    assert from_statistics(name, rows[drawn]) == pytest.approx(value(name, texts, references), abs=1e-12)
-    # No mean of sentences' scores would be that.
-    if name in ("bleu", "chrf"):
-        means = np.mean([from_statistics(name, row[None]) for row in rows[drawn]])
-        assert abs(means - from_statistics(name, rows[drawn])) > 0.01
+@pytest.mark.parametrize("name", ["bleu", "chrf"])
+def test_a_metric_of_a_corpus_is_no_mean_of_its_sentences_scores(name: str) -> None:
+    metric = get_metric(name)
+    rows = metric.statistics(PREDICTIONS, REFERENCES)
+    assert abs(np.mean([metric.from_statistics(row[None]) for row in rows]) - metric.from_statistics(rows)) > 0.01
 
 
 @pytest.mark.parametrize("name", ["rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf"])
@@ -124,7 +129,7 @@ def test_a_reference_itself_scores_one(name: str) -> None:
 
 def test_an_answer_must_be_one_of_its_references() -> None:
     said, true = ["18", "", "3", "4"], [["18"], [""], ["5", "3"], ["4.5"]]
-    assert statistics("exact_match", said, true).tolist() == [[1], [0], [1], [0]]
+    assert get_metric("exact_match").statistics(said, true).tolist() == [[1], [0], [1], [0]]
     assert value("exact_match", said, true) == 0.5
     assert value("invalid_rate", said, true) == 0.25
     assert value("invalid_rate", ["a", "b"], [["a"], ["a"]]) == 0.0
@@ -135,88 +140,52 @@ def test_class_metrics_are_scikit_learns_with_invalid_answers_as_a_class_of_thei
     labels, true, said = ["no", "yes"], draw.integers(2, size=200), draw.integers(-1, 2, size=200)
     said = np.where(draw.random(200) < 0.5, true, said)
     assert (said == -1).any()
-    answers = ["" if i < 0 else labels[i] for i in said]
-    references = [[labels[i]] for i in true]
-    found = {
-        name: value(name, answers, references, labels=labels) for name in ("accuracy", "f1", "matthews_correlation")
-    }
+    answers = ["perhaps" if i < 0 else labels[i] for i in said]
+    references = [labels[i] for i in true]
+    names = ["accuracy", "f1", "matthews_correlation"]
+    found = answered(names, answers, references, labels=labels)
     expected = {
         "accuracy": metrics.accuracy_score(true, said),
         "f1": metrics.f1_score(true == 1, said == 1),
         "matthews_correlation": metrics.matthews_corrcoef(true, said),
     }
     assert found == pytest.approx(expected)
-    # An invalid answer is never better than a wrong one is for accuracy, and not the same as "no" for Matthews.
-    as_no = value("matthews_correlation", [said or "no" for said in answers], references, labels=labels)
-    assert abs(as_no - expected["matthews_correlation"]) > 0.001
+    # An invalid answer is not the same as "no".
+    as_no = answered(names, [said.replace("perhaps", "no") for said in answers], references, labels=labels)
+    assert abs(as_no["matthews_correlation"] - expected["matthews_correlation"]) > 0.001
 
 
 def test_f1_is_of_the_second_label() -> None:
-    true = [["no"], ["no"], ["yes"]]
-    assert value("f1", ["no", "no", "no"], true, labels=["no", "yes"]) == 0.0
-    assert value("f1", ["yes", "no", "yes"], true, labels=["no", "yes"]) == pytest.approx(2 / 3)
-    assert value("f1", ["no", "no"], true[:2], labels=["no", "yes"]) == 0.0
+    labels, true = ["no", "yes"], ["no", "no", "yes"]
+    assert answered(["f1"], ["no", "no", "no"], true, labels=labels) == {"f1": 0.0}
+    assert answered(["f1"], ["yes", "no", "yes"], true, labels=labels) == {"f1": pytest.approx(2 / 3)}
+    assert answered(["f1"], ["no", "no"], true[:2], labels=labels) == {"f1": 0.0}
 
 
 @pytest.mark.filterwarnings("error")
 def test_scores_are_correlated_and_an_invalid_one_is_minus_one() -> None:
-    said, true = ["3.2", "", "4", "0.0", "-2"], [["3.0"], ["2.0"], ["4.4"], ["0.2"], ["1.0"]]
+    said, true = ["3.2", "none", "4", "0.0", "-2"], ["3.0", "2.0", "4.4", "0.2", "1.0"]
     numbers = [3.2, -1.0, 4.0, 0.0, -2.0], [3.0, 2.0, 4.4, 0.2, 1.0]
-    assert value("pearson", said, true) == pytest.approx(stats.pearsonr(*numbers)[0])
-    assert value("spearmanr", said, true) == pytest.approx(stats.spearmanr(*numbers)[0])
-    assert value("pearson", ["1.0"] * 5, true) == value("spearmanr", [""] * 5, true) == 0.0
+    names = ["pearson", "spearmanr"]
+    assert answered(names, said, true, answer="score") == pytest.approx(
+        {"pearson": stats.pearsonr(*numbers)[0], "spearmanr": stats.spearmanr(*numbers)[0]}
+    )
+    for constant in ("1.0", "none"):
+        assert answered(names, [constant] * 5, true, answer="score") == dict.fromkeys(names, 0.0)
 
 
-# ---------------------------------------------------------------------------------------------------- what all have
-
-
-ANSWERS = ["1.0", "2.5", "0.0"]
-TEXTS = ["a cat sat on a mat", "and a dog sat there too", "but no mouse sat anywhere"]
-SCORED = {name: TEXTS if name in (*ROUGE, "bleu", "chrf") else ANSWERS for name in TEXT_METRICS}
-
-
-@pytest.mark.parametrize("name", sorted(TEXT_METRICS))
-def test_every_text_metric_is_an_evaluate_module_that_computes_what_its_statistics_say(name: str) -> None:
-    import evaluate
-
-    entry = TEXT_METRICS[name]
-    cls = getattr(importlib.import_module(entry.module), entry.cls)
-    assert issubclass(cls, evaluate.Metric)
-    assert cls.__module__.startswith("mergelab.")
-    more = {"labels": ANSWERS} if entry.needs_labels else {}
-    said, true = SCORED[name], [[text] for text in SCORED[name]]
-    found = text_metric(name).compute(predictions=said, references=true, **more)
-    assert found == {name: value(name, said, true, **more)}
-    assert found[name] == pytest.approx({"maximize": 1.0, "minimize": 0.0}[entry.direction])
-    assert text_metric(name).description
-    assert text_metric(name).citation
-
-
-@pytest.mark.parametrize("name", sorted(TEXT_METRICS))
-def test_rows_are_as_wide_for_one_example_as_for_many(name: str) -> None:
-    said, true = SCORED[name], [[text] for text in SCORED[name]]
-    more = {"labels": ANSWERS} if TEXT_METRICS[name].needs_labels else {}
-    many, one = statistics(name, said, true, **more), statistics(name, said[:1], true[:1], **more)
-    assert many.dtype == np.float64
-    assert (len(many), one.shape) == (3, (1, many.shape[1]))
-    np.testing.assert_array_equal(many[:1], one)
-
-
-def test_a_missing_reference_is_named() -> None:
-    with pytest.raises(DataError, match=r"rouge1: 1 examples have no reference \(the first is number 1\)"):
-        statistics("rouge1", ["a", "b"], [["a"], []])
-    with pytest.raises(DataError, match="bleu: 2 predictions do not fit 1 examples' references"):
-        statistics("bleu", ["a", "b"], [["a"]])
-    for name in ("accuracy", "f1", "matthews_correlation"):
-        with pytest.raises(DataError, match=f"{name}: needs the words that stand for the labels"):
-            statistics(name, ["a"], [["a"]])
-
-
-@pytest.mark.parametrize("name", sorted(TEXT_METRICS))
-def test_too_few_examples_cannot_be_scored(name: str) -> None:
-    said, labels = (["1.0"], ["1.0"]) if name in ("pearson", "spearmanr") else ([], ["1.0"])
-    with pytest.raises(DataError, match=f"{name}: {len(said)} examples are too few to score"):
-        value(name, said, [[text] for text in said], labels=labels)
+def test_a_missing_or_unknown_reference_is_named() -> None:
+    spec = generation_task(metrics=["rouge1"], primary="rouge1")
+    said, true = np.array(["a", "b"], dtype=object), np.empty(2, dtype=object)
+    true[:] = [("a",), ()]
+    with pytest.raises(DataError, match=r"sums: 1 examples have no reference \(the first is number 1\)"):
+        example_statistics(spec, said, true)
+    with pytest.raises(DataError, match="sums: 2 predictions do not fit 1 examples' references"):
+        example_statistics(spec, said, true[:1])
+    with pytest.raises(
+        DataError, match=r"accuracy: the reference 'maybe' is none of the labels' words \['no', 'yes'\]"
+    ):
+        answered(["accuracy"], ["no"], ["maybe"], labels=["no", "yes"])
 
 
 # ------------------------------------------------------------------------------------------------------------ real rows

@@ -1,0 +1,48 @@
+"""The check, before anything is merged, that every expert is better than chance on its own task."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mergelab.errors import DataError
+from mergelab.evaluation.results import ModelResult
+from mergelab.evaluation.scoring import Prediction
+from mergelab.experiment.evaluator import Evaluator
+from mergelab.tasks.data import TaskData
+from mergelab.tasks.loading import load_task
+from mergelab.tasks.metric import get_metric
+
+
+def preflight(right: int, role: Any = "expert") -> None:
+    """Check a model that has ``right`` of 10 answers right, five of each label."""
+    labels = np.arange(10) % 2
+    zeros, texts = np.zeros(10, dtype=np.int64), (("a", "b"),) * 10
+    data = TaskData(load_task("rte"), texts, labels, np.arange(10), zeros, "validation", "folder", "", "")
+    outputs = np.eye(2)[np.where(np.arange(10) < right, labels, 1 - labels)]
+    model = ModelResult("a", role, {}, {"rte": Prediction(outputs, 0.0, False)})
+    nothing: Any = None
+    Evaluator(nothing, nothing, {"rte": data}, nothing).preflight([model])
+
+
+def test_an_expert_must_be_better_than_a_constant_answer() -> None:
+    preflight(6)
+    preflight(0, role="base")
+    for right in (5, 4):
+        with pytest.raises(DataError, match=rf"expert a is at chance .* accuracy 0\.{right}000, a constant .* 0\.5000"):
+            preflight(right)
+
+
+def test_where_less_is_better_an_expert_must_be_below_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(get_metric("accuracy")), "direction", "minimize")
+    preflight(4)
+    for right in (5, 6):
+        with pytest.raises(DataError, match="expert a is at chance"):
+            preflight(right)
+
+
+def test_a_metric_that_declares_no_chance_level_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(get_metric("accuracy")), "chance", None)
+    preflight(0)
