@@ -8,7 +8,7 @@ examples it shares a batch with, nor on the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mergelab.errors import DataError, ModelError, NonFinite
 from mergelab.evaluation.classification import model_positions, plan_batches
+from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
 from mergelab.evaluation.packed_linear import inference_copy
 
 if TYPE_CHECKING:
@@ -60,44 +61,33 @@ class EncodedPrompts:
     def run(
         self,
         model: nn.Module,
+        options: EvaluationOptions = DEFAULTS,
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | str | None = None,
-        batch_tokens: int = 4096,
-        progress: Callable[[float], None] | None = None,
         watch: Watch | None = None,
-        seed: int | None = None,
     ) -> Array:
         """Generate a text for each prompt.
 
         Args:
             model: a ``transformers`` model that can generate; it is left as it is.
-            device: where to compute; by default where the model is.
-            dtype: to compute in (``"float32"``, ``"bfloat16"``); by default the model's own.
-            batch_tokens: upper bound of one batch, new tokens, beams and padding included; one longer example is a
-                batch of its own.
-            progress: called with the fraction done.
+            options: how to run it; new tokens and beams count in a batch's tokens.
             watch: called after each batch with its examples' positions and texts; what it raises ends the generation.
-            seed: draws the order of the batches; by default the longest prompts come first.
 
         Returns:
             (n,) texts, without prompts and special tokens.
 
         Raises:
-            NonFinite: the model answers NaN.
+            NonFinite: an output is NaN.
         """
-        here = next(model.parameters()).device if device is None else torch.device(device)
-        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        copied: Any = inference_copy(model, here, kind)
+        device = options.device_for(model)
+        copied: Any = inference_copy(model, device, options.torch_dtype)
         copied.generation_config = _settings(copied, self.decoding, self.pad_id)
-        lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64)
-        room = max(batch_tokens // self.decoding.num_beams, 1)
+        lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64) + self.decoding.max_new_tokens
+        budget = max(options.batch_tokens // self.decoding.num_beams, 1)
         texts, done = np.empty(len(self), dtype=object), 0
-        for members in plan_batches(lengths + self.decoding.max_new_tokens, room, seed):
-            texts[members] = found = self._generate(copied, members, here)
-            done += int((lengths[members] + self.decoding.max_new_tokens).sum())
-            if progress is not None:
-                progress(done / int((lengths + self.decoding.max_new_tokens).sum()))
+        for members in plan_batches(lengths, budget, options.seed):
+            texts[members] = found = self._generate(copied, members, device)
+            done += int(lengths[members].sum())
+            options.report(done / int(lengths.sum()))
             if watch is not None:
                 watch(members, found)
         return texts

@@ -6,6 +6,7 @@ import fnmatch
 import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from mergelab.config import ExperimentConfig
 from mergelab.errors import ConfigError, ModelError, did_you_mean, listed
+from mergelab.evaluation.options import options_from_config
 from mergelab.evaluation.scoring import Prediction, PredictionCache, prediction_key
 from mergelab.models.architecture import (
     Architecture,
@@ -61,6 +63,7 @@ class Session:
 
     def __init__(self, located: LocatedModels, tasks: Sequence[TaskSpec], config: ExperimentConfig) -> None:
         self.located, self.tasks, self.config = located, tuple(tasks), config
+        self.options = options_from_config(config.eval, config.device)
         self.cache = PredictionCache()
         self.checkpoints: dict[str, Checkpoint] = {
             expert.name: open_checkpoint(expert.folder, expert.name) for expert in located.experts
@@ -266,9 +269,7 @@ class Session:
     @property
     def device(self) -> Any:
         """The device that models are measured on."""
-        from mergelab.evaluation.classification import best_device
-
-        return best_device(self.config.device)
+        return self.options.device
 
     def predict(
         self,
@@ -294,15 +295,10 @@ class Session:
             return Prediction(*kept, cached=True)
         module, inputs = self.module(data.spec.outputs), self._inputs_of(data)
         load_into(module, {**backbone(), **head.tensors})
+        title = f"evaluating {model} on {data.spec.name}"
         started = time.perf_counter()
         outputs = (inputs if members is None else inputs.take(members)).run(
-            module,
-            device=self.device,
-            dtype=self.config.eval.dtype,
-            batch_tokens=self.config.eval.batch_tokens,
-            progress=lambda done: progress(f"evaluating {model} on {data.spec.name}", done),
-            watch=watch,
-            seed=seed,
+            module, replace(self.options, seed=seed, progress=lambda done: progress(title, done)), watch=watch
         )
         seconds = time.perf_counter() - started
         if name is not None:
@@ -319,8 +315,8 @@ class Session:
                 data,
                 config,
                 self.tokenizer,
+                self.options,
                 writes_with=self.decoder_tokenizer,
-                max_length=self.config.eval.max_length,
             )
         return self._inputs[data.spec.name]
 
