@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, TypeVar
 
-from mergelab.config import ExperimentConfig
+from mergelab.config import EvalConfig
 from mergelab.errors import DataError
 from mergelab.evaluation.averages import average, normalised_average
 from mergelab.evaluation.bootstrap import chance_level
@@ -27,17 +27,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A session with the tasks' examples, ready to measure weights."""
+    """A session with the tasks' examples, ready to measure weights.
 
-    config: ExperimentConfig
+    Attributes:
+        session: the opened models.
+        data: the examples of each task, by its name.
+        settings: how scores are obtained.
+        seed: of the hold-out and of the bootstrap.
+        progress: called with a message and the fraction done.
+    """
+
     session: Session
     data: Mapping[str, TaskData]
+    settings: EvalConfig
+    seed: int
     progress: Callable[[str, float], None]
 
     @cached_property
     def examples(self) -> dict[str, Examples]:
         """Which examples of each task select and which report."""
-        return {name: split_examples(data, self.config.eval, self.config.seed) for name, data in self.data.items()}
+        return {name: split_examples(data, self.settings, self.seed) for name, data in self.data.items()}
 
     @property
     def note(self) -> str:
@@ -55,26 +64,27 @@ class Evaluator:
             "full": "whole split",
             "holdout": "other examples select than report",
             "oracle": "ORACLE: the same examples select and report",
-        }[self.config.eval.protocol]
-        return "\n".join([*parts, f"protocol {self.config.eval.protocol} ({protocol})"])
+        }[self.settings.protocol]
+        return "\n".join([*parts, f"protocol {self.settings.protocol} ({protocol})"])
 
     def _windows(self, task: TaskSpec) -> str:
         """Say what perplexity depends on besides model and text: how much of it a model sees at once."""
         from mergelab.evaluation.perplexity import window_and_stride
 
         config = self.session.module(task.outputs).config
-        window, stride = window_and_stride(task, config, self.config.eval.max_length)
+        window, stride = window_and_stride(task, config, self.settings.max_length)
         return f", windows of {window} tokens, {stride} of them new"
 
     def baselines(self) -> list[ModelResult]:
         """Measure the base (with the merged model's heads) and every expert (with its own head, on its tasks)."""
-        located, session, found = self.session.located, self.session, []
+        session, opened, found = self.session, self.session.opened, []
+        located = session.located
         if located.base is not None:
-            contents = (session.content("base"), self.config.models.head, *self._expert_contents())
+            contents = (opened.content("base"), session.heads.policy, *self._expert_contents())
             predictions = {
                 name: session.predict(
                     data,
-                    session.base_backbone,
+                    opened.base_backbone,
                     session.heads[name],
                     located.base.label,
                     key=contents,
@@ -84,18 +94,18 @@ class Evaluator:
             }
             found.append(self._result(located.base.label, "base", predictions, contents))
         for index, expert in enumerate(located.experts):
-            contents = (session.content(expert.name), *(expert.labels or ()))
+            contents = (opened.content(expert.name), *(expert.labels or ()))
             predictions = {
                 name: session.predict(
                     data,
-                    partial(session.expert_backbone, index),
-                    session.expert_head(index, data.spec),
+                    partial(opened.expert_backbone, index),
+                    session.heads.of_expert(index, data.spec),
                     expert.label,
                     key=contents,
                     progress=self.progress,
                 )
                 for name, data in self.data.items()
-                if session.expert_serves(expert, data.spec)
+                if session.heads.serves(expert, data.spec)
             }
             found.append(self._result(expert.label, "expert", predictions, contents))
         return self._with_averages(found)
@@ -139,19 +149,18 @@ class Evaluator:
         if len(self.data) == 1 and experts and data.spec.metrics:
             best = _best(experts, lambda model: model.results[name].score.value, result.results[name].direction)
             own, other = predictions[name].outputs, best.predictions[name].outputs
-            p = compare(data, own, other, self.examples[name], self.config.eval, self.config.seed)
+            p = compare(data, own, other, self.examples[name], self.settings, self.seed)
             result = replace(result, p_value=p)
         return self._with_averages([*baselines, result])[-1]
 
     def _expert_contents(self) -> list[str]:
-        return [self.session.content(expert.name) for expert in self.session.located.experts]
+        return [self.session.opened.content(expert.name) for expert in self.session.located.experts]
 
     def _result(
         self, label: str, role: Role, predictions: Mapping[str, Prediction], contents: tuple[str, ...] = ()
     ) -> ModelResult:
-        examples, config = self.examples, self.config
         results = {
-            name: measure(self.data[name], prediction.outputs, examples[name], config.eval, config.seed)
+            name: measure(self.data[name], prediction.outputs, self.examples[name], self.settings, self.seed)
             for name, prediction in predictions.items()
         }
         return ModelResult(
@@ -217,5 +226,5 @@ T = TypeVar("T")
 
 
 def _best(found: Sequence[T], read: Callable[[T], float], direction: Direction) -> T:
-    """Return the one that is best by what ``read`` answers."""
+    """Return the one that is best by what ``read`` returns."""
     return (max if direction == "maximize" else min)(found, key=read)
