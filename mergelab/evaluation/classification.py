@@ -23,7 +23,7 @@ Watch = Callable[[Array, Array], None]
 
 # Batches in a random order are at least this many, so that an evaluation can stop early.
 _RANDOM_BATCHES = 24
-# Models that have no limit of their own on positions still get inputs of at most this many tokens.
+# Models without a limit on positions still get inputs of at most this many tokens.
 _DEFAULT_LENGTH = 512
 
 

@@ -2,7 +2,7 @@
 
 A decoder alone is padded on the left, so that what it writes follows its prompt; an encoder's input is padded on the
 right. Sampling is done by adding Gumbel noise to the scores and taking the greatest (Gumbel 1954; Maddison et al. 2014,
-arXiv:1411.0030): the noise of an example comes from a stream of its own, so that its text does not depend on which
+arXiv:1411.0030): the noise of each example comes from a separate stream, so that its text does not depend on which
 examples it shares a batch with, nor on the device.
 """
 
@@ -35,7 +35,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """Tokenised prompts, and how they are to be gone on from.
+    """Tokenised prompts, and how they are continued.
 
     Attributes:
         ids: the tokens of each prompt, int64.
@@ -120,8 +120,8 @@ class EncodedPrompts:
         found = np.empty(len(rows), dtype=object)
         ends = model.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
-        kept = [[*takewhile(lambda token: token not in ends, row)] for row in written[:, start:].tolist()]
-        decoded = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        until_end = [[*takewhile(lambda token: token not in ends, row)] for row in written[:, start:].tolist()]
+        decoded = self.tokenizer.batch_decode(until_end, skip_special_tokens=True)
         found[:] = [_cut(text, decoding.stop) for text in decoded]
         return found
 
@@ -146,7 +146,7 @@ def encode_prompts(
         ModelError: a token that is needed to start or to pad is not known.
     """
     spec, is_pair = data.spec, bool(config.is_encoder_decoder)
-    _check_room(data, config)
+    _check_new_tokens(data, config)
     limit = min((n for n in (max_length, spec.max_prompt_tokens) if n is not None), default=None)
     rows = _token_ids(data, tokenizer, limit, is_pair)
     if not is_pair and not all(rows):
@@ -202,7 +202,7 @@ def _sides(config: Any) -> tuple[Any, Any]:
     return getattr(config, "encoder", None) or config, getattr(config, "decoder", None) or config
 
 
-def _check_room(data: TaskData, config: Any) -> None:
+def _check_new_tokens(data: TaskData, config: Any) -> None:
     """Check that what is to be written fits into the positions of the model."""
     allowed = model_positions(_sides(config)[1])
     wanted = data.spec.decoding.max_new_tokens + 1

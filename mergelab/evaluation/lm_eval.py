@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mergelab.evaluation.classification import Array, Watch
     from mergelab.tasks.spec import TaskSpec
 
-# The tokens that an input is taken to have where only the number of inputs in a batch can be told.
+# The tokens that an input is taken to have, as lm-eval takes the size of a batch in inputs.
 _USUAL_LENGTH = 256
 # Standard errors to either side that make a 95 % interval of a mean.
 _STANDARD_ERRORS = 1.96
@@ -48,7 +48,7 @@ class LmEvalScore:
 
 @dataclass(frozen=True)
 class LmEvalRun:
-    """What lm-eval is asked for: as `mergelab.evaluation.dispatch.Inputs`, but for whole tasks only."""
+    """A run of lm-eval: `mergelab.evaluation.dispatch.Inputs` for whole tasks only."""
 
     spec: TaskSpec
     tokenizer: Any
@@ -108,9 +108,9 @@ class LmEvalRun:
                     log_samples=False,
                 )
             except (OSError, ValueError, KeyError, RuntimeError, ConnectionError) as error:
-                told = " ".join(str(error).split())[:300] or type(error).__name__
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise DataError(
-                    f"{self.spec.name}: lm-eval cannot measure {listed(self.spec.lm_eval_tasks)}: {told}"
+                    f"{self.spec.name}: lm-eval cannot measure {listed(self.spec.lm_eval_tasks)}: {reason}"
                 ) from error
         options.report(1.0)
         outputs = np.empty(1, dtype=object)

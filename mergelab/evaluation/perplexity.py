@@ -44,7 +44,7 @@ class Windows:
         owner: (t,) the position of the example that a token belongs to; -1 where it is not scored.
         words: (n,) how many words each example has.
         spans: (w, 3) for each window the first token that it sees, the first that it scores, and the end of these.
-        members: the positions of the examples that are asked for.
+        members: the positions of the examples that are measured.
         name: the task's.
     """
 
@@ -63,8 +63,8 @@ class Windows:
         chosen = self.members[members]
         wanted = np.append(np.isin(np.arange(len(self.words)), chosen), False)[self.owner]
         until = np.concatenate([[0], np.cumsum(wanted)])
-        kept = until[self.spans[:, 2]] > until[self.spans[:, 1]]
-        return Windows(self.tokens, self.owner, self.words, self.spans[kept], chosen, self.name)
+        scoring = until[self.spans[:, 2]] > until[self.spans[:, 1]]
+        return Windows(self.tokens, self.owner, self.words, self.spans[scoring], chosen, self.name)
 
     def run(
         self,

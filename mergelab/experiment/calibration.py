@@ -144,14 +144,14 @@ class Calibration:
 
     @property
     def folder(self) -> Path:
-        """Where statistics are kept between runs."""
+        """Where statistics are cached between runs."""
         return cache_dir() / "statistics"
 
     def of(self, expert: str, *, samples: int, seed: int, labelled: bool = False) -> TrainingExamples:
         """Draw up to ``samples`` of the training examples of the expert's task, every label in its share.
 
         Raises:
-            ConfigError: which task that is cannot be told, or it is reported on the training split.
+            ConfigError: that task is not known, or it is reported on the training split.
             DataError: there is no training split, or it has no labels where they are needed.
         """
         from mergelab.tasks.data import load_data

@@ -63,8 +63,8 @@ class OpenedModels:
         base: the base, or None.
         experts: the experts, in the order given.
         architecture: the experts'; None where nothing is known of it, as of state dicts.
-        label_orders: for each expert the outputs of its head that are read in place of its own first, second, …; None:
-            as they stand. Separate heads are read in a task's order, by `mergelab.experiment.heads`.
+        label_orders: for each expert the outputs that its head is read with, in the order of the last expert's labels;
+            None: as they stand. Separate heads are read in a task's order, by `mergelab.experiment.heads`.
         head_names: the tensors of the experts' heads.
         vocabulary: the merged model's tokens; None where it has those that all models have, row by row.
         aligned: the models under common names, without what skips the merge.

@@ -1,4 +1,4 @@
-"""Merged weights as model folders: config, tokenizer and labels beside them, one folder or one for each task."""
+"""Merged weights as model folders, with config, tokenizer and labels: one folder, or one for each task."""
 
 from __future__ import annotations
 
@@ -217,9 +217,9 @@ def keep(
 
 @contextlib.contextmanager
 def noted(folder: Path, places: Sequence[Path], key: str | None) -> Iterator[None]:
-    """Note on a Ctrl-C what it leaves of the models that are written to ``places``, and what the same command does.
+    """Note on a Ctrl-C what remains of the models that are written to ``places``, and what the same command does.
 
-    Without a key nothing is kept, and there is nothing to note.
+    Without a key nothing remains.
     """
     try:
         yield
@@ -227,12 +227,12 @@ def noted(folder: Path, places: Sequence[Path], key: str | None) -> Iterator[Non
         if key is None:
             raise
         whole = [path.name for path in sorted(folder.glob("*")) if not is_unfinished(path)]
-        kept = {place: count for place in places if (count := complete_files(place, key))}
+        remaining = {place: count for place in places if (count := complete_files(place, key))}
         if whole and folder not in places:
             interrupt.add_note(f"{folder} holds {listed(whole)} already: remove it before the same command again")
-        elif kept:
-            where = listed([str(making_of(place)) for place in kept], 2)
-            interrupt.add_note(f"{stay(sum(kept.values()))} in {where}: the same command goes on from there")
+        elif remaining:
+            where = listed([str(making_of(place)) for place in remaining], 2)
+            interrupt.add_note(f"{stay(sum(remaining.values()))} in {where}: the same command goes on from there")
         raise
 
 

@@ -165,7 +165,7 @@ def open_generator(folder: Path, model: str) -> nn.Module:
 
 
 def _siblings(module: nn.Module) -> str:
-    """Return the names of the classes that stand beside a module's in transformers, such as BertForMaskedLM."""
+    """Return the names of the classes in a module's file of transformers, such as BertForMaskedLM."""
     import sys
 
     return " ".join(dir(sys.modules[type(module).__module__]))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def left_out(names: Sequence[str], leave_out: LeaveOut, *, key: str) -> list[str]:
-    """Return the tensors of layers that are to be left out of the merge.
+    """Return the tensors of layers that skip the merge.
 
     Args:
         names: of the models' tensors.
@@ -64,7 +64,7 @@ def set_aside(
 ) -> tuple[AlignedModels, dict[str, Tensor]]:
     """Take tensors out of the merge; return the models without them, and what the merged model has in their place.
 
-    For layers that are left out that is the base's. For a tensor that is newly initialised in some model it is the mean
+    For layers that skip the merge: the base's. For a tensor that is newly initialised in some model: the mean
     of the experts in which it is not; if there is none, the base's; if it is new there too, the base's all the same, or
     the first expert's where there is no base.
 
@@ -77,20 +77,20 @@ def set_aside(
     Raises:
         NonFinite: one of these tensors holds NaN or infinity.
     """
-    kept: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
     any_new = frozenset[str]().union(*new)
     experts_new = new[-len(aligned.experts) :] if new else ()
     first = aligned.base or aligned.experts[0]
     for name in aligned.names:
         if name in leave_out:
-            kept[name] = _checked(first, name)
+            others[name] = _checked(first, name)
         elif name in any_new:
             trained = [expert for expert, own in zip(aligned.experts, experts_new, strict=True) if name not in own]
-            kept[name] = mean_of(trained, name, dtype) if trained else _checked(first, name)
-    merged = tuple(name for name in aligned.names if name not in kept)
-    ties = {alias: name for alias, name in aligned.aliases.items() if name not in kept}
-    kept |= {alias: kept[name] for alias, name in aligned.aliases.items() if name in kept}
-    return replace(aligned, names=merged, aliases=ties), kept
+            others[name] = mean_of(trained, name, dtype) if trained else _checked(first, name)
+    merged = tuple(name for name in aligned.names if name not in others)
+    ties = {alias: name for alias, name in aligned.aliases.items() if name not in others}
+    others |= {alias: others[name] for alias, name in aligned.aliases.items() if name in others}
+    return replace(aligned, names=merged, aliases=ties), others
 
 
 def _checked(source: TensorSource, name: str) -> Tensor:

@@ -63,8 +63,8 @@ class Vocabulary:
 
     Attributes:
         size: the number of rows of its embedding.
-        tokens: row by token; a token that the embedding has no row for is left out.
-        folder: where its tokenizer is; another model's folder where it has none of its own.
+        tokens: row by token; a token that the embedding has no row for is not among them.
+        folder: where its tokenizer is; another model's folder where it has none.
     """
 
     size: int
@@ -82,7 +82,7 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
 
 
 def is_encoder_decoder_pair(config: Mapping[str, Any]) -> bool:
-    """Tell a model whose encoder and decoder have embeddings, and may have tokenizers, of their own."""
+    """Return whether encoder and decoder have separate embeddings, and may have separate tokenizers."""
     return all(isinstance(config.get(part), Mapping) for part in ("encoder", "decoder"))
 
 
@@ -183,7 +183,7 @@ def merged_vocabulary(policy: Policy, models: Sequence[Checkpoint], *, key: str 
         key: what messages call the policy.
 
     Raises:
-        ModelError: it cannot be told which rows of a model are which tokens'.
+        ModelError: it is not known which rows of a model are which tokens'.
     """
     vocabularies = _vocabularies(f"{key}={policy}", models)
     first = vocabularies[0]
@@ -223,7 +223,7 @@ def _vocabularies(asked: str, models: Sequence[Checkpoint]) -> tuple[Vocabulary,
         if found[at] is None:
             raise ModelError(
                 f"{asked}: {model.name} has no tokenizer, and no other model with {size} rows has one, "
-                "so that it cannot be told which row is which token's"
+                "so that it is not known which row is which token's"
             )
     return tuple(vocabulary for vocabulary in found if vocabulary is not None)
 
@@ -301,8 +301,8 @@ class MergedVocabulary:
             module.resize_token_embeddings(self.size, mean_resizing=False)  # type: ignore[operator]
         configs: list[Any] = [module.config, getattr(module, "generation_config", None)]
         for config in configs:
-            told: dict[str, Any] = {} if config is None else config.to_dict()
-            ids = {key: value for key, value in told.items() if key.endswith(_TOKEN_ID)}
+            values: dict[str, Any] = {} if config is None else config.to_dict()
+            ids = {key: value for key, value in values.items() if key.endswith(_TOKEN_ID)}
             for key, value in self._translated(ids, folder).items():
                 setattr(config, key, value)
         return module
