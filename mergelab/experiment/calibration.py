@@ -54,7 +54,8 @@ class TrainingExamples:
     def key(self) -> str:
         """A name for the expert's content, the examples, and how they become inputs."""
         expert = self.session.located.experts[self.index]
-        content = [self.session.opened.content(expert.name), *(expert.labels or ()), self.data.spec.name, self.digest]
+        head = self.session.heads.of_expert(self.index, self.data.spec)
+        content = [self.session.opened.content(expert.name), head.digest, self.data.spec.name, self.digest]
         return self.session.data_key(self.data, [*content, str(self._batch_tokens)])
 
     @property

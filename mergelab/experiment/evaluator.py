@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from mergelab.evaluation.scoring import Prediction, TaskResult
     from mergelab.experiment.session import Session
+    from mergelab.models.heads import Head
     from mergelab.tasks.data import TaskData
     from mergelab.tasks.metric_table import Direction
     from mergelab.tasks.spec import TaskSpec
@@ -78,37 +79,33 @@ class Evaluator:
     def baselines(self) -> list[ModelResult]:
         """Measure the base (with the merged model's heads) and every expert (with its own head, on its tasks)."""
         session, opened, found = self.session, self.session.opened, []
-        located = session.located
-        if located.base is not None:
-            contents = (opened.content("base"), session.heads.policy, *self._expert_contents())
-            predictions = {
-                name: session.predict(
-                    data,
-                    opened.base_backbone,
-                    session.heads[name],
-                    located.base.label,
-                    key=contents,
-                    progress=self.progress,
-                )
-                for name, data in self.data.items()
-            }
-            found.append(self._result(located.base.label, "base", predictions, contents))
-        for index, expert in enumerate(located.experts):
-            contents = (opened.content(expert.name), *(expert.labels or ()))
-            predictions = {
-                name: session.predict(
-                    data,
-                    partial(opened.expert_backbone, index),
-                    session.heads.of_expert(index, data.spec),
-                    expert.label,
-                    key=contents,
-                    progress=self.progress,
-                )
-                for name, data in self.data.items()
-                if session.heads.serves(expert, data.spec)
-            }
-            found.append(self._result(expert.label, "expert", predictions, contents))
+        base = session.located.base
+        if base is not None:
+            heads = {name: session.heads[name] for name in self.data}
+            key = (opened.content("base"), *self._expert_contents())
+            found.append(self._baseline(base.label, "base", opened.base_backbone, heads, key))
+        for index, expert in enumerate(session.located.experts):
+            specs = {name: data.spec for name, data in self.data.items() if session.heads.serves(expert, data.spec)}
+            heads = {name: session.heads.of_expert(index, spec) for name, spec in specs.items()}
+            backbone = partial(opened.expert_backbone, index)
+            found.append(self._baseline(expert.label, "expert", backbone, heads, (opened.content(expert.name),)))
         return self._with_averages(found)
+
+    def _baseline(
+        self,
+        label: str,
+        role: Role,
+        backbone: Callable[[], Mapping[str, Tensor]],
+        heads: Mapping[str, Head],
+        key: tuple[str, ...],
+    ) -> ModelResult:
+        """Measure a model with these heads, by task; ``key`` names the content of its backbone."""
+        predictions = {
+            name: self.session.predict(self.data[name], backbone, head, label, key=key, progress=self.progress)
+            for name, head in heads.items()
+        }
+        contents = (*key, self.session.config_digest, *(head.digest for head in heads.values()))
+        return self._result(label, role, predictions, contents)
 
     def preflight(self, baselines: Sequence[ModelResult]) -> None:
         """Check that every expert is better than chance on its own task, all examples counted.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -160,14 +162,14 @@ class Session:
             backbone: makes the weights; called only where the predictions are not in the cache.
             head: the head to measure them with.
             model: what progress messages call the model.
-            key: names the content of the weights; without it nothing is cached.
+            key: names the content of the backbone; without it nothing is cached.
             progress: called with a message and the fraction done.
             members: (m,) positions of the examples that are measured, in the order of which the outputs come; None:
                 all.
             watch: as `mergelab.evaluation.classification.predict`'s.
             seed: as `EvaluationOptions.seed`.
         """
-        name = self.data_key(data, key) if key is not None and self._cache is not None else None
+        name = None if key is None or self._cache is None else self.data_key(data, [*key, head.digest])
         if name is not None and self._cache is not None and (known := self._cache.get(name)) is not None:
             return Prediction(*known, cached=True)
         module, inputs = self.module(data.spec.outputs), self._inputs_of(data)
@@ -180,6 +182,13 @@ class Session:
         if name is not None and self._cache is not None:
             self._cache.put(name, outputs, seconds)
         return Prediction(outputs, seconds, cached=False)
+
+    @cached_property
+    def config_digest(self) -> str:
+        """A hash of the configs of the module that weights are measured in."""
+        folder = self.located.experts[0].folder
+        files = [folder / name for name in ("config.json", "generation_config.json")]
+        return _digest(file for file in files if file.is_file())
 
     def _inputs_of(self, data: TaskData) -> Inputs:
         """Tokenise a task's examples, once."""
@@ -198,13 +207,13 @@ class Session:
 
         folder = tokenizer_folder(self.opened.folders)
         assert folder is not None
-        named = ("token", "vocab", ".model")
+        named = ("token", "vocab", "merges", ".model", ".spm")
         files = sorted(file for file in folder.rglob("*") if file.is_file() and any(n in file.name for n in named))
-        digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
         parts: dict[str, Any] = {
             "weights": list(content),
+            "config": self.config_digest,
             "data": data.fingerprint,
-            "tokenizer": digest,
+            "tokenizer": _digest(files),
             "max_length": self.options.max_length,
             "dtype": self.options.dtype,
             "device": self.device.type,
@@ -217,3 +226,7 @@ class Session:
             contents = [self.opened.content(model.name) for model in self.opened.models]
             parts["vocabulary"] = [vocabulary.digest, contents]
         return prediction_key(parts)
+
+
+def _digest(files: Iterable[Path]) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
