@@ -12,39 +12,34 @@ Usage:
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mergelab import SEED_FUNCTIONS
-from mergelab.config import LayersConfig, LeaveOut, PairConfig, ReferenceConfig, Schema, check
+from mergelab.config import LayersConfig, LeaveOut, check
 from mergelab.engine.registry import check_parameters, get_method
 from mergelab.engine.run import merge
-from mergelab.errors import ConfigError, ModelError, did_you_mean, listed
-from mergelab.models.architecture import Architecture, architecture, architecture_of, head_names, quiet_transformers
-from mergelab.models.encoder_decoder import PAIRED, newly_initialised
-from mergelab.models.heads import ReorderedSource, mean_tensor
-from mergelab.models.parts import ModelPart, with_part
-from mergelab.models.references import Pair, Reference, local_folder, parse_reference
-from mergelab.models.skipping import left_out, set_aside
-from mergelab.models.vocabulary import MergedVocabulary, Policy, check_vocabularies, merged_vocabulary
-from mergelab.weights.align import AlignedModels, align
-from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
-from mergelab.weights.module import copy_module, load_into, module_of
+from mergelab.errors import ConfigError, listed
+from mergelab.experiment.opening import MergeScope, open_models
+from mergelab.experiment.sources import ModelSource, from_list
+from mergelab.models.architecture import quiet_transformers
+from mergelab.models.encoder_decoder import PAIRED
+from mergelab.models.vocabulary import MergedVocabulary, Policy
+from mergelab.weights.align import AlignedModels, check_finite
+from mergelab.weights.module import copy_module, load_into
 from mergelab.weights.pretrained import load_pipeline, pipeline_with
-from mergelab.weights.source import DictSource, TensorSource
+from mergelab.weights.source import DictSource
 from mergelab.weights.state_dict import StateDict, dict_map
 
 if TYPE_CHECKING:
     from mergelab.engine.method import MergeMethod
+    from mergelab.weights.source import TensorSource
 
 # Names of the library that mergelab grew from.
 _OLD_PARAMETERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
@@ -53,22 +48,6 @@ _OLD_PARAMETERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "tau": ("t", lambda tau: tau),
     "signs": ("weights", lambda signs: signs),
 }
-
-
-class _PartConfig(Schema):
-    """An expert for one part of an encoder-decoder base."""
-
-    reference: ReferenceConfig
-    part: ModelPart
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A model as it was given, and its tensors."""
-
-    given: Any
-    source: TensorSource
-    folder: Path | None = None
 
 
 @functools.cache
@@ -121,7 +100,7 @@ def method_function(name: str) -> Callable[..., Any]:
         "(``[0, 1]``: of the encoder and of the decoder, or ``{'encoder': [0], 'decoder': [1]}``) stay the base's.\n"
         "Ids and folders whose tokens differ are merged by token with ``vocab='base'`` (the base's tokens) or\n"
         "``vocab='union'`` (those of all); the pipeline then has the tokenizer that belongs to the merged model."
-        + (" The answer is a list of models, one for each expert." if method.one_model_per_expert else "")
+        + (" The result is a list of models, one for each expert." if method.one_model_per_expert else "")
     )
     return merged
 
@@ -139,12 +118,13 @@ def model_merge(function: Callable[..., Mapping[str, Tensor]]) -> Callable[..., 
     """Lift a function of state dicts to models.
 
     ``function(models: list[StateDict], **parameters) -> StateDict``. The lifted function takes hub ids, local folders,
-    modules, pipelines or dicts and answers the kind of the last one. ``base_index`` is handed on where ``function``
-    takes it; that model is then left out of the mean that ``passthrough`` tensors get.
+    modules, pipelines or dicts and returns the kind of the last one. ``base_index`` is passed on where ``function``
+    takes it; that model does not count in the mean that ``passthrough`` tensors get.
 
     Raises:
         KeyMismatch, ShapeMismatch: the models do not have the same tensors.
-        ModelError: a model cannot be opened.
+        NonFinite: a tensor of a model, or of the result, holds NaN or infinity.
+        ModelError: a model cannot be opened, or its labels or tokens do not fit the others'.
     """
 
     @functools.wraps(function)
@@ -166,7 +146,10 @@ def model_merge(function: Callable[..., Mapping[str, Tensor]]) -> Callable[..., 
             dicts = [_state_dict(source, aligned) for source in aligned.experts]
             if aligned.base is not None and base_index is not None:
                 dicts.insert(base_index % (len(dicts) + 1), _state_dict(aligned.base, aligned))
-            return dict(function(dicts, **parameters))
+            result = DictSource(function.__name__, dict(function(dicts, **parameters)))
+            for name, tensor in result.tensors.items():
+                check_finite(result, name, tensor)
+            return dict(result.tensors)
 
         return _merge_models(models, combine, task, base_index, [*passthrough, *passthrough_layers], vocab=vocab)
 
@@ -182,7 +165,11 @@ def layer_merge(function: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 def _state_dict(source: TensorSource, aligned: AlignedModels) -> StateDict:
-    return StateDict({name: source.get(name) for name in aligned.names})
+    """Read the tensors that are merged, checked for NaN and infinity as a method's are."""
+    tensors = StateDict({name: source.get(name) for name in aligned.names})
+    for name, tensor in tensors.items():
+        check_finite(source, name, tensor)
+    return tensors
 
 
 def _accepts(function: Callable[..., Any], name: str) -> bool:
@@ -199,75 +186,29 @@ def _merge_models(
     leave_out: Sequence[int] | Mapping[str, Sequence[int]] = (),
     vocab: Policy | None = None,
 ) -> Any:
-    """Open ``models``, combine what they share, average what skips the merge, and give back the last one's kind."""
+    """Open ``models``, combine what they share, average what skips the merge, and return the last one's kind."""
     if not models:
         raise ConfigError("there are no models to merge")
     if base_index is not None and not -len(models) <= base_index < len(models):
         raise ConfigError(f"base_index={base_index}: there are {len(models)} models")
-    given = _open_all(models, base_index)
-    vocabulary = _merged_vocabulary(vocab, given, base_index)
-    opened = _same_label_order(given)
-    template = opened[-1]
-    experts = list(opened)
-    base = experts.pop(base_index) if base_index is not None else None
-    if base is template and experts:
-        template = experts[-1]
-    if not experts:
-        raise ConfigError("there is no expert beside the base")
-    names = template.source.keys()
-    for pattern in passthrough:
-        if not fnmatch.filter(names, pattern):
-            raise ConfigError(f"passthrough: no tensor matches {pattern!r}{did_you_mean(pattern, names)}")
-    if leave_out and base is None:
-        raise ConfigError("leave_out: there is no base model (base_index) whose layers are kept")
-    heads = () if vocabulary is None else head_names(names, _kind(template))
-    aligned = align(
-        base.source if base else None,
-        [expert.source for expert in experts],
-        ignore=list(passthrough),
-        adapt=None if vocabulary is None else functools.partial(vocabulary.adapt, heads=heads),
-    )
-    aligned, kept = set_aside(
-        aligned,
-        left_out(aligned.names, _layers(leave_out), key="leave_out"),
-        [newly_initialised(model.folder) if model.folder else () for model in (*([base] if base else []), *experts)],
-    )
-    with torch.no_grad():
-        merged = {**combine(aligned), **kept}
-        skipped = {name for pattern in passthrough for name in fnmatch.filter(names, pattern)} | set(
-            aligned.experts_only
-        )
-        for name in sorted(skipped):
-            merged[name] = mean_tensor([expert.get(name) for expert in aligned.experts])
-    for name in aligned.integers:
-        merged.setdefault(name, (aligned.base or aligned.experts[0]).get(name))
-    return _same_kind(template, merged, task, vocabulary)
-
-
-def _merged_vocabulary(
-    policy: Policy | None, opened: Sequence[_Opened], base_index: int | None
-) -> MergedVocabulary | None:
-    """Plan the merged model's tokens; None where it has those that all models have, row by row."""
-    if policy not in (None, *get_args(Policy)):
-        raise ConfigError(f"vocab={policy!r}: must be one of {listed(map(repr, get_args(Policy)))}, or None")
-    if policy == "base" and base_index is None:
+    if vocab not in (None, *get_args(Policy)):
+        raise ConfigError(f"vocab={vocab!r}: must be one of {listed(map(repr, get_args(Policy)))}, or None")
+    if vocab == "base" and base_index is None:
         raise ConfigError(
             "vocab='base': there is no base model (base_index); vocab='union' starts from the first model"
         )
-    checkpoints = [model.source for model in opened if isinstance(model.source, Checkpoint)]
-    if len(checkpoints) < len(opened):
-        if policy is None:  # modules and dicts do not say which row is which token's
-            return None
-        odd = next(model.source.name for model in opened if not isinstance(model.source, Checkpoint))
-        raise ConfigError(
-            f"vocab={policy!r}: {odd} has no tokenizer; models are merged by token where all are hub ids or folders"
-        )
-    if base_index is not None:
-        checkpoints.insert(0, checkpoints.pop(base_index))
-    if policy is None:
-        check_vocabularies(checkpoints, has_base=base_index is not None, key="vocab")
-        return None
-    return merged_vocabulary(policy, checkpoints)
+    experts = from_list(models, base_index)
+    base = None if base_index is None else experts.pop(base_index)
+    scope = MergeScope(passthrough, _layers(leave_out), vocab=vocab, separate_heads=False, key="")
+    with torch.no_grad():
+        opened = open_models(base, experts, scope)
+        aligned = opened.aligned
+        merged = {**combine(aligned), **opened.passed_through}
+    for name in aligned.integers:
+        merged.setdefault(name, (aligned.base or aligned.experts[0]).get(name))
+    for alias, name in aligned.aliases.items():  # a user's function returns the merged names alone
+        merged.setdefault(alias, merged[name])
+    return _same_kind(experts[-1], merged, task, opened.vocabulary)
 
 
 def _layers(leave_out: Sequence[int] | Mapping[str, Sequence[int]]) -> LeaveOut:
@@ -276,110 +217,31 @@ def _layers(leave_out: Sequence[int] | Mapping[str, Sequence[int]]) -> LeaveOut:
     return list(leave_out)
 
 
-def _same_label_order(opened: Sequence[_Opened]) -> list[_Opened]:
-    """Read the heads of classifiers whose labels are the last one's in another order in that one's order."""
-    wanted = _labels(opened[-1])
-    reordered = []
-    for model in opened:
-        own = _labels(model)
-        if own != wanted and sorted(own) == sorted(wanted):
-            order = tuple(own.index(label) for label in wanted)
-            names = frozenset(head_names(model.source.keys(), _kind(model)))
-            model = replace(model, source=ReorderedSource(model.source, names, order))
-        reordered.append(model)
-    return reordered
-
-
-def _labels(model: _Opened) -> list[str]:
-    """Return a classifier's label names in the order of its outputs; nothing for other models and for dicts."""
-    if isinstance(model.given, Mapping) and model.folder is None:
-        return []
-    labels = _kind(model).id2label
-    return [labels[index].lower() for index in sorted(labels)] if _kind(model).is_classifier else []
-
-
-def _kind(model: _Opened) -> Architecture:
-    if model.folder is not None:
-        return architecture(model.folder, model.source.name, model.source.keys())
-    return architecture_of(module_of(model.given))
-
-
-def _open_all(models: Sequence[Any], base_index: int | None) -> list[_Opened]:
-    """Open the models; the base first, since an expert for one part of it has the base's other part."""
-    at = None if base_index is None else base_index % len(models)
-    base = None if at is None else _open(models[at], f"models[{at}]")
-    return [
-        base if base is not None and index == at else _open(model, f"models[{index}]", base)
-        for index, model in enumerate(models)
-    ]
-
-
-def _open(model: Any, name: str, base: _Opened | None = None) -> _Opened:
-    if isinstance(model, str | Path):
-        return _open_reference(model, parse_reference(str(model)), name)
-    if isinstance(model, Mapping) and isinstance(model.get("part"), str):
-        return _open_part(model, name, base)
-    if isinstance(model, Mapping) and any(isinstance(value, str | Path) for value in model.values()):
-        return _open_reference(model, parse_reference(check(PairConfig, _as_text(model), name)), name)
-    if (module := module_of(model)) is not None:
-        return _Opened(model, DictSource(name, dict(module.named_parameters())))
-    if isinstance(model, Mapping):
-        return _Opened(model, DictSource(name, dict(model)))
-    raise ModelError(
-        f"{name} is a {type(model).__name__}; it must be a hub id, a local folder, a pair of these, a module, a "
-        "pipeline or a state dict"
-    )
-
-
-def _open_part(given: Mapping[str, Any], name: str, base: _Opened | None) -> _Opened:
-    """Open the base with a checkpoint in the place of its encoder or decoder."""
-    wanted = check(_PartConfig, _as_text(given), name)
-    if base is None or base.folder is None:
-        raise ConfigError(
-            f"{name} has part={wanted.part}, and there is no base model (base_index) that is a hub id, a folder or a "
-            "pair for the other part"
-        )
-    reference = parse_reference(wanted.reference)
-    folder = with_part(base.folder, local_folder(reference, name), wanted.part, where=name)
-    return _Opened(given, open_checkpoint(folder, f"{reference.text} ({wanted.part})"), folder)
-
-
-def _as_text(value: Any) -> Any:
-    """Write paths in a reference as text."""
-    if isinstance(value, Mapping):
-        return {key: _as_text(each) for key, each in value.items()}
-    return str(value) if isinstance(value, Path) else value
-
-
-def _open_reference(given: Any, reference: Reference | Pair, name: str) -> _Opened:
-    folder = local_folder(reference, name)
-    return _Opened(given, open_checkpoint(folder, reference.text), folder)
-
-
 def _same_kind(
-    template: _Opened, merged: dict[str, Tensor], task: str | None, vocabulary: MergedVocabulary | None = None
+    template: ModelSource, merged: dict[str, Tensor], task: str | None, vocabulary: MergedVocabulary | None
 ) -> Any:
-    given = template.given
-    if isinstance(given, Mapping) and template.folder is None:
-        return StateDict(merged)
-    if isinstance(given, nn.Module):
-        return load_into(copy_module(given), merged)
-    if template.folder is None:
+    """Return merged tensors as a model of the template's kind: a state dict, a module or a pipeline."""
+    given, folder = template.given, template.folder
+    if folder is None:
+        if isinstance(given, nn.Module):
+            return load_into(copy_module(given), merged)
+        if isinstance(given, Mapping):
+            return StateDict(merged)
         return pipeline_with(given, load_into(copy_module(given.model), merged))
-    if task is None and _kind(template).name == PAIRED:
+    if task is None:
+        if template.architecture is None or template.architecture.name != PAIRED:
+            raise ConfigError("merging hub ids or folders makes a pipeline: say which with task='text-classification'")
         from transformers import EncoderDecoderModel
 
         with quiet_transformers():
-            module = EncoderDecoderModel.from_pretrained(template.folder, local_files_only=True, dtype="auto")
+            module = EncoderDecoderModel.from_pretrained(folder, local_files_only=True, dtype="auto")
         return load_into(module, merged)
-    if task is None:
-        raise ConfigError("merging hub ids or folders makes a pipeline: say which with task='text-classification'")
     with quiet_transformers(), ExitStack() as stack:
         pipe = load_pipeline(
-            template.folder,
+            folder,
             task,
-            tokenizer=stack.enter_context(vocabulary.companions(template.folder)) if vocabulary else None,
-            adapt=functools.partial(vocabulary.fit, folder=template.folder) if vocabulary else None,
+            tokenizer=stack.enter_context(vocabulary.companions(folder)) if vocabulary else None,
+            adapt=functools.partial(vocabulary.fit, folder=folder) if vocabulary else None,
         )
     load_into(pipe.model, merged)
     return pipe

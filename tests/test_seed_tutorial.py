@@ -109,7 +109,9 @@ head = ['classifier.weight', 'classifier.bias']
 old = ml.ties([base, *models], task='text-classification', base_index=0, k=0.2, passthrough_layers=head)
 new = ml.ties([base, *models], task='text-classification', base_index=0, density=0.2, passthrough=head)
 experts = [pipeline('text-classification', model=name).model.state_dict() for name in models]
-mean = torch.stack([expert['classifier.weight'] for expert in experts]).mean(0)
+turned = models.index('howey/bert-base-uncased-rte')  # its labels stand in the other order
+heads = [e['classifier.weight'].flip(0) if at == turned else e['classifier.weight'] for at, e in enumerate(experts)]
+mean = torch.stack(heads).mean(0)
 task = ml.task([base, *models], task='text-classification', lambda_=0.3, passthrough=head).model.state_dict()
 name = 'bert.encoder.layer.0.output.dense.weight'
 start = pipeline('fill-mask', model=base).model.state_dict()[name]

@@ -33,6 +33,7 @@ import torch
 
 from mergelab.evaluation import packed_linear
 from mergelab.evaluation.classification import encode, max_input_length, predict
+from mergelab.evaluation.options import EvaluationOptions
 from mergelab.tasks.data import TaskData, load_data
 from mergelab.tasks.loading import load_task
 
@@ -139,7 +140,7 @@ def ways(model: Any, tokenizer: Any, data: TaskData, device: str) -> list[Way]:
 
     def evaluate(dtype: str) -> Array:
         encoded = encode(data, tokenizer, max_input_length(model.config, tokenizer))
-        return predict(model, encoded, device=device, dtype=dtype).argmax(axis=1)
+        return predict(model, encoded, EvaluationOptions(device, dtype)).argmax(axis=1)
 
     def evaluate_plainly() -> Array:
         with mock.patch.object(packed_linear, "_can_pack", return_value=False):

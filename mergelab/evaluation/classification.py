@@ -1,4 +1,4 @@
-"""Run a classifier over a task's examples: tokenised once, batched by length, on the best device."""
+"""Run a classifier over a task's examples: tokenised once, batched by length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from mergelab.errors import ConfigError, DataError, NonFinite
+from mergelab.errors import DataError, NonFinite
+from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
 from mergelab.evaluation.packed_linear import inference_copy
 
 if TYPE_CHECKING:
@@ -20,11 +21,9 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Watch = Callable[[Array, Array], None]
 
-# Beyond this many tokens a batch makes a CPU no faster: the products fill it, the caches overflow, padding grows.
-_CPU_BATCH_TOKENS = 512
-# In a random order there are at least so many batches: who asks for it wants to stop early.
+# Batches in a random order are at least this many, so that an evaluation can stop early.
 _RANDOM_BATCHES = 24
-# Models that have no limit of their own on positions still get inputs of at most this many tokens.
+# Models without a limit on positions still get inputs of at most this many tokens.
 _DEFAULT_LENGTH = 512
 
 
@@ -115,63 +114,34 @@ def model_positions(config: Any) -> int | None:
     return int(positions) - offset
 
 
-def best_device(name: str = "auto") -> torch.device:
-    """Choose where to compute: ``auto`` takes a CUDA GPU, else Apple's, else the CPU.
-
-    Raises:
-        ConfigError: the device that ``name`` asks for is not there.
-    """
-    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if name == "auto":
-        return torch.device(next(kind for kind, count in counts.items() if count))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device={name}: must be auto, cpu, cuda, cuda:<number> or mps") from None
-    if counts.get(device.type, 0) <= (device.index or 0):
-        there = ", ".join(f"{kind}:{i}" if kind == "cuda" else kind for kind, n in counts.items() for i in range(n))
-        raise ConfigError(f"device={name}: not on this machine (there is {there})")
-    return device
-
-
 def predict(
     model: nn.Module,
     encoded: Encoded,
+    options: EvaluationOptions = DEFAULTS,
     *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    batch_tokens: int = 4096,
-    progress: Callable[[float], None] | None = None,
     watch: Watch | None = None,
-    seed: int | None = None,
 ) -> Array:
     """Run a sequence classifier over encoded examples.
 
     Args:
         model: a ``transformers`` model whose output has ``logits``; it is left as it is.
-        device: where to compute; by default where the model is.
-        dtype: to compute in (``"float32"``, ``"bfloat16"``); by default the model's own.
-        batch_tokens: upper bound of one batch, padding included; one longer example is a batch of its own.
-        progress: called with the fraction done.
+        encoded: the examples.
+        options: how to run it.
         watch: called after each batch with its examples' positions and logits; what it raises ends the prediction.
-        seed: draws the order of the batches, so that what is done by any moment is a fair sample; by default the
-            longest examples come first.
 
     Returns:
         (n, C) float32 logits in the examples' order.
 
     Raises:
-        DataError: an example is longer than the model allows. NonFinite: the model answers NaN or infinity.
+        DataError: an example is longer than the model allows. NonFinite: an output is NaN or infinite.
     """
     done, logits = 0, None
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "batch_tokens": batch_tokens, "seed": seed}
-    for members, found in predict_batches(model, encoded, **options):
+    for members, found in predict_batches(model, encoded, options):
         if logits is None:
             logits = np.empty((len(encoded), found.shape[1]), dtype=np.float32)
         logits[members] = found
         done += int(encoded.lengths[members].sum())
-        if progress is not None:
-            progress(done / int(encoded.lengths.sum()))
+        options.report(done / int(encoded.lengths.sum()))
         if watch is not None:
             watch(members, found)
     if logits is None:
@@ -183,27 +153,19 @@ def predict(
 
 @torch.inference_mode()
 def predict_batches(
-    model: nn.Module,
-    encoded: Encoded,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    batch_tokens: int = 4096,
-    seed: int | None = None,
+    model: nn.Module, encoded: Encoded, options: EvaluationOptions = DEFAULTS
 ) -> Iterator[tuple[Array, Array]]:
-    """Run a sequence classifier batch by batch, long examples first without a ``seed``; arguments as in `predict`.
+    """Run a sequence classifier batch by batch, long examples first unless ``options.seed`` draws an order.
 
     Yields:
         Positions (b,) of a batch's examples, and their logits (b, C) float32.
     """
-    here = next(model.parameters()).device if device is None else torch.device(device)
-    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    device = options.device_for(model)
     check_lengths(model, encoded)
-    copied = inference_copy(model, here, kind)
+    copied = inference_copy(model, device, options.torch_dtype)
     pad_id = agree_on_padding(copied, encoded.pad_id)
-    budget = min(batch_tokens, _CPU_BATCH_TOKENS) if here.type == "cpu" else batch_tokens
-    for members, inputs in input_batches(copied, encoded, pad_id, budget, seed):
-        found = copied(**{name: values.to(here) for name, values in inputs.items()}).logits
+    for members, inputs in input_batches(copied, encoded, pad_id, options.batch_budget(device), options.seed):
+        found = copied(**{name: values.to(device) for name, values in inputs.items()}).logits
         yield members, found.float().cpu().numpy()
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mergelab.evaluation.classification import Encoded, encode, max_input_length, predict
+from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from mergelab.evaluation.classification import Array, Watch
@@ -26,13 +25,9 @@ class Inputs(Protocol):
     def run(
         self,
         model: nn.Module,
+        options: EvaluationOptions = DEFAULTS,
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | str | None = None,
-        batch_tokens: int = 4096,
-        progress: Callable[[float], None] | None = None,
         watch: Watch | None = None,
-        seed: int | None = None,
     ) -> Array:
         """Return the model's outputs, one for each example, as `mergelab.evaluation.classification.predict` does."""
         ...
@@ -48,13 +43,18 @@ class ClassifierInputs:
         """Return some of the examples: those at the positions ``members`` (m,), in that order."""
         return ClassifierInputs(self.encoded.take(members))
 
-    def run(self, model: nn.Module, **options: Any) -> Array:
+    def run(self, model: nn.Module, options: EvaluationOptions = DEFAULTS, *, watch: Watch | None = None) -> Array:
         """Return the logits (n, C)."""
-        return predict(model, self.encoded, **options)
+        return predict(model, self.encoded, options, watch=watch)
 
 
 def prepare(
-    data: TaskData, config: Any, tokenizer: Any, *, writes_with: Any = None, max_length: int | None = None
+    data: TaskData,
+    config: Any,
+    tokenizer: Any,
+    options: EvaluationOptions = DEFAULTS,
+    *,
+    writes_with: Any = None,
 ) -> Inputs:
     """Tokenise a task's examples for a model.
 
@@ -62,13 +62,13 @@ def prepare(
         data: the examples.
         config: the model's configuration.
         tokenizer: of what the model reads.
+        options: how the model will be run; ``max_length`` bounds the inputs.
         writes_with: the tokenizer of what it writes, where that is another.
-        max_length: an upper bound of an input in tokens; by default what the model allows.
 
     Raises:
         DataError, ModelError: the examples do not fit the model.
     """
-    kind = data.spec.kind
+    kind, max_length = data.spec.kind, options.max_length
     if kind in ("generation", "prompts"):
         from mergelab.evaluation.generation import encode_prompts
 
@@ -76,7 +76,7 @@ def prepare(
     if kind == "lm_eval":
         from mergelab.evaluation.lm_eval import LmEvalRun
 
-        return LmEvalRun(data.spec, tokenizer, max_length)
+        return LmEvalRun(data.spec, tokenizer)
     if kind == "language_modelling":
         from mergelab.evaluation.perplexity import encode_windows
 

@@ -2,13 +2,13 @@
 
 A decoder alone is padded on the left, so that what it writes follows its prompt; an encoder's input is padded on the
 right. Sampling is done by adding Gumbel noise to the scores and taking the greatest (Gumbel 1954; Maddison et al. 2014,
-arXiv:1411.0030): the noise of an example comes from a stream of its own, so that its text does not depend on which
+arXiv:1411.0030): the noise of each example comes from a separate stream, so that its text does not depend on which
 examples it shares a batch with, nor on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mergelab.errors import DataError, ModelError, NonFinite
 from mergelab.evaluation.classification import model_positions, plan_batches
+from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
 from mergelab.evaluation.packed_linear import inference_copy
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """Tokenised prompts, and how they are to be gone on from.
+    """Tokenised prompts, and how they are continued.
 
     Attributes:
         ids: the tokens of each prompt, int64.
@@ -60,44 +61,33 @@ class EncodedPrompts:
     def run(
         self,
         model: nn.Module,
+        options: EvaluationOptions = DEFAULTS,
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | str | None = None,
-        batch_tokens: int = 4096,
-        progress: Callable[[float], None] | None = None,
         watch: Watch | None = None,
-        seed: int | None = None,
     ) -> Array:
         """Generate a text for each prompt.
 
         Args:
             model: a ``transformers`` model that can generate; it is left as it is.
-            device: where to compute; by default where the model is.
-            dtype: to compute in (``"float32"``, ``"bfloat16"``); by default the model's own.
-            batch_tokens: upper bound of one batch, new tokens, beams and padding included; one longer example is a
-                batch of its own.
-            progress: called with the fraction done.
+            options: how to run it; new tokens and beams count in a batch's tokens.
             watch: called after each batch with its examples' positions and texts; what it raises ends the generation.
-            seed: draws the order of the batches; by default the longest prompts come first.
 
         Returns:
             (n,) texts, without prompts and special tokens.
 
         Raises:
-            NonFinite: the model answers NaN.
+            NonFinite: an output is NaN.
         """
-        here = next(model.parameters()).device if device is None else torch.device(device)
-        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        copied: Any = inference_copy(model, here, kind)
+        device = options.device_for(model)
+        copied: Any = inference_copy(model, device, options.torch_dtype)
         copied.generation_config = _settings(copied, self.decoding, self.pad_id)
-        lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64)
-        room = max(batch_tokens // self.decoding.num_beams, 1)
+        lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64) + self.decoding.max_new_tokens
+        budget = max(options.batch_tokens // self.decoding.num_beams, 1)
         texts, done = np.empty(len(self), dtype=object), 0
-        for members in plan_batches(lengths + self.decoding.max_new_tokens, room, seed):
-            texts[members] = found = self._generate(copied, members, here)
-            done += int((lengths[members] + self.decoding.max_new_tokens).sum())
-            if progress is not None:
-                progress(done / int((lengths + self.decoding.max_new_tokens).sum()))
+        for members in plan_batches(lengths, budget, options.seed):
+            texts[members] = found = self._generate(copied, members, device)
+            done += int(lengths[members].sum())
+            options.report(done / int(lengths.sum()))
             if watch is not None:
                 watch(members, found)
         return texts
@@ -130,8 +120,8 @@ class EncodedPrompts:
         found = np.empty(len(rows), dtype=object)
         ends = model.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
-        kept = [[*takewhile(lambda token: token not in ends, row)] for row in written[:, start:].tolist()]
-        decoded = self.tokenizer.batch_decode(kept, skip_special_tokens=True)
+        until_end = [[*takewhile(lambda token: token not in ends, row)] for row in written[:, start:].tolist()]
+        decoded = self.tokenizer.batch_decode(until_end, skip_special_tokens=True)
         found[:] = [_cut(text, decoding.stop) for text in decoded]
         return found
 
@@ -156,7 +146,7 @@ def encode_prompts(
         ModelError: a token that is needed to start or to pad is not known.
     """
     spec, is_pair = data.spec, bool(config.is_encoder_decoder)
-    _check_room(data, config)
+    _check_new_tokens(data, config)
     limit = min((n for n in (max_length, spec.max_prompt_tokens) if n is not None), default=None)
     rows = _token_ids(data, tokenizer, limit, is_pair)
     if not is_pair and not all(rows):
@@ -212,7 +202,7 @@ def _sides(config: Any) -> tuple[Any, Any]:
     return getattr(config, "encoder", None) or config, getattr(config, "decoder", None) or config
 
 
-def _check_room(data: TaskData, config: Any) -> None:
+def _check_new_tokens(data: TaskData, config: Any) -> None:
     """Check that what is to be written fits into the positions of the model."""
     allowed = model_positions(_sides(config)[1])
     wanted = data.spec.decoding.max_new_tokens + 1

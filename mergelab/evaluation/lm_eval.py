@@ -1,4 +1,4 @@
-"""Tasks of lm-eval, the Language Model Evaluation LmEvalRun (Gao et al.), on a model that is in memory."""
+"""Tasks of lm-eval, the Language Model Evaluation Harness (Gao et al. 2021), on a model that is in memory."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mergelab.errors import ConfigError, DataError, did_you_mean, listed
+from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
 from mergelab.tasks.loading import check_installed
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from mergelab.evaluation.classification import Array, Watch
     from mergelab.tasks.spec import TaskSpec
 
-# The tokens that an input is taken to have where only the number of inputs in a batch can be told.
+# The tokens that an input is taken to have, as lm-eval takes the size of a batch in inputs.
 _USUAL_LENGTH = 256
 # Standard errors to either side that make a 95 % interval of a mean.
 _STANDARD_ERRORS = 1.96
@@ -48,11 +48,10 @@ class LmEvalScore:
 
 @dataclass(frozen=True)
 class LmEvalRun:
-    """What lm-eval is asked for: as `mergelab.evaluation.dispatch.Inputs`, but for whole tasks only."""
+    """A run of lm-eval: `mergelab.evaluation.dispatch.Inputs` for whole tasks only."""
 
     spec: TaskSpec
     tokenizer: Any
-    max_length: int | None = None
 
     def take(self, members: Array) -> LmEvalRun:
         """Return itself, where there is nothing to choose from.
@@ -65,22 +64,17 @@ class LmEvalRun:
     def run(
         self,
         model: nn.Module,
+        options: EvaluationOptions = DEFAULTS,
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | str | None = None,
-        batch_tokens: int = 4096,
-        progress: Callable[[float], None] | None = None,
         watch: Watch | None = None,
-        seed: int | None = None,
     ) -> Array:
         """Measure the model with ``lm_eval.simple_evaluate``.
 
         Args:
             model: a ``transformers`` model; it is left as it is.
-            device, dtype: as `mergelab.evaluation.classification.predict`'s.
-            batch_tokens: a batch has as many inputs as make about so many tokens.
-            progress: called when all is done.
-            watch, seed: of no use here.
+            options: how to run it; a batch has as many inputs as make about ``batch_tokens``, ``progress`` is called
+                once, at the end, and ``seed`` is not used.
+            watch: not used.
 
         Returns:
             (1,) a JSON object that `scores_of` reads.
@@ -88,8 +82,6 @@ class LmEvalRun:
         Raises:
             DataError: lm-eval cannot measure it.
         """
-        import torch
-
         from mergelab.evaluation.packed_linear import inference_copy
         from mergelab.models import hub
 
@@ -98,15 +90,13 @@ class LmEvalRun:
             import lm_eval
             from lm_eval.models.huggingface import HFLM
 
-            here = next(model.parameters()).device if device is None else torch.device(device)
-            kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-            copied: Any = inference_copy(model, here, kind)
+            copied: Any = inference_copy(model, options.device_for(model), options.torch_dtype)
             try:
                 wrapped = HFLM(
                     pretrained=copied,
                     tokenizer=self.tokenizer,
-                    batch_size=max(batch_tokens // _USUAL_LENGTH, 1),
-                    max_length=self.max_length,
+                    batch_size=max(options.batch_tokens // _USUAL_LENGTH, 1),
+                    max_length=options.max_length,
                 )
                 found: Any = lm_eval.simple_evaluate(
                     model=wrapped,
@@ -118,19 +108,18 @@ class LmEvalRun:
                     log_samples=False,
                 )
             except (OSError, ValueError, KeyError, RuntimeError, ConnectionError) as error:
-                told = " ".join(str(error).split())[:300] or type(error).__name__
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise DataError(
-                    f"{self.spec.name}: lm-eval cannot measure {listed(self.spec.lm_eval_tasks)}: {told}"
+                    f"{self.spec.name}: lm-eval cannot measure {listed(self.spec.lm_eval_tasks)}: {reason}"
                 ) from error
-        if progress is not None:
-            progress(1.0)
+        options.report(1.0)
         outputs = np.empty(1, dtype=object)
         outputs[0] = json.dumps({"scores": _flat(found), "examples": _counted(found)})
         return outputs
 
 
 def scores_of(outputs: Array) -> tuple[dict[str, LmEvalScore], int]:
-    """Read what `LmEvalRun.run` answers: the metrics by name (``arc_easy/acc``), and how many examples they are of."""
+    """Read what `LmEvalRun.run` returns: the metrics by name (``arc_easy/acc``), and how many examples they are of."""
     content = json.loads(outputs[0])
     return {name: LmEvalScore(*score) for name, score in content["scores"].items()}, int(content["examples"])
 

@@ -8,7 +8,7 @@ with little to go by; a smaller stride costs more and gives lower perplexity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from mergelab.errors import DataError, ModelError, NonFinite
-from mergelab.evaluation.classification import _CPU_BATCH_TOKENS, model_positions, plan_batches
+from mergelab.evaluation.classification import model_positions, plan_batches
+from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
 from mergelab.evaluation.packed_linear import inference_copy
 from mergelab.models.architecture import quiet_transformers
 
@@ -43,7 +44,7 @@ class Windows:
         owner: (t,) the position of the example that a token belongs to; -1 where it is not scored.
         words: (n,) how many words each example has.
         spans: (w, 3) for each window the first token that it sees, the first that it scores, and the end of these.
-        members: the positions of the examples that are asked for.
+        members: the positions of the examples that are measured.
         name: the task's.
     """
 
@@ -62,40 +63,31 @@ class Windows:
         chosen = self.members[members]
         wanted = np.append(np.isin(np.arange(len(self.words)), chosen), False)[self.owner]
         until = np.concatenate([[0], np.cumsum(wanted)])
-        kept = until[self.spans[:, 2]] > until[self.spans[:, 1]]
-        return Windows(self.tokens, self.owner, self.words, self.spans[kept], chosen, self.name)
+        scoring = until[self.spans[:, 2]] > until[self.spans[:, 1]]
+        return Windows(self.tokens, self.owner, self.words, self.spans[scoring], chosen, self.name)
 
     def run(
         self,
         model: nn.Module,
+        options: EvaluationOptions = DEFAULTS,
         *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | str | None = None,
-        batch_tokens: int = 4096,
-        progress: Callable[[float], None] | None = None,
         watch: Watch | None = None,
-        seed: int | None = None,
     ) -> Array:
         """Measure how likely the examples are.
 
         Args:
             model: a ``transformers`` model that predicts the next token; it is left as it is.
-            device: where to compute; by default where the model is.
-            dtype: to compute in (``"float32"``, ``"bfloat16"``); by default the model's own.
-            batch_tokens: upper bound of one batch, padding included; one longer window is a batch of its own.
-            progress: called with the fraction done.
+            options: how to run it.
             watch: called after each batch with the positions and outputs of the examples that it completes.
-            seed: draws the order of the batches; by default the longest windows come first.
 
         Returns:
             (n, 3) float64: of each example the negative log likelihood in nats, its tokens, and its words.
 
         Raises:
-            NonFinite: the model answers NaN or infinity.
+            NonFinite: an output is NaN or infinite.
         """
-        here = next(model.parameters()).device if device is None else torch.device(device)
-        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        budget = min(batch_tokens, _CPU_BATCH_TOKENS) if here.type == "cpu" else batch_tokens
+        device = options.device_for(model)
+        copied, budget = inference_copy(model, device, options.torch_dtype), options.batch_budget(device)
         begin, _, end = self.spans.T
         sums = np.zeros((len(self.words), 2))
         every = np.arange(len(self.spans)) if watch is not None else self.members[:0]
@@ -103,12 +95,11 @@ class Windows:
         place = np.full(len(self.words), -1)
         place[self.members] = np.arange(len(self.members))
         done = 0
-        for batch, targets, losses in self._losses(inference_copy(model, here, kind), here, budget, seed):
+        for batch, targets, losses in self._losses(copied, device, budget, options.seed):
             own = self.owner[targets]
             np.add.at(sums, own[own >= 0], np.stack([losses, np.ones_like(losses)], axis=1)[own >= 0])
-            if progress is not None:
-                done += int((end - begin)[batch].sum())
-                progress(done / int((end - begin).sum()))
+            done += int((end - begin)[batch].sum())
+            options.report(done / int((end - begin).sum()))
             if watch is not None:
                 owners, closing = np.unique(self._touched(batch)[1], return_counts=True)
                 open_windows[owners] -= closing

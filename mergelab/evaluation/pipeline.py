@@ -38,6 +38,7 @@ def evaluate_glue_pipeline(
     """
     from mergelab.evaluation.classification import encode, max_input_length, predict
     from mergelab.evaluation.metrics import check_labels, score
+    from mergelab.evaluation.options import EvaluationOptions
     from mergelab.tasks.data import load_data
     from mergelab.tasks.labels import label_order
     from mergelab.tasks.loading import load_task
@@ -52,5 +53,5 @@ def evaluate_glue_pipeline(
     data = load_data(spec, data_dir=data_dir, split=split, limit=limit)
     check_labels(spec, data.labels)
     encoded = encode(data, pipe.tokenizer, max_input_length(config, pipe.tokenizer))
-    logits = predict(pipe.model, encoded, device=pipe.device, progress=progress)[:, list(order)]
+    logits = predict(pipe.model, encoded, EvaluationOptions(pipe.device, progress=progress))[:, list(order)]
     return score(data.spec, logits, data.labels, parts=data.parts)

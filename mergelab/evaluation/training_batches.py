@@ -1,7 +1,7 @@
-"""Texts as a model that writes is taught them: inputs, and the token that should follow each position.
+"""Teacher forcing for models that write: inputs, and the token that should follow each position.
 
-Of a task with references that is the prompt and, token by token, its first reference with the end of text behind it; of
-running text it is the text itself.
+For a task with references the text is the prompt followed by its first reference and the end of text; running text is
+taken as it is.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class TeacherForced:
         return np.array([sum(len(row[name]) for name in row if name.endswith("input_ids")) for row in self.rows])
 
     def batches(self, batch_tokens: int) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
-        """Return the texts' positions and their inputs, padded on the right, those of like length together."""
+        """Yield the texts' positions and their inputs, padded on the right, those of like length together."""
         for members in plan_batches(self.lengths, batch_tokens):
             rows = [self.rows[at] for at in members]
             yield members, {name: self._padded(name, [row[name] for row in rows]) for name in rows[0]}
@@ -87,7 +87,7 @@ def teacher_forced(
     if data.spec.kind == "language_modelling":
         texts = ["".join(text) for text in data.texts]
         found = [ids[:writes] for ids in _ids(tokenizer, texts)]
-        return TeacherForced(tuple(_alone(ids, 0) for ids in found if len(ids) > 1), pad_id)
+        return TeacherForced(tuple(_decoder_only(ids, 0) for ids in found if len(ids) > 1), pad_id)
     if data.references is None:
         raise ConfigError(f"{data.spec.name}: its examples have no answers that a method could learn from")
     prompts = _ids(tokenizer, [text for (text,) in data.texts])
@@ -97,10 +97,15 @@ def teacher_forced(
     pairs = list(zip(prompts, answers, strict=True))
     if not config.is_encoder_decoder:
         rows = (((*prompt, *answer)[:writes], len(prompt)) for prompt, answer in pairs)
-        return TeacherForced(tuple(_alone(ids, prompt) for ids, prompt in rows if len(ids) > max(prompt, 1)), pad_id)
+        return TeacherForced(
+            tuple(_decoder_only(ids, prompt) for ids, prompt in rows if len(ids) > max(prompt, 1)), pad_id
+        )
     start = config.decoder_start_token_id
     return TeacherForced(
-        tuple(_behind(prompt[:reads], answer[:writes], pad_id if start is None else start) for prompt, answer in pairs),
+        tuple(
+            _sequence_to_sequence(prompt[:reads], answer[:writes], pad_id if start is None else start)
+            for prompt, answer in pairs
+        ),
         pad_id,
     )
 
@@ -116,7 +121,7 @@ def _end(config: Any, tokenizer: Any) -> int | None:
     return next((token for token in (*ids, tokenizer.eos_token_id) if isinstance(token, int)), None)
 
 
-def _alone(ids: Any, prompt: int) -> dict[str, Array]:
+def _decoder_only(ids: Any, prompt: int) -> dict[str, Array]:
     """Describe a text that a decoder alone goes on with: every token behind the prompt should follow."""
     tokens = np.asarray(ids, dtype=np.int64)
     following = np.append(tokens[1:], NONE)
@@ -124,8 +129,8 @@ def _alone(ids: Any, prompt: int) -> dict[str, Array]:
     return {"input_ids": tokens, "attention_mask": np.ones_like(tokens), _FOLLOWING: following}
 
 
-def _behind(prompt: list[int], answer: list[int], start: int) -> dict[str, Array]:
-    """Describe a text that is written behind an encoder."""
+def _sequence_to_sequence(prompt: list[int], answer: list[int], start: int) -> dict[str, Array]:
+    """Describe a text that a decoder writes with an encoder's output."""
     read, labels = np.asarray(prompt, dtype=np.int64), np.asarray(answer, dtype=np.int64)
     return {
         "input_ids": read,

@@ -48,13 +48,14 @@ class TrainingExamples:
     @property
     def count(self) -> int:
         """How many examples there are."""
-        return len(self.data.texts) if self.data.spec.outputs else len(self._taught)
+        return len(self.data.texts) if self.data.spec.outputs else len(self._texts)
 
     @property
     def key(self) -> str:
         """A name for the expert's content, the examples, and how they become inputs."""
         expert = self.session.located.experts[self.index]
-        content = [self.session.content(expert.name), *(expert.labels or ()), self.data.spec.name, self.digest]
+        head = self.session.heads.of_expert(self.index, self.data.spec)
+        content = [self.session.opened.content(expert.name), head.digest, self.data.spec.name, self.digest]
         return self.session.data_key(self.data, [*content, str(self._batch_tokens)])
 
     @property
@@ -65,17 +66,17 @@ class TrainingExamples:
     @property
     def parameter_names(self) -> Mapping[str, str]:
         """The common name of each parameter that is merged."""
-        aligned = self.session.aligned
+        aligned = self.session.opened.aligned
         return {**{name: name for name in aligned.names}, **aligned.aliases}
 
     def module(self) -> nn.Module:
-        """Pour the expert's weights and its own head into the session's resident model."""
-        head = self.session.expert_head(self.index, self.data.spec)
+        """Load the expert's weights and its own head into the session's module."""
+        head = self.session.heads.of_expert(self.index, self.data.spec)
         module = self.session.module(head.outputs)
-        return load_into(module, {**self.session.expert_backbone(self.index), **head.tensors})
+        return load_into(module, {**self.session.opened.expert_backbone(self.index), **head.tensors})
 
     def batches(self) -> Iterator[Batch]:
-        """Return all examples as inputs, those of like length together."""
+        """Yield all examples as inputs, those of like length together."""
         import torch
 
         from mergelab.evaluation.classification import agree_on_padding, check_lengths, input_batches
@@ -87,7 +88,7 @@ class TrainingExamples:
             lengths = self._encoded.lengths
             batches = input_batches(module, self._encoded, pad_id, self._batch_tokens)
         else:
-            lengths, batches = self._taught.lengths, self._taught.batches(self._batch_tokens)
+            lengths, batches = self._texts.lengths, self._texts.batches(self._batch_tokens)
         done = 0
         for members, inputs in batches:
             yield {**inputs, LABELS: torch.from_numpy(self.data.labels[members])} if self.labelled else inputs
@@ -101,10 +102,10 @@ class TrainingExamples:
 
         tokenizer = self.session.tokenizer
         config = self.session.module(self.data.spec.outputs).config
-        return encode(self.data, tokenizer, max_input_length(config, tokenizer, self.session.config.eval.max_length))
+        return encode(self.data, tokenizer, max_input_length(config, tokenizer, self.session.options.max_length))
 
     @cached_property
-    def _taught(self) -> TeacherForced:
+    def _texts(self) -> TeacherForced:
         from mergelab.evaluation.training_batches import teacher_forced
 
         found = teacher_forced(
@@ -112,7 +113,7 @@ class TrainingExamples:
             self.session.module(self.data.spec.outputs).config,
             self.session.tokenizer,
             writes_with=self.session.decoder_tokenizer,
-            max_length=self.session.config.eval.max_length,
+            max_length=self.session.options.max_length,
         )
         if not len(found):
             raise DataError(
@@ -144,14 +145,14 @@ class Calibration:
 
     @property
     def folder(self) -> Path:
-        """Where statistics are kept between runs."""
+        """Where statistics are cached between runs."""
         return cache_dir() / "statistics"
 
     def of(self, expert: str, *, samples: int, seed: int, labelled: bool = False) -> TrainingExamples:
         """Draw up to ``samples`` of the training examples of the expert's task, every label in its share.
 
         Raises:
-            ConfigError: which task that is cannot be told, or it is reported on the training split.
+            ConfigError: that task is not known, or it is reported on the training split.
             DataError: there is no training split, or it has no labels where they are needed.
         """
         from mergelab.tasks.data import load_data
@@ -185,7 +186,7 @@ class Calibration:
         return self.drawn[expert]
 
     def settle(self, coefficients: Mapping[str, Mapping[str, float]], /) -> None:
-        """Hear which coefficients the method has learnt."""
+        """Record which coefficients the method has learnt."""
         self.learnt.update(coefficients)
 
     def _task(self, index: int) -> TaskSpec:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, TypeVar
 
-from mergelab.config import ExperimentConfig
+from mergelab.config import EvalConfig
 from mergelab.errors import DataError
 from mergelab.evaluation.averages import average, normalised_average
 from mergelab.evaluation.bootstrap import chance_level
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from mergelab.evaluation.scoring import Prediction, TaskResult
     from mergelab.experiment.session import Session
+    from mergelab.models.heads import Head
     from mergelab.tasks.data import TaskData
     from mergelab.tasks.metric import Direction
     from mergelab.tasks.spec import TaskSpec
@@ -27,17 +28,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A session with the tasks' examples, ready to measure weights."""
+    """A session with the tasks' examples, ready to measure weights.
 
-    config: ExperimentConfig
+    Attributes:
+        session: the opened models.
+        data: the examples of each task, by its name.
+        settings: how scores are obtained.
+        seed: of the hold-out and of the bootstrap.
+        progress: called with a message and the fraction done.
+    """
+
     session: Session
     data: Mapping[str, TaskData]
+    settings: EvalConfig
+    seed: int
     progress: Callable[[str, float], None]
 
     @cached_property
     def examples(self) -> dict[str, Examples]:
         """Which examples of each task select and which report."""
-        return {name: split_examples(data, self.config.eval, self.config.seed) for name, data in self.data.items()}
+        return {name: split_examples(data, self.settings, self.seed) for name, data in self.data.items()}
 
     @property
     def note(self) -> str:
@@ -55,50 +65,47 @@ class Evaluator:
             "full": "whole split",
             "holdout": "other examples select than report",
             "oracle": "ORACLE: the same examples select and report",
-        }[self.config.eval.protocol]
-        return "\n".join([*parts, f"protocol {self.config.eval.protocol} ({protocol})"])
+        }[self.settings.protocol]
+        return "\n".join([*parts, f"protocol {self.settings.protocol} ({protocol})"])
 
     def _windows(self, task: TaskSpec) -> str:
         """Say what perplexity depends on besides model and text: how much of it a model sees at once."""
         from mergelab.evaluation.perplexity import window_and_stride
 
         config = self.session.module(task.outputs).config
-        window, stride = window_and_stride(task, config, self.config.eval.max_length)
+        window, stride = window_and_stride(task, config, self.settings.max_length)
         return f", windows of {window} tokens, {stride} of them new"
 
     def baselines(self) -> list[ModelResult]:
         """Measure the base (with the merged model's heads) and every expert (with its own head, on its tasks)."""
-        located, session, found = self.session.located, self.session, []
-        if located.base is not None:
-            contents = (session.content("base"), self.config.models.head, *self._expert_contents())
-            predictions = {
-                name: session.predict(
-                    data,
-                    session.base_backbone,
-                    session.heads[name],
-                    located.base.label,
-                    key=contents,
-                    progress=self.progress,
-                )
-                for name, data in self.data.items()
-            }
-            found.append(self._result(located.base.label, "base", predictions, contents))
-        for index, expert in enumerate(located.experts):
-            contents = (session.content(expert.name), *(expert.labels or ()))
-            predictions = {
-                name: session.predict(
-                    data,
-                    partial(session.expert_backbone, index),
-                    session.expert_head(index, data.spec),
-                    expert.label,
-                    key=contents,
-                    progress=self.progress,
-                )
-                for name, data in self.data.items()
-                if session.expert_serves(expert, data.spec)
-            }
-            found.append(self._result(expert.label, "expert", predictions, contents))
+        session, opened, found = self.session, self.session.opened, []
+        base = session.located.base
+        if base is not None:
+            heads = {name: session.heads[name] for name in self.data}
+            key = (opened.content("base"), *self._expert_contents())
+            found.append(self._baseline(base.label, "base", opened.base_backbone, heads, key))
+        for index, expert in enumerate(session.located.experts):
+            specs = {name: data.spec for name, data in self.data.items() if session.heads.serves(expert, data.spec)}
+            heads = {name: session.heads.of_expert(index, spec) for name, spec in specs.items()}
+            backbone = partial(opened.expert_backbone, index)
+            found.append(self._baseline(expert.label, "expert", backbone, heads, (opened.content(expert.name),)))
         return self._with_averages(found)
+
+    def _baseline(
+        self,
+        label: str,
+        role: Role,
+        backbone: Callable[[], Mapping[str, Tensor]],
+        heads: Mapping[str, Head],
+        key: tuple[str, ...],
+    ) -> ModelResult:
+        """Measure a model with these heads, by task; ``key`` names the content of its backbone."""
+        predictions = {
+            name: self.session.predict(self.data[name], backbone, head, label, key=key, progress=self.progress)
+            for name, head in heads.items()
+        }
+        contents = (*key, self.session.config_digest, *(head.digest for head in heads.values()))
+        return self._result(label, role, predictions, contents)
 
     def preflight(self, baselines: Sequence[ModelResult]) -> None:
         """Check that every expert is better than chance on its own task, all examples counted.
@@ -140,19 +147,18 @@ class Evaluator:
         if len(self.data) == 1 and experts and data.spec.metrics:
             best = _best(experts, lambda model: model.results[name].score.value, result.results[name].direction)
             own, other = predictions[name].outputs, best.predictions[name].outputs
-            p = compare(data, own, other, self.examples[name], self.config.eval, self.config.seed)
+            p = compare(data, own, other, self.examples[name], self.settings, self.seed)
             result = replace(result, p_value=p)
         return self._with_averages([*baselines, result])[-1]
 
     def _expert_contents(self) -> list[str]:
-        return [self.session.content(expert.name) for expert in self.session.located.experts]
+        return [self.session.opened.content(expert.name) for expert in self.session.located.experts]
 
     def _result(
         self, label: str, role: Role, predictions: Mapping[str, Prediction], contents: tuple[str, ...] = ()
     ) -> ModelResult:
-        examples, config = self.examples, self.config
         results = {
-            name: measure(self.data[name], prediction.outputs, examples[name], config.eval, config.seed)
+            name: measure(self.data[name], prediction.outputs, self.examples[name], self.settings, self.seed)
             for name, prediction in predictions.items()
         }
         return ModelResult(
@@ -218,5 +224,5 @@ T = TypeVar("T")
 
 
 def _best(found: Sequence[T], read: Callable[[T], float], direction: Direction) -> T:
-    """Return the one that is best by what ``read`` answers."""
+    """Return the one that is best by what ``read`` returns."""
     return (max if direction == "maximize" else min)(found, key=read)

@@ -16,7 +16,7 @@ from mergelab.experiment.calibration import Calibration
 from mergelab.experiment.evaluator import Evaluator
 from mergelab.experiment.locate import LocatedModels, Source, locate
 from mergelab.experiment.merging import Merging
-from mergelab.experiment.session import Session
+from mergelab.experiment.session import Session, open_session
 from mergelab.tasks.data import load_data
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ Backbones = Mapping[str, Mapping[str, "Tensor"]]
 
 @dataclass
 class LoadedModels:
-    """Opened models, their data, and what is known of them."""
+    """Opened models with their data, and what has been measured of them."""
 
     evaluator: Evaluator
     compiling: bool = False
@@ -51,7 +51,7 @@ class LoadedModels:
     def baselines(self) -> list[ModelResult]:
         """The base and the experts, measured and, if wanted, checked to be better than chance."""
         found = self.evaluator.baselines()
-        if self.evaluator.config.eval.preflight:
+        if self.evaluator.settings.preflight:
             self.evaluator.preflight(found)
         return found
 
@@ -76,38 +76,39 @@ class LoadedModels:
         Returns:
             As `mergelab.experiment.merging.Merging.in_memory`; the tensors are overwritten by the next call.
         """
-        if self._warm is None:
-            return Merging(method, parameters, self.session, progress, examples, weights).in_memory()
+        opened, seed = self.session.opened, self.evaluator.seed
+        if self._merge_session is None:
+            return Merging(method, parameters, self.session, seed, progress, examples, weights).in_memory()
         started = time.perf_counter()
-        owners = self.session.head_owner() if method.one_model_per_expert else dict.fromkeys(self.evaluator.data)
+        owners = self.session.heads.owners() if method.one_model_per_expert else dict.fromkeys(self.evaluator.data)
         found: dict[str | None, dict[str, Tensor]] = {}
         for output in dict.fromkeys(owners.values()):
-            self._warm.merge(method, parameters, weights=weights, output=output, examples=examples)
+            self._merge_session.merge(method, parameters, weights=weights, output=output, examples=examples)
             made = (
-                {name: tensor.clone() for name, tensor in self._room.items()}
+                {name: tensor.clone() for name, tensor in self._merged.items()}
                 if method.one_model_per_expert
-                else self._room
+                else self._merged
             )
-            aliases = {alias: made[name] for alias, name in self.session.aligned.aliases.items() if name in made}
-            found[output] = {**self.session.passed_through, **self._integers, **made, **aliases}
+            aliases = {alias: made[name] for alias, name in opened.aligned.aliases.items() if name in made}
+            found[output] = {**opened.passed_through, **self._integers, **made, **aliases}
         return {task: found[output] for task, output in owners.items()}, time.perf_counter() - started
 
     @property
     def path(self) -> str:
         """How the last merge from memory computed: "compiled" or "plain" torch operations."""
-        return "plain" if self._warm is None else self._warm.path
+        return "plain" if self._merge_session is None else self._merge_session.path
 
     @cached_property
-    def _warm(self) -> MergeSession | None:
+    def _merge_session(self) -> MergeSession | None:
         from mergelab.engine.warm_session import MergeSession
 
         try:
             return MergeSession(
-                self.session.aligned,
-                self._room,
-                seed=self.session.config.seed,
+                self.session.opened.aligned,
+                self._merged,
+                seed=self.evaluator.seed,
                 device=self.session.device,
-                dtype=self.session.saved_dtype,
+                dtype=self.session.opened.dtype,
                 compiling=self.compiling,
             )
         except InsufficientMemoryError as error:
@@ -115,21 +116,21 @@ class LoadedModels:
             return None
 
     @cached_property
-    def _room(self) -> dict[str, Tensor]:
+    def _merged(self) -> dict[str, Tensor]:
         """The tensors that merges are written to."""
         import torch
 
-        aligned, wanted = self.session.aligned, self.session.saved_dtype
+        aligned, wanted = self.session.opened.aligned, self.session.opened.dtype
         like = aligned.base or aligned.experts[0]
         return {name: torch.empty(like.shape(name), dtype=wanted or like.dtype(name)) for name in aligned.names}
 
     @cached_property
     def _integers(self) -> dict[str, Tensor]:
-        aligned = self.session.aligned
+        aligned = self.session.opened.aligned
         return {name: (aligned.base or aligned.experts[0]).get(name) for name in aligned.integers}
 
 
-_kept: list[tuple[str, LoadedModels]] = []
+_last: list[tuple[str, LoadedModels]] = []  # what the last plan left for the next one
 
 
 def open_loaded(
@@ -137,14 +138,15 @@ def open_loaded(
 ) -> LoadedModels:
     """Open a plan's models and data; with ``keep``, take and leave them for the next plan on the same ones."""
     key = _key(plan, source)
-    if keep and _kept and _kept[0][0] == key:
-        return _kept[0][1]
-    _kept.clear()  # two sets of models may not fit beside each other
+    if keep and _last and _last[0][0] == key:
+        return _last[0][1]
+    _last.clear()  # two sets of models may not fit into memory
     located = locate(plan.config.models, source, [task.name for task in plan.tasks if task.path], progress)
-    session = Session(located, plan.tasks, plan.config)
-    loaded = LoadedModels(Evaluator(plan.config, session, _load_data(plan, located), progress), compiling)
+    session = open_session(located, plan.tasks, plan.config)
+    evaluator = Evaluator(session, _load_data(plan, located), plan.config.eval, plan.config.seed, progress)
+    loaded = LoadedModels(evaluator, compiling)
     if keep:
-        _kept.append((key, loaded))
+        _last.append((key, loaded))
     return loaded
 
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mergelab.config import ExperimentConfig, ModelsConfig, check
 from mergelab.console.progress import warn
 from mergelab.errors import ConfigError
-from mergelab.experiment.locate import Source
-from mergelab.experiment.locate import decide_source as _decide
+from mergelab.experiment.locate import Source, decide_source
 from mergelab.models.references import references
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class Plan:
         """Decide where models and data come from."""
         data = {task.name: (task.path, task.config) for task in self.tasks if task.path}
         local = self.data_dir is not None or not (self.config.evaluate or self.method.needs)
-        return _decide(self.config.source, self.config.models, data, data_is_local=local)
+        return decide_source(self.config.source, self.config.models, data, data_is_local=local)
 
 
 def plan_experiment(config: DictConfig) -> Plan:
@@ -53,44 +52,16 @@ def plan_experiment(config: DictConfig) -> Plan:
     Raises:
         ConfigError, DataError: a key, a value or a combination is not usable.
     """
-    from omegaconf import OmegaConf
-
-    from mergelab.engine.registry import (
-        check_capabilities,
-        method_from_config,
-        resolve_weights,
-        unsupported_for_generation,
-    )
+    from mergelab.engine.registry import method_from_config, resolve_weights, unsupported_for_generation
     from mergelab.tasks.loading import tasks_from_config
     from mergelab.tracking import tracking_config
 
-    # Each part within the whole: it may refer to a sweep's own keys.
-    keys = [str(key) for key in config if key not in _NOT_THE_EXPERIMENT]
-    missing = {key for key in keys if OmegaConf.is_missing(config, key)}
-    parts: dict[str, Any] = {key: config[key] for key in keys if key not in missing}
-    for part in parts.values():
-        missing |= OmegaConf.missing_keys(part) if OmegaConf.is_config(part) else set()
-    if missing:
-        raise ConfigError("; ".join(f"{key}: needs a value" for key in sorted(missing)))
-    resolved: dict[str, Any] = {
-        key: OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
-        for key, part in parts.items()
-    }
+    resolved = _resolved(config)
     checked = check(ExperimentConfig, resolved)
+    if checked.models.base is not None and "base" in checked.models.experts:
+        raise ConfigError("models.experts.base: that is the base's name; give another one: {<name>: <reference>}")
     method, parameters = method_from_config(checked.method)
-    check_capabilities(method, has_base=checked.models.base is not None, experts=len(checked.models.experts))
-    if method.one_model_per_expert and checked.models.head in ("average", "base"):
-        raise ConfigError(
-            f"method={method.name}: makes one model for each expert, and models.head={checked.models.head} does not "
-            "say which of them a task is measured with; models.head=per_task: its own expert's, "
-            "models.head=expert:<name>: that one's"
-        )
-    if "selection" in method.needs and not (checked.evaluate and checked.eval.protocol != "full"):
-        raise ConfigError(
-            f"method={method.name}: chooses by scores, and with "
-            f"{'evaluate=false' if not checked.evaluate else 'eval.protocol=full'} there are no examples that select; "
-            "eval.protocol=holdout sets some apart (oracle: the reporting ones, and labelled so)"
-        )
+    _check_method(method, checked)
     weights = [expert.weight for expert in checked.models.experts.values()]
     resolve_weights(method, parameters, tuple(checked.models.experts), weights)
     suite = tasks_from_config(checked.task)
@@ -111,6 +82,42 @@ def plan_experiment(config: DictConfig) -> Plan:
         suite.limit,
         tracking_config(checked.tracking),
     )
+
+
+def _resolved(config: DictConfig) -> dict[str, Any]:
+    """Resolve each part of the experiment within the whole: it may refer to a sweep's own keys."""
+    from omegaconf import OmegaConf
+
+    keys = [str(key) for key in config if key not in _NOT_THE_EXPERIMENT]
+    missing = {key for key in keys if OmegaConf.is_missing(config, key)}
+    parts: dict[str, Any] = {key: config[key] for key in keys if key not in missing}
+    for part in parts.values():
+        missing |= OmegaConf.missing_keys(part) if OmegaConf.is_config(part) else set()
+    if missing:
+        raise ConfigError("; ".join(f"{key}: needs a value" for key in sorted(missing)))
+    return {
+        key: OmegaConf.to_container(part, resolve=True) if OmegaConf.is_config(part) else part
+        for key, part in parts.items()
+    }
+
+
+def _check_method(method: MergeMethod, config: ExperimentConfig) -> None:
+    """Check that the method can be used with these models, heads and protocol."""
+    from mergelab.engine.registry import check_capabilities
+
+    check_capabilities(method, has_base=config.models.base is not None, experts=len(config.models.experts))
+    if method.one_model_per_expert and config.models.head in ("average", "base"):
+        raise ConfigError(
+            f"method={method.name}: makes one model for each expert, and models.head={config.models.head} does not "
+            "say which of them a task is measured with; models.head=per_task: its own expert's, "
+            "models.head=expert:<name>: that one's"
+        )
+    if "selection" in method.needs and not (config.evaluate and config.eval.protocol != "full"):
+        raise ConfigError(
+            f"method={method.name}: chooses by scores, and with "
+            f"{'evaluate=false' if not config.evaluate else 'eval.protocol=full'} there are no examples that select; "
+            "eval.protocol=holdout sets some apart (oracle: the reporting ones, and labelled so)"
+        )
 
 
 def _merges_writers(config: ExperimentConfig, tasks: Sequence[TaskSpec]) -> bool:

@@ -35,7 +35,7 @@ def model_tags(located: LocatedModels, session: Session) -> dict[str, str]:
     for model in (*([located.base] if located.base else []), *located.experts):
         revision = f"@{model.revision}" if model.revision and "@" not in model.label else ""
         tags[f"model.{model.name}"] = f"{model.label}{revision}"
-        tags[f"model.{model.name}.sha256"] = session.content(model.name)
+        tags[f"model.{model.name}.sha256"] = session.opened.content(model.name)
     return tags
 
 
@@ -140,8 +140,8 @@ def _record_baseline(
         BASELINE_KEY: key,
         "mergelab.kind": model.role,
         "mergelab.source": source,
-        "mergelab.protocol": evaluator.config.eval.protocol,
-        "mergelab.seed": evaluator.config.seed,
+        "mergelab.protocol": evaluator.settings.protocol,
+        "mergelab.seed": evaluator.seed,
         "mergelab.task": task,
         **_judged_by(model),
     }
@@ -149,7 +149,7 @@ def _record_baseline(
         "models.name": model.label,
         "role": model.role,
         "task.name": task,
-        "eval": evaluator.config.eval.model_dump(),
+        "eval": evaluator.settings.model_dump(),
     }
     with tracker.start_run(name, experiment=experiment, tags=tags, params=params) as run:
         for task_name in model.results:
@@ -164,14 +164,11 @@ def _baseline_key(model: ModelResult, evaluator: Evaluator) -> str:
         "weights": model.contents,
         "role": model.role,
         "data": [data.fingerprint for data in evaluator.data.values()],
-        "eval": {k: v for k, v in evaluator.config.eval.model_dump().items() if k not in ("cache", "preflight")},
-        "seed": evaluator.config.seed,
+        "eval": {k: v for k, v in evaluator.settings.model_dump().items() if k not in ("cache", "preflight")},
+        "seed": evaluator.seed,
     }
-    if evaluator.config.models.vocab is not None:
-        parts["vocab"] = [
-            evaluator.config.models.vocab,
-            evaluator.session.vocabulary and evaluator.session.vocabulary.digest,
-        ]
+    if (vocabulary := evaluator.session.opened.vocabulary) is not None:
+        parts["vocab"] = [vocabulary.policy, vocabulary.digest]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

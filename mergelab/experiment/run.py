@@ -95,7 +95,7 @@ def _execute(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: P
     for baseline in loaded.baselines:
         recording.record_baseline(tracker, run.experiment, baseline, evaluator, source)
     selection = EvaluatorSelection(evaluator) if "selection" in plan.method.needs else None
-    merging = Merging(plan.method, plan.parameters, session, progress, selection or examples)
+    merging = Merging(plan.method, plan.parameters, session, plan.config.seed, progress, selection or examples)
     backbones, seconds = merging.in_memory()
     run.set_tags(recording.calibration_tags(examples) | (selection.tags() if selection else {}))
     recording.log_coefficients(run, examples)
@@ -122,17 +122,19 @@ def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> 
     """Merge into the output folder, without measuring anything."""
     from mergelab.experiment.calibration import Calibration
     from mergelab.experiment.merging import Merging
-    from mergelab.experiment.session import Session
+    from mergelab.experiment.saving import Saving, merge_key
+    from mergelab.experiment.session import open_session
     from mergelab.tracking.grid import MODEL
 
     located = locate(plan.config.models, source, [task.name for task in plan.tasks if task.path], progress)
-    session = Session(located, plan.tasks, plan.config)
+    session = open_session(located, plan.tasks, plan.config)
     _record_inputs(plan, session, run)
     needed = "data" in plan.method.needs
     examples = Calibration(session, plan.method.name, plan.data_dir, progress) if needed else None
     assert plan.config.output is not None
     folder = Path(plan.config.output).expanduser()
-    seconds = Merging(plan.method, plan.parameters, session, progress, examples).to_disk(folder, str(plan.data_dir))
+    merging = Merging(plan.method, plan.parameters, session, plan.config.seed, progress, examples)
+    seconds = merging.to_disk(Saving(session, plan.config.save), folder, merge_key(plan, session))
     if run.id and plan.tracking.log_model != "none":
         run.log_artifacts(folder, MODEL)
     run.set_tags(recording.calibration_tags(examples))
@@ -146,9 +148,10 @@ def _keep(plan: Plan, session: Session, backbones: Mapping[str, Mapping[str, Ten
     from mergelab.tracking.grid import MODEL
 
     in_grid = run.id is not None and plan.tracking.log_model == "best" and _sweep_dir() is not None
-    keep(Saving(session), backbones, run, plan.config.output, log=plan.tracking.log_model != "none" and not in_grid)
+    saving = Saving(session, plan.config.save)
+    keep(saving, backbones, run, plan.config.output, log=plan.tracking.log_model != "none" and not in_grid)
     if in_grid:  # the grid's end knows which one is logged
-        Saving(session).save(backbones, _run_folder() / MODEL)
+        saving.save(backbones, _run_folder() / MODEL)
 
 
 def _announcement(plan: Plan, mini: str) -> str:

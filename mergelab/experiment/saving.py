@@ -1,4 +1,4 @@
-"""Merged weights as model folders: config, tokenizer and labels beside them, one folder or one for each task."""
+"""Merged weights as model folders, with config, tokenizer and labels: one folder, or one for each task."""
 
 from __future__ import annotations
 
@@ -21,18 +21,24 @@ from mergelab.weights.writer import complete_files, is_unfinished, making_of, st
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergelab.engine.method import MergeMethod
-    from mergelab.engine.parameters import Parameters
+    from mergelab.config import SaveConfig
+    from mergelab.experiment.plan import Plan
     from mergelab.experiment.session import Session
     from mergelab.tasks.spec import TaskSpec
     from mergelab.tracking import Run
 
 
 class Saving:
-    """Writes what a session's models were merged to."""
+    """Writes what a session's models were merged to.
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    Args:
+        session: the opened models, their heads, and the tasks.
+        settings: how a merged model is written.
+    """
+
+    def __init__(self, session: Session, settings: SaveConfig) -> None:
+        self._opened, self._heads, self._tasks = session.opened, session.heads, session.tasks
+        self._located, self._settings = session.located, settings
 
     def save(self, backbones: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
         """Write merged weights as a model folder; with a head per task, as a folder for each task below it.
@@ -62,48 +68,33 @@ class Saving:
 
         Args:
             folder: as for `save`.
-            merge: answers the parts of the merged tensors of these names.
+            merge: returns the parts of the merged tensors of these names.
             key: names what is merged and how: what an interrupted call with the same key completed is not done again.
             task: the one whose folder is written; None: each one's that there is.
         """
-        reference = self._session.aligned.base or self._session.aligned.experts[0]
-        dtype = self._session.saved_dtype
+        reference = self._opened.aligned.base or self._opened.aligned.experts[0]
+        dtype = self._opened.dtype
         layout = [
-            info._replace(dtype=dtype or info.dtype) if info.name in self._session.aligned.names else info
-            for info in layout_of(reference, [*self._session.aligned.names, *self._session.aligned.integers])
+            info._replace(dtype=dtype or info.dtype) if info.name in self._opened.aligned.names else info
+            for info in layout_of(reference, [*self._opened.aligned.names, *self._opened.aligned.integers])
         ]
         layout += [
             info._replace(name=alias) for alias, name in self._copies.items() for info in layout if info.name == name
         ]
         own = [
-            TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self._session.passed_through.items()
+            TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in self._opened.passed_through.items()
         ]
 
         def parts(missing: frozenset[str]) -> Iterator[TensorPart]:
-            yield from _parts_of(self._session.passed_through, missing)
-            yield from merge(missing - self._session.passed_through.keys())
+            yield from _parts_of(self._opened.passed_through, missing)
+            yield from merge(missing - self._opened.passed_through.keys())
 
         self._write(folder, [*layout, *own], parts, key, task)
 
-    def merge_key(self, method: MergeMethod, parameters: Parameters) -> str:
-        """Name all that the merged model's content depends on; a model's weights by its files' times of change."""
-        from importlib.metadata import version
-
-        config = self._session.config
-        stamps = {
-            name: [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files]
-            for name, checkpoint in self._session.checkpoints.items()
-        }
-        parts = {
-            "version": version("mergelab"),
-            "method": [method.name, parameters.by_key()],
-            "models": [config.models.model_dump(), stamps],
-            "vocabulary": self._session.vocabulary and self._session.vocabulary.digest,
-            "tasks": [task.name for task in self._session.tasks],
-            "save": config.save.model_dump(),
-            "seed": config.seed,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    @property
+    def _is_pair(self) -> bool:
+        kind = self._opened.architecture
+        return kind is not None and kind.name == PAIRED
 
     @cached_property
     def _copies(self) -> dict[str, str]:
@@ -111,9 +102,9 @@ class Saving:
 
         Transformers 5 does not tie these when it loads a model, and would draw the decoder's anew.
         """
-        if self._session.kind.name != PAIRED:
+        if not self._is_pair:
             return {}
-        return {alias: name for alias, name in self._session.aligned.aliases.items() if _part(alias) != _part(name)}
+        return {alias: name for alias, name in self._opened.aligned.aliases.items() if _part(alias) != _part(name)}
 
     def _write(
         self,
@@ -124,7 +115,7 @@ class Saving:
         task: str | None = None,
     ) -> None:
         """Write one folder, or one for each task's head (or that of one task), from one stream of what they share."""
-        shared = [info for info in layout if info.name not in self._session.head_names]
+        shared = [info for info in layout if info.name not in self._opened.head_names]
         folders = self._model_folders(folder, task)
         with noted(folder, [place for place, _, _ in folders], key), ExitStack() as stack:
             like = stack.enter_context(self._companions())
@@ -137,10 +128,10 @@ class Saving:
                         layout=[*shared, *heads],
                         like=like,
                         config_updates=updates,
-                        dtype=self._session.saved_dtype,
-                        max_shard_bytes=self._session.config.save.max_shard_bytes,
-                        aliases={a: n for a, n in self._session.aligned.aliases.items() if a not in self._copies},
-                        inputs=self._session.folders(),
+                        dtype=self._opened.dtype,
+                        max_shard_bytes=self._settings.max_shard_bytes,
+                        aliases={a: n for a, n in self._opened.aligned.aliases.items() if a not in self._copies},
+                        inputs=self._opened.folders,
                         key=key,
                     )
                 )
@@ -156,39 +147,58 @@ class Saving:
 
     def _model_folders(self, folder: Path, only: str | None) -> list[tuple[Path, Mapping[str, Tensor], dict[str, Any]]]:
         """Return the folders to write, each with its head and what its configuration says of the labels."""
-        if not self._session.head_names:
+        if not self._opened.head_names:
             return [(folder, {}, {})]
-        if self._session.config.models.head != "per_task" or len(self._session.tasks) == 1:
-            return [
-                (folder, self._session.heads[self._session.tasks[0].name].tensors, label_config(self._session.tasks[0]))
-            ]
-        tasks = [task for task in self._session.tasks if only in (None, task.name)]
-        return [(folder / task.name, self._session.heads[task.name].tensors, label_config(task)) for task in tasks]
+        if self._heads.policy != "per_task" or len(self._tasks) == 1:
+            return [(folder, self._heads[self._tasks[0].name].tensors, label_config(self._tasks[0]))]
+        tasks = [task for task in self._tasks if only in (None, task.name)]
+        return [(folder / task.name, self._heads[task.name].tensors, label_config(task)) for task in tasks]
 
     def _companions(self) -> contextlib.AbstractContextManager[Path]:
         """Return a folder whose config, tokenizer, generation config and chat template are copied."""
         chosen = self._companions_of()
-        if self._session.kind.name == PAIRED:
-            return companions(chosen, [folder for folder in self._session.folders() if folder != chosen])
-        if self._session.vocabulary is None:
+        if self._is_pair:
+            return companions(chosen, [folder for folder in self._opened.folders if folder != chosen])
+        if self._opened.vocabulary is None:
             return contextlib.nullcontext(chosen)
-        return self._session.vocabulary.companions(
-            chosen, template=chosen if self._session.config.save.tokenizer else None
-        )
+        return self._opened.vocabulary.companions(chosen, template=chosen if self._settings.tokenizer else None)
 
     def _companions_of(self) -> Path:
-        if (chosen := self._session.config.save.tokenizer) is None:
-            folders = [expert.folder for expert in self._session.located.experts]
+        if (chosen := self._settings.tokenizer) is None:
+            folders = [expert.folder for expert in self._located.experts]
             return tokenizer_folder(folders) or folders[0]
-        folders_by_name = {expert.name: expert.folder for expert in self._session.located.experts}
-        if self._session.located.base is not None:
-            folders_by_name["base"] = self._session.located.base.folder
+        folders_by_name = {expert.name: expert.folder for expert in self._located.experts}
+        if self._located.base is not None:
+            folders_by_name["base"] = self._located.base.folder
         if chosen not in folders_by_name:
             raise ConfigError(
                 f"save.tokenizer={chosen}: must be base or an expert{did_you_mean(chosen, folders_by_name)} "
                 f"(there are {listed(folders_by_name)})"
             )
         return folders_by_name[chosen]
+
+
+def merge_key(plan: Plan, session: Session) -> str:
+    """Name all that the content of a plan's merged model depends on; weights by their files' times of change."""
+    from importlib.metadata import version
+
+    opened, config = session.opened, plan.config
+    stamps = {
+        model.name: [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in model.checkpoint.files]
+        for model in opened.models
+        if model.checkpoint
+    }
+    parts = {
+        "version": version("mergelab"),
+        "method": [plan.method.name, plan.parameters.by_key()],
+        "models": [config.models.model_dump(), stamps],
+        "vocabulary": opened.vocabulary and opened.vocabulary.digest,
+        "tasks": [task.name for task in session.tasks],
+        "save": config.save.model_dump(),
+        "seed": config.seed,
+    }
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return f"{key} {plan.data_dir}"  # of the examples that a method learns from
 
 
 def keep(
@@ -207,9 +217,9 @@ def keep(
 
 @contextlib.contextmanager
 def noted(folder: Path, places: Sequence[Path], key: str | None) -> Iterator[None]:
-    """Note on a Ctrl-C what it leaves of the models that are written to ``places``, and what the same command does.
+    """Note on a Ctrl-C what remains of the models that are written to ``places``, and what the same command does.
 
-    Without a key nothing is kept, and there is nothing to note.
+    Without a key nothing remains.
     """
     try:
         yield
@@ -217,12 +227,12 @@ def noted(folder: Path, places: Sequence[Path], key: str | None) -> Iterator[Non
         if key is None:
             raise
         whole = [path.name for path in sorted(folder.glob("*")) if not is_unfinished(path)]
-        kept = {place: count for place in places if (count := complete_files(place, key))}
+        remaining = {place: count for place in places if (count := complete_files(place, key))}
         if whole and folder not in places:
             interrupt.add_note(f"{folder} holds {listed(whole)} already: remove it before the same command again")
-        elif kept:
-            where = listed([str(making_of(place)) for place in kept], 2)
-            interrupt.add_note(f"{stay(sum(kept.values()))} in {where}: the same command goes on from there")
+        elif remaining:
+            where = listed([str(making_of(place)) for place in remaining], 2)
+            interrupt.add_note(f"{stay(sum(remaining.values()))} in {where}: the same command goes on from there")
         raise
 
 

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluatorSelection:
-    """Measures averages on a evaluator.
+    """Average experts and measure the averages.
 
     Attributes:
         evaluator: its protocol says which examples select.
         trials: what has been measured: the experts' names, and the score.
-        chosen: the experts that the greedy soup is made of, once it is.
+        chosen: the experts that the greedy soup averages, once they are chosen.
     """
 
     evaluator: Evaluator
@@ -33,25 +33,25 @@ class EvaluatorSelection:
     def score(self, experts: Sequence[str]) -> float:
         """Measure the uniform average of the named experts: the mean of the tasks' primary scores.
 
-        Scores that are better when they are less are answered with their sign turned.
+        The sign of scores that are better when they are less is turned.
 
         Raises:
             ConfigError: some tasks' scores are better when greater, others' when less.
         """
-        session = self.evaluator.session
-        session.average_heads_of(experts)
-        members = tuple(expert for expert in session.aligned.experts if expert.name in experts)
-        models = replace(session.aligned, base=None, experts=members)
-        backbone = {**session.passed_through, **dict(merge(get_method("soup"), {}, models))}
+        session, opened = self.evaluator.session, self.evaluator.session.opened
+        session.heads.average_of(experts)
+        members = tuple(expert for expert in opened.aligned.experts if expert.name in experts)
+        models = replace(opened.aligned, base=None, experts=members)
+        backbone = {**opened.passed_through, **dict(merge(get_method("soup"), {}, models))}
         title = f"soup of {len(members)}"
         measured = self.evaluator.merged(dict.fromkeys(self.evaluator.data, backbone), title, ())
         if unselected := [name for name, result in measured.scored.items() if not result.select]:
             raise ConfigError(f"method=greedy_soup: no part of {', '.join(unselected)} can be set apart to select on")
         direction = common_direction(measured.results.values())
         if direction is None:
-            told = ", ".join(f"{name} {result.primary}" for name, result in measured.scored.items())
+            measures = ", ".join(f"{name} {result.primary}" for name, result in measured.scored.items())
             raise ConfigError(
-                f"method=greedy_soup: chooses by one score, and of these ({told or 'none'}) some are better when "
+                f"method=greedy_soup: chooses by one score, and of these ({measures or 'none'}) some are better when "
                 "greater, others when less"
             )
         score = fmean(result.select[result.primary] for result in measured.scored.values())
@@ -61,7 +61,7 @@ class EvaluatorSelection:
     def settle(self, experts: Sequence[str]) -> None:
         """Give the merged model the averaged head of the chosen experts."""
         self.chosen[:] = experts
-        self.evaluator.session.average_heads_of(experts)
+        self.evaluator.session.heads.average_of(experts)
 
     def tags(self) -> dict[str, str]:
         """Say for the record what was tried and chosen."""

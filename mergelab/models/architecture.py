@@ -1,4 +1,4 @@
-"""What kind of model a folder holds, and the one resident model that weights are poured into for evaluation."""
+"""What kind of model a folder or a module is, and modules that weights are loaded into for evaluation."""
 
 from __future__ import annotations
 
@@ -87,11 +87,19 @@ def architecture(folder: Path, model: str, names: Collection[str] = ()) -> Archi
     return Architecture(name, prefix, name.endswith(_CLASSIFIERS), labels)
 
 
-def architecture_of(module: nn.Module | None) -> Architecture:
-    """Describe a module; one that is not transformers' has neither prefix nor labels."""
-    name, config = type(module).__name__, getattr(module, "config", None)
+def architecture_of(module: nn.Module, names: Collection[str] = ()) -> Architecture | None:
+    """Describe a module as `architecture` describes a folder; None for one that is not transformers'.
+
+    A user's subclass of a model of transformers counts as that model. ``names`` are its tensors'.
+    """
+    classes, config = type(module).__mro__, getattr(module, "config", None)
+    if config is None or not any(cls.__name__ == "PreTrainedModel" for cls in classes):
+        return None
+    own = (cls.__name__ for cls in classes if cls.__module__.startswith("transformers.models."))
+    name = next(own, type(module).__name__)
+    prefix = backbone_prefix(names).removesuffix(".") or str(getattr(module, "base_model_prefix", ""))
     labels = {int(index): str(label) for index, label in (getattr(config, "id2label", None) or {}).items()}
-    return Architecture(name, str(getattr(module, "base_model_prefix", "")), name.endswith(_CLASSIFIERS), labels)
+    return Architecture(name, prefix, name.endswith(_CLASSIFIERS), labels)
 
 
 def head_names(names: Iterable[str], kind: Architecture) -> tuple[str, ...]:
@@ -123,7 +131,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def open_classifier(folder: Path, model: str, num_labels: int) -> nn.Module:
-    """Open a sequence classifier with ``num_labels`` outputs, float32, in evaluation mode, to pour weights into.
+    """Open a sequence classifier with ``num_labels`` outputs, float32, in evaluation mode, to load weights into.
 
     Raises:
         ModelError: transformers cannot build it.
@@ -136,7 +144,7 @@ def open_classifier(folder: Path, model: str, num_labels: int) -> nn.Module:
 
 
 def open_generator(folder: Path, model: str) -> nn.Module:
-    """Open a model that writes texts, alone or behind an encoder, float32, in evaluation mode, to pour weights into.
+    """Open a model that writes texts, alone or behind an encoder, float32, in evaluation mode, to load weights into.
 
     Raises:
         ModelError: transformers cannot build it, or it looks ahead, so that it cannot write.
@@ -157,7 +165,7 @@ def open_generator(folder: Path, model: str) -> nn.Module:
 
 
 def _siblings(module: nn.Module) -> str:
-    """Return the names of the classes that stand beside a module's in transformers, such as BertForMaskedLM."""
+    """Return the names of the classes in a module's file of transformers, such as BertForMaskedLM."""
     import sys
 
     return " ".join(dir(sys.modules[type(module).__module__]))

@@ -1,7 +1,7 @@
-"""Encoder-decoder models that are made of two: warm starts of a pair, and a model with one part exchanged.
+"""Encoder-decoder models joined from two: warm starts of a pair, and a model with one part exchanged.
 
 What is made is a model folder in the cache like any other, named by all that its content depends on, so that the rest
-of mergelab need not know how it came to be. A file beside the weights lists those that no checkpoint had.
+of mergelab need not know how it came to be. A file in the folder lists the weights that no checkpoint had.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def made(parts: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
 
 
 def _content(folder: Path) -> list[str]:
-    """Name the content of a model's folder: its weights, and every small file that a joined model is made of."""
+    """Name the content of a model's folder: its weights, and every small file that goes into a joined model."""
     files = [folder / CONFIG, folder / _GENERATION, folder / NEW]
     texts = [file.read_bytes() if file.is_file() else b"" for file in files]
     texts += [tokenizer_content(each) or b"" for each in (folder, decoder_tokenizer(folder))]
@@ -155,7 +155,7 @@ def _join(folder: Path, encoder: Path, decoder: Path, where: str, seed: int, tok
 
 
 def _encoder(folder: Path, where: str) -> tuple[PreTrainedModel, set[str]]:
-    """Load a model without a head, and answer which of its tensors the checkpoint does not have."""
+    """Load a model without a head; return it, and which of its tensors the checkpoint does not have."""
     from transformers import AutoConfig, AutoModel, EncoderDecoderModel
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -185,7 +185,7 @@ def _encoder(folder: Path, where: str) -> tuple[PreTrainedModel, set[str]]:
 
 
 def _decoder(folder: Path, where: str) -> tuple[PreTrainedModel, set[str]]:
-    """Load a causal language model with cross-attention, and answer which of its tensors the checkpoint has not."""
+    """Load a causal language model with cross-attention; return it, and which tensors the checkpoint does not have."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, EncoderDecoderModel
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -271,7 +271,7 @@ def _token_ids(folder: Path, where: str, given: Mapping[str, int]) -> dict[str, 
         if value is None and name != "eos_token_id":
             raise ModelError(
                 f"{where}: the decoder {folder.name} does not say which token is its {name.removesuffix('_token_id')} "
-                f"token; say {name} beside the encoder and the decoder"
+                f"token; say {name} with the encoder and the decoder"
             )
         if value is not None and rows is not None and not 0 <= value < rows:
             raise ModelError(f"{where}.{name}={value}: the decoder {folder.name} has {rows} tokens")

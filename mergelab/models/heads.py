@@ -1,14 +1,18 @@
-"""Task heads: which tensors they are, whose head a merged model gets, and their rows in the task's order."""
+"""Task heads: read with their output rows in a given order of labels, and averaged."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
-from mergelab.errors import KeyMismatch, ShapeMismatch, listed
+from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
+from mergelab.weights.agreement import described
+from mergelab.weights.align import check_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +27,15 @@ class Head:
     tensors: dict[str, Tensor]
     owner: str
 
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the tensors, in the order in which their outputs are."""
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
     @property
     def outputs(self) -> int:
         """The number of outputs."""
@@ -30,8 +43,14 @@ class Head:
 
 
 def read_head(source: TensorSource, names: Sequence[str], order: Sequence[int]) -> Head:
-    """Read a head and put its output rows into the task's order: row ``order[j]`` becomes row ``j``."""
+    """Read a head and put its output rows into the task's order: row ``order[j]`` becomes row ``j``.
+
+    Raises:
+        KeyMismatch: the source lacks one of the tensors. NonFinite: one holds NaN or infinity.
+    """
     tensors = {name: source.get(name) for name in names}
+    for name, tensor in tensors.items():
+        check_finite(source, name, tensor)
     if list(order) != list(range(len(order))):
         index = torch.tensor(list(order))
         tensors = {n: t.index_select(0, index) if t.shape[:1] == (len(order),) else t for n, t in tensors.items()}
@@ -77,7 +96,7 @@ class ReorderedSource:
 
 
 def mean_head(heads: Sequence[Head], dtype: torch.dtype | None = None) -> Head:
-    """Average heads tensor by tensor, in float32, rounded once to ``dtype`` (default: the first one's).
+    """Average heads tensor by tensor as `mean_tensor` does, rounded once to ``dtype`` (default: the first one's).
 
     Raises:
         KeyMismatch: they do not have the same tensors.
@@ -100,9 +119,37 @@ def mean_head(heads: Sequence[Head], dtype: torch.dtype | None = None) -> Head:
     )
 
 
+def mean_of(sources: Sequence[TensorSource], name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """Average a tensor over models as `mean_tensor` does; integers, which must be equal, are copied.
+
+    Raises:
+        KeyMismatch: a model lacks it. NonFinite: it holds NaN or infinity in one of them.
+        ShapeMismatch: its shape differs, or it is floating point in one model and integer in another.
+        ModelError: its integers differ.
+    """
+    tensors = [source.get(name) for source in sources]
+    first = tensors[0]
+    for source, tensor in zip(sources, tensors, strict=True):
+        check_finite(source, name, tensor)
+        if tensor.shape != first.shape or tensor.is_floating_point() != first.is_floating_point():
+            raise ShapeMismatch(
+                f"{name} cannot be averaged: it is {described(first.shape, first.dtype)} in {sources[0].name} and "
+                f"{described(tensor.shape, tensor.dtype)} in {source.name}"
+            )
+        if not first.is_floating_point() and not torch.equal(tensor, first):
+            raise ModelError(
+                f"{name} holds integers, which are copied, and those of {sources[0].name} and {source.name} differ"
+            )
+    return mean_tensor(tensors, dtype) if first.is_floating_point() else first.clone()
+
+
 def mean_tensor(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    """Average tensors of one shape in float32, rounded once to ``dtype`` (default: the first one's)."""
-    total = tensors[0].float().clone()
+    """Average tensors of one shape, rounded once to ``dtype`` (default: the first one's).
+
+    Sums are float64 where a tensor is, else float32.
+    """
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    total = tensors[0].to(wide, copy=True)
     for tensor in tensors[1:]:
-        total += tensor.float()
+        total += tensor.to(wide)
     return (total / len(tensors)).to(dtype or tensors[0].dtype)

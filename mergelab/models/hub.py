@@ -97,7 +97,7 @@ def cached(repo_id: str, revision: str | None = None) -> Path | None:
 
 
 def fetch(repo_id: str, revision: str | None = None) -> Path:
-    """Download what a transformers checkpoint needs and answer the local snapshot's folder.
+    """Download what a transformers checkpoint needs and return the local snapshot's folder.
 
     That is configuration, tokenizer, generation settings and chat templates, then the weights in one format:
     safetensors, or PyTorch's where there are no safetensors. Files that the cache has are not fetched again. When the

@@ -20,7 +20,7 @@ from mergelab.weights.source import TensorSource, layout_of
 from mergelab.weights.writer import COMPANIONS, save_folder
 
 ModelPart = Literal["encoder", "decoder"]
-# What only a decoder beside an encoder has; a checkpoint that stood alone lacks it.
+# What only a decoder with an encoder has; a checkpoint of a decoder alone lacks it.
 _CROSS_ATTENTION = ("*crossattention*", "*cross_attn*", "*encoder_attn*", "*EncDecAttention*")
 _PART = re.compile(r"((?:model\.|transformer\.)?(?:encoder|decoder)\.)")
 
@@ -30,7 +30,7 @@ def with_part(base: Path, checkpoint: Path, part: ModelPart, *, where: str) -> P
 
     The checkpoint is an encoder (BERT, a classifier made of one), a decoder (GPT-2), or another whole encoder-decoder
     of which that part is taken. What it lacks of the part and need not have, cross-attention, output layers and
-    poolers, stays the base's; heads that the base does not have are left out.
+    poolers, stays the base's; heads that the base does not have are not taken.
 
     Args:
         base: the folder of a saved encoder-decoder.

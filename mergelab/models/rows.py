@@ -74,7 +74,7 @@ class RowSource:
         self.source.prefetch(key)
 
     def get(self, key: str) -> Tensor:
-        """Read ``key``; what is no part of the stored tensor is kept until another such tensor is asked for."""
+        """Read ``key``; a tensor in other rows than stored is held until the next one is read."""
         if key not in self.vocabulary:
             return self.source.get(key)
         if self._is_in_place:

@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING
 
 from mergelab.config import LayersConfig
 from mergelab.errors import ConfigError
-from mergelab.models.heads import mean_tensor
+from mergelab.models.heads import mean_of
+from mergelab.weights.align import check_finite
 from mergelab.weights.naming import layer_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from mergelab.config import LeaveOut
     from mergelab.weights.align import AlignedModels
+    from mergelab.weights.source import TensorSource
 
 
 def left_out(names: Sequence[str], leave_out: LeaveOut, *, key: str) -> list[str]:
-    """Return the tensors of layers that are to be left out of the merge.
+    """Return the tensors of layers that skip the merge.
 
     Args:
         names: of the models' tensors.
@@ -54,11 +57,14 @@ def _check_numbers(key: str, numbers: Sequence[int], there_are: Collection[int])
 
 
 def set_aside(
-    aligned: AlignedModels, leave_out: Collection[str] = (), new: Sequence[Collection[str]] = ()
+    aligned: AlignedModels,
+    leave_out: Collection[str] = (),
+    new: Sequence[Collection[str]] = (),
+    dtype: torch.dtype | None = None,
 ) -> tuple[AlignedModels, dict[str, Tensor]]:
-    """Take tensors out of the merge, and answer the models without them and what the merged model has in their place.
+    """Take tensors out of the merge; return the models without them, and what the merged model has in their place.
 
-    For layers that are left out that is the base's. For a tensor that is newly initialised in some model it is the mean
+    For layers that skip the merge: the base's. For a tensor that is newly initialised in some model: the mean
     of the experts in which it is not; if there is none, the base's; if it is new there too, the base's all the same, or
     the first expert's where there is no base.
 
@@ -66,18 +72,28 @@ def set_aside(
         aligned: the models.
         leave_out: names of tensors that stay the base's.
         new: for each model, the base first where there is one, which tensors are newly initialised.
+        dtype: what means are rounded to, once; default: the first expert's that is averaged.
+
+    Raises:
+        NonFinite: one of these tensors holds NaN or infinity.
     """
-    kept: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
     any_new = frozenset[str]().union(*new)
     experts_new = new[-len(aligned.experts) :] if new else ()
     first = aligned.base or aligned.experts[0]
     for name in aligned.names:
         if name in leave_out:
-            kept[name] = first.get(name)
+            others[name] = _checked(first, name)
         elif name in any_new:
-            trained = [e.get(name) for e, own in zip(aligned.experts, experts_new, strict=True) if name not in own]
-            kept[name] = mean_tensor(trained) if trained else first.get(name)
-    merged = tuple(name for name in aligned.names if name not in kept)
-    ties = {alias: name for alias, name in aligned.aliases.items() if name not in kept}
-    kept |= {alias: kept[name] for alias, name in aligned.aliases.items() if name in kept}
-    return replace(aligned, names=merged, aliases=ties), kept
+            trained = [expert for expert, own in zip(aligned.experts, experts_new, strict=True) if name not in own]
+            others[name] = mean_of(trained, name, dtype) if trained else _checked(first, name)
+    merged = tuple(name for name in aligned.names if name not in others)
+    ties = {alias: name for alias, name in aligned.aliases.items() if name not in others}
+    others |= {alias: others[name] for alias, name in aligned.aliases.items() if name in others}
+    return replace(aligned, names=merged, aliases=ties), others
+
+
+def _checked(source: TensorSource, name: str) -> Tensor:
+    tensor = source.get(name)
+    check_finite(source, name, tensor)
+    return tensor

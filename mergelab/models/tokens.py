@@ -162,7 +162,7 @@ def _tokens_in(file: Path) -> dict[str, int]:
 
 
 def _added_tokens(folder: Path) -> dict[str, int]:
-    """Read the added tokens that stand beside the vocabulary."""
+    """Read the added tokens that are stored apart from the vocabulary."""
     listed_apart = {str(token): int(row) for token, row in _json(folder / _ADDED).items()}
     in_config = _json(folder / _CONFIG).get("added_tokens_decoder") or {}
     return {str(token["content"]): int(row) for row, token in in_config.items()} | listed_apart

@@ -13,10 +13,10 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -63,8 +63,8 @@ class Vocabulary:
 
     Attributes:
         size: the number of rows of its embedding.
-        tokens: row by token; a token that the embedding has no row for is left out.
-        folder: where its tokenizer is; another model's folder where it has none of its own.
+        tokens: row by token; a token that the embedding has no row for is not among them.
+        folder: where its tokenizer is; another model's folder where it has none.
     """
 
     size: int
@@ -82,15 +82,32 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
 
 
 def is_encoder_decoder_pair(config: Mapping[str, Any]) -> bool:
-    """Tell a model whose encoder and decoder have embeddings, and may have tokenizers, of their own."""
+    """Return whether encoder and decoder have separate embeddings, and may have separate tokenizers."""
     return all(isinstance(config.get(part), Mapping) for part in ("encoder", "decoder"))
 
 
-def check_vocabularies(models: Sequence[Checkpoint], *, has_base: bool, key: str = "models.vocab") -> None:
+@dataclass(frozen=True)
+class LoadedTokens:
+    """What a model in memory tells of its tokens.
+
+    Attributes:
+        name: what errors call the model.
+        config: its configuration.
+        tokenizer: its pipeline's, where it has one: of what it reads.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    tokenizer: Any = None
+
+
+def check_vocabularies(
+    models: Sequence[Checkpoint | LoadedTokens], *, has_base: bool, key: str = "models.vocab"
+) -> None:
     """Check that models can be merged row by row: that they have as many rows, and the same token in each.
 
     Tokens are compared where the tokenizers' files differ; a model without a readable tokenizer is taken as it is.
-    Encoder and decoder are compared each on its own. ``key`` is what the choice between policies is called.
+    Encoder and decoder are compared separately. ``key`` is what the choice between policies is called.
 
     Raises:
         ModelError: they differ; names the models and what can be done.
@@ -104,39 +121,47 @@ def check_vocabularies(models: Sequence[Checkpoint], *, has_base: bool, key: str
             "one (models.experts.<name>.part=encoder or decoder)"
         )
         for part in ("encoder", "decoder"):
-            _check_rows([_row_names(model, part) for model in models], f" of the {part}s", ways)
+            _check_rows([_token_rows(model, part) for model in models], f" of the {part}s", ways)
         return
-    _check_rows([_row_names(model) for model in models], "", ways)
+    _check_rows([_token_rows(model) for model in models], "", ways)
 
 
 class _TokenRows(NamedTuple):
-    """A model, how many rows its embedding has, and the folder of the tokenizer that says what they stand for."""
+    """A model, how many rows its embedding has, and the tokens that they stand for.
+
+    Models of equal ``content`` have the same tokens; ``read`` returns these; both None where no tokenizer is known.
+    """
 
     name: str
     size: int | None
-    folder: Path
+    content: bytes | None
+    read: Callable[[], Mapping[str, int] | None]
 
 
-def _row_names(model: Checkpoint, part: str | None = None) -> _TokenRows:
-    if part is None:
-        return _TokenRows(model.name, vocabulary_size(model.config), model.folder)
+def _token_rows(model: Checkpoint | LoadedTokens, part: str | None = None) -> _TokenRows:
+    size = vocabulary_size(model.config if part is None else model.config[part])
+    if isinstance(model, LoadedTokens):
+        tokens = None if model.tokenizer is None or part == "decoder" else model.tokenizer.get_vocab()
+        content = None if tokens is None else json.dumps(sorted(tokens.items())).encode()
+        return _TokenRows(model.name, size, content, lambda: tokens)
     folder = decoder_tokenizer(model.folder) if part == "decoder" else model.folder
-    return _TokenRows(model.name, vocabulary_size(model.config[part]), folder)
+    content = tokenizer_content(folder) if size is not None else None
+    return _TokenRows(model.name, size, content, partial(read_tokens, folder))
 
 
 def _check_rows(models: Sequence[_TokenRows], whose: str, ways: str) -> None:
     sizes = {model.name: model.size for model in models if model.size is not None}
     if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ModelError(f"the models' vocabularies{whose} differ in size ({told}): {ways}")
+        described = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ModelError(f"the models' vocabularies{whose} differ in size ({described}): {ways}")
     contents: dict[bytes, _TokenRows] = {}
     for model in models:
-        if model.name in sizes and (content := tokenizer_content(model.folder)) is not None:
-            contents.setdefault(content, model)
+        if model.name in sizes and model.content is not None:
+            contents.setdefault(model.content, model)
     seen: dict[int, tuple[str, str]] = {}
     for model in contents.values() if len(contents) > 1 else ():
         try:
-            tokens = read_tokens(model.folder) or {}
+            tokens = model.read() or {}
         except ModelError:
             continue
         here = {row: (token, model.name) for token, row in tokens.items() if row < sizes[model.name]}
@@ -149,17 +174,18 @@ def _check_rows(models: Sequence[_TokenRows], whose: str, ways: str) -> None:
         seen = here | seen
 
 
-def merged_vocabulary(policy: Policy, models: Sequence[Checkpoint]) -> MergedVocabulary:
+def merged_vocabulary(policy: Policy, models: Sequence[Checkpoint], *, key: str = "models.vocab") -> MergedVocabulary:
     """Plan the rows of the merged model.
 
     Args:
         policy: whether it has the first model's tokens or those of all.
         models: the base first; without one the experts alone.
+        key: what messages call the policy.
 
     Raises:
-        ModelError: it cannot be told which rows of a model are which tokens'.
+        ModelError: it is not known which rows of a model are which tokens'.
     """
-    vocabularies = _vocabularies(policy, models)
+    vocabularies = _vocabularies(f"{key}={policy}", models)
     first = vocabularies[0]
     tokens, added = dict(first.tokens), _tokens_to_add(vocabularies) if policy == "union" else ()
     if added:
@@ -175,17 +201,17 @@ def merged_vocabulary(policy: Policy, models: Sequence[Checkpoint]) -> MergedVoc
     return MergedVocabulary(policy, tuple(models), vocabularies, size, tokens, added, tuple(rows))
 
 
-def _vocabularies(policy: Policy, models: Sequence[Checkpoint]) -> tuple[Vocabulary, ...]:
+def _vocabularies(asked: str, models: Sequence[Checkpoint]) -> tuple[Vocabulary, ...]:
     """Read the models' tokens; one without tokenizer has those of the first model that has one and as many rows."""
     sizes = []
     for model in models:
         if is_encoder_decoder_pair(model.config):
             raise ModelError(
-                f"models.vocab={policy}: {model.name} is an encoder-decoder, whose vocabularies are not merged by "
-                "token; leave models.vocab out and merge models of the same tokenizers"
+                f"{asked}: {model.name} is an encoder-decoder, whose vocabularies are not merged by "
+                "token; merge models of the same tokenizers without it"
             )
         if (size := vocabulary_size(model.config)) is None:
-            raise ModelError(f"models.vocab={policy}: {model.name} has no vocab_size in its {CONFIG}")
+            raise ModelError(f"{asked}: {model.name} has no vocab_size in its {CONFIG}")
         sizes.append(size)
     found = []
     for model, size in zip(models, sizes, strict=True):
@@ -196,8 +222,8 @@ def _vocabularies(policy: Policy, models: Sequence[Checkpoint]) -> tuple[Vocabul
         found[at] = found[at] or next((other for other in own if other.size == size), None)
         if found[at] is None:
             raise ModelError(
-                f"models.vocab={policy}: {model.name} has no tokenizer, and no other model with {size} rows has one, "
-                "so that it cannot be told which row is which token's"
+                f"{asked}: {model.name} has no tokenizer, and no other model with {size} rows has one, "
+                "so that it is not known which row is which token's"
             )
     return tuple(vocabulary for vocabulary in found if vocabulary is not None)
 
@@ -275,8 +301,8 @@ class MergedVocabulary:
             module.resize_token_embeddings(self.size, mean_resizing=False)  # type: ignore[operator]
         configs: list[Any] = [module.config, getattr(module, "generation_config", None)]
         for config in configs:
-            told: dict[str, Any] = {} if config is None else config.to_dict()
-            ids = {key: value for key, value in told.items() if key.endswith(_TOKEN_ID)}
+            values: dict[str, Any] = {} if config is None else config.to_dict()
+            ids = {key: value for key, value in values.items() if key.endswith(_TOKEN_ID)}
             for key, value in self._translated(ids, folder).items():
                 setattr(config, key, value)
         return module

@@ -174,7 +174,7 @@ def measure_trial(
     """
     if run.id:
         run.log_dict(dict(plan.resolved), "config.yaml")
-    loaded.session.average_heads_of([expert.name for expert in loaded.session.located.experts])
+    loaded.session.heads.average_of([expert.name for expert in loaded.session.located.experts])
     with _failing():
         examples = loaded.calibration(plan, progress)
         backbones, seconds = loaded.merged(plan.method, plan.parameters, examples, progress, _weights(plan))
@@ -301,7 +301,8 @@ def _save(plan: Plan, loaded: LoadedModels, run: Run, examples: Any, progress: A
     if plan.config.output is None and (run.id is None or plan.tracking.log_model == "none"):
         return
     backbones, _ = loaded.merged(plan.method, plan.parameters, examples, progress, _weights(plan))
-    keep(Saving(loaded.session), backbones, run, plan.config.output, log=plan.tracking.log_model != "none")
+    saving = Saving(loaded.session, plan.config.save)
+    keep(saving, backbones, run, plan.config.output, log=plan.tracking.log_model != "none")
 
 
 def _against(
@@ -315,7 +316,7 @@ def _against(
     found = {} if winner.p_value is None else {"best_expert": winner.p_value}
     for what, other in tested.items():
         own, theirs = winner.predictions[name].outputs, other.predictions[name].outputs
-        found[what] = compare(data, own, theirs, evaluator.examples[name], evaluator.config.eval, evaluator.config.seed)
+        found[what] = compare(data, own, theirs, evaluator.examples[name], evaluator.settings, evaluator.seed)
     return found
 
 
@@ -339,7 +340,7 @@ class _Watched:
                 progress=self.evaluator.progress,
                 members=select,
                 watch=partial(self._see, watch, name, first),
-                seed=self.evaluator.config.seed,
+                seed=self.evaluator.seed,
             )
             first += len(select)
 

@@ -57,11 +57,11 @@ def label_order(
     if len(names) != len(spec.labels):
         raise DataError(f"{model} has {len(names)} labels ({listed(names)}), which do not fit {wanted}")
     if override is not None:
-        order = _match(spec.labels, override)
+        order = matched_order(spec.labels, override)
         if order is None:
             raise DataError(f"{model}: the given labels ({listed(override)}) are not {wanted} in some order")
         return order
-    order = _match(spec.labels, names) or _match_numbers(names)
+    order = matched_order(spec.labels, names) or numbered_order(names)
     if order is None:
         raise DataError(
             f"{model}'s labels ({listed(names)}) cannot be matched with {wanted}; "
@@ -74,15 +74,15 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.casefold())
 
 
-def _match(labels: Sequence[str], names: Sequence[str]) -> tuple[int, ...] | None:
+def matched_order(labels: Sequence[str], names: Sequence[str]) -> tuple[int, ...] | None:
     """Find the position in ``names`` of each label; ``None`` unless all of both are matched one to one."""
     found = [[row for row, name in enumerate(names) if same_label(name, label)] for label in labels]
     order = tuple(rows[0] for rows in found if len(rows) == 1)
     return order if len(order) == len(set(order)) == len(labels) == len(names) else None
 
 
-def _match_numbers(names: Sequence[str]) -> tuple[int, ...] | None:
-    """Match names that only number the dataset's labels."""
+def numbered_order(names: Sequence[str]) -> tuple[int, ...] | None:
+    """Find the position of each number in names that only number the labels; ``None`` for other names."""
     numbers = [int(match[1]) for name in names if (match := _NUMBERED.fullmatch(_plain(name)))]
     if sorted(numbers) != list(range(len(names))):
         return None

@@ -97,7 +97,7 @@ class AlignedModels:
         aliases: further names that experts have for tied tensors, each with the one in ``names`` (or ``experts_only``).
         base_only: pretraining heads and poolers of the base that no expert has, tied ones too; no part of the merge.
         experts_only: heads and poolers that every expert has and the base lacks; whoever merges decides about them.
-        ignored: names that fitted an ``ignore`` pattern; they can still be read from the models that have them.
+        ignored: names that fit an ``ignore`` pattern; they can still be read from the models that have them.
         dropped: stale buffers that were left out.
         backbone: the prefix of the backbone's names ("bert."), or "" when the names show none.
         memo: where the same models are merged again and again, what preparing passes keep for the next time.
@@ -262,10 +262,10 @@ def _set_aside(views: list[_View], ignore: Sequence[str]) -> tuple[list[_View], 
     for view in views:
         present: dict[str, None] = {}
         for key, stored in view.stored.items():
-            if matches_any(key, ignore):
-                ignored[key] = None
-            elif is_stale(view.source, stored) or (key not in everywhere and is_position_buffer(view.source, stored)):
+            if is_stale(view.source, stored) or (key not in everywhere and is_position_buffer(view.source, stored)):
                 dropped[key] = None
+            elif matches_any(key, ignore):
+                ignored[key] = None
             else:
                 present[key] = None
         result.append(replace(view, present=present))

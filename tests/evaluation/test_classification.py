@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from mergelab.errors import ConfigError, DataError, NonFinite
+from mergelab.errors import DataError, NonFinite
 from mergelab.evaluation import packed_linear
 from mergelab.evaluation.classification import (
     Encoded,
-    best_device,
     encode,
     max_input_length,
     plan_batches,
     predict,
     predict_batches,
 )
+from mergelab.evaluation.options import EvaluationOptions
 from mergelab.tasks.data import TaskData
 from tests.tasks.tiny import classifier, plain_logits, word_tokenizer
 
@@ -40,7 +40,7 @@ def test_float32_is_a_plain_loop_whatever_the_batches(
 ) -> None:
     model, tokenizer = classifier(kind)
     expected = plain_logits(model, tokenizer, pairs)
-    found = predict(model, encode(pairs, tokenizer), batch_tokens=batch_tokens)
+    found = predict(model, encode(pairs, tokenizer), EvaluationOptions(batch_tokens=batch_tokens))
     assert found.dtype == np.float32
     assert np.ptp(expected[:, 0]) > 0.1, "the model must tell examples apart"
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
@@ -61,7 +61,7 @@ def test_the_model_is_left_as_it_was(kind: str, pairs: TaskData) -> None:
     model.train()
     config, weights = copy.deepcopy(model.config.to_dict()), copy.deepcopy(model.state_dict())
     for dtype in ("float32", "bfloat16"):
-        predict(model, encode(pairs, tokenizer), dtype=dtype)
+        predict(model, encode(pairs, tokenizer), EvaluationOptions(dtype=dtype))
     assert model.config.to_dict() == config
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
@@ -92,11 +92,11 @@ def test_new_weights_in_the_same_model_count(pairs: TaskData) -> None:
 def test_bfloat16_is_near_and_not_the_same(kind: str, pairs: TaskData, kernels: str) -> None:
     model, tokenizer = classifier(kind)
     encoded = encode(pairs, tokenizer)
-    exact, rounded = predict(model, encoded), predict(model, encoded, dtype="bfloat16")
+    exact, rounded = predict(model, encoded), predict(model, encoded, EvaluationOptions(dtype="bfloat16"))
     assert rounded.dtype == np.float32
     spread = exact.std()
     assert 1e-4 * spread < np.abs(exact - rounded).mean() < 0.1 * spread
-    np.testing.assert_array_equal(rounded, predict(model, encoded, dtype=torch.bfloat16))
+    np.testing.assert_array_equal(rounded, predict(model, encoded, EvaluationOptions(dtype=torch.bfloat16)))
 
 
 def test_a_half_precision_model_is_computed_in_float32_where_asked(pairs: TaskData) -> None:
@@ -104,7 +104,7 @@ def test_a_half_precision_model_is_computed_in_float32_where_asked(pairs: TaskDa
     encoded = encode(pairs, tokenizer)
     half = copy.deepcopy(model).half()
     widened = copy.deepcopy(half).float()
-    np.testing.assert_array_equal(predict(half, encoded, dtype="float32"), predict(widened, encoded))
+    np.testing.assert_array_equal(predict(half, encoded, EvaluationOptions(dtype="float32")), predict(widened, encoded))
 
 
 def test_tied_weights_stay_tied_in_the_copy() -> None:
@@ -131,11 +131,14 @@ def test_packed_kernels_are_used_where_pytorch_has_them() -> None:
 
 def test_predictions_are_in_the_order_of_the_data(pairs: TaskData) -> None:
     model, tokenizer = classifier("bert")
-    found = predict(model, encode(pairs, tokenizer), batch_tokens=128)
+    found = predict(model, encode(pairs, tokenizer), EvaluationOptions(batch_tokens=128))
     order = np.random.default_rng(0).permutation(len(pairs.texts))
     shuffled = replace(pairs, texts=tuple(pairs.texts[i] for i in order))
     np.testing.assert_allclose(
-        predict(model, encode(shuffled, tokenizer), batch_tokens=128), found[order], rtol=1e-4, atol=2e-5
+        predict(model, encode(shuffled, tokenizer), EvaluationOptions(batch_tokens=128)),
+        found[order],
+        rtol=1e-4,
+        atol=2e-5,
     )
 
 
@@ -149,10 +152,10 @@ def test_padding_is_told_from_whatever_a_text_ends_with(pairs: TaskData) -> None
 def test_batches_can_be_had_one_by_one(pairs: TaskData) -> None:
     model, tokenizer = classifier("bert")
     encoded = encode(pairs, tokenizer)
-    batches = list(predict_batches(model, encoded, batch_tokens=128))
+    batches = list(predict_batches(model, encoded, EvaluationOptions(batch_tokens=128)))
     assert len(batches) > 5
     assert sorted(np.concatenate([members for members, _ in batches])) == list(range(50))
-    whole = predict(model, encoded, batch_tokens=128)
+    whole = predict(model, encoded, EvaluationOptions(batch_tokens=128))
     for members, logits in batches:
         np.testing.assert_array_equal(whole[members], logits)
     assert not torch.is_inference_mode_enabled()
@@ -161,17 +164,17 @@ def test_batches_can_be_had_one_by_one(pairs: TaskData) -> None:
 def test_in_a_random_order_there_are_enough_batches_to_stop_early(pairs: TaskData) -> None:
     model, tokenizer = classifier("bert")
     encoded = encode(pairs, tokenizer)
-    batches = [list(members) for members, _ in predict_batches(model, encoded, seed=3)]
+    batches = [list(members) for members, _ in predict_batches(model, encoded, EvaluationOptions(seed=3))]
     assert len(batches) >= 24
     assert sorted(np.concatenate(batches)) == list(range(50))
-    assert batches == [list(members) for members, _ in predict_batches(model, encoded, seed=3)]
-    assert batches != [list(members) for members, _ in predict_batches(model, encoded, seed=4)]
+    assert batches == [list(members) for members, _ in predict_batches(model, encoded, EvaluationOptions(seed=3))]
+    assert batches != [list(members) for members, _ in predict_batches(model, encoded, EvaluationOptions(seed=4))]
 
 
 def test_progress_rises_to_one(pairs: TaskData) -> None:
     model, tokenizer = classifier("bert")
     seen: list[float] = []
-    predict(model, encode(pairs, tokenizer), batch_tokens=128, progress=seen.append)
+    predict(model, encode(pairs, tokenizer), EvaluationOptions(batch_tokens=128, progress=seen.append))
     assert seen == sorted(seen)
     assert len(seen) > 5
     assert 0 < seen[0] < seen[-1] == 1.0
@@ -264,20 +267,6 @@ def test_roberta_can_be_filled_to_its_longest_input(pairs: TaskData) -> None:
     encoded = encode(long, tokenizer, max_input_length(model.config, tokenizer))
     assert encoded.lengths.tolist() == [96]
     assert np.isfinite(predict(model, encoded)).all()
-
-
-def test_the_best_device_is_there() -> None:
-    device = best_device()
-    assert torch.zeros(1, device=device).device.type == device.type
-    assert best_device("cpu") == torch.device("cpu")
-
-
-@pytest.mark.parametrize(
-    ("name", "message"), [("tpu", "must be auto, cpu"), ("gpu", "must be auto"), ("cuda:99", "not on this mach")]
-)
-def test_a_device_that_is_not_there_is_an_error(name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=f"device={name}: {message}"):
-        best_device(name)
 
 
 def test_a_model_without_configuration_can_be_run(pairs: TaskData) -> None:

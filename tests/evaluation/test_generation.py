@@ -8,6 +8,7 @@ import torch
 
 from mergelab.errors import DataError, ModelError, NonFinite
 from mergelab.evaluation.dispatch import prepare
+from mergelab.evaluation.options import EvaluationOptions
 from mergelab.tasks.data import TaskData
 from tests.tasks.writers import KINDS, given, prompts, writer
 
@@ -32,7 +33,7 @@ def plainly(model: Any, tokenizer: Any, data: TaskData, **settings: Any) -> list
 def test_texts_are_those_of_a_plain_loop(kind: str, settings: dict[str, Any]) -> None:
     model, tokenizer = writer(kind)
     data = prompts(8, decoding=settings)
-    found = prepare(data, model.config, tokenizer).run(model, batch_tokens=150)
+    found = prepare(data, model.config, tokenizer).run(model, EvaluationOptions(batch_tokens=150))
     assert found.tolist() == plainly(model, tokenizer, data, **settings)
     assert len(set(found)) > (1 if model.config.is_encoder_decoder else 4), "the model must tell prompts apart"
 
@@ -43,10 +44,10 @@ def test_a_text_does_not_depend_on_its_batch(kind: str, decoding: dict[str, Any]
     model, tokenizer = writer(kind)
     inputs = prepare(prompts(10, decoding=decoding), model.config, tokenizer)
     whole = inputs.run(model).tolist()
-    assert inputs.run(model, batch_tokens=1).tolist() == whole
+    assert inputs.run(model, EvaluationOptions(batch_tokens=1)).tolist() == whole
     some = np.array([7, 2, 5])
     assert inputs.take(some).run(model).tolist() == [whole[i] for i in some]
-    assert inputs.run(model, seed=3).tolist() == whole, "the order of the batches does not matter"
+    assert inputs.run(model, EvaluationOptions(seed=3)).tolist() == whole, "the order of the batches does not matter"
 
 
 def test_samples_change_with_the_seed_and_with_nothing_else() -> None:
@@ -98,9 +99,9 @@ def test_bfloat16_is_used_where_it_is_asked_for() -> None:
     seen: list[torch.dtype] = []
     model.transformer.h[0].register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].dtype))
     inputs = prepare(prompts(3), model.config, tokenizer)
-    rounded = inputs.run(model, dtype="bfloat16")
+    rounded = inputs.run(model, EvaluationOptions(dtype="bfloat16"))
     assert set(seen) == {torch.bfloat16}
-    assert rounded.tolist() == inputs.run(model, dtype="bfloat16").tolist()
+    assert rounded.tolist() == inputs.run(model, EvaluationOptions(dtype="bfloat16")).tolist()
 
 
 def test_the_models_own_way_of_decoding_does_not_count_and_stays_as_it_is() -> None:
@@ -122,8 +123,7 @@ def test_finished_batches_can_be_watched_and_progress_rises_to_one() -> None:
     done: list[float] = []
     whole = inputs.run(
         model,
-        batch_tokens=100,
-        progress=done.append,
+        EvaluationOptions(batch_tokens=100, progress=done.append),
         watch=lambda members, texts: seen.update(zip(members.tolist(), texts, strict=True)),
     )
     assert [seen[i] for i in range(9)] == whole.tolist()

@@ -11,6 +11,7 @@ import torch
 from mergelab.errors import DataError, ModelError, NonFinite
 from mergelab.evaluation.dispatch import prepare
 from mergelab.evaluation.metrics import score
+from mergelab.evaluation.options import EvaluationOptions
 from tests.tasks.tiny import sentences
 from tests.tasks.writers import CAUSAL, running_text, writer
 
@@ -37,7 +38,7 @@ def plainly(model: Any, tokenizer: Any, text: str, window: int, stride: int) -> 
 def test_one_text_is_scored_as_by_a_plain_loop(kind: str, window: int, stride: int | None, budget: int) -> None:
     model, tokenizer = writer(kind)
     data = running_text(ROWS, join="\n", window=window, stride=stride)
-    found = prepare(data, model.config, tokenizer).run(model, batch_tokens=budget)
+    found = prepare(data, model.config, tokenizer).run(model, EvaluationOptions(batch_tokens=budget))
     expected = plainly(model, tokenizer, "\n".join(ROWS), window, stride or window)
     scored = ~np.isnan(expected)
     assert found[:, 0].sum() == pytest.approx(expected[scored].sum(), rel=1e-5)
@@ -101,9 +102,7 @@ def test_some_examples_can_be_had_and_batches_watched() -> None:
         done: list[float] = []
         found = chosen.run(
             model,
-            batch_tokens=60,
-            seed=4,
-            progress=done.append,
+            EvaluationOptions(batch_tokens=60, seed=4, progress=done.append),
             watch=lambda members, rows, seen=seen: seen.update(zip(members.tolist(), rows, strict=True)),
         )
         np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -134,7 +133,7 @@ def test_losses_are_the_same_however_many_scores_are_turned_into_them_at_once(
 
 def test_the_model_is_left_as_it_was() -> None:
     model, tokenizer = writer("gpt2")
-    prepare(running_text(ROWS), model.config, tokenizer).run(model, dtype="bfloat16")
+    prepare(running_text(ROWS), model.config, tokenizer).run(model, EvaluationOptions(dtype="bfloat16"))
     assert not model.lm_head._forward_pre_hooks
     assert model.lm_head.weight.dtype == torch.float32
 
@@ -142,7 +141,7 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_bfloat16_is_near_and_not_the_same() -> None:
     model, tokenizer = writer("gpt2")
     inputs = prepare(running_text(ROWS), model.config, tokenizer)
-    exact, rounded = inputs.run(model), inputs.run(model, dtype="bfloat16")
+    exact, rounded = inputs.run(model), inputs.run(model, EvaluationOptions(dtype="bfloat16"))
     np.testing.assert_allclose(rounded[:, 0], exact[:, 0], rtol=0.05)
     assert not np.array_equal(rounded, exact)
 

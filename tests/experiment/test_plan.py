@@ -65,3 +65,9 @@ def test_a_method_on_predicted_classes_is_refused_for_models_that_write() -> Non
         planned("method=adamerging", "task=law_recipes")
     planned("method=adamerging", "task=rte")
     planned("method=regmean", "task=law_recipes")
+
+
+def test_an_expert_may_not_have_the_bases_name() -> None:
+    with pytest.raises(ConfigError, match=r"models\.experts\.base: that is the base's name"):
+        planned("~models.experts", "+models.experts=[a/base,b/other]")
+    planned("~models.experts", "+models.experts=[a/base,b/other]", "models.base=null", "method=soup")

@@ -231,7 +231,7 @@ def test_a_model_of_the_wrong_kind_is_one_line(mergelab_command: Command, place:
 def test_lm_eval_that_is_not_installed_is_one_line(
     mergelab_command: Command, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergelab.evaluation.lm_eval.find_spec", lambda _name: None)
+    monkeypatch.setattr("mergelab.tasks.loading.find_spec", lambda _name: None)
     outcome = mergelab_command("task=lm_eval", "task.tasks=[arc_easy]", *MODELS)
     assert outcome.code == 2
     assert "task=lm_eval: needs the package lm-eval, which is not installed: pip install" in outcome.err

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mergelab.config import LayersConfig
-from mergelab.errors import ConfigError
+from mergelab.errors import ConfigError, NonFinite
 from mergelab.models.skipping import left_out, set_aside
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.source import DictSource
@@ -94,3 +94,17 @@ def test_layers_that_are_left_out_are_the_bases() -> None:
     assert aligned.names == ("x", "cross")
     assert aligned.aliases == {"tied": "cross"}
     assert kept["layer.0.w"].tolist() == [1.0, 1.0]
+
+
+def test_the_mean_of_what_is_new_elsewhere_is_rounded_once_to_the_dtype_that_is_saved() -> None:
+    values = [torch.tensor([1.0]), torch.tensor([1.0]), torch.tensor([1.0078125])]  # neighbours in bfloat16
+    sources = [DictSource(f"m{at}", {"cross": value.bfloat16()}) for at, value in enumerate(values)]
+    aligned = align(sources[0], sources[1:], backbone_prefix="")
+    new = [{"cross"}, set(), set()]
+    assert set_aside(aligned, (), new, torch.float32)[1]["cross"].item() == 1.00390625
+    assert set_aside(aligned, (), new)[1]["cross"].dtype == torch.bfloat16
+
+
+def test_what_stays_the_bases_must_be_finite() -> None:
+    with pytest.raises(NonFinite, match=r"base: layer\.0\.w holds NaN"):
+        set_aside(models(float("nan"), 2.0), ["layer.0.w"])

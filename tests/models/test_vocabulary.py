@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mergelab.errors import ModelError
 from mergelab.models.tokens import read_tokens
-from mergelab.models.vocabulary import MergedVocabulary, check_vocabularies, merged_vocabulary
+from mergelab.models.vocabulary import LoadedTokens, MergedVocabulary, check_vocabularies, merged_vocabulary
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.checkpoint import open_checkpoint
 from tests.vocabularies import FIM, IM_END, IM_START, WORDS, bert, llama, without_tokenizer
@@ -281,3 +281,18 @@ def test_rows_that_stay_in_place_are_not_copied(tmp_path: Path, added: Sequence[
     models = aligned(merged_vocabulary(kept, [*opened(base), checkpoint]))  # type: ignore[arg-type]
     assert models.experts[0].get(EMBEDDING).data_ptr() == checkpoint.get(EMBEDDING).data_ptr()
     assert models.experts[0].shape(EMBEDDING) == (257, 24)
+
+
+def test_tokens_of_a_pipeline_are_compared_with_those_of_a_folder(llamas: list[Path]) -> None:
+    from transformers import AutoTokenizer
+
+    base, _, code = llamas
+    third = llama(base.parent / "third", 3, [IM_START, IM_END])
+    config = {"vocab_size": 264}
+    loaded = LoadedTokens("pipeline", config, AutoTokenizer.from_pretrained(third))
+    check_vocabularies([*opened(base, third), loaded], has_base=True)
+    with pytest.raises(ModelError, match=r"257 is '<\|fim\|>' in code but '<\|im_start\|>' in pipeline: vocab=union"):
+        check_vocabularies([*opened(code), loaded], has_base=False, key="vocab")
+    with pytest.raises(ModelError, match=r"differ in size \(base 264, module 300\)"):
+        check_vocabularies([*opened(base), LoadedTokens("module", {"vocab_size": 300})], has_base=True)
+    check_vocabularies([*opened(base), LoadedTokens("vision", {})], has_base=True)

@@ -276,3 +276,11 @@ def test_large_finite_values_integers_and_empty_tensors_pass():
     check_finite(here, "w", torch.ones(2).to(torch.float8_e4m3fn))
     check_finite(here, "w", torch.arange(3))
     check_finite(here, "w", torch.empty(0))
+
+
+def test_a_buffer_that_some_models_lack_is_dropped_whatever_the_patterns_say() -> None:
+    plain = {"emb.word": torch.ones(2), "w": torch.ones(2)}
+    old = {**plain, "emb.position_ids": torch.arange(4), "h.0.attn.bias": torch.ones(1, 1, 4, 4)}
+    models = align(source("old", old), [source("new", plain)], ignore=["emb.*", "*bias"])
+    assert models.ignored == ("emb.word",)
+    assert models.dropped == ("emb.position_ids", "h.0.attn.bias")

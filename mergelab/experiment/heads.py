@@ -1,0 +1,104 @@
+"""The task heads of opened models: each expert's own, and the merged model's as the head policy chooses it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from mergelab.errors import ConfigError, listed
+from mergelab.models.heads import Head, mean_head, read_head
+from mergelab.tasks.labels import label_order
+
+if TYPE_CHECKING:
+    from mergelab.experiment.locate import LocatedExpert, LocatedModels
+    from mergelab.experiment.opening import OpenedModels
+    from mergelab.tasks.spec import TaskSpec
+
+
+class Heads:
+    """The merged model's head for each task, ``heads[task.name]``, and those of the models that it comes from.
+
+    A task without classifier outputs has an empty head.
+
+    Args:
+        opened: the models.
+        located: what is known of them besides: the experts' tasks and label names.
+        tasks: what is measured.
+        policy: ``average``, ``base``, ``per_task`` or ``expert:<name>``.
+
+    Attributes:
+        policy: as given.
+
+    Raises:
+        ConfigError: the policy does not fit the models.
+        DataError: a model's labels cannot be matched with a task's.
+        KeyMismatch, ShapeMismatch: heads that are to be averaged differ. NonFinite: a head holds NaN or infinity.
+    """
+
+    def __init__(self, opened: OpenedModels, located: LocatedModels, tasks: Sequence[TaskSpec], policy: str) -> None:
+        self.policy = policy
+        self._opened, self._located, self._tasks = opened, located, tuple(tasks)
+        self._averaged = frozenset(expert.name for expert in located.experts)
+        self._merged = self._choose()
+
+    def __getitem__(self, task: str) -> Head:
+        return self._merged[task]
+
+    def serves(self, expert: LocatedExpert, task: TaskSpec) -> bool:
+        """Return whether an expert's own head is for ``task``."""
+        return self.policy != "per_task" or expert.task == task.name
+
+    def of_expert(self, index: int, task: TaskSpec) -> Head:
+        """Read an expert's head with its outputs in the order of ``task``'s labels."""
+        expert, opened = self._located.experts[index], self._opened
+        if not (opened.head_names and task.outputs):
+            return Head({}, expert.name)
+        kind = opened.experts[index].architecture
+        assert kind is not None
+        order = label_order(task, kind.id2label, model=expert.label, override=expert.labels)
+        return read_head(opened.aligned.experts[index], opened.head_names, order)
+
+    def owners(self) -> dict[str, str]:
+        """Return for each task the name of the expert whose head it has, under a policy that chooses one."""
+        return {name: head.owner for name, head in self._merged.items()}
+
+    def average_of(self, experts: Collection[str]) -> None:
+        """Let the merged model's head, where it is the experts' average, be that of these experts."""
+        if frozenset(experts) == self._averaged:
+            return
+        self._averaged = frozenset(experts)
+        if self.policy == "average":
+            self._merged = self._choose()
+
+    def _choose(self) -> dict[str, Head]:
+        return {task.name: self._merged_head(task) for task in self._tasks}
+
+    def _merged_head(self, task: TaskSpec) -> Head:
+        experts = self._located.experts
+        if self.policy == "base":
+            return self._base_head(task)
+        if self.policy.startswith("expert:"):
+            names = [expert.name for expert in experts]
+            return self.of_expert(names.index(self.policy.removeprefix("expert:")), task)
+        if self.policy == "per_task":
+            serving = [index for index, expert in enumerate(experts) if expert.task == task.name]
+            if not serving:
+                raise ConfigError(
+                    f"models.head=per_task: no expert's head is for {task.name!r} (experts serve "
+                    f"{listed(str(expert.task) for expert in experts)}); set models.experts.<name>.task"
+                )
+            return self.of_expert(serving[0], task)
+        averaged = [self.of_expert(index, task) for index, e in enumerate(experts) if e.name in self._averaged]
+        return mean_head(averaged, self._opened.dtype)
+
+    def _base_head(self, task: TaskSpec) -> Head:
+        opened = self._opened
+        if not (opened.head_names and task.outputs):
+            return Head({}, "base")
+        if opened.base is None or opened.aligned.base is None:
+            raise ConfigError("models.head=base: there is no base model (models.base is null)")
+        kind, label = opened.base.architecture, opened.base.label
+        assert kind is not None
+        if lacking := sorted(set(opened.head_names) - set(opened.aligned.base.keys())):
+            raise ConfigError(f"models.head=base: the base {label} has no {listed(lacking)}")
+        return read_head(opened.aligned.base, opened.head_names, label_order(task, kind.id2label, model=label))

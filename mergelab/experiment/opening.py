@@ -1,0 +1,224 @@
+"""Open the models of one merge, for the command line and the library alike: one architecture, one set of names and
+tokens, and the tensors that skip the merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mergelab.errors import ConfigError, ModelError, did_you_mean, listed
+from mergelab.experiment.label_orders import Order, in_order, label_orders
+from mergelab.models.architecture import Architecture, head_names
+from mergelab.models.encoder_decoder import PAIRED
+from mergelab.models.heads import mean_of
+from mergelab.models.skipping import left_out, set_aside
+from mergelab.models.vocabulary import MergedVocabulary, check_vocabularies, merged_vocabulary
+from mergelab.weights.align import AlignedModels, align, check_finite
+from mergelab.weights.naming import matches_any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from mergelab.config import LeaveOut
+    from mergelab.experiment.sources import ModelSource
+    from mergelab.models.vocabulary import Policy
+    from mergelab.weights.checkpoint import Checkpoint
+    from mergelab.weights.source import TensorSource
+
+
+@dataclass(frozen=True)
+class MergeScope:
+    """Which tensors are merged, and what the merged model has in the place of the others.
+
+    Attributes:
+        passthrough: patterns of names that skip the merge: the experts' mean is taken.
+        leave_out: layers that stay the base's.
+        merge_new: whether tensors that no checkpoint had are merged like any other; else they are set aside.
+        vocab: whose tokens the merged model has, where the models' differ; None: they must not differ.
+        separate_heads: whether classifiers' heads are no part of the merge; else they are merged like the backbone,
+            their outputs in the order of the last expert's labels.
+        dtype: what merged tensors are rounded to, once; None: the models' own.
+        key: what the configuration's keys begin with in messages.
+    """
+
+    passthrough: Sequence[str] = ()
+    leave_out: LeaveOut = field(default_factory=list)
+    merge_new: bool = False
+    vocab: Policy | None = None
+    separate_heads: bool = True
+    dtype: torch.dtype | None = None
+    key: str = "models."
+
+
+@dataclass(frozen=True)
+class OpenedModels:
+    """The models of one merge.
+
+    Attributes:
+        base: the base, or None.
+        experts: the experts, in the order given.
+        architecture: the experts'; None where nothing is known of it, as of state dicts.
+        label_orders: for each expert the outputs that its head is read with, in the order of the last expert's labels;
+            None: as they stand. Separate heads are read in a task's order, by `mergelab.experiment.heads`.
+        head_names: the tensors of the experts' heads.
+        vocabulary: the merged model's tokens; None where it has those that all models have, row by row.
+        aligned: the models under common names, without what skips the merge.
+        passed_through: what skips the merge, as the merged model has it; separate heads aside.
+        dtype: what merged tensors are rounded to, once; None: the models' own.
+    """
+
+    base: ModelSource | None
+    experts: tuple[ModelSource, ...]
+    architecture: Architecture | None
+    label_orders: tuple[Order | None, ...]
+    head_names: tuple[str, ...]
+    vocabulary: MergedVocabulary | None
+    aligned: AlignedModels
+    passed_through: dict[str, Tensor]
+    dtype: torch.dtype | None
+
+    @property
+    def models(self) -> tuple[ModelSource, ...]:
+        """All models, the base first."""
+        return (*([self.base] if self.base is not None else []), *self.experts)
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of the models that have one, the base's first."""
+        return [model.folder for model in self.models if model.folder is not None]
+
+    def content(self, name: str) -> str:
+        """Return the content hash of the weights of a model in a folder, by its name."""
+        return next(model.checkpoint.content_hash() for model in self.models if model.name == name and model.checkpoint)
+
+    def base_backbone(self) -> dict[str, Tensor]:
+        """Read the base's tensors; what it does not have is the experts' mean, as in the merged model."""
+        base = self.aligned.base
+        assert base is not None
+        return {**self.passed_through, **self._read(base)}
+
+    def expert_backbone(self, index: int) -> dict[str, Tensor]:
+        """Read an expert's own tensors without its head."""
+        return self._read(self.aligned.experts[index])
+
+    def _read(self, source: TensorSource) -> dict[str, Tensor]:
+        """Read what a model has of the backbone, checked for NaN and infinity."""
+        available = {*source.keys(), *source.aliases()} - set(self.head_names)
+        wanted = dict.fromkeys([*self.aligned.names, *self.aligned.aliases, *self.passed_through])
+        tensors = {name: source.get(name) for name in wanted if name in available}
+        for name, tensor in tensors.items():
+            check_finite(source, name, tensor)
+        return tensors
+
+
+def open_models(base: ModelSource | None, experts: Sequence[ModelSource], scope: MergeScope) -> OpenedModels:
+    """Check that models can be merged, and bring them under one set of names, tokens and labels.
+
+    Raises:
+        ModelError, KeyMismatch, ShapeMismatch: the models do not fit together.
+        NonFinite: a tensor that skips the merge holds NaN or infinity.
+        ConfigError: the scope does not fit the models.
+    """
+    if not experts:
+        raise ConfigError("there is no expert besides the base")
+    if scope.leave_out and base is None:
+        raise ConfigError(f"{scope.key}leave_out: there is no base model whose layers the merged model could have")
+    models = [*([base] if base is not None else []), *experts]
+    kind = _common_architecture(base, experts, scope)
+    vocabulary = _merged_vocabulary(base, experts, scope)
+    heads = next((head_names(e.tensors.keys(), e.architecture) for e in experts if e.architecture), ())
+    orders: list[Order | None] = [None] * len(models) if scope.separate_heads else _label_orders(base, experts, scope)
+    sources = [in_order(model, order) for model, order in zip(models, orders, strict=True)]
+    aligned = align(
+        sources[0] if base is not None else None,
+        sources[-len(experts) :],
+        ignore=[*(heads if scope.separate_heads else ()), *scope.passthrough],
+        backbone_prefix=f"{kind.prefix}." if kind is not None and kind.is_classifier and kind.prefix else None,
+        adapt=None if vocabulary is None else partial(vocabulary.adapt, heads=heads),
+    )
+    means = _means(aligned, heads, scope)
+    new = [] if scope.merge_new else [model.new_names for model in models]
+    layers = left_out(aligned.names, scope.leave_out, key=f"{scope.key}leave_out")
+    aligned, others = set_aside(aligned, layers, new, scope.dtype)
+    return OpenedModels(
+        base=base,
+        experts=tuple(experts),
+        architecture=kind,
+        label_orders=tuple(orders[-len(experts) :]),
+        head_names=heads,
+        vocabulary=vocabulary,
+        aligned=aligned,
+        passed_through={**means, **others},
+        dtype=scope.dtype,
+    )
+
+
+def _common_architecture(
+    base: ModelSource | None, experts: Sequence[ModelSource], scope: MergeScope
+) -> Architecture | None:
+    """Return the experts' architecture, where any of them has one.
+
+    Raises:
+        ModelError: theirs differ, or the base is no encoder-decoder and they are.
+    """
+    kinds = [(expert.name, kind) for expert in experts if (kind := expert.architecture) is not None]
+    if not kinds:
+        return None
+    name, first = kinds[0]
+    if odd := [f"{other} is a {kind.name}" for other, kind in kinds if kind.name != first.name]:
+        raise ModelError(f"experts must be of one architecture: {name} is a {first.name}, {listed(odd)}")
+    if base is not None and first.name == PAIRED and PAIRED not in (own := base.class_names or [PAIRED]):
+        raise ModelError(
+            f"{scope.key}base: {base.label or base.name} is a {listed(own)}, and the experts are encoder-decoders; "
+            "give a pair {encoder: …, decoder: …} or a saved encoder-decoder"
+        )
+    return first
+
+
+def _merged_vocabulary(
+    base: ModelSource | None, experts: Sequence[ModelSource], scope: MergeScope
+) -> MergedVocabulary | None:
+    """Plan the merged model's tokens; None where it has those that all models have, row by row."""
+    models = [*([base] if base is not None else []), *experts]
+    if scope.vocab is None:
+        known = [tokens for model in models if (tokens := model.tokens) is not None]
+        check_vocabularies(known, has_base=base is not None, key=f"{scope.key}vocab")
+        return None
+    checkpoints: list[Checkpoint] = []
+    for model in models:
+        if model.checkpoint is None:
+            raise ConfigError(
+                f"{scope.key}vocab={scope.vocab!r}: {model.name} has no tokenizer; models are merged by token where "
+                "all are hub ids or folders"
+            )
+        checkpoints.append(model.checkpoint)
+    return merged_vocabulary(scope.vocab, checkpoints, key=f"{scope.key}vocab")
+
+
+def _label_orders(base: ModelSource | None, experts: Sequence[ModelSource], scope: MergeScope) -> list[Order | None]:
+    """Find the order in which each model's outputs are read; the base's head counts where it is merged."""
+    if base is None:
+        return label_orders(experts)
+    heads = () if base.architecture is None else head_names(base.tensors.keys(), base.architecture)
+    if all(matches_any(name, scope.passthrough) for name in heads):
+        return [None, *label_orders(experts)]
+    return label_orders([base, *experts])
+
+
+def _means(aligned: AlignedModels, heads: Sequence[str], scope: MergeScope) -> dict[str, Tensor]:
+    """Average, over the experts, the tensors that skip the merge or that the base does not have."""
+    ignored = dict.fromkeys(aligned.ignored)
+    in_experts = [name for expert in aligned.experts for name in (*expert.keys(), *expert.aliases())]
+    matched = [name for name in dict.fromkeys(in_experts) if name in ignored and matches_any(name, scope.passthrough)]
+    for pattern in scope.passthrough:
+        if not any(matches_any(name, [pattern]) for name in matched):
+            near = did_you_mean(pattern, dict.fromkeys(in_experts))
+            raise ConfigError(f"{scope.key}passthrough: no tensor matches {pattern!r}{near}")
+    separate = set(heads) if scope.separate_heads else set()
+    chosen = (set(matched) | set(aligned.experts_only)) - separate
+    return {name: mean_of(aligned.experts, name, scope.dtype) for name in sorted(chosen)}
