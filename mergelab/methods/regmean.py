@@ -11,7 +11,7 @@ from torch import Tensor
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Fraction, Positive, Samples
 from mergelab.errors import MergeWarning
-from mergelab.estimation.examples import Examples
+from mergelab.estimation.examples import ExampleSource
 from mergelab.estimation.input_gram import InputGram, input_gram
 from mergelab.methods.soup import soup
 from mergelab.ops.blocks import blocks
@@ -21,7 +21,9 @@ from mergelab.weights.align import AlignedModels
 ENTRIES = 1 << 20  # of a layer's weight that are solved for at once
 
 
-def prepare_products(models: AlignedModels, examples: Examples, *, seed: int, samples: int) -> tuple[InputGram, ...]:
+def prepare_products(
+    models: AlignedModels, examples: ExampleSource, *, seed: int, samples: int
+) -> tuple[InputGram, ...]:
     """Compute the input products of every expert's linear layers."""
     return tuple(input_gram(examples, expert.name, samples, seed) for expert in models.experts)
 

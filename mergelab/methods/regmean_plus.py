@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Fraction, Positive, Samples
 from mergelab.estimation.disk_cache import disk_cached
-from mergelab.estimation.examples import Examples, ExpertExamples
-from mergelab.estimation.input_gram import InputSums, linear_layers
+from mergelab.estimation.examples import ExampleSource, ExpertExamples
+from mergelab.estimation.input_gram import InputGramSums, linear_layers
 from mergelab.methods.regmean import solve_layer
 from mergelab.methods.soup import soup
 from mergelab.ops.site import Site
@@ -54,7 +54,7 @@ def stages_of(module: nn.Module, order: Sequence[str]) -> list[Stage]:
 
 
 def prepare_layers(
-    models: AlignedModels, examples: Examples, *, seed: int, samples: int, alpha: float, ridge: float
+    models: AlignedModels, examples: ExampleSource, *, seed: int, samples: int, alpha: float, ridge: float
 ) -> Mapping[str, Tensor]:
     """Merge the linear layers stage by stage; what was merged before is found again."""
     drawn = [examples.of(expert.name, samples=samples, seed=seed) for expert in models.experts]
@@ -89,7 +89,7 @@ def _merged(models: AlignedModels, drawn: Sequence[ExpertExamples], alpha: float
         for each in drawn:
             network = each.module()
             _pour(network, ((own, merged.get(name)) for own, name in done.items()), models, names)
-            sums = InputSums(network, {own: names[own] for own in stage.names}, until=after)
+            sums = InputGramSums(network, {own: names[own] for own in stage.names}, until=after)
             sums.add(each.batches())
             found.append(sums.mean())
         for own in stage.names:

@@ -20,7 +20,7 @@ from mergelab.engine.parameters import Fraction, Samples
 from mergelab.engine.registry import check_parameters
 from mergelab.errors import ConfigError, MergeWarning
 from mergelab.estimation.disk_cache import disk_cached
-from mergelab.estimation.examples import Batch, Examples, ExpertExamples
+from mergelab.estimation.examples import Batch, ExampleSource, ExpertExamples
 from mergelab.estimation.features import layer_inputs
 from mergelab.methods.rebasin import attention_head_groups, config_of, place
 from mergelab.methods.soup import soup
@@ -60,7 +60,7 @@ def units_of(models: AlignedModels, *, heads: int) -> tuple[Permutation, ...]:
 )
 def zipit(
     models: AlignedModels,
-    examples: Examples,
+    examples: ExampleSource,
     *,
     seed: int = 0,
     ratio: Fraction = 0.5,
@@ -154,7 +154,7 @@ def readers(unit: Permutation, turned: frozenset[str]) -> list[Slot]:
 
 
 def expert_features(
-    examples: Examples, drawn: Sequence[ExpertExamples], wanted: Collection[str]
+    examples: ExampleSource, drawn: Sequence[ExpertExamples], wanted: Collection[str]
 ) -> list[Mapping[str, Tensor]]:
     """Run every expert on the examples of all, or find again what goes into its layers; see `layer_inputs`."""
     tokens = max(1, TOKENS // sum(each.count for each in drawn))

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mergelab.engine.registry import get_method, method_names
 from mergelab.engine.run import merge
-from mergelab.estimation.input_gram import InputGram, InputSums
+from mergelab.estimation.input_gram import InputGram, InputGramSums
 from mergelab.methods import regmean as regmean_module
 from mergelab.methods.regmean import regmean
 from mergelab.ops.site import Site
@@ -114,7 +114,7 @@ def test_input_products_need_one_matrix_for_each_linear_layer() -> None:
     found: list[InputGram] = []
 
     def work() -> None:
-        sums = InputSums(module, names)
+        sums = InputGramSums(module, names)
         sums.add(batches)
         found.append(sums.mean())
 

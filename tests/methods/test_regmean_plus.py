@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge_to_dict
-from mergelab.estimation.input_gram import InputSums, linear_layers
+from mergelab.estimation.input_gram import InputGramSums, linear_layers
 from mergelab.methods.regmean_plus import stages_of
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.source import DictSource
@@ -142,7 +142,7 @@ def test_a_pass_ends_where_it_may() -> None:
     names = {name: name for name, _ in network.named_parameters()}
     ran: list[int] = []
     network.get_submodule("bert.encoder.layer.1").register_forward_hook(lambda *_: ran.append(1))
-    whole, part = InputSums(network, names), InputSums(network, names, until="bert.encoder.layer.1")
+    whole, part = InputGramSums(network, names), InputGramSums(network, names, until="bert.encoder.layer.1")
     part.add(padded_batches())
     assert not ran
     whole.add(padded_batches())
