@@ -69,4 +69,4 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its type when the message is empty."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

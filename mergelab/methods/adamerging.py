@@ -21,7 +21,7 @@ from mergelab.estimation.disk_cache import disk_cached
 from mergelab.estimation.examples import LABELS, Batch, ExampleSource, ExpertExamples
 from mergelab.estimation.forward import frozen, on_one_thread, requiring_gradients, size_of
 from mergelab.ops.blocks import working
-from mergelab.ops.gram import combined
+from mergelab.ops.gram import combination
 from mergelab.ops.philox import stream_key, words
 from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import weighted_sum
@@ -237,7 +237,7 @@ class _Learning:
         @torch.no_grad()
         def write(name: str) -> None:
             base, experts = self._read(name, next(iter(targets[name].values())).device)
-            value = combined(experts, rows[self.layer_of[name]], base)
+            value = combination(experts, rows[self.layer_of[name]], base)
             for parameter in targets[name].values():
                 parameter.copy_(value)
 

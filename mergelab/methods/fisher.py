@@ -20,7 +20,7 @@ from mergelab.weights.numerics import norm
 
 
 def check_shares(weights: Sequence[float]) -> None:
-    """Raise `ConfigError` for negative weights and for weights that are all 0."""
+    """Raise `ConfigError` for weights that a weighted mean of information cannot take."""
     if negative := [f"{weight:g}" for weight in weights if weight < 0]:
         raise ConfigError(f"method.weights: must be at least 0 for a mean by importance, not {listed(negative)}")
     if not any(weights):

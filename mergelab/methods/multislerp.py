@@ -13,7 +13,7 @@ from torch import Tensor
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Weights
 from mergelab.methods import MERGEKIT
-from mergelab.ops.gram import RESOLUTION, combined, gram, length
+from mergelab.ops.gram import RESOLUTION, combination, combination_norm, gram
 from mergelab.ops.spherical import check_spherical, origin
 from mergelab.ops.task_vectors import factors
 
@@ -59,7 +59,7 @@ def multislerp(
     inner = gram(experts, start)
     norms = np.sqrt(inner.diagonal())
     of_units = np.divide(shares, norms, out=np.zeros_like(shares), where=norms > 0)
-    resultant = length(of_units, inner)
+    resultant = combination_norm(of_units, inner)
     if resultant < max(eps, RESOLUTION):
-        return combined(experts, shares, start)
-    return combined(experts, of_units * (float(shares @ norms) / resultant), start)
+        return combination(experts, shares, start)
+    return combination(experts, of_units * (float(shares @ norms) / resultant), start)

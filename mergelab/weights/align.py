@@ -98,7 +98,7 @@ class AlignedModels:
         aliases: further names that experts have for tied tensors, each with the one in ``names`` (or ``experts_only``).
         base_only: pretraining heads and poolers, also tied ones, that only the base has; they are not merged.
         experts_only: heads and poolers that every expert has and the base lacks; the caller decides about them.
-        ignored: names that match an ``ignore`` pattern; they can still be read from the models that have them.
+        ignored: names that fit an ``ignore`` pattern; they can still be read from the models that have them.
         dropped: stale buffers that are not merged.
         backbone: the prefix of the backbone's names ("bert."), or "" when the names show none.
         memo: results of preparing passes, for models that are merged repeatedly; None for a single merge.

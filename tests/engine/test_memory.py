@@ -106,7 +106,7 @@ class Stack(nn.Module):
         return features
 
 
-def test_input_products_need_one_matrix_for_each_linear_layer() -> None:
+def test_input_gram_matrices_need_one_matrix_for_each_distinct_input() -> None:
     width, depth = 500, 8
     module = Stack(width, depth)
     names = {name: name for name, _ in module.named_parameters()}
@@ -120,4 +120,4 @@ def test_input_products_need_one_matrix_for_each_linear_layer() -> None:
 
     matrix = 8 * width * width  # the sums are in float64
     assert most_copies(work) * LARGEST <= (depth + 2) * matrix  # and a product that is being added, in both precisions
-    assert len(found[0].products) == depth
+    assert len(found[0].matrices) == depth

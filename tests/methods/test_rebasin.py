@@ -25,7 +25,7 @@ from transformers import (
 from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge
 from mergelab.errors import ConfigError, MergeWarning, NonFinite
-from mergelab.methods.rebasin import PermutedSource, indices, match
+from mergelab.methods.rebasin import PermutedSource, axis_indices, match
 from mergelab.ops.permutations import find_permutations
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.checkpoint import open_checkpoint
@@ -234,7 +234,7 @@ def test_any_orders_that_are_found_leave_each_experts_function_as_it_is(family: 
     found = find_permutations(shapes, heads=family.heads.get("kv_heads", HEADS))
     assert len(found) == family.units
     orders = match(reference, other, found, key=0, max_sweeps=100)
-    moved = PermutedSource(other, indices(found, orders, shapes))
+    moved = PermutedSource(other, axis_indices(found, orders, shapes))
     state = {name: moved.get(name) for name in names}
     state = {name: state.get(name, state.get("transformer.wte.weight", tensor)) for name, tensor in states[1].items()}
     assert any(not torch.equal(state[name], states[1][name]) for name in names)
@@ -280,7 +280,7 @@ def test_every_sweep_raises_the_likeness_and_the_last_finds_nothing_to_improve(f
     found = find_permutations(shapes, heads=family.heads.get("kv_heads", HEADS))
 
     def likeness(sweeps: int) -> float:
-        moved = PermutedSource(other, indices(found, match(reference, other, found, 0, sweeps), shapes))
+        moved = PermutedSource(other, axis_indices(found, match(reference, other, found, 0, sweeps), shapes))
         return sum(float((reference.get(name) * moved.get(name)).sum()) for name in names)
 
     reached = [likeness(sweeps) for sweeps in (1, 2, 3, 99, 100)]

@@ -133,7 +133,7 @@ def test_stages_are_the_blocks_in_the_order_in_which_they_run(kind: str, expecte
     batch = next(padded_batches(1 if kind == "t5" else None))
     order = linear_layers(network, names, {name: value for name, value in batch.items() if name != "labels"})
     stages = stages_of(network, order)
-    assert [stage.place for stage in stages] == expected
+    assert [stage.block for stage in stages] == expected
     assert [name for stage in stages for name in stage.names] == order
 
 
@@ -147,6 +147,6 @@ def test_a_pass_ends_where_it_may() -> None:
     assert not ran
     whole.add(padded_batches())
     assert ran
-    found, same = part.mean().products, whole.mean().products
+    found, same = part.mean().matrices, whole.mean().matrices
     assert len(found) == 4
     assert all(torch.equal(same[name], product) for name, product in found.items())
