@@ -22,7 +22,7 @@ from mergelab.errors import ConfigError, did_you_mean, listed
 
 
 def method_names() -> tuple[str, ...]:
-    """List the built-in methods, sorted, without ``custom``, which stands for a user's function."""
+    """List the built-in methods, sorted; ``custom``, a user's function, is not one of them."""
     return tuple(sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml") if path.stem != "custom"))
 
 

@@ -235,7 +235,7 @@ class Session:
         return load_tokenizer([own], self.located.name)
 
     def module(self, outputs: int) -> nn.Module:
-        """The resident model with ``outputs`` outputs, or with 0 the one that writes texts; opened at first use.
+        """Return the module with ``outputs`` outputs, or with 0 the one that writes texts; opened at first use.
 
         Raises:
             ModelError: the models are of another kind.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mergelab.miniature.lexicon import ADJECTIVES, KIND_OF, PLACES, ROLES, Verb, sentence, verb
 from mergelab.miniature.record import Document, Example
 
-LABELS = ("unacceptable", "acceptable")
+LABEL_NAMES = ("unacceptable", "acceptable")
 COLUMNS = ("sentence",)
 UNACCEPTABLE, ACCEPTABLE = 0, 1
 

@@ -225,7 +225,7 @@ def _share(training: Sequence[Example], number: int, expert: Expert) -> list[Exa
 
 
 def _names(grammar: Any) -> tuple[str, ...] | None:
-    return getattr(grammar, "LABELS", None)
+    return getattr(grammar, "LABEL_NAMES", None)
 
 
 def _labels(grammar: Any) -> dict[str, Any]:

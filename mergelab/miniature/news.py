@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from mergelab.miniature.lexicon import DAYS, other, sentence, verb
 from mergelab.miniature.record import Document, Example
 
-LABELS = ("not_equivalent", "equivalent")
+LABEL_NAMES = ("not_equivalent", "equivalent")
 COLUMNS = ("sentence1", "sentence2")
 DIFFERENT, EQUIVALENT = 0, 1
 

@@ -12,7 +12,7 @@ import random
 from mergelab.miniature.lexicon import other, sentence
 from mergelab.miniature.record import Document, Example
 
-LABELS = ("negative", "positive")
+LABEL_NAMES = ("negative", "positive")
 COLUMNS = ("sentence",)
 
 ASPECTS = ("film", "story", "acting", "plot", "music", "cast", "ending", "script", "humor", "dialogue")

@@ -26,7 +26,7 @@ from mergelab.miniature.lexicon import (
 )
 from mergelab.miniature.record import Document, Example
 
-LABELS = ("entailment", "not_entailment")
+LABEL_NAMES = ("entailment", "not_entailment")
 COLUMNS = ("sentence1", "sentence2")
 ENTAILED, NOT_ENTAILED = 0, 1
 

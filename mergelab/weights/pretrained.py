@@ -17,7 +17,7 @@ from mergelab.weights.checkpoint import open_checkpoint
 if TYPE_CHECKING:
     from transformers import Pipeline, PreTrainedModel
 
-# Tasks that transformers 5 no longer has a pipeline for, but still a model class.
+# Tasks with a model class, but without a pipeline in transformers 5.
 _SEQ2SEQ_TASKS = ("text2text-generation", "summarization", "translation")
 
 

@@ -85,7 +85,7 @@ def test_normalising_makes_the_scale_of_an_experts_information_irrelevant(monkey
 
 @dataclass
 class Drawn:
-    """Experts and their examples by name, with statistics kept in a folder."""
+    """Experts and their examples by name, with statistics cached in a folder."""
 
     experts: dict[str, Expert]
     folder: Path | None = None

@@ -38,7 +38,7 @@ State = dict[str, Tensor]
 
 
 class Orders:
-    """Random orders of units, drawn where they are first asked for."""
+    """Random orders of units, drawn when they are first used."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -272,7 +272,7 @@ def test_ffn_units_alone_are_in_the_order_of_the_best_assignment() -> None:
 
 
 @EACH
-def test_every_sweep_raises_the_likeness_and_the_last_finds_nothing_to_improve(family: Family) -> None:
+def test_every_sweep_raises_the_similarity_and_the_last_finds_nothing_to_improve(family: Family) -> None:
     states = [state_of(family.model(seed)) for seed in (0, 1)]
     reference, other = aligned(*states).experts
     names = aligned(*states).names

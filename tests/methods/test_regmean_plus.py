@@ -28,7 +28,7 @@ BLOCKS = {"bert": "bert.encoder.layer", "gpt2": "transformer.h"}
 
 @dataclass
 class Fresh(Expert):
-    """Answers a new copy of the module each time, as it may be written into."""
+    """Returns a new copy of the module each time, as it may be written into."""
 
     def module(self) -> nn.Module:
         return copy.deepcopy(super().module())

@@ -22,7 +22,7 @@ def opened(vectors: Sequence[Array], sizes: dict[str, int]) -> Open:
         rows = np.empty((len(parts), sizes[name]), dtype=vectors[0].dtype)
 
         def read(part: slice) -> list[Array]:
-            """Return a part in the room that the last one was answered in."""
+            """Return a part in the memory of the last one."""
             rows.fill(np.nan)
             found = []
             for row, entries in zip(rows, parts, strict=True):
