@@ -1,4 +1,4 @@
-"""The errors that mergelab raises for its user: one line each, of what is wrong and what would be right."""
+"""The errors that mergelab raises for its user: one line each, naming what is wrong and what would be right."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class MergelabError(Exception):
-    """Something the user can mend; the command line prints the message as one line and exits with 2."""
+    """Base of all errors that a user can fix; the command line prints the message as one line and exits with 2."""
 
 
 class ConfigError(MergelabError):
@@ -31,7 +31,7 @@ class NonFinite(ModelError):
 
 
 class InsufficientMemoryError(ModelError):
-    """The memory has no room for the models."""
+    """The models do not fit into memory."""
 
 
 class DataError(MergelabError):
@@ -39,7 +39,7 @@ class DataError(MergelabError):
 
 
 class HubError(MergelabError):
-    """The model hub cannot be reached, or does not have what was asked for."""
+    """The model hub cannot be reached, or lacks the requested repository or file."""
 
 
 class TrackingError(MergelabError):
@@ -51,7 +51,7 @@ class SweepError(MergelabError):
 
 
 class MergeWarning(UserWarning):
-    """Something about a merge that its user should know; the command line prints the message."""
+    """A caution about a merge that succeeds; the command line prints the message."""
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:
@@ -60,13 +60,18 @@ def nearest(name: str, options: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """Return ``"; did you mean 'ties'?"`` for the option nearest to ``name``, or an empty string when none is near."""
+    """Return ``"; did you mean 'ties'?"`` for the option closest to ``name``, or an empty string when none is close."""
     near = nearest(name, options)
     return f"; did you mean {near!r}?" if near else ""
 
 
 def listed(names: Iterable[str], limit: int = 8) -> str:
-    """Join ``names`` with commas, the first ``limit`` of them, and say how many more there are."""
+    """Join the first ``limit`` of ``names`` with commas, and append how many more there are."""
     names = list(names)
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    head = ", ".join(names[:limit])
+    return head if len(names) <= limit else f"{head} and {len(names) - limit} more"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type when the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

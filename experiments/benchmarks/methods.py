@@ -41,7 +41,7 @@ from mergelab.engine.run import merge
 from mergelab.estimation.examples import Batch
 from mergelab.estimation.fisher import diagonal_fisher
 from mergelab.estimation.forward import on_one_thread
-from mergelab.estimation.input_gram import InputProducts, run_for_products
+from mergelab.estimation.input_gram import InputGram, run_for_gram
 from mergelab.ops.threads import in_order, thread_count
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.checkpoint import open_checkpoint
@@ -206,11 +206,13 @@ def lengths_like_rte(count: int, tokens: int) -> list[int]:
     return [int(length) for length in np.clip(drawn, 8, 512)]
 
 
-def matrices_in_mb(found: InputProducts) -> str:
-    """Say what the products take, and what one for each linear layer would."""
-    held = sum(product.nbytes for product in found.products.values())
-    each = sum(found.products[at].nbytes for at in found.shared.values())
-    return f"{len(found.products)} products in float32: {held / 1e6:.0f} MB; one per layer would be {each / 1e6:.0f} MB"
+def matrices_in_mb(found: InputGram) -> str:
+    """Report the size of the Gram matrices, and the size with one matrix per linear layer."""
+    stored = sum(matrix.nbytes for matrix in found.matrices.values())
+    each = sum(found.matrices[at].nbytes for at in found.shared.values())
+    return (
+        f"{len(found.matrices)} matrices in float32: {stored / 1e6:.0f} MB; one per layer would be {each / 1e6:.0f} MB"
+    )
 
 
 def main() -> None:
@@ -236,8 +238,8 @@ def main() -> None:
         own = partial(diagonal_fisher, examples)
         compare("Fisher", examples, own, forward_and_backward, args.rounds)
     if "gram" in parts:
-        compare("Gram", examples, partial(run_for_products, examples), forward, args.rounds)
-        print(matrices_in_mb(run_for_products(examples)))
+        compare("Gram", examples, partial(run_for_gram, examples), forward, args.rounds)
+        print(matrices_in_mb(run_for_gram(examples)))
     if "merges" in parts:
         models = align(open_checkpoint(folders[0], "base"), [open_checkpoint(folder) for folder in folders[1:]])
         merges(args.methods.split(","), models, args.layers)

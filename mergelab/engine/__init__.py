@@ -1,1 +1,1 @@
-"""What a merge method is and how it runs: registry, parameters, streaming, warm sessions."""
+"""Define what a merge method is and run it: registry, parameters, streaming, merge sessions."""

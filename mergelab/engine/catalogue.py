@@ -83,7 +83,7 @@ class Entry:
         return ", ".join(f"{each} ({limits})" if limits else each for each, limits in zip(named, ranges, strict=True))
 
     def cells(self) -> list[str]:
-        """The row of the table."""
+        """Return the row of the table."""
         return [self.name, self.family, self.needs, self.cost, self.summary, self.settings, self.paper]
 
 

@@ -1,4 +1,4 @@
-"""A method that works on whole models first, and the one that then merges them."""
+"""Resolve ``then``: the method that merges after another one has transformed the models."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from mergelab.weights.align import AlignedModels
 
 
 def chained(then: str | Mapping[str, Any]) -> tuple[MergeMethod, Parameters]:
-    """Return the method that merges the aligned experts, and its parameters.
+    """Return the method that ``then`` names, and its checked parameters.
 
     Raises:
-        ConfigError: there is none of that name, it cannot follow, or its parameters are wrong.
+        ConfigError: there is no such method, it cannot be chained, or its parameters are wrong.
     """
     given = {"name": then} if isinstance(then, str) else dict(then)
     try:
@@ -30,7 +30,7 @@ def chained(then: str | Mapping[str, Any]) -> tuple[MergeMethod, Parameters]:
 
 
 def check_then(models: AlignedModels, weights: Sequence[float], then: str | Mapping[str, Any]) -> None:
-    """Raise `ConfigError` where the method that follows cannot merge these models."""
+    """Raise `ConfigError` when the method ``then`` cannot merge these models."""
     from mergelab.engine.run import merge
 
-    merge(*chained(then), models, weights=weights)  # checks the request, and reads nothing before it is iterated
+    merge(*chained(then), models, weights=weights)  # checks the request; reads nothing until it is iterated

@@ -1,4 +1,4 @@
-"""A user's own function as a merge method: ``method=custom method.function=my_module.median``."""
+"""Make a user's function a merge method: ``method=custom method.function=my_module.median``."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from typing import Any
 
 from mergelab.engine.method import MISSING, Kind, MergeMethod
 from mergelab.engine.parameters import INJECTED, parameters_of
-from mergelab.errors import ConfigError, did_you_mean
+from mergelab.errors import ConfigError, did_you_mean, first_line
 
 
 def custom_method(path: str) -> MergeMethod:
     """Return the method that a dotted path names.
 
-    A function declared with ``@merge_method`` is what it was declared to be. One that names ``base`` or ``experts``
-    receives these (and ``site``, if it names it). Any other receives, as its first argument, the list of the experts'
-    tensors; if it names ``base_index``, the base's tensor comes first and ``base_index`` is 0. A function made by
-    ``@layer_merge`` or ``@dict_map`` is used tensor by tensor, one made by ``@model_merge`` on whole state dicts.
-    The other parameters, with their defaults and annotations, are the method's; with ``**kwargs`` any others too.
+    A function declared with ``@merge_method`` is used as declared. A function with a parameter ``base`` or ``experts``
+    receives these (and ``site``, if it is a parameter). Any other function receives, as its first argument, the list of
+    the experts' tensors; with a parameter ``base_index``, the base's tensor is first and ``base_index`` is 0. Functions
+    made by ``@layer_merge`` or ``@dict_map`` are applied tensor by tensor, those made by ``@model_merge`` to whole
+    state dicts. The remaining parameters, with their defaults and annotations, are the method's parameters. A
+    ``**kwargs`` accepts any others.
 
     Raises:
-        ConfigError: the module or function is not there, fails to import, or takes no tensors.
+        ConfigError: the module or function does not exist, fails to import, or takes no tensors.
     """
     function = find_function(path)
     declared = getattr(function, "merge_method", None)
@@ -81,14 +82,14 @@ def _by_name(path: str, function: Callable[..., Any], signature: inspect.Signatu
 
 
 def find_function(path: str) -> Callable[..., Any]:
-    """Import the function that a dotted path names; modules in the working folder can be found.
+    """Import the function that a dotted path names, also from the working folder.
 
     Raises:
-        ConfigError: names the part of the path that is not there, or the error of the import.
+        ConfigError: names the part of the path that does not exist, or the error of the import.
     """
     if path == MISSING or not all(part.isidentifier() for part in path.split(".")) or "." not in path:
-        shown = "" if path == MISSING else f"={path}"
-        raise ConfigError(f"method.function{shown}: must be the dotted path of a function, such as my_module.median")
+        value = "" if path == MISSING else f"={path}"
+        raise ConfigError(f"method.function{value}: must be the dotted path of a function, such as my_module.median")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     module_name, _, name = path.rpartition(".")
@@ -99,7 +100,7 @@ def find_function(path: str) -> Callable[..., Any]:
             raise ConfigError(f"method.function={path}: importing {module_name} fails: {error}") from error
         raise ConfigError(f"method.function={path}: there is no module {error.name!r} here") from error
     except Exception as error:
-        raise ConfigError(f"method.function={path}: importing {module_name} fails: {_line(error)}") from error
+        raise ConfigError(f"method.function={path}: importing {module_name} fails: {_describe(error)}") from error
     if not hasattr(module, name):
         raise ConfigError(f"method.function={path}: {module_name} has no {name!r}{did_you_mean(name, vars(module))}")
     function = getattr(module, name)
@@ -109,6 +110,6 @@ def find_function(path: str) -> Callable[..., Any]:
     return result
 
 
-def _line(error: Exception) -> str:
-    first = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+def _describe(error: Exception) -> str:
+    kind, line = type(error).__name__, first_line(error)
+    return kind if line == kind else f"{kind}: {line}"

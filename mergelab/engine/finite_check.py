@@ -1,4 +1,4 @@
-"""Models whose tensors are looked through for NaN and infinity."""
+"""Check models' tensors for NaN and infinity when they are read."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ from mergelab.weights.source import TensorSource, WrappedSource
 
 
 class FiniteChecked(WrappedSource):
-    """A source whose tensors are looked through for NaN and infinity when they are first read, by whichever thread."""
+    """A source that checks each tensor for NaN and infinity when it is first read; safe to use from several threads."""
 
     def __init__(self, source: TensorSource) -> None:
         self.source = source
-        self._seen: dict[str, bool] = {}
+        self._checked: set[str] = set()
         self._locks: dict[str, Lock] = {}
 
     def get(self, key: str) -> Tensor:
-        """Read ``key``, and look it through at the first time."""
+        """Return ``key``; check it at the first read.
+
+        Raises:
+            NonFinite: it holds NaN or infinity.
+        """
         tensor = self.source.get(key)
-        if key not in self._seen:
+        if key not in self._checked:
             with self._locks.setdefault(key, Lock()):
-                if key not in self._seen:
+                if key not in self._checked:
                     flat = tensor.reshape(-1)
                     if not all(all_finite(flat[part]) for part in blocks(flat.numel())):
                         check_finite(self.source, key, tensor)
-                    self._seen[key] = True
+                    self._checked.add(key)
         return tensor
 
 
 def finite_checked(source: TensorSource) -> FiniteChecked:
-    """Return the source, with what is known of it where it has been looked through before."""
+    """Wrap a source in `FiniteChecked`, unless it is one: its checks are not repeated."""
     return source if isinstance(source, FiniteChecked) else FiniteChecked(source)

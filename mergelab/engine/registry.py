@@ -1,10 +1,10 @@
-"""Which merge methods there are, what each one needs, and how a function becomes one.
+"""Find merge methods by name, check their parameters, and resolve the experts' weights.
 
 @merge_method(needs_base=True, paper="...", elementwise=True)
 def halfway(base: Tensor, experts: Sequence[Tensor], *, lambda_: Lambda = 0.5) -> Tensor: ...
 
-A built-in method is such a function with a file ``conf/method/<name>.yaml`` that names it and its defaults. Nothing is
-imported before it is asked for.
+A built-in method is such a function with a file ``conf/method/<name>.yaml`` that names it and its defaults. A method's
+module is imported only when the method is requested.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mergelab.errors import ConfigError, did_you_mean, listed
 
 
 def method_names() -> tuple[str, ...]:
-    """List the built-in methods, sorted; ``custom`` stands for a user's own function and is not among them."""
+    """List the built-in methods, sorted; ``custom``, a user's function, is not one of them."""
     return tuple(sorted(path.stem for path in (CONF_DIR / "method").glob("*.yaml") if path.stem != "custom"))
 
 
@@ -30,7 +30,7 @@ def method_config(name: str) -> dict[str, Any]:
     """Read ``conf/method/<name>.yaml``: ``name``, ``function`` and the parameters' defaults.
 
     Raises:
-        ConfigError: there is no such method.
+        ConfigError: there is no such method; with the nearest name.
     """
     path = CONF_DIR / "method" / f"{name}.yaml"
     if not path.is_file():
@@ -45,7 +45,7 @@ def method_config(name: str) -> dict[str, Any]:
 
 
 def get_method(name: str) -> MergeMethod:
-    """Find a method by its name, or by the dotted path of a function.
+    """Return the method of a name, or of the dotted path of a function.
 
     Raises:
         ConfigError: there is none; with the nearest name.
@@ -59,7 +59,7 @@ def method_from_config(node: Mapping[str, Any]) -> tuple[MergeMethod, Parameters
     """Return the method of a composed config group, and its checked parameters.
 
     Args:
-        node: plain containers; ``function`` is a dotted path, ``name`` is ignored, the rest are parameters.
+        node: plain containers: ``function`` is a dotted path, ``name`` is ignored, the other keys are parameters.
 
     Raises:
         ConfigError: the function cannot be used, or a parameter is unknown or out of range.
@@ -81,7 +81,7 @@ def check_parameters(method: MergeMethod, values: Mapping[str, Any]) -> Paramete
 
 
 def check_capabilities(method: MergeMethod, *, has_base: bool, experts: int) -> None:
-    """Check that there are a base and as many experts as ``method`` needs.
+    """Check that the models include a base and as many experts as ``method`` needs.
 
     Raises:
         ConfigError: names the method and the numbers.
@@ -100,14 +100,14 @@ def check_capabilities(method: MergeMethod, *, has_base: bool, experts: int) -> 
 
 
 def unsupported_for_generation(method: MergeMethod, parameters: Parameters) -> str | None:
-    """Say why ``method``, with these parameters, does not merge models that write text; None where it does."""
+    """Return why ``method`` with these parameters cannot merge models that generate text; None when it can."""
     if method.unsupported_for_generation is None:
         return None
-    asked = inspect.signature(method.unsupported_for_generation).parameters
+    accepted = inspect.signature(method.unsupported_for_generation).parameters
     settings = (parameters.arguments(), *parameters.of_rules())
     reasons = (
-        method.unsupported_for_generation(**{name: value for name, value in own.items() if name in asked})
-        for own in settings
+        method.unsupported_for_generation(**{name: value for name, value in values.items() if name in accepted})
+        for values in settings
     )
     return next(filter(None, reasons), None)
 

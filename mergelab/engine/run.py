@@ -1,4 +1,4 @@
-"""Running a method over models: tensor by tensor, large ones in blocks, the same bits however they are cut.
+"""Run a method over models: tensor by tensor, large ones in blocks, to the same bits for any block size.
 
 for name, tensor in merge(get_method("ties"), {"density": 0.3}, align(base, experts)):
     ...
@@ -24,8 +24,8 @@ from mergelab.weights.align import AlignedModels
 from mergelab.weights.source import TensorPart
 from mergelab.weights.state_dict import StateDict
 
-AHEAD = 1 << 25  # bytes of merged tensors that may wait for the one that comes before them
-Progress = Callable[[int], None]
+AHEAD = 1 << 25  # bytes of merged parts that may be computed before they are needed
+TensorProgress = Callable[[int], None]  # receives the number of entries of each merged tensor
 
 
 def merge(
@@ -36,40 +36,40 @@ def merge(
     weights: Sequence[float] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: TensorProgress | None = None,
     block: int | None = None,
     dtype: torch.dtype | None = None,
     only: Collection[str] | None = None,
     output: str | None = None,
     examples: Any = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Merge ``models`` and answer the merged tensors one after the other.
+    """Merge ``models`` and return an iterator over the merged tensors.
 
-    Everything that can be wrong with the request is checked before this returns and before a tensor is read. The same
-    request gives the same bits for any number of threads, any order of ``models.names``, any ``block``, and, but for
-    methods whose order matters, any order of the experts.
+    The request is checked before this returns, and before a tensor is read. The same request gives the same bits for
+    any number of threads, any order of ``models.names`` and any ``block``. The order of the experts changes no bit
+    either, except for methods where it matters.
 
     Args:
-        method: what to compute.
-        parameters: its parameters, checked or to be checked.
+        method: the merge method.
+        parameters: its parameters, already checked or as plain values.
         models: base and experts under common names.
-        weights: the models' own weights, one per expert; the method's ``weights`` parameter has precedence.
-        seed: of random methods.
-        device: where to compute; the merged tensors are on the CPU in any case.
+        weights: the models' weights, one per expert; the method's ``weights`` parameter takes precedence.
+        seed: of methods that draw random numbers.
+        device: device to compute on; the merged tensors are on the CPU in any case.
         progress: called after each merged tensor with its number of entries.
-        block: how many entries an elementwise method is given at once.
-        dtype: of the merged tensors; default: the stored one.
-        only: names of the tensors to answer; what a method learns from the whole of the models stays the same.
-        output: for which expert, by name, the merged model is, where the method makes one for each.
-        examples: what methods that need data learn from.
+        block: number of entries that an elementwise method receives at once.
+        dtype: dtype of the merged tensors; default: the stored one.
+        only: names of the tensors to merge; statistics of whole models are not affected.
+        output: name of the expert to merge for, when the method makes one model per expert.
+        examples: examples for methods that need data.
 
     Returns:
         Pairs of name and new tensor: ``models.names`` in their order, in ``dtype`` or the base's (without a base, the
         first expert's); then copies of ``models.integers``; then ``models.aliases``, each with the tensor it names.
 
     Raises:
-        ConfigError: no base where one is needed, too few or many experts, parameters or weights that do not fit, two
-            experts of one name; while merging: a user's function fails, or answers no tensor of that shape.
+        ConfigError: a base is missing, too few or too many experts, parameters or weights that do not fit, two experts
+            of one name; while merging: a user's function fails, or does not return a tensor of the right shape.
         NonFinite: while merging: a tensor of a model, or of the result, holds NaN or infinity.
     """
     job = checked_job(
@@ -95,11 +95,11 @@ def merge_to_dict(
     weights: Sequence[float] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: TensorProgress | None = None,
     output: str | None = None,
     examples: Any = None,
 ) -> dict[str, Tensor]:
-    """Merge as `merge` does, and answer all tensors in the order of the base's (without one, the first expert's)."""
+    """Merge as `merge` does; return all tensors in the base's order (without a base, the first expert's)."""
     merged = dict(
         merge(
             method,
@@ -119,34 +119,36 @@ def merge_to_dict(
 
 
 def merge_in_parts(job: MergeRequest, only: Collection[str] | None = None) -> Iterator[TensorPart]:
-    """Merge as `merge` does, and answer parts of the tensors: where the method is elementwise none is ever whole.
+    """Merge as `merge` does, and yield parts of the tensors; an elementwise method never has a whole tensor in memory.
 
     Args:
         job: a checked request.
-        only: as for `merge`; nothing else is answered.
+        only: names of the tensors to merge, as for `merge`.
 
     Returns:
-        The parts of each tensor in their order, an alias' each after that of the tensor that it names. A part's entries
-        are overwritten after the next one has been asked for.
+        The parts of each tensor in their order; each part of an alias follows that of the tensor that it names. A
+        part's entries are overwritten once the next part is requested.
 
     Raises:
-        ConfigError, NonFinite: as `merge`, while merging.
+        ConfigError, NonFinite: as for `merge`, while merging.
     """
     models = job.models
     wanted = {*models.names, *models.integers, *models.aliases} if only is None else frozenset(only)
-    asked: dict[str, list[str]] = {name: [name] for name in (*models.names, *models.integers) if name in wanted}
+    stored_as: dict[str, list[str]] = {name: [name] for name in (*models.names, *models.integers) if name in wanted}
     for alias, name in models.aliases.items():
         if alias in wanted:
-            asked.setdefault(name, []).append(alias)
-    for part in _parts(job, [name for name in models.names if name in asked]):
-        for name in asked[part.name]:
+            stored_as.setdefault(name, []).append(alias)
+    for part in _parts(job, [name for name in models.names if name in stored_as]):
+        for name in stored_as[part.name]:
             yield part._replace(name=name)
     for name in models.integers:
-        for each in asked.get(name, ()):
+        for each in stored_as.get(name, ()):
             yield TensorPart(each, 0, job.reference.get(name).reshape(-1))
 
 
-def _stream(job: MergeRequest, progress: Progress | None, only: frozenset[str] | None) -> Iterator[tuple[str, Tensor]]:
+def _stream(
+    job: MergeRequest, progress: TensorProgress | None, only: frozenset[str] | None
+) -> Iterator[tuple[str, Tensor]]:
     models = job.models
     aliases = {alias: name for alias, name in models.aliases.items() if only is None or alias in only}
     named = set(aliases.values())
@@ -154,11 +156,11 @@ def _stream(job: MergeRequest, progress: Progress | None, only: frozenset[str] |
     made: dict[str, Tensor] = {}
     held: dict[str, Tensor] = {}
 
-    def room(name: str) -> Tensor:
+    def allocate(name: str) -> Tensor:
         made[name] = job.empty(name)
         return made[name]
 
-    for name, start, entries in _parts(job, [name for name in models.names if name in wanted], room):
+    for name, start, entries in _parts(job, [name for name in models.names if name in wanted], allocate):
         if start + entries.numel() < made[name].numel():
             continue
         if name in named:
@@ -176,41 +178,41 @@ def _stream(job: MergeRequest, progress: Progress | None, only: frozenset[str] |
 
 
 def _parts(
-    job: MergeRequest, names: Sequence[str], room: Callable[[str], Tensor] | None = None
+    job: MergeRequest, names: Sequence[str], allocate: Callable[[str], Tensor] | None = None
 ) -> Iterator[TensorPart]:
-    """Merge these tensors; ``room`` as for `_merged_parts`."""
+    """Merge the named tensors; ``allocate`` as for `_merged_parts`."""
     if not names:
         return
     if job.method.kind != "model":
         job = prepared_job(job)
         return_memory()
-        yield from _merged_parts(job, names, room)
+        yield from _merged_parts(job, names, allocate)
         return
-    for name, tensor in merge_models(job, job.models.names):  # whole models go in, whatever is wanted of what comes out
+    for name, tensor in merge_models(job, job.models.names):  # such a method needs whole models, whatever is requested
         if name in names:
-            into = tensor if room is None else room(name).copy_(tensor)
+            into = tensor if allocate is None else allocate(name).copy_(tensor)
             yield TensorPart(name, 0, into.view(-1))
 
 
 def _merged_parts(
-    job: MergeRequest, names: Sequence[str], room: Callable[[str], Tensor] | None = None
+    job: MergeRequest, names: Sequence[str], allocate: Callable[[str], Tensor] | None = None
 ) -> Iterator[TensorPart]:
-    """Merge part by part, several at once; few are ahead of the one that is answered.
+    """Merge part by part, several at once, with at most `AHEAD` bytes computed before they are needed.
 
     Args:
         job: a prepared request.
-        names: of the tensors.
-        room: answers a new tensor that takes the result; default: parts share a piece of memory, and are overwritten
-            after the next one has been asked for.
+        names: names of the tensors.
+        allocate: returns a new tensor for the result; default: parts share a ring buffer, and are overwritten once the
+            next part is requested.
     """
-    ring = Ring(job, names)
+    ring = RingBuffer(job, names)
     with pool(job.threads) as workers:
         waiting: deque[tuple[TensorPart, Future[None]]] = deque()
         ahead = 0
         for name in names:
             job.prefetch(name)
             count = torch.Size(job.reference.shape(name)).numel()
-            whole = None if room is None else room(name).view(-1)
+            whole = None if allocate is None else allocate(name).view(-1)
             for chunk in chunks_of(job, count):
                 into = ring.take(name, chunk.stop - chunk.start) if whole is None else whole[chunk]
                 part = TensorPart(name, chunk.start, into)
@@ -220,7 +222,7 @@ def _merged_parts(
                     continue
                 waiting.append((part, workers.submit(merge_into, job, name, into, chunk)))
                 ahead += _padded(into.nbytes)
-                del part, into  # let them go when they have been answered
+                del part, into  # release them once they are yielded
                 while ahead > AHEAD and len(waiting) > 1:
                     ahead -= _padded(waiting[0][0].entries.nbytes)
                     yield _finished(*waiting.popleft())
@@ -228,36 +230,36 @@ def _merged_parts(
             yield _finished(*waiting.popleft())
 
 
-class Ring:
-    """One piece of memory for parts that are let go of in the order in which they are taken.
+class RingBuffer:
+    """A buffer for parts that are released in the order in which they are taken.
 
-    When one is taken, those in use fill at most `AHEAD` bytes, or are a single part. So, with room for two parts beyond
-    these, the new one always fits behind the last, or at the start where the end is near. Memory that is taken from the
-    allocator for each part comes from all over, and much of it stays unused between others.
+    When a part is taken, the parts in use fill at most `AHEAD` bytes, or are a single part. The buffer has space for
+    two more parts, so that the new part always fits behind the last, or at the start when the end is near. Separate
+    allocations for the parts would fragment the memory.
     """
 
     def __init__(self, job: MergeRequest, names: Sequence[str]) -> None:
         self._job = job
         sizes = {name: torch.Size(job.reference.shape(name)).numel() for name in names}
         self._largest = max(_padded(min(sizes[name], CHUNK) * job.stored_dtype(name).itemsize) for name in names)
-        self._room = torch.empty(0, dtype=torch.uint8)  # made when it is first asked for
+        self._buffer = torch.empty(0, dtype=torch.uint8)  # allocated at the first use
         self._next = 0
 
     def take(self, name: str, count: int) -> Tensor:
-        """Return room for ``count`` entries of a tensor."""
+        """Return memory for ``count`` entries of a tensor."""
         dtype = self._job.stored_dtype(name)
         size = count * dtype.itemsize
         if _padded(size) > self._largest:
             return torch.empty(count, dtype=dtype)
-        if not len(self._room):
-            self._room = torch.empty(max(AHEAD, self._largest) + 2 * self._largest, dtype=torch.uint8)
-        start = 0 if self._next + size > len(self._room) else self._next
+        if not len(self._buffer):
+            self._buffer = torch.empty(max(AHEAD, self._largest) + 2 * self._largest, dtype=torch.uint8)
+        start = 0 if self._next + size > len(self._buffer) else self._next
         self._next = start + _padded(size)
-        return self._room[start : start + size].view(dtype)
+        return self._buffer[start : start + size].view(dtype)
 
 
 def _padded(size: int) -> int:
-    """Return ``size`` bytes, rounded up to whole lines of a core's cache."""
+    """Round ``size`` bytes up to whole cache lines."""
     return size + -size % 64
 
 
@@ -267,16 +269,16 @@ def _finished(part: TensorPart, work: Future[None]) -> TensorPart:
 
 
 def chunks_of(job: MergeRequest, count: int) -> list[slice]:
-    """Divide a flattened tensor of ``count`` entries among threads, where the method may be given parts."""
+    """Divide a flattened tensor of ``count`` entries into parts; a method that is not elementwise needs the whole."""
     return list(blocks(count, CHUNK if job.method.elementwise else max(count, 1))) or [slice(0, 0)]
 
 
 def merge_models(job: MergeRequest, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """Give whole models to a function of state dicts, all in memory, and answer its result tensor by tensor."""
+    """Run a function of state dicts on whole models in memory, and yield its result tensor by tensor."""
     result = _merged_model(job, names)
     label = f"method.function={job.method.name}"
     if not isinstance(result, Mapping):
-        raise ConfigError(f"{label}: answered a {type(result).__name__}, not a state dict")
+        raise ConfigError(f"{label}: returned a {type(result).__name__}, not a state dict")
     if missing := [name for name in names if name not in result]:
         raise ConfigError(f"{label}: its result lacks {listed(missing)}")
     if extra := [str(name) for name in result if name not in names]:

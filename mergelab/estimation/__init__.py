@@ -1,1 +1,1 @@
-"""What methods learn from data: Fisher diagonals, Gram matrices, features, and where they are stored."""
+"""Statistics that methods estimate from data: Fisher diagonals, Gram matrices, features, and their disk cache."""

@@ -1,4 +1,4 @@
-"""Statistics that cost a pass over data, kept on disk by content: a sweep over coefficients computes none again."""
+"""Cache statistics of data on disk by content, so that a sweep over coefficients computes each of them once."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from typing import Any
 from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
-Notes = dict[str, str]
+Metadata = dict[str, str]
 
 
 def disk_cached(
-    folder: Path | None, parts: Mapping[str, Any] | None, compute: Callable[[], tuple[Tensors, Notes]]
-) -> tuple[Tensors, Notes]:
-    """Return what ``compute`` does: tensors, and notes on them.
+    folder: Path | None, key: Mapping[str, Any] | None, compute: Callable[[], tuple[Tensors, Metadata]]
+) -> tuple[Tensors, Metadata]:
+    """Return the result of ``compute``, tensors and their metadata, from the cache where it has them.
 
     Args:
-        folder: where it is kept between runs, in a file that is mapped into memory when it is read; None: nowhere.
-        parts: all that the result depends on, as JSON has it; None: it has no such name, and is not kept.
-        compute: called where no file has the result.
+        folder: the cache folder, whose files are memory-mapped when they are read; None: nothing is cached.
+        key: everything that the result depends on, as JSON values; None: the result is not cached.
+        compute: called when the cache does not have the result.
     """
-    if folder is None or parts is None:
+    if folder is None or key is None:
         return compute()
-    name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:40]
     file = folder / f"{name}.safetensors"
-    if (found := _read(file)) is not None:
-        return found
-    tensors, notes = compute()
-    _write(file, tensors, notes)
-    return tensors, notes
+    if (cached := _read(file)) is not None:
+        return cached
+    tensors, metadata = compute()
+    _write(file, tensors, metadata)
+    return tensors, metadata
 
 
-def _read(file: Path) -> tuple[Tensors, Notes] | None:
+def _read(file: Path) -> tuple[Tensors, Metadata] | None:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -47,15 +47,15 @@ def _read(file: Path) -> tuple[Tensors, Notes] | None:
         return None
 
 
-def _write(file: Path, tensors: Tensors, notes: Notes) -> None:
-    """Write beside the place and move there; a folder that cannot be written is no error."""
+def _write(file: Path, tensors: Tensors, metadata: Metadata) -> None:
+    """Write a temporary file and rename it; a folder that cannot be written is no error."""
     from safetensors.torch import save_file
 
     unfinished = file.with_name(f".{file.stem}.{os.getpid()}")
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=notes)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=metadata)
             os.replace(unfinished, file)
         except BaseException:
             unfinished.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""What methods that learn from data are given: an expert as a module, and examples of what it was trained on.
+"""Define the input of methods that learn from data: an expert as a module, and examples of its training data.
 
-Where the examples come from is not for methods to know; whoever merges says so by an object with these attributes.
+Methods do not depend on where the examples come from. The caller of a merge passes an object of these protocols.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-# The keyword arguments of a transformers model: ``input_ids`` (b, l), ``attention_mask`` (b, l) with 0 where padded, …
-# A sequence-to-sequence model's have ``decoder_input_ids`` and ``decoder_attention_mask`` (b, m) as well.
+# The keyword arguments of a transformers model: ``input_ids`` (b, l), ``attention_mask`` (b, l) with 0 at padding, …
+# Those of a sequence-to-sequence model include ``decoder_input_ids`` and ``decoder_attention_mask`` (b, m).
 Batch = Mapping[str, Tensor]
 LABELS = "labels"
 
@@ -21,11 +21,11 @@ class ExpertExamples(Protocol):
     """One expert and the examples that were drawn for it.
 
     Attributes:
-        count: how many examples there are; at least one.
-        key: a name for all that a statistic depends on besides its own settings: the expert's weights and head, the
-            examples, and how they become inputs. Empty where there is no such name, and nothing can be kept.
-        parameter_names: the common name (as in ``AlignedModels.names``) of each of the module's parameters that takes
-            part in the merge.
+        count: number of examples, at least one.
+        key: identifies everything that a statistic depends on besides its own settings: the expert's weights and head,
+            the examples, and how they are tokenised and batched. Empty when statistics cannot be cached.
+        parameter_names: for each of the module's parameters that are merged, its common name (as in
+            ``AlignedModels.names``).
     """
 
     @property
@@ -40,40 +40,40 @@ class ExpertExamples(Protocol):
     def module(self) -> nn.Module:
         """Return the expert with its own weights and head, in evaluation mode.
 
-        It may be one that experts share: it is this expert's until another one's is asked for. It may be written into;
-        when it is asked for again, it is the expert again.
+        Experts may share one module: it holds this expert's weights until another expert's module is requested. Callers
+        may write into it. The next call restores the expert's weights.
         """
         ...
 
     def batches(self) -> Iterator[Batch]:
-        """Return all examples as inputs of the module, where it is, in an order that is always the same.
+        """Yield all examples as inputs of the module, on its device, always in the same order.
 
-        ``labels`` (b,) is among them where labels were asked for: class numbers, or scores. Of models that write
-        tokens it always is, (b, l) or (b, m): the token that should follow each position, −100 where none is to.
+        With ``labelled`` a batch has ``labels`` (b,): class indices, or scores. For models that generate tokens a batch
+        always has ``labels`` (b, l) or (b, m): the next token at each position, −100 where there is none.
         """
         ...
 
 
-class Examples(Protocol):
-    """Draw examples for each expert.
+class ExampleSource(Protocol):
+    """Draws examples for each expert.
 
     Attributes:
-        folder: where statistics may be kept between runs; None: nowhere.
+        folder: where statistics are cached between runs; None: nowhere.
     """
 
     @property
     def folder(self) -> Path | None: ...  # noqa: D102
 
     def of(self, expert: str, *, samples: int, seed: int, labelled: bool = False) -> ExpertExamples:
-        """Draw examples for the expert of that name.
+        """Draw examples for one expert.
 
         Args:
             expert: its name among the aligned experts.
-            samples: how many, or all where there are not so many.
+            samples: number of examples; all when there are fewer.
             seed: of the draw.
-            labelled: whether batches have to have labels.
+            labelled: whether batches must have labels.
 
         Raises:
-            MergelabError: there are none, or no labels.
+            MergelabError: there are no examples, or no labels.
         """
         ...

@@ -1,8 +1,8 @@
-"""Running an expert's module over batches, so that the number of threads changes no bit.
+"""Run an expert's module over batches, with the same bits for any number of threads.
 
-As many batches run at once as there are threads, each on one thread; what they give is added up in their order, parts
-of a result side by side. `groups` says how many batches are held at once. Sums over a group are made on their own and
-then added to the whole, which also keeps rounding small.
+As many batches run at once as there are threads, each on one thread. Their results are added in the order of the
+batches; several threads add different parts of a result. Sums over a group of batches (`groups`) are computed first and
+then added to the total, which also reduces rounding.
 """
 
 from __future__ import annotations
@@ -16,44 +16,57 @@ from torch import Tensor, nn
 
 from mergelab.estimation.examples import LABELS, Batch
 
-GROUP = 4  # a part of the result: it says which batches are added up on their own
+GROUP = 4  # batches that are summed before they are added to the total; results depend on it
 
 
 def groups(batches: Iterable[Batch], size: int = GROUP) -> Iterator[list[Batch]]:
-    """Take ``size`` batches at a time."""
-    waiting = iter(batches)
-    while group := list(islice(waiting, size)):
+    """Yield lists of ``size`` consecutive batches; the last may be shorter."""
+    remaining = iter(batches)
+    while group := list(islice(remaining, size)):
         yield group
 
 
 def split_labels(batch: Batch, device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Divide a batch into the module's inputs and the labels, both on ``device``."""
+    """Split a batch into the module's inputs and the labels (None without labels), both on ``device``."""
     inputs = {name: value.to(device) for name, value in batch.items() if name != LABELS}
     labels = batch.get(LABELS)
     return inputs, None if labels is None else labels.to(device)
 
 
 def size_of(batch: Batch) -> int:
-    """Return the number of examples."""
+    """Return the number of examples of a batch."""
     return len(next(iter(batch.values())))
 
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Let no parameter ask for gradients, and put that back at the end."""
+    """Set ``requires_grad`` of all parameters to False, and restore it at the end."""
     before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
         for parameter, _ in before:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter, asked in before:
-            parameter.requires_grad_(asked)
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+@contextmanager
+def requiring_gradients(frozen_tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Set ``requires_grad`` of frozen tensors to True, and back to False at the end."""
+    tensors = list(frozen_tensors)
+    try:
+        for tensor in tensors:
+            tensor.requires_grad_(True)
+        yield
+    finally:
+        for tensor in tensors:
+            tensor.requires_grad_(False)
 
 
 @contextmanager
 def on_one_thread(device: torch.device) -> Iterator[None]:
-    """Let each operation of the calling thread run on one thread, as in `mergelab.ops.threads`."""
+    """Run CPU operations of the calling thread on one thread, as in `mergelab.ops.threads`; restore that at the end."""
     before = torch.get_num_threads()
     try:
         if device.type == "cpu":

@@ -1,7 +1,7 @@
-"""Layers of a module as they run: what goes in, what comes out, and each example's gradient of their parameters.
+"""Record the inputs and outputs of a module's layers, and compute each example's gradient of their parameters.
 
-Nothing here knows an architecture. Forward hooks note inputs and outputs of the layers whose gradients have a closed
-form: linear layers (transformers' ``Conv1D`` among them), embeddings, layer and RMS norms.
+Nothing here depends on an architecture. Forward hooks record inputs and outputs of the layers whose gradients have a
+closed form: linear layers (including transformers' ``Conv1D``), embeddings, layer norms and RMS norms.
 """
 
 from __future__ import annotations
@@ -16,37 +16,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Kind = Literal["linear", "conv1d", "embedding", "layer_norm", "rms_norm"]
+LayerKind = Literal["linear", "conv1d", "embedding", "layer_norm", "rms_norm"]
 
 
 @dataclass(frozen=True)
-class Use:
-    """One run of a layer in a forward pass.
+class LayerCall:
+    """One call of a layer in a forward pass.
 
     Attributes:
-        layer, kind: which layer.
+        layer, kind: the layer and its kind.
         input, output: (b, …).
-        in_decoder: whether the input stands for the decoder's tokens, in a sequence-to-sequence model.
+        in_decoder: whether the input belongs to the decoder's tokens, in a sequence-to-sequence model.
     """
 
     layer: nn.Module
-    kind: Kind
+    kind: LayerKind
     input: Tensor
     output: Tensor
     in_decoder: bool = False
 
 
 @dataclass
-class _Notes(threading.local):
-    """What the calling thread's forward pass has noted so far, its number of examples, and what the encoder gave."""
+class _Recording(threading.local):
+    """The calling thread's forward pass: its number of examples, its layer calls so far, and the encoder's outputs."""
 
     size: int = 0
-    uses: list[Use] = field(default_factory=list)
+    calls: list[LayerCall] = field(default_factory=list)
     encoded: list[Tensor] = field(default_factory=list)
 
 
-def kind_of(layer: nn.Module) -> Kind | None:
-    """Return which closed form a layer's gradients have, judged by its class; None for other layers."""
+def layer_kind(layer: nn.Module) -> LayerKind | None:
+    """Return which closed form the gradients of a layer of this class have; None when they have none."""
     if isinstance(layer, nn.Linear):
         return "linear"
     if isinstance(layer, nn.Embedding):
@@ -62,24 +62,24 @@ def kind_of(layer: nn.Module) -> Kind | None:
 
 
 class Recorder:
-    """Run a module and note what its layers do; several threads may run it at once.
+    """Runs a module and records the calls of its layers; several threads may run it at once.
 
     Args:
-        module: what runs.
-        kinds: the layers that are watched, and what they are.
-        until: where a pass may end: when this part of the module is about to run.
+        module: the module to run.
+        kinds: the layers to record, with their kinds.
+        until: submodule before which a forward pass stops.
     """
 
-    def __init__(self, module: nn.Module, kinds: dict[nn.Module, Kind], until: nn.Module | None = None) -> None:
+    def __init__(self, module: nn.Module, kinds: dict[nn.Module, LayerKind], until: nn.Module | None = None) -> None:
         self._module, self._kinds, self._until = module, kinds, until
-        self._notes = _Notes()
+        self._recording = _Recording()
         self._encoder = encoder_of(module)
         self._in_encoder = frozenset(self._encoder.modules()) if self._encoder is not None else frozenset()
         self._projection = getattr(module, "enc_to_dec_proj", None)
 
     @contextmanager
     def watching(self) -> Iterator[Recorder]:
-        """Put the hooks on the layers, and take them off at the end."""
+        """Register the hooks on the layers, and remove them at the end."""
         handles: list[Any] = []
         try:
             if self._until is not None:
@@ -96,187 +96,188 @@ class Recorder:
             for handle in handles:
                 handle.remove()
 
-    def run(self, batch: dict[str, Tensor]) -> tuple[Any, list[Use]]:
-        """Run the module on a batch; answer its output and the layers' uses in the order in which they ran.
+    def run(self, batch: dict[str, Tensor]) -> tuple[Any, list[LayerCall]]:
+        """Run the module on a batch.
 
-        The output is None where the pass has ended at ``until``.
+        Returns:
+            The module's output (None when the pass stopped at ``until``), and the layers' calls in their order.
         """
-        self._notes.size, self._notes.uses, self._notes.encoded = len(next(iter(batch.values()))), [], []
+        self._recording.size, self._recording.calls, self._recording.encoded = len(next(iter(batch.values()))), [], []
         try:
             output = self._module(**batch)
-        except _Enough:
+        except _StopForward:
             output = None
-        uses, self._notes.uses, self._notes.encoded = self._notes.uses, [], []
-        return output, uses
+        calls, self._recording.calls, self._recording.encoded = self._recording.calls, [], []
+        return output, calls
 
     def _one_row_each(self, layer: nn.Module, arguments: tuple[Any, ...]) -> Any:
-        """Give each example its own row of indices: positions that all share would mix the examples' gradients."""
+        """Expand shared indices (positions) to a row per example, so that the examples' gradients stay separate."""
         indices = arguments[0] if arguments else None
-        if isinstance(indices, Tensor) and indices.dim() == 2 and len(indices) == 1 < self._notes.size:
-            return (indices.expand(self._notes.size, -1), *arguments[1:])
+        if isinstance(indices, Tensor) and indices.dim() == 2 and len(indices) == 1 < self._recording.size:
+            return (indices.expand(self._recording.size, -1), *arguments[1:])
         return None
 
     def _note(self, layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         if not arguments or not isinstance(output, Tensor):
             return None
-        watched = output
-        if torch.is_grad_enabled() and not output.requires_grad:  # the first layer, as no parameter asks for gradients
-            watched = output.detach().requires_grad_()
-            output = watched.clone()  # what comes next may write into it
+        recorded = output
+        if torch.is_grad_enabled() and not output.requires_grad:  # the first layer, as parameters require no gradients
+            recorded = output.detach().requires_grad_()
+            output = recorded.clone()  # the next layer may write into it
         given = arguments[0].detach()
-        self._notes.uses.append(Use(layer, self._kinds[layer], given, watched, self._is_in_decoder(layer, given)))
+        in_decoder = self._is_in_decoder(layer, given)
+        self._recording.calls.append(LayerCall(layer, self._kinds[layer], given, recorded, in_decoder))
         return output
 
     def _note_encoded(self, part: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        found = output if isinstance(output, Tensor) else output[0]
-        self._notes.encoded.append(found)
+        self._recording.encoded.append(output if isinstance(output, Tensor) else output[0])
 
     def _is_in_decoder(self, layer: nn.Module, given: Tensor) -> bool:
-        """Return whether an input stands for the decoder's tokens: cross-attention's keys and values do not."""
+        """Return whether an input belongs to the decoder's tokens, as that of cross-attention's keys does not."""
         if self._encoder is None or layer in self._in_encoder:
             return False
-        places = [(encoded.data_ptr(), encoded.shape) for encoded in self._notes.encoded]
-        return (given.data_ptr(), given.shape) not in places
+        encoded = [(tensor.data_ptr(), tensor.shape) for tensor in self._recording.encoded]
+        return (given.data_ptr(), given.shape) not in encoded
 
 
 def encoder_of(module: nn.Module) -> nn.Module | None:
-    """Find the encoder of a sequence-to-sequence model; None in other models."""
+    """Return the encoder of a sequence-to-sequence model; None for other models."""
     if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         return None
-    found = [path for path, _ in module.named_modules() if path.rpartition(".")[2] == "encoder"]
-    return module.get_submodule(min(found, key=lambda path: path.count("."))) if found else None
+    paths = [path for path, _ in module.named_modules() if path.rpartition(".")[2] == "encoder"]
+    return module.get_submodule(min(paths, key=lambda path: path.count("."))) if paths else None
 
 
-class _Enough(Exception):
-    """A forward pass has come to where it may end."""
+class _StopForward(Exception):
+    """Ends a forward pass before the submodule ``until``."""
 
 
 def _stop(layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-    raise _Enough
+    raise _StopForward
 
 
 # ------------------------------------------------------------------------------------------- gradients of each example
 
-Gradient = tuple[Use, Tensor]  # a use and the gradient of its output, of the output's shape
+Gradient = tuple[LayerCall, Tensor]  # a call, and the gradient of its output, of the output's shape
 
 
 @dataclass(frozen=True)
-class Matrices:
-    """Gradients of a matrix: example b's is leftᵇᵀ·rightᵇ, with left (b, l, m) and right (b, l, n)."""
+class MatrixGradients:
+    """Per-example gradients of a matrix: example b's is leftᵇᵀ·rightᵇ, with left (b, l, m) and right (b, l, n)."""
 
     left: Tensor
     right: Tensor
 
-    def magnitude(self) -> Matrices:
-        """Return the same with every term's absolute value."""
-        return Matrices(self.left.abs(), self.right.abs())
+    def magnitude(self) -> MatrixGradients:
+        """Return the same with the absolute values of all terms."""
+        return MatrixGradients(self.left.abs(), self.right.abs())
 
     def total(self) -> Tensor:
-        """Add up the examples' gradients: (m, n)."""
+        """Return the sum of the examples' gradients: (m, n)."""
         return self.left.flatten(0, 1).T @ self.right.flatten(0, 1)
 
 
 @dataclass(frozen=True)
-class Vectors:
-    """Gradients of a vector (n,): sums over the tokens of terms (b, l, n)."""
+class VectorGradients:
+    """Per-example gradients of a vector (n,): sums over the tokens of terms (b, l, n)."""
 
     terms: Tensor
 
-    def magnitude(self) -> Vectors:
-        """Return the same with every term's absolute value."""
-        return Vectors(self.terms.abs())
+    def magnitude(self) -> VectorGradients:
+        """Return the same with the absolute values of all terms."""
+        return VectorGradients(self.terms.abs())
 
     def total(self) -> Tensor:
-        """Add up the examples' gradients: (n,)."""
+        """Return the sum of the examples' gradients: (n,)."""
         return self.terms.sum((0, 1))
 
 
 @dataclass(frozen=True)
-class TableRows:
-    """Gradients of a table (m, n), whose rows are chosen by indices (b, l): sums of values (b, l, n)."""
+class EmbeddingGradients:
+    """Per-example gradients of an embedding (m, n): sums of values (b, l, n) over equal row indices (b, l)."""
 
     indices: Tensor
     values: Tensor
     shape: torch.Size
 
-    def magnitude(self) -> TableRows:
-        """Return the same with every term's absolute value."""
-        return TableRows(self.indices, self.values.abs(), self.shape)
+    def magnitude(self) -> EmbeddingGradients:
+        """Return the same with the absolute values of all terms."""
+        return EmbeddingGradients(self.indices, self.values.abs(), self.shape)
 
     def total(self) -> Tensor:
-        """Add up the examples' gradients: (m, n)."""
+        """Return the sum of the examples' gradients: (m, n)."""
         total = self.values.new_zeros(self.shape)
         return total.index_add_(0, self.indices.flatten(), self.values.flatten(0, 1))
 
     def of_each_example(self) -> tuple[Tensor, Tensor]:
-        """Add up what each example has of one row: the rows' indices (k,), and their gradients (k, n)."""
+        """Return each example's gradient of each row that it uses: row indices (k,) and gradients (k, n)."""
         examples = torch.arange(len(self.indices), device=self.indices.device)[:, None]
-        places, group = torch.unique(examples * self.shape[0] + self.indices, return_inverse=True)
-        sums = self.values.new_zeros(len(places), self.shape[1])
+        pairs, group = torch.unique(examples * self.shape[0] + self.indices, return_inverse=True)
+        sums = self.values.new_zeros(len(pairs), self.shape[1])
         sums.index_add_(0, group.flatten(), self.values.flatten(0, 1))
-        return places % self.shape[0], sums
+        return pairs % self.shape[0], sums
 
 
-PerExample = Matrices | Vectors | TableRows
+ExampleGradients = MatrixGradients | VectorGradients | EmbeddingGradients
 
 
-def per_example(name: str, gradients: Sequence[Gradient]) -> PerExample | None:
-    """Describe each example's gradient of the parameter that the layers call ``name``, all its uses together.
+def example_gradients(name: str, gradients: Sequence[Gradient]) -> ExampleGradients | None:
+    """Compute each example's gradient of the parameter that the layers call ``name``, over all calls together.
 
     Returns:
-        None where the uses are of kinds whose gradients have no common form.
+        The gradients; None when the calls are of kinds whose gradients have no common form.
     """
-    parts = [_FORMS[use.kind](use, gradient, name) for use, gradient in gradients]
+    parts = [_FORMS[call.kind](call, gradient, name) for call, gradient in gradients]
     first = parts[0]
     if len(parts) == 1:
         return first
-    if all(isinstance(part, Vectors) for part in parts):
-        return Vectors(torch.cat([part.terms for part in parts if isinstance(part, Vectors)], 1))
-    if all(isinstance(part, Matrices) for part in parts):
-        pairs = [(part.left, part.right) for part in parts if isinstance(part, Matrices)]
-        return Matrices(torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 1))
-    tables = [part for part in parts if isinstance(part, TableRows)]
+    if all(isinstance(part, VectorGradients) for part in parts):
+        return VectorGradients(torch.cat([part.terms for part in parts if isinstance(part, VectorGradients)], 1))
+    if all(isinstance(part, MatrixGradients) for part in parts):
+        pairs = [(part.left, part.right) for part in parts if isinstance(part, MatrixGradients)]
+        return MatrixGradients(torch.cat([left for left, _ in pairs], 1), torch.cat([right for _, right in pairs], 1))
+    tables = [part for part in parts if isinstance(part, EmbeddingGradients)]
     if len(tables) == len(parts):
         indices, values = torch.cat([t.indices for t in tables], 1), torch.cat([t.values for t in tables], 1)
-        return TableRows(indices, values, tables[0].shape)
+        return EmbeddingGradients(indices, values, tables[0].shape)
     return None
 
 
-def _linear(use: Use, gradient: Tensor, name: str) -> PerExample:
+def _linear(call: LayerCall, gradient: Tensor, name: str) -> ExampleGradients:
     if name == "bias":
-        return Vectors(_tokens(gradient))
-    return Matrices(_tokens(gradient), _tokens(use.input))
+        return VectorGradients(_tokens(gradient))
+    return MatrixGradients(_tokens(gradient), _tokens(call.input))
 
 
-def _conv1d(use: Use, gradient: Tensor, name: str) -> PerExample:
+def _conv1d(call: LayerCall, gradient: Tensor, name: str) -> ExampleGradients:
     if name == "bias":
-        return Vectors(_tokens(gradient))
-    return Matrices(_tokens(use.input), _tokens(gradient))
+        return VectorGradients(_tokens(gradient))
+    return MatrixGradients(_tokens(call.input), _tokens(gradient))
 
 
-def _embedding(use: Use, gradient: Tensor, name: str) -> PerExample:
-    table: Any = use.layer
-    indices = use.input.reshape(len(use.input), -1)
+def _embedding(call: LayerCall, gradient: Tensor, name: str) -> ExampleGradients:
+    table: Any = call.layer
+    indices = call.input.reshape(len(call.input), -1)
     values = gradient.reshape(*indices.shape, -1)
     if table.padding_idx is not None:  # that row is never trained
         values = values * (indices != table.padding_idx)[..., None]
-    return TableRows(indices, values, table.weight.shape)
+    return EmbeddingGradients(indices, values, table.weight.shape)
 
 
-def _layer_norm(use: Use, gradient: Tensor, name: str) -> PerExample:
-    layer: Any = use.layer
+def _layer_norm(call: LayerCall, gradient: Tensor, name: str) -> ExampleGradients:
+    layer: Any = call.layer
     if name == "weight":
-        gradient = gradient * functional.layer_norm(use.input, layer.normalized_shape, eps=layer.eps)
-    return Vectors(_tokens(gradient))
+        gradient = gradient * functional.layer_norm(call.input, layer.normalized_shape, eps=layer.eps)
+    return VectorGradients(_tokens(gradient))
 
 
-def _rms_norm(use: Use, gradient: Tensor, name: str) -> PerExample:
-    epsilon = _epsilon(use.layer) or 0.0
-    scale = torch.rsqrt(use.input.square().mean(-1, keepdim=True) + epsilon)
-    return Vectors(_tokens(gradient * use.input * scale))
+def _rms_norm(call: LayerCall, gradient: Tensor, name: str) -> ExampleGradients:
+    epsilon = _epsilon(call.layer) or 0.0
+    scale = torch.rsqrt(call.input.square().mean(-1, keepdim=True) + epsilon)
+    return VectorGradients(_tokens(gradient * call.input * scale))
 
 
-_FORMS: dict[Kind, Callable[[Use, Tensor, str], PerExample]] = {
+_FORMS: dict[LayerKind, Callable[[LayerCall, Tensor, str], ExampleGradients]] = {
     "linear": _linear,
     "conv1d": _conv1d,
     "embedding": _embedding,
@@ -286,7 +287,7 @@ _FORMS: dict[Kind, Callable[[Use, Tensor, str], PerExample]] = {
 
 
 def _tokens(values: Tensor) -> Tensor:
-    """Bring (b, …, n) to (b, l, n)."""
+    """Reshape (b, …, n) to (b, l, n)."""
     return values.reshape(len(values), -1, values.shape[-1])
 
 

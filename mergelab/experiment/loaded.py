@@ -56,7 +56,7 @@ class LoadedModels:
         return found
 
     def calibration(self, plan: Plan, progress: Progress) -> Calibration | None:
-        """Training examples for a method that learns from them; the same object for the same method."""
+        """Return training examples for a method that learns from them; the same object for the same method."""
         if "data" not in plan.method.needs:
             return None
         if plan.method.name not in self.calibrations:

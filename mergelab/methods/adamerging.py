@@ -1,11 +1,11 @@
-"""AdaMerging: task arithmetic whose coefficients make the merged model sure of its answers, on unlabelled examples."""
+"""AdaMerging: task arithmetic with coefficients learnt by minimising prediction entropy on unlabelled examples."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
@@ -18,10 +18,10 @@ from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Fraction, Positive, Samples
 from mergelab.errors import ConfigError
 from mergelab.estimation.disk_cache import disk_cached
-from mergelab.estimation.examples import LABELS, Batch, Examples, ExpertExamples
-from mergelab.estimation.forward import frozen, on_one_thread, size_of
+from mergelab.estimation.examples import LABELS, Batch, ExampleSource, ExpertExamples
+from mergelab.estimation.forward import frozen, on_one_thread, requiring_gradients, size_of
 from mergelab.ops.blocks import working
-from mergelab.ops.gram import combined
+from mergelab.ops.gram import combination
 from mergelab.ops.philox import stream_key, words
 from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import weighted_sum
@@ -30,29 +30,28 @@ from mergelab.weights.align import AlignedModels
 from mergelab.weights.numerics import dot
 
 Granularity = Literal["task", "layer"]
-Inputs = dict[str, Tensor]  # of one example: without padding, without the dimension of examples
+ExampleInputs = dict[str, Tensor]  # inputs of one example, without padding and without a batch dimension
 
-# Examples that run at once on a CPU (a part of the result), and how many such parts' gradients are held at once.
-PART = 4
-GRADIENTS = 4
+MICRO_BATCH = 4  # examples that run at once on a CPU; results depend on it
+GRADIENTS = 4  # micro-batches whose gradients are in memory at once
 _OF_CLASSES = "method=adamerging: minimises the entropy of predicted classes"
 
 
-class Unlabelled(Examples, Protocol):
-    """Examples for learning in steps, which takes long and gives coefficients that whoever merges may want to see."""
+class LearningExamples(ExampleSource, Protocol):
+    """Draws examples for a method that learns in steps, and receives its progress and its coefficients."""
 
     def progress(self, message: str, done: float, /) -> None:
-        """Hear how far the learning is, from 0 to 1."""
+        """Receive the fraction of steps done, from 0 to 1."""
         ...
 
     def settle(self, coefficients: Mapping[str, Mapping[str, float]], /) -> None:
-        """Hear what was learnt: each expert's coefficient for each tensor."""
+        """Receive the learnt coefficients: by expert, one for each tensor."""
         ...
 
 
 def prepare_coefficients(
     models: AlignedModels,
-    examples: Unlabelled,
+    examples: LearningExamples,
     *,
     seed: int,
     granularity: Granularity,
@@ -62,7 +61,7 @@ def prepare_coefficients(
     init: float,
     samples: int,
 ) -> Mapping[str, tuple[float, ...]]:
-    """Learn the coefficients of each tensor, one for each expert, or find them again."""
+    """Learn the coefficients of each tensor, one per expert, or read them from the cache."""
     experts = [expert.name for expert in models.experts]
     drawn = [examples.of(expert, samples=samples, seed=seed) for expert in experts]
     layer_of = {name: name if granularity == "layer" else "" for name in models.names}
@@ -73,7 +72,7 @@ def prepare_coefficients(
         learning = _Learning(models, tasks, layer_of, layers, batch, seed)
         return {"coefficients": learning.run(init, lr, steps, examples)}, {}
 
-    parts = {
+    key = {
         "statistic": "adamerging",
         "settings": [granularity, lr, steps, batch, init, seed],
         "experts": experts,
@@ -81,8 +80,8 @@ def prepare_coefficients(
         "names": [sorted(each.parameter_names.items()) for each in drawn],
         "layers": sorted(layer_of.items()),
     }
-    can_keep = examples.folder is not None and all(each.key for each in drawn)
-    found, _ = disk_cached(examples.folder, parts | {"base": _digest(models)} if can_keep else None, compute)
+    cacheable = examples.folder is not None and all(each.key for each in drawn)
+    found, _ = disk_cached(examples.folder, key | {"base": _digest(models)} if cacheable else None, compute)
     values = dict(zip(layers, found["coefficients"].tolist(), strict=True))
     learnt = {name: tuple(values[layer]) for name, layer in layer_of.items()}
     examples.settle({expert: {name: row[t] for name, row in learnt.items()} for t, expert in enumerate(experts)})
@@ -90,7 +89,7 @@ def prepare_coefficients(
 
 
 def _digest(models: AlignedModels) -> str:
-    """Hash the base's merged tensors."""
+    """Return a SHA-256 of the base's merged tensors."""
     assert models.base is not None
     digest = hashlib.sha256()
     for name in sorted(models.names):
@@ -105,30 +104,30 @@ def _digest(models: AlignedModels) -> str:
 
 @dataclass(frozen=True)
 class _Task:
-    """An expert's module, of which the merged parameters are written anew in each step, and its examples.
+    """An expert's module, whose merged parameters are overwritten in each step, and its examples.
 
     Attributes:
         expert: its name.
-        module: what runs; experts may share it.
-        merged: the module's parameters that take part in the merge, by common name.
-        own: the others (the head) with the expert's values.
+        module: the module to run; experts may share it.
+        merged: the module's merged parameters, by common name.
+        unmerged: the module's other parameters (the head), each with the expert's value.
         rows: the examples' inputs.
-        pad_id: what fills up ``input_ids``.
+        pad_id: padding token of ``input_ids``.
     """
 
     expert: str
     module: nn.Module
     merged: Mapping[str, nn.Parameter]
-    own: Sequence[tuple[nn.Parameter, Tensor]]
-    rows: Sequence[Inputs]
+    unmerged: Sequence[tuple[nn.Parameter, Tensor]]
+    rows: Sequence[ExampleInputs]
     pad_id: int
 
-    def parts(self, batch: int, seed: int, step: int) -> Iterator[Inputs]:
-        """Return a step's examples as padded inputs, those of like length together."""
+    def micro_batches(self, batch: int, seed: int, step: int) -> Iterator[dict[str, Tensor]]:
+        """Yield a step's examples as padded inputs, grouped by length."""
         drawn = [self.rows[at] for at in positions(len(self.rows), batch, seed, self.expert, step)]
         device = next(self.module.parameters()).device
         drawn.sort(key=lambda row: max((len(value) for value in row.values() if value.dim()), default=0))
-        size = PART if device.type == "cpu" else batch
+        size = MICRO_BATCH if device.type == "cpu" else batch
         for start in range(0, len(drawn), size):
             rows = drawn[start : start + size]
             yield {name: self._stacked(name, [row[name] for row in rows]).to(device) for name in rows[0]}
@@ -141,25 +140,27 @@ class _Task:
 
 
 def positions(count: int, batch: int, seed: int, expert: str, step: int) -> list[int]:
-    """Draw ``batch`` of ``count`` examples for a step, none twice; all where there are not so many."""
-    order = np.argsort(words(stream_key(seed, "adamerging", expert, str(step)), 0, count), kind="stable")
-    return [int(at) for at in order[:batch]]
+    """Draw ``batch`` of ``count`` examples for a step without replacement; all when there are fewer."""
+    permutation = np.argsort(words(stream_key(seed, "adamerging", expert, str(step)), 0, count), kind="stable")
+    return [int(at) for at in permutation[:batch]]
 
 
 def _task(expert: str, drawn: ExpertExamples) -> _Task:
-    """Read an expert's examples and its own parameters, before another expert's come into the same module."""
+    """Collect an expert's examples and unmerged parameters, before another expert is loaded into the same module."""
     module = drawn.module()
     names = drawn.parameter_names
     merged = {names[own]: parameter for own, parameter in module.named_parameters() if own in names}
-    taken = {id(parameter) for parameter in merged.values()}
-    own = [(parameter, parameter.detach().clone()) for parameter in module.parameters() if id(parameter) not in taken]
+    ids = {id(parameter) for parameter in merged.values()}
+    unmerged = [
+        (parameter, parameter.detach().clone()) for parameter in module.parameters() if id(parameter) not in ids
+    ]
     rows = [row for batch in drawn.batches() for row in _rows(batch)]
     pad_id = getattr(getattr(module, "config", None), "pad_token_id", None)
-    return _Task(expert, module, merged, own, rows, pad_id if isinstance(pad_id, int) else 0)
+    return _Task(expert, module, merged, unmerged, rows, pad_id if isinstance(pad_id, int) else 0)
 
 
-def _rows(batch: Batch) -> Iterator[Inputs]:
-    """Take a batch apart, without padding and labels."""
+def _rows(batch: Batch) -> Iterator[ExampleInputs]:
+    """Split a batch into examples, without padding and labels."""
     inputs = {name: value.cpu() for name, value in batch.items() if name != LABELS}
     mask = inputs.get("attention_mask")
     for row in range(size_of(inputs)):
@@ -176,9 +177,9 @@ def _rows(batch: Batch) -> Iterator[Inputs]:
 
 @dataclass(frozen=True)
 class _Learning:
-    """The merged model as a function of its coefficients, and how the entropy of its answers depends on them.
+    """The merged model as a function of its coefficients, with the gradient of its prediction entropy.
 
-    Beside the models, one gradient of all merged parameters is held, and up to `GRADIENTS` that are added to it.
+    Memory: the models, one gradient of all merged parameters, and up to `GRADIENTS` that are being added to it.
     """
 
     models: AlignedModels
@@ -188,8 +189,8 @@ class _Learning:
     batch: int
     seed: int
 
-    def run(self, init: float, lr: float, steps: int, examples: Unlabelled) -> Tensor:
-        """Take steps of Adam; answer the coefficients (layers, experts) in float64."""
+    def run(self, init: float, lr: float, steps: int, examples: LearningExamples) -> Tensor:
+        """Take steps of Adam, and return the coefficients (layers, experts) in float64."""
         raw = torch.full((len(self.layers), len(self.tasks)), init, dtype=torch.float64)
         adam = torch.optim.Adam([raw], lr=lr)
         device = next(self.tasks[0].module.parameters()).device
@@ -197,7 +198,8 @@ class _Learning:
         with ExitStack() as stack:
             for module in {id(task.module): task.module for task in self.tasks}.values():
                 stack.enter_context(frozen(module))
-            stack.enter_context(_asking([parameter for task in self.tasks for parameter in task.merged.values()]))
+            merged = [parameter for task in self.tasks for parameter in task.merged.values()]
+            stack.enter_context(requiring_gradients(merged))
             stack.enter_context(on_one_thread(device))
             for step in range(steps):
                 entropy, gradient = self._gradient(raw.clamp(0, 1), step, threads)
@@ -207,13 +209,13 @@ class _Learning:
         return raw.clamp(0, 1)
 
     def _gradient(self, coefficients: Tensor, step: int, threads: int) -> tuple[float, Tensor]:
-        """Return Σ_t of the mean entropies at the coefficients, and its gradient, by ⟨∂L/∂θ, τ_t⟩ of each tensor."""
-        self._pour(coefficients, threads)
+        """Return the sum over tasks of the mean entropy, and its gradient from ⟨∂L/∂θ, τ_t⟩ of each tensor."""
+        self._write_merged(coefficients, threads)
         entropy, gradients = 0.0, dict[str, Tensor]()
         for task in self.tasks:
-            for parameter, value in task.own:
+            for parameter, value in task.unmerged:
                 parameter.detach().copy_(value)
-            entropy += _add_entropy(task, list(task.parts(self.batch, self.seed, step)), gradients, threads)
+            entropy += _add_entropy(task, list(task.micro_batches(self.batch, self.seed, step)), gradients, threads)
         names = [name for name in self.models.names if name in gradients]
         products = in_order(lambda name: self._products(name, gradients[name]), names, threads=threads)
         found = dict(zip(names, products, strict=True))
@@ -224,7 +226,7 @@ class _Learning:
                 gradient[row, t] = math.fsum(term[t] for term in terms)
         return entropy, gradient
 
-    def _pour(self, coefficients: Tensor, threads: int) -> None:
+    def _write_merged(self, coefficients: Tensor, threads: int) -> None:
         """Write θ0 + Σ λ_t τ_t into the modules."""
         rows = dict(zip(self.layers, coefficients.tolist(), strict=True))
         targets: dict[str, dict[int, nn.Parameter]] = {}
@@ -235,7 +237,7 @@ class _Learning:
         @torch.no_grad()
         def write(name: str) -> None:
             base, experts = self._read(name, next(iter(targets[name].values())).device)
-            value = combined(experts, rows[self.layer_of[name]], base)
+            value = combination(experts, rows[self.layer_of[name]], base)
             for parameter in targets[name].values():
                 parameter.copy_(value)
 
@@ -252,20 +254,20 @@ class _Learning:
         return self.models.base.get(name).to(device), [each.get(name).to(device) for each in self.models.experts]
 
 
-def _add_entropy(task: _Task, parts: Sequence[Inputs], gradients: dict[str, Tensor], threads: int) -> float:
-    """Add the gradient of the examples' mean entropy to ``gradients``, part by part; answer the entropy."""
-    count = sum(size_of(part) for part in parts)
+def _add_entropy(task: _Task, batches: Sequence[Batch], gradients: dict[str, Tensor], threads: int) -> float:
+    """Add the gradient of the examples' mean entropy to ``gradients``, batch by batch; return the entropy."""
+    count = sum(size_of(batch) for batch in batches)
     parameters = list(task.merged.values())
 
-    def run(part: Inputs) -> tuple[float, tuple[Tensor | None, ...]]:
+    def run(batch: Batch) -> tuple[float, tuple[Tensor | None, ...]]:
         with torch.enable_grad():
-            entropy = mean_entropy(task.module(**part), task.expert) * (size_of(part) / count)
+            entropy = mean_entropy(task.module(**batch), task.expert) * (size_of(batch) / count)
         if not entropy.requires_grad:
             return entropy.item(), (None,) * len(parameters)
         return entropy.item(), torch.autograd.grad(entropy, parameters, allow_unused=True)
 
     total = 0.0
-    for entropy, found in in_order(run, parts, threads=min(threads, GRADIENTS), ahead=1):
+    for entropy, found in in_order(run, batches, threads=min(threads, GRADIENTS), ahead=1):
         total += entropy
         for name, gradient in zip(task.merged, found, strict=True):
             if gradient is not None:
@@ -274,24 +276,16 @@ def _add_entropy(task: _Task, parts: Sequence[Inputs], gradients: dict[str, Tens
 
 
 def mean_entropy(output: Any, expert: str) -> Tensor:
-    """Return the Shannon entropy of the predicted distributions, softmax of ``output.logits`` (b, C), on average.
+    """Return the mean Shannon entropy of the predicted distributions softmax(``output.logits``), (b, C), as a scalar.
 
     Raises:
-        ConfigError: the outputs are not of two or more classes.
+        ConfigError: the model does not predict two or more classes.
     """
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
         what = "one score" if isinstance(logits, Tensor) and logits.shape[-1] == 1 else "no classes"
         raise ConfigError(f"{_OF_CLASSES}, and {expert}'s model has {what} as its output")
     return -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
-
-
-@contextmanager
-def _asking(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let frozen parameters ask for gradients; whoever froze them puts that back."""
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    yield
 
 
 @merge_method(
@@ -315,34 +309,34 @@ def adamerging(
     init: Fraction = 0.3,
     samples: Samples = 4096,
 ) -> Tensor:
-    """Add up the task vectors, each with a coefficient that was learnt by making the merged model sure of its answers.
+    """Add up the task vectors with coefficients learnt by minimising the entropy of the merged model's predictions.
 
-    θ0 + Σ_t λ_t τ_t with the λ_t, one for each expert or one for each expert and tensor, that ``steps`` steps of Adam
-    find from ``init`` on for Σ_t E_x H(p(·|x; λ)): the entropy of the merged model's predictions, with the head of
-    expert t, on unlabelled examples x of its task (Yang et al. 2024, arXiv:2310.02575). Each step draws ``batch``
-    examples of each expert's task anew. ∂L/∂λ_t is Σ ⟨∂L/∂θ, τ_t⟩ over the tensors that share λ_t, in float64. λ is
-    used within [0, 1], as in the authors' code, where one that has left it is not pushed further. A layer is what it
-    is in the authors' code: one parameter tensor (tied ones count once).
+    θ0 + Σ_t λ_t τ_t, with one λ_t per expert, or one per expert and tensor. ``steps`` steps of Adam, starting at
+    ``init``, minimise Σ_t E_x H(p(·|x; λ)): the entropy of the merged model's predictions, with the head of expert t,
+    on unlabelled examples x of its task (Yang et al. 2024, arXiv:2310.02575). Each step draws ``batch`` examples of
+    each expert's task. ∂L/∂λ_t is Σ ⟨∂L/∂θ, τ_t⟩ over the tensors that share λ_t, in float64. λ is clamped to [0, 1],
+    as in the authors' code, and has no gradient outside. A layer is one parameter tensor, as in the authors' code; tied
+    ones count once.
 
-    Departures: the examples are of the training split (without its labels), so that no example that reports is learnt
-    from; the paper learns from the unlabelled test examples. One batch for each task and step; the authors' loop adds
-    up two. What is not merged (heads, a pooler that the base lacks) is expert t's own while its examples run.
+    Departures: the examples are of the training split (without its labels), so that no reported example is learnt from;
+    the paper learns from the unlabelled test examples. There is one batch per task and step; the authors' loop sums
+    two. Tensors that are not merged (heads, a pooler that the base lacks) have expert t's values for its examples.
 
     Args:
         vectors: T task vectors (parts of them, flattened) of one shape.
         prepared: by tensor, the experts' λ_t.
-        site: which tensor.
-        granularity: "task": one λ for each expert; "layer": one for each expert and tensor.
-        lr: Adam's learning rate, about the distance that a λ moves in a step.
-        steps: of Adam; 0 gives task arithmetic with λ = ``init``.
-        batch: how many examples of each expert's task in a step.
-        init: every λ at the start.
-        samples: how many training examples of each expert batches are drawn from.
+        site: names the tensor.
+        granularity: "task": one λ per expert; "layer": one λ per expert and tensor.
+        lr: Adam's learning rate, about the change of a λ in a step.
+        steps: number of Adam's steps; 0 gives task arithmetic with λ = ``init``.
+        batch: number of examples of each expert's task in a step.
+        init: initial value of every λ.
+        samples: number of training examples of each expert to draw batches from.
 
     Returns:
         Σ λ_t τ_t, of the vectors' shape and dtype.
 
     Raises:
-        ConfigError: while learning: an expert's model has a score as its output, not classes.
+        ConfigError: while learning: an expert's model predicts a score, not classes.
     """
     return weighted_sum(vectors, prepared[site.name])

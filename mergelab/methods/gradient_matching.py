@@ -1,4 +1,4 @@
-"""Merging that makes up for the mismatch between the experts' gradients, with diagonal Hessians."""
+"""Uncertainty-based gradient matching: task vectors preconditioned by diagonal Hessians."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Positive, Samples, Weights
 from mergelab.engine.sweep_range import SweepRange
-from mergelab.estimation.examples import Examples
-from mergelab.estimation.fisher import Diagonal, Estimator, diagonals, of_writers
+from mergelab.estimation.examples import ExampleSource
+from mergelab.estimation.fisher import Estimator, FisherDiagonal, fisher_diagonals, unsupported_estimator
 from mergelab.methods.fisher import check_shares
 from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import factors
@@ -20,10 +20,10 @@ from mergelab.weights.align import AlignedModels
 
 
 def prepare_hessians(
-    models: AlignedModels, examples: Examples, *, seed: int, samples: int, estimator: Estimator
-) -> tuple[Diagonal, ...]:
-    """Compute the experts' diagonal Fisher information, which stands for their Hessians."""
-    return diagonals(models, examples, samples, seed, estimator)
+    models: AlignedModels, examples: ExampleSource, *, seed: int, samples: int, estimator: Estimator
+) -> tuple[FisherDiagonal, ...]:
+    """Compute the experts' diagonal Fisher information, which approximates their Hessians."""
+    return fisher_diagonals(models, examples, samples, seed, estimator)
 
 
 @merge_method(
@@ -31,7 +31,7 @@ def prepare_hessians(
     elementwise=True,
     prepare=prepare_hessians,
     check=check_shares,
-    unsupported_for_generation=of_writers,
+    unsupported_for_generation=unsupported_estimator,
     identical_at=None,
     family="data",
     paper="Daheim et al. 2024, arXiv:2310.12808",
@@ -39,28 +39,28 @@ def prepare_hessians(
 def gradient_matching(
     vectors: Sequence[Tensor],
     *,
-    prepared: Sequence[Diagonal],
+    prepared: Sequence[FisherDiagonal],
     site: Site,
     weights: Weights = None,
     samples: Samples = 4096,
     delta0: Annotated[Positive, SweepRange(1e-12, 1e-2, log=True)] = 1e-12,
     estimator: Estimator = "auto",
 ) -> Tensor:
-    """Add up the task vectors, each scaled by its own Hessian over that of the merged model.
+    """Add up the task vectors, each scaled by the ratio of its expert's Hessian to the merged model's.
 
     θ0 + Σ_t α_t H̄⁻¹ (H0 + H_t) τ_t with H̄ = H0 + Σ_t α_t H_t (Daheim et al. 2024, arXiv:2310.12808, equation 12), α_t
-    the weights. H_t is the expert's diagonal Fisher information on its training examples, H0 = ``delta0`` in every
-    entry, as in the paper where the base's own data are not to be had. Departure: H_t is the mean over examples, not
-    their sum, so that it does not grow with ``samples``. Where no H_t reaches ``delta0`` the result is task arithmetic
-    with λ = 1. Computed in float64.
+    the weights. H_t is the expert's diagonal Fisher information on its training examples. H0 = ``delta0`` in every
+    entry, as in the paper when the base's training data are not available. Where no H_t reaches ``delta0``, the result
+    is task arithmetic with λ = 1. Computed in float64. Departure: H_t is the mean over examples, not their sum, so that
+    it does not grow with ``samples``.
 
     Args:
         vectors: T task vectors (parts of them, flattened) of one shape.
         prepared: the experts' H_t.
-        site: which tensor, and which part of it.
+        site: names the tensor and its part.
         weights: α_t per expert, at least 0; default 1.
-        samples: how many training examples of each expert.
-        delta0: the Hessian of the base.
+        samples: number of training examples of each expert.
+        delta0: the base's Hessian, in every entry.
         estimator: of the Fisher information, as for ``fisher``.
 
     Returns:

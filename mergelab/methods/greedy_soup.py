@@ -1,4 +1,4 @@
-"""Greedy soup: experts join the average one by one, as long as it does not get worse."""
+"""Greedy soup: add experts to the average one by one, as long as the score does not get worse."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from mergelab.weights.align import AlignedModels
 
 
 class Selection(Protocol):
-    """Scores of averages, on the examples that select."""
+    """Scores averages of experts on the selection split."""
 
     def score(self, experts: Sequence[str]) -> float:
-        """Measure the uniform average of the named experts; more is better."""
+        """Return the score of the uniform average of the named experts; higher is better."""
         ...
 
     def settle(self, experts: Sequence[str]) -> None:
-        """Hear which experts the average is made of."""
+        """Receive the names of the experts in the final average."""
         ...
 
 
 @merge_method(needs=("selection",), family="averages", paper="Wortsman et al. 2022, arXiv:2203.05482")
 def greedy_soup(models: AlignedModels, *, examples: Selection, strict: bool = False) -> Substitute:
-    """Average those experts of which none makes the average worse when it joins.
+    """Average the experts that do not make the average's score worse when they are added.
 
-    The experts are taken in the order of their own scores, best first; each joins if the average with it scores at
-    least as well as without it (Wortsman et al. 2022, arXiv:2203.05482, recipe 1). Scores are on the examples that
-    select, never on those that report. Departures: none; experts of equal score are taken in the order of their names.
+    The experts are tried in the order of their own scores, best first. Each is added if the average with it scores at
+    least as well as without it (Wortsman et al. 2022, arXiv:2203.05482, recipe 1). Scores are on the selection split,
+    never on reported examples. Departures: none; experts of equal score are tried in the order of their names.
 
     Args:
-        models: the experts; a base has no part in it.
+        models: the experts; a base is not used.
         examples: scores averages.
-        strict: an expert must make the average better to join.
+        strict: whether an expert must make the score better to be added.
 
     Returns:
-        What to merge instead: the experts by ``soup``, with weight 1 for those that joined and 0 for the others.
+        The merge to run instead: the experts by ``soup``, with weight 1 for those that were added and 0 for the others.
     """
     names = sorted(expert.name for expert in models.experts)
-    alone = {name: examples.score([name]) for name in names}
-    first, *others = sorted(names, key=lambda name: -alone[name])  # stable: equal ones stay in the order of names
-    chosen, best = [first], alone[first]
+    single = {name: examples.score([name]) for name in names}
+    first, *others = sorted(names, key=lambda name: -single[name])  # stable, so ties are in the order of names
+    chosen, best = [first], single[first]
     for name in others:
         score = examples.score([*chosen, name])
         if score > best or (score == best and not strict):

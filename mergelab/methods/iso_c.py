@@ -1,4 +1,4 @@
-"""Iso-C: the sum of the task vectors with equal singular values."""
+"""Iso-C: the sum of the task vectors, with an isotropic spectrum."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.ops.layout import is_matrix
-from mergelab.ops.svd import assembled, decompose, tall_matrix, total
+from mergelab.ops.svd import assembled, decompose, matrix_sum, tall_matrix
 from mergelab.ops.task_vectors import mean
 
 
@@ -20,14 +20,14 @@ from mergelab.ops.task_vectors import mean
     paper="Marczak et al. 2025, arXiv:2502.04959",
 )
 def iso_c(vectors: Sequence[Tensor]) -> Tensor:
-    """Add up the task vectors and give every singular direction of the sum the same weight.
+    """Add up the task vectors and make all singular values of the sum equal.
 
     Per matrix: Σ τ_t = U diag(σ) Vᵀ; θ0 + λ·σ̄ U Vᵀ with σ̄ the mean of the min(m, n) singular values (Marczak et al.
     2025, arXiv:2502.04959, Iso-C). Every two-dimensional tensor is a matrix, embeddings too; other tensors get the mean
     task vector, both as in the authors' code. The authors choose λ on validation data.
 
-    Departure: directions whose σ is 0 within float64's rounding stay at 0, where the authors' SVD fills up with
-    arbitrary vectors.
+    Departure: directions whose σ is 0 within float64's rounding stay at 0, where the authors' SVD adds arbitrary
+    vectors.
 
     Args:
         vectors: T task vectors, float32 or float64; whole tensors. Decompositions are in float64.
@@ -38,6 +38,6 @@ def iso_c(vectors: Sequence[Tensor]) -> Tensor:
     """
     if not is_matrix(vectors[0]):
         return mean(vectors)
-    whole = decompose(total([tall_matrix(vector) for vector in vectors]))
+    whole = decompose(matrix_sum([tall_matrix(vector) for vector in vectors]))
     level = whole.values.sum() / whole.matrix.columns
     return assembled(whole.matrix, (whole.right * (level / whole.values)) @ whole.right.T, vectors[0])

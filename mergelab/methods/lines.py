@@ -1,4 +1,4 @@
-"""LiNeS: task vectors scaled by depth, after any method that merges task vectors."""
+"""LiNeS: scale the merged task vector by depth, after any method on task vectors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mergelab.weights.align import AlignedModels
 def check_scaled(
     models: AlignedModels, weights: Any, then: str | Mapping[str, Any], alpha: float | None, beta: float
 ) -> None:
-    """Raise `ConfigError` where the method that follows has no λ to scale, or cannot merge these models."""
+    """Raise `ConfigError` when the method ``then`` has no λ to scale, or cannot merge these models."""
     method = chained(then)[0]
     if "lambda_" not in method.parameters.model_fields:
         raise ConfigError(f"method.then={then!r}: must be a method with a parameter lambda, which is what is scaled")
@@ -44,25 +44,25 @@ def lines(
 ) -> Substitute:
     """Merge by another method on task vectors, with a λ that grows linearly with the depth of the layer.
 
-    λ(ℓ) = α + β·ℓ/(L−1) in layer ℓ of L, counted from 0: shallow layers, which hold what all tasks share, change less
-    (Wang et al. 2024, arXiv:2410.17146). Embeddings count as the first layer, what comes after the layers as the last.
-    The stacks of an encoder-decoder model are counted each on its own.
+    λ(ℓ) = α + β·ℓ/(L−1) in layer ℓ of L, counted from 0: shallow layers, whose features all tasks share, change less
+    (Wang et al. 2024, arXiv:2410.17146). Embeddings count as the first layer, tensors after the layers as the last.
+    Layers are counted separately in the stacks of an encoder-decoder model.
 
     Departures: α is 1/T by default; the authors multiply that by the ratio of the norms of the summed and the merged
     task vectors, which is 1 for task arithmetic.
 
     Args:
         models: base and experts.
-        then: the method that merges, by its name, or a mapping of ``name`` and its parameters; it must have a λ.
+        then: the method that merges: its name, or a mapping of ``name`` and its parameters; it must have a λ.
         alpha: λ of the first layer; default 1/T.
-        beta: what is added up to the last layer.
-        weights: per expert, handed on; default 1.
+        beta: difference of λ between the last and the first layer.
+        weights: per expert, passed on to ``then``; default 1.
 
     Returns:
-        What to merge instead: the same models, by ``then`` with a λ for each layer.
+        The merge to run instead: the same models, by ``then`` with a λ for each layer.
 
     Raises:
-        ConfigError: ``then`` cannot follow, or has no λ.
+        ConfigError: ``then`` cannot merge these models, or has no λ.
     """
     method, parameters = chained(then)
     first = 1 / len(models.experts) if alpha is None else alpha

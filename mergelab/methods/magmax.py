@@ -1,4 +1,4 @@
-"""MagMax: the task vectors' entries of largest magnitude."""
+"""MagMax: select the task vector of largest magnitude at each entry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mergelab.engine.method import merge_method
     paper="Marczak et al. 2024, arXiv:2407.06322",
 )
 def magmax(vectors: Sequence[Tensor]) -> Tensor:
-    """Take, at each entry, the task vector of largest magnitude.
+    """Select, at each entry, the task vector of largest magnitude.
 
     θ0 + λ·τ with τ = the τ_t of largest |τ_t| (Marczak et al. 2024, arXiv:2407.06322). Entries of equal magnitude go to
     the later expert, so the experts' order matters where two are exactly equal. Departures: none.

@@ -1,4 +1,4 @@
-"""The median of the experts at each entry."""
+"""Median: the entrywise median of the experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mergelab.ops.blocks import working
 
 @merge_method(elementwise=True, family="averages")
 def median(experts: Sequence[Tensor]) -> Tensor:
-    """Take the median of the experts at each entry; for an even number of them, the mean of the middle two.
+    """Return the median of the experts at each entry; for an even number of experts, the mean of the middle two.
 
     Args:
         experts: T tensors of one shape, any float dtype.
@@ -23,7 +23,7 @@ def median(experts: Sequence[Tensor]) -> Tensor:
     """
     ordered = [working(expert) for expert in experts]
     count = len(ordered)
-    for end in range(count - 1, 0, -1):  # sorting by exchanges, all entries at once
+    for end in range(count - 1, 0, -1):  # bubble sort of all entries at once
         for i in range(end):
             low, high = torch.minimum(ordered[i], ordered[i + 1]), torch.maximum(ordered[i], ordered[i + 1])
             ordered[i], ordered[i + 1] = low, high

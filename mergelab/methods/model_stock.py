@@ -1,4 +1,4 @@
-"""Model Stock: how far to go from the base to the experts' mean, judged by the angle between their task vectors."""
+"""Model Stock: interpolate from the base to the experts' mean by the angle between their task vectors."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.ops.blocks import blockwise
-from mergelab.ops.gram import Products, products
+from mergelab.ops.gram import PairProducts, pair_products
 from mergelab.ops.task_vectors import weighted_sum
 from mergelab.weights.align import AlignedModels
 
 
-def interpolation_ratio(sums: Products) -> float:
-    """Return r = T·c / (1 + (T−1)·c), c the mean cosine over pairs of task vectors, clamped to [0, 1].
+def interpolation_ratio(sums: PairProducts) -> float:
+    """Return r = T·c / (1 + (T−1)·c), where c is the mean cosine over pairs of task vectors, clamped to [0, 1].
 
-    A pair of which one is zero counts as orthogonal, so that experts equal to the base stay there.
+    A pair with a zero task vector counts as orthogonal, so that experts equal to the base give the base.
     """
     gram = {pair: math.fsum(summands) for pair, summands in sums.items()}
     count = max(i for i, _ in gram) + 1
@@ -32,12 +32,12 @@ def interpolation_ratio(sums: Products) -> float:
 
 
 def model_ratio(models: AlignedModels, *, scope: Literal["tensor", "model"]) -> float | None:
-    """Return the ratio over all tensors together, or None where each has its own."""
+    """Compute the ratio over all tensors together; None when each tensor has its own."""
     if scope == "tensor" or models.base is None:
         return None
-    whole: Products = {}
+    whole: PairProducts = {}
     for name in models.names:
-        for pair, summands in products(models.base.get(name), [e.get(name) for e in models.experts]).items():
+        for pair, summands in pair_products(models.base.get(name), [e.get(name) for e in models.experts]).items():
             whole.setdefault(pair, []).extend(summands)
     return interpolation_ratio(whole)
 
@@ -56,23 +56,23 @@ def model_stock(
     prepared: float | None = None,
     scope: Literal["tensor", "model"] = "tensor",
 ) -> Tensor:
-    """Interpolate between the base and the experts' mean, the closer to the mean the more the experts agree.
+    """Interpolate between the base and the experts' mean, closer to the mean the more the task vectors agree.
 
-    r·mean(θ_t) + (1−r)·θ0 with r = T·c / (1 + (T−1)·c), c the mean cosine between the task vectors τ_t = θ_t − θ0 of
-    that tensor, clamped to [0, 1] (Jang et al. 2024, arXiv:2403.19522, equation 3 and its extension to T models).
+    r·mean(θ_t) + (1−r)·θ0 with r = T·c / (1 + (T−1)·c). c is the mean cosine between the task vectors τ_t = θ_t − θ0 of
+    the tensor, clamped to [0, 1] (Jang et al. 2024, arXiv:2403.19522, equation 3 and its extension to T models).
     Departures: the clamp; a zero task vector counts as orthogonal to the others; ``scope="model"`` takes one c over all
     tensors. Cosines are accumulated in float64.
 
     Args:
         base: parameter of the pretrained model, any float dtype; a whole tensor, not a part.
         experts: T ≥ 2 tensors of the base's shape.
-        prepared: the ratio r where it is the same for all tensors.
-        scope: over what the cosine is taken.
+        prepared: the ratio r when it is the same for all tensors.
+        scope: whether cosines are those of each tensor or of the whole models.
 
     Returns:
         Tensor of the base's shape, float32 (float64 for float64 inputs).
     """
-    ratio = interpolation_ratio(products(base, experts)) if prepared is None else prepared
+    ratio = interpolation_ratio(pair_products(base, experts)) if prepared is None else prepared
     each = (1 / len(experts),) * len(experts)
 
     def interpolate(start: Tensor, *ends: Tensor) -> Tensor:

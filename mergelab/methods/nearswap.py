@@ -1,4 +1,4 @@
-"""NearSwap: one model moved towards another, at each entry by a bounded step."""
+"""NearSwap: move one model towards another, at each entry by a bounded step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.methods.arcee_fusion import MERGEKIT
+from mergelab.methods import MERGEKIT
 from mergelab.ops.pair import check_pair, pair_of
 
 
@@ -21,13 +21,13 @@ def nearswap(
     """Move one model towards another, at each entry by at most ``t``: entries that are near are swapped.
 
     s·b + (1−s)·a with s = min(t / |a − b|, 1), which is b where |a − b| ≤ t, else a ± t. a and b are the two experts in
-    their order, or the base and the one expert. As in mergekit (Goddard et al. 2024, arXiv:2403.13257), where a is the
-    base model. Departures: mergekit takes |a − b| for at least 1e-6, so that with t < 1e-6 nearer entries are not
-    swapped; its ``t`` has no default, and ours is that of QuartetAnemoi-70B-t0.0001, the model that it refers to.
+    their order, or the base and the only expert. As in mergekit (Goddard et al. 2024, arXiv:2403.13257), where a is the
+    base model. Departures: mergekit raises |a − b| to at least 1e-6, so that with t < 1e-6 closer entries are not
+    swapped. mergekit's ``t`` has no default; ours is that of QuartetAnemoi-70B-t0.0001, the model that it refers to.
 
     Args:
         experts: blocks of two experts, or of one.
-        base: of the pretrained model; what is moved if there is one expert, without a part in it if there are two.
+        base: block of the pretrained model; a when there is one expert, unused when there are two.
         t: the largest change of an entry.
 
     Returns:

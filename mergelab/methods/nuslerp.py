@@ -1,4 +1,4 @@
-"""NuSLERP: interpolation along the arc, of weights or of task vectors."""
+"""NuSLERP: interpolate two experts, or two task vectors, along the arc between them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Weights
+from mergelab.methods import MERGEKIT
 from mergelab.methods.slerp import arc, slerp
 from mergelab.ops.blocks import BLOCK, blocks, blockwise, working
-from mergelab.ops.spherical import MERGEKIT, check_spherical, origin
+from mergelab.ops.spherical import check_spherical, origin
 from mergelab.ops.task_vectors import factors
 
 
@@ -25,24 +26,24 @@ def nuslerp(
     row_wise: bool = False,
     task_vectors: bool | None = None,
 ) -> Tensor:
-    """Interpolate between two experts, or two task vectors, along the arc between them, as far as their weights say.
+    """Interpolate between two experts, or two task vectors, along the arc between them, by their weights.
 
     sin((1−t)Ω)/sinΩ·a + sin(tΩ)/sinΩ·b with t = w_b / (w_a + w_b), Ω the angle between a and b; where they are
     collinear (sin²Ω ≤ 1e-12) or one is zero, (1−t)·a + t·b. On task vectors, a = θ_a − θ0 and b = θ_b − θ0, and the
     result is added to θ0. As mergekit's documentation describes it (Goddard et al. 2024, arXiv:2403.13257). Dot
     products and norms are accumulated in float64.
 
-    Departures from mergekit: weights that add up to 0 are an error (there t = 0.5). ``row_wise`` means what the
-    documentation says; mergekit's code has rows and columns the other way round. In float32, mergekit does not tell
-    angles under about 3e-4 from 0.
+    Departures from mergekit: weights that add up to 0 are an error (mergekit: t = 0.5). ``row_wise`` follows mergekit's
+    documentation; its code exchanges rows and columns. mergekit computes in float32, where angles below about 3e-4
+    count as 0.
 
     Args:
         experts: two tensors of one shape, any float dtype; whole tensors, not parts.
         base: parameter of the pretrained model, of the experts' shape.
-        weights: per expert, any sign; default 1. Beyond the two experts the arc goes on.
-        flatten: take each tensor as one vector.
-        row_wise: where ``flatten`` is off, interpolate each row W[i, :] for itself, not each column W[:, j].
-        task_vectors: interpolate task vectors, not weights; None: where there is a base.
+        weights: per expert, any sign; default 1. A negative weight extrapolates along the arc.
+        flatten: whether each tensor is one vector.
+        row_wise: without ``flatten``, whether each row W[i, :] is a vector, not each column W[:, j].
+        task_vectors: whether to interpolate task vectors, not weights; None: when there is a base.
 
     Returns:
         Tensor of that shape, float32 (float64 for float64 inputs).
@@ -71,7 +72,7 @@ def _interpolated(a: Tensor, b: Tensor, *, t: float, row_wise: bool) -> Tensor:
 
 
 def _rows(tensor: Tensor, row_wise: bool) -> Tensor:
-    """View a tensor as a matrix whose rows are its rows (along the last axis) or its columns (along the first)."""
+    """View a tensor as a matrix whose rows are its rows (along the last axis) or its columns (along the first axis)."""
     if tensor.dim() < 2:
         return tensor.reshape(1, -1)
     return tensor.reshape(-1, tensor.shape[-1]) if row_wise else tensor.reshape(len(tensor), -1).T

@@ -1,4 +1,4 @@
-"""PCB-Merging: weigh every entry by how it fares in the competition within its task and between tasks."""
+"""PCB-Merging: weight each entry by its competition within its task and between tasks."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from mergelab.ops.threads import chunks, in_order
 from mergelab.weights.align import AlignedModels
 
 OUTLIERS = 1e-4  # fraction of the magnitudes that is clamped at either end
-OpenVectors = Callable[[str], Vectors]
+OpenTensor = Callable[[str], Vectors]  # opens a tensor by name, to read its entries of the T vectors
 
 
 @dataclass(frozen=True)
 class Range:
-    """The smallest and the largest value that others are clamped to."""
+    """An interval that values are clamped to."""
 
     low: float
     high: float
 
     def clamp(self, values: Tensor) -> Tensor:
-        """Clamp values to the range."""
+        """Return the values clamped to the range."""
         return values.clamp(self.low, self.high)
 
-    def place(self, values: Tensor) -> Tensor:
-        """Clamp values and map the range to [0, 1]; where it is a point, values above 0 that reach it are at 1."""
+    def normalise(self, values: Tensor) -> Tensor:
+        """Clamp values and map the range to [0, 1]; when it is one point, positive values that reach it map to 1."""
         if self.high > self.low:
             return (self.clamp(values) - self.low) / (self.high - self.low)
         return ((values >= self.low) & (values > 0)).to(values.dtype)
@@ -42,11 +42,11 @@ class Range:
 
 @dataclass(frozen=True)
 class Competition:
-    """What the competition on an entry needs to know of the experts' whole task vectors.
+    """Ranges over the experts' whole task vectors, by which the entries' scores are normalised.
 
     Attributes:
         magnitudes: per expert, the range of magnitudes without outliers.
-        scores: per expert, the range of the scores that are kept.
+        scores: per expert, the range of the selected scores.
     """
 
     magnitudes: tuple[Range, ...]
@@ -54,27 +54,30 @@ class Competition:
 
 
 def balance(vectors: Sequence[Tensor], magnitudes: Sequence[Range]) -> list[Tensor]:
-    """Return the scores exp(T·(x_t² − 1))·tanh(τ_t·Σ_s τ_s), x_t the magnitudes placed in their range.
+    """Compute the scores exp(T·(x_t² − 1))·tanh(τ_t·Σ_s τ_s), with x_t the magnitudes normalised by their range.
 
     Args:
-        vectors: blocks in float64.
-        magnitudes: per expert.
+        vectors: per expert, a block in float64.
+        magnitudes: per expert, the range of magnitudes.
+
+    Returns:
+        Per expert, a block of scores in float64.
     """
     total = weighted_sum(vectors, (1.0,) * len(vectors))
     scores = []
     for vector, span in zip(vectors, magnitudes, strict=True):
-        within = span.place(vector.abs()).square_().sub_(1).mul_(len(vectors)).exp_()
+        within = span.normalise(vector.abs()).square_().sub_(1).mul_(len(vectors)).exp_()
         scores.append(within.mul_((vector * total).tanh_()))
     return scores
 
 
-def in_double(vectors: Sequence[Tensor]) -> list[Tensor]:
+def to_double(vectors: Sequence[Tensor]) -> list[Tensor]:
     """Return the vectors in float64."""
     return [vector.double() for vector in vectors]
 
 
 def competition(models: AlignedModels, *, ratio: float) -> Competition:
-    """Find the ranges of magnitudes and of scores, over the whole task vectors."""
+    """Find the ranges of magnitudes and of selected scores over the whole task vectors."""
     assert models.base is not None
     sizes = {name: math.prod(models.base.shape(name)) for name in models.names}
     length, count = sum(sizes.values()), len(models.experts)
@@ -83,28 +86,28 @@ def competition(models: AlignedModels, *, ratio: float) -> Competition:
 
     def magnitudes(name: str) -> Vectors:
         read = open_task_vectors(models, name)
-        return lambda part: [vector.abs_() for vector in in_double(read(part))]
+        return lambda part: [vector.abs_() for vector in to_double(read(part))]
 
     lowest, highest = (
-        ascending(magnitudes, sizes, count, place)
-        for place in (int(length * OUTLIERS), int(length * (1 - OUTLIERS) - 1))
+        select_ascending(magnitudes, sizes, count, index)
+        for index in (int(length * OUTLIERS), int(length * (1 - OUTLIERS) - 1))
     )
     spans = tuple(Range(low, high) for low, high in zip(lowest, highest, strict=True))
 
     def scores(name: str) -> Vectors:
         read = open_task_vectors(models, name)
-        return lambda part: balance(in_double(read(part)), spans)
+        return lambda part: balance(to_double(read(part)), spans)
 
-    place = min(int(length * (1 - ratio)), length - 1)
-    least = ascending(above_zero(scores, 1), sizes, count, place)
-    if not all(least):  # selection is among non-negative entries
-        negative = ascending(above_zero(scores, -1), sizes, count, length - 1 - place)
+    index = min(int(length * (1 - ratio)), length - 1)
+    least = select_ascending(positive_part(scores, 1), sizes, count, index)
+    if not all(least):  # `kth_largest` selects among non-negative entries only
+        negative = select_ascending(positive_part(scores, -1), sizes, count, length - 1 - index)
         least = tuple(low or -below for low, below in zip(least, negative, strict=True))
-    return Competition(spans, tuple(map(Range, least, largest(scores, sizes))))
+    return Competition(spans, tuple(map(Range, least, largest_entries(scores, sizes))))
 
 
-def above_zero(open_: OpenVectors, sign: float) -> OpenVectors:
-    """Return the vectors times ±1, with 0 (not −0, whose bits would order above all) for what is below 0."""
+def positive_part(open_: OpenTensor, sign: float) -> OpenTensor:
+    """Return the vectors times ``sign`` (±1), with 0 for negative entries (not −0, whose bits are the largest)."""
 
     def opened(name: str) -> Vectors:
         read = open_(name)
@@ -113,8 +116,8 @@ def above_zero(open_: OpenVectors, sign: float) -> OpenVectors:
     return opened
 
 
-def ascending(open_: OpenVectors, sizes: Mapping[str, int], count: int, place: int) -> tuple[float, ...]:
-    """Select the entry that sorting each vector would bring to ``place``, counted from 0."""
+def select_ascending(open_: OpenTensor, sizes: Mapping[str, int], count: int, index: int) -> tuple[float, ...]:
+    """Select the entry at ``index`` (from 0) of each of ``count`` vectors in ascending order."""
     length = sum(sizes.values())
 
     def arrays(name: str) -> Callable[[slice], list[Array]]:
@@ -122,17 +125,17 @@ def ascending(open_: OpenVectors, sizes: Mapping[str, int], count: int, place: i
         return lambda part: [vector.numpy() for vector in read(part)]
 
     opened: Open = arrays
-    rank = length - max(place, 0)
-    return kth_largest(opened, sizes, (rank + 0.5) / length, count)  # a density that stands for exactly this rank
+    rank = length - max(index, 0)
+    return kth_largest(opened, sizes, (rank + 0.5) / length, count)  # the density that selects exactly this rank
 
 
-def largest(open_: OpenVectors, sizes: Mapping[str, int]) -> tuple[float, ...]:
+def largest_entries(open_: OpenTensor, sizes: Mapping[str, int]) -> tuple[float, ...]:
     """Return the largest entry of each vector."""
 
-    def through(chunk: tuple[str, slice]) -> list[float]:
-        name, whole = chunk
+    def through(target: tuple[str, slice]) -> list[float]:
+        name, chunk = target
         read = open_(name)
-        parts = [[float(vector.max()) for vector in read(part)] for part in blocks(whole.stop, start=whole.start)]
+        parts = [[float(vector.max()) for vector in read(part)] for part in blocks(chunk.stop, start=chunk.start)]
         return [max(of_one) for of_one in zip(*parts, strict=True)]
 
     found: Iterator[list[float]] = in_order(through, chunks(sizes))
@@ -148,35 +151,35 @@ def largest(open_: OpenVectors, sizes: Mapping[str, int]) -> tuple[float, ...]:
     paper="Du et al. 2024, arXiv:2410.02396",
 )
 def pcb(vectors: Sequence[Tensor], *, prepared: Competition, ratio: Density = 0.1) -> Tensor:
-    """Average task vectors, each entry weighted by its score in the competition within its task and between tasks.
+    """Average task vectors, each entry weighted by its competition within its task and between tasks.
 
-    θ0 + λ·Σ_t β̂_t⊙τ̃_t / Σ_t β̂_t. Scores β_t = exp(T·x_t²)·tanh(τ_t·Σ_s τ_s): the first factor balances within a
-    task, x_t being the magnitudes |τ_t| mapped to [0, 1] by their minimum and maximum; the second between tasks, it is
-    negative where an entry opposes the sum. The ``ratio`` largest scores of each task are kept, and mapped to [0, 1] by
-    their minimum and maximum: β̂_t, 0 for all others. Minima, maxima and ratio are over the whole task vector. The
-    10⁻⁴ largest and smallest magnitudes are clamped first, which makes x_t and τ̃_t; the second factor takes τ_t as it
-    is (Du et al. 2024, arXiv:2410.02396).
+    θ0 + λ·Σ_t β̂_t⊙τ̃_t / Σ_t β̂_t. Scores are β_t = exp(T·x_t²)·tanh(τ_t·Σ_s τ_s). The first factor balances within a
+    task; x_t are the magnitudes |τ_t|, mapped to [0, 1] by their minimum and maximum. The second factor balances
+    between tasks and is negative where an entry opposes the sum. The ``ratio`` largest scores of each task are selected
+    and mapped to [0, 1] by their minimum and maximum: β̂_t, with 0 for all others. Minima, maxima and ratio are over the
+    whole task vector. For x_t and τ̃_t, the 10⁻⁴ largest and smallest magnitudes are clamped first; the second factor
+    uses τ_t without clamping (Du et al. 2024, arXiv:2410.02396).
 
-    This is the authors' code. The paper's equations have Softmax(T·Norm(τ_t²)) for the first factor and
-    Σ_s Softmax(Norm(τ_t·τ_s)) for the second, with neither norm defined, and weights that are not mapped to [0, 1].
-    Departures from the code: float64; where the smallest and the largest of what is mapped are equal (where it divides
-    by zero) those that are positive count fully, so that at least one entry is kept.
+    This follows the authors' code. The paper's equations have Softmax(T·Norm(τ_t²)) for the first factor and
+    Σ_s Softmax(Norm(τ_t·τ_s)) for the second, without a definition of Norm, and weights that are not mapped to [0, 1].
+    Departures from the code: float64. Where minimum and maximum of mapped values are equal (the code divides by zero),
+    positive ones get 1, so that at least one entry is selected.
 
     Args:
         vectors: T task vectors, float32 or float64.
         prepared: the ranges of magnitudes and scores.
-        ratio: fraction of a task vector's entries kept.
+        ratio: fraction of a task vector's entries to select.
         lambda_: scale of the merged task vector; the engine applies it.
 
     Returns:
         τ_m, of the vectors' shape and dtype.
     """
-    doubles = in_double(vectors)
+    doubles = to_double(vectors)
     merged, shares = torch.zeros_like(doubles[0]), torch.zeros_like(doubles[0])
-    for vector, score, span, kept in zip(
+    for vector, score, span, selected in zip(
         doubles, balance(doubles, prepared.magnitudes), prepared.magnitudes, prepared.scores, strict=True
     ):
-        share = kept.place(score)
+        share = selected.normalise(score)
         merged += vector.sign() * span.clamp(vector.abs()) * share
         shares += share
     return merged.div_(shares.clamp_min_(torch.finfo(shares.dtype).tiny)).to(vectors[0].dtype)

@@ -1,4 +1,4 @@
-"""Reinforced Agent Merging: keep what one task alone changed, average what several changed."""
+"""RAM (Reinforced Agent Merging): keep entries that one task changed, average entries that several changed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 
 def changed(vectors: Sequence[Tensor], epsilon: float) -> tuple[list[Tensor], Tensor]:
-    """Set entries of magnitude up to ``epsilon`` to zero; answer these vectors and how many changed each entry."""
-    kept = [torch.nn.functional.hardshrink(vector, epsilon) for vector in vectors]
+    """Set entries of magnitude up to ``epsilon`` to zero; return the vectors, and how many are nonzero per entry."""
+    thresholded = [torch.nn.functional.hardshrink(vector, epsilon) for vector in vectors]
     count = torch.zeros_like(vectors[0])
-    for vector in kept:
+    for vector in thresholded:
         count += vector != 0
-    return kept, count
+    return thresholded, count
 
 
 @merge_method(
@@ -31,11 +31,11 @@ def changed(vectors: Sequence[Tensor], epsilon: float) -> tuple[list[Tensor], Te
     paper="Yuan et al. 2026, arXiv:2601.13572",
 )
 def ram(vectors: Sequence[Tensor], *, epsilon: NotNegative = 1e-5) -> Tensor:
-    """Keep what one expert alone changed, and average what several changed.
+    """Keep entries that only one expert changed, and average entries that several changed.
 
-    θ0 + τ_m, at each entry τ_m the mean of the τ_t with |τ_t| > ε, 0 where there is none (Yuan et al. 2026,
-    arXiv:2601.13572, made for agents trained by reinforcement learning, whose task vectors are sparse). Departures:
-    none known.
+    θ0 + τ_m, where an entry of τ_m is the mean of the τ_t with |τ_t| > ε, or 0 when there is none (Yuan et al. 2026,
+    arXiv:2601.13572, for agents trained by reinforcement learning, whose task vectors are sparse). Departures: none
+    known.
 
     Args:
         vectors: T task vectors, float32 or float64.
@@ -44,5 +44,5 @@ def ram(vectors: Sequence[Tensor], *, epsilon: NotNegative = 1e-5) -> Tensor:
     Returns:
         τ_m, of the vectors' shape and dtype.
     """
-    kept, count = changed(vectors, epsilon)
-    return weighted_sum(kept, (1.0,) * len(kept)).div_(count.clamp_min_(1))
+    entries, count = changed(vectors, epsilon)
+    return weighted_sum(entries, (1.0,) * len(entries)).div_(count.clamp_min_(1))

@@ -1,4 +1,4 @@
-"""RAM+: what one task alone changed is scaled up."""
+"""RAM+: as RAM, with the entries that only one task changed scaled up."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from mergelab.weights.align import AlignedModels
 
 
 def unique_scales(models: AlignedModels, *, epsilon: float, r: float, alpha: float) -> tuple[float, ...]:
-    """Return λ_t = 1 + r·min(ρ_t, α) for each expert, ρ_t the number of its shared entries for each unique one."""
+    """Compute λ_t = 1 + r·min(ρ_t, α) for each expert, with ρ_t its number of shared entries per unique entry."""
 
     def counts(name: str) -> list[tuple[int, int]]:
         assert models.base is not None
         read = open_task_vectors(models, name)
         found = [(0, 0)] * len(models.experts)
         for part in blocks(math.prod(models.base.shape(name))):
-            kept, count = changed(read(part), epsilon)
-            for i, vector in enumerate(kept):
-                mine = vector != 0
-                alone = int((mine & (count == 1)).sum())
-                found[i] = (found[i][0] + int(mine.sum()) - alone, found[i][1] + alone)
+            entries, count = changed(read(part), epsilon)
+            for i, vector in enumerate(entries):
+                nonzero = vector != 0
+                unique = int((nonzero & (count == 1)).sum())
+                found[i] = (found[i][0] + int(nonzero.sum()) - unique, found[i][1] + unique)
         return found
 
     shared, unique = [0] * len(models.experts), [0] * len(models.experts)
@@ -37,7 +37,9 @@ def unique_scales(models: AlignedModels, *, epsilon: float, r: float, alpha: flo
         for i, (more_shared, more_unique) in enumerate(found):
             shared[i] += more_shared
             unique[i] += more_unique
-    ratios = [of / alone if alone else alpha for of, alone in zip(shared, unique, strict=True)]
+    ratios = [
+        of_shared / of_unique if of_unique else alpha for of_shared, of_unique in zip(shared, unique, strict=True)
+    ]
     return tuple(1 + r * min(ratio, alpha) for ratio in ratios)
 
 
@@ -56,11 +58,11 @@ def ram_plus(
     r: NotNegative = 0.1,
     alpha: NotNegative = 0.2,
 ) -> Tensor:
-    """Keep what one expert alone changed, scaled up, and average what several changed.
+    """Scale up entries that only one expert changed, and average entries that several changed.
 
-    As `ram`, with the entries that expert t alone changed times λ_t = 1 + r·min(ρ_t, α), where ρ_t is the number of
-    entries it shares with others divided by the number of those it alone changed, over its whole task vector (Yuan et
-    al. 2026, arXiv:2601.13572). So the more of an expert is averaged away, the more its own part is raised.
+    As `ram`, with the entries that only expert t changed times λ_t = 1 + r·min(ρ_t, α). ρ_t is the number of entries
+    that it shares with others over the number of entries that only it changed, in its whole task vector (Yuan et al.
+    2026, arXiv:2601.13572). So the more of an expert's entries are averaged, the more its unique entries are scaled up.
 
     Departures: none known. mergekit's ``ramplus_tl`` is tensor-local: it counts in each tensor.
 
@@ -68,13 +70,13 @@ def ram_plus(
         vectors: T task vectors, float32 or float64.
         prepared: λ_t of each expert.
         epsilon: magnitude up to which an entry counts as unchanged.
-        r: how much ρ_t counts.
-        alpha: the largest ρ_t that counts.
+        r: factor of ρ_t.
+        alpha: upper bound of ρ_t.
 
     Returns:
         τ_m, of the vectors' shape and dtype.
     """
-    kept, count = changed(vectors, epsilon)
-    scaled = weighted_sum(kept, prepared)
-    plain = weighted_sum(kept, (1.0,) * len(kept)).div_(count.clamp_min(1))
+    entries, count = changed(vectors, epsilon)
+    scaled = weighted_sum(entries, prepared)
+    plain = weighted_sum(entries, (1.0,) * len(entries)).div_(count.clamp_min(1))
     return torch.where(count == 1, scaled, plain)

@@ -1,4 +1,4 @@
-"""Git Re-Basin: bring the experts' hidden units into one order before any other method merges them."""
+"""Git Re-Basin: permute the experts' hidden units to match a reference before another method merges them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from mergelab.ops.threads import in_order
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.source import TensorSource, WrappedSource
 
-Order = NDArray[np.intp]  # which of the expert's units comes in each place
+Order = NDArray[np.intp]  # the expert's unit at each position
 Orders = Mapping[str, Order]
-PART = 1 << 22  # entries of a tensor that are compared at once
+COMPARED_ENTRIES = 1 << 22  # entries of a tensor compared at once
 
 
 @merge_method(
@@ -48,31 +48,31 @@ def rebasin(
 ) -> Substitute:
     """Permute each expert's hidden units to match a reference, then merge by another method.
 
-    The permutations P_ℓ that maximise Σ_ℓ ⟨W_ℓ, P_ℓ W'_ℓ P_{ℓ−1}ᵀ⟩, found by coordinate descent: one P at a time, in a
-    random order for each sweep, by a linear sum assignment, until a sweep improves none (Ainsworth et al. 2023,
+    The permutations P_ℓ maximise Σ_ℓ ⟨W_ℓ, P_ℓ W'_ℓ P_{ℓ−1}ᵀ⟩. Coordinate descent solves for one P at a time, a linear
+    sum assignment, in a random order for each sweep, until a sweep improves none (Ainsworth et al. 2023,
     arXiv:2209.04836, weight matching). The reference is the base, or else the expert whose name sorts first. In BERT-,
-    GPT-2- and Llama-like models the units are: each layer's FFN hidden units, its attention heads (whole, those that
-    share keys and values together), the residual stream (one permutation for the whole model, with the norms'
+    GPT-2- and Llama-like models the units are each layer's FFN hidden units, its attention heads (whole heads, or whole
+    groups that share keys and values), the residual stream (one permutation for the whole model, with the norms'
     parameters), and a pooler's outputs.
 
-    Departures: the paper does not treat attention. Units keep their order where a tensor that is not merged (a head
-    kept apart, a pass-through) or that is of no known layer reads or writes them; models of other families are merged
-    as they are, with a warning. The order of a group's query heads is not searched.
+    Departures: the paper does not treat attention. Units are not permuted when a tensor that is not merged (a separate
+    head, a passthrough), or that belongs to no known layer, reads or writes them. Models of other families are merged
+    without permutation, with a warning. The order of query heads within a group is not searched.
 
     Args:
         models: base and experts.
-        seed: of the sweeps' order.
+        seed: of the sweeps' random order.
         then: the method that merges: its name, or a mapping of ``name`` and its parameters.
-        weights: per expert, handed on; default 1.
-        max_sweeps: most passes over all permutations.
+        weights: per expert, passed on to ``then``; default 1.
+        max_sweeps: maximum number of passes over all permutations.
         heads: number of attention heads; default: from the models' configs.
         kv_heads: number of key and value heads; default: from the configs, else ``heads``.
 
     Returns:
-        What to merge instead: the experts in the reference's order, by ``then``.
+        The merge to run instead: the permuted experts, by ``then``.
 
     Raises:
-        ConfigError: ``then`` is no method that can follow, or the number of heads is not known.
+        ConfigError: ``then`` cannot merge these models, or the number of heads is not known.
     """
     method, parameters = chained(then)
     reference = models.base if models.base is not None else min(models.experts, key=lambda expert: expert.name)
@@ -89,7 +89,7 @@ def rebasin(
         if expert is reference:
             return expert
         orders = match(reference, expert, permutations, stream_key(seed, expert.name, "rebasin"), max_sweeps)
-        return PermutedSource(expert, indices(permutations, orders, shapes))
+        return PermutedSource(expert, axis_indices(permutations, orders, shapes))
 
     return Substitute(method, parameters, replace(models, experts=tuple(in_order(align, models.experts))))
 
@@ -97,15 +97,15 @@ def rebasin(
 def attention_head_groups(
     sources: Sequence[object], heads: int | None, kv_heads: int | None, method: str = "rebasin"
 ) -> int:
-    """Return how many groups of attention heads there are: of those that share keys and values.
+    """Return the number of groups of attention heads, where heads of a group share keys and values.
 
     Args:
-        sources: models, some of them perhaps with a config.
-        heads, kv_heads: where given, they count.
-        method: for the error.
+        sources: models, with or without a config.
+        heads, kv_heads: take precedence over the configs.
+        method: named in errors.
 
     Raises:
-        ConfigError: neither the parameters nor a model's config tell.
+        ConfigError: neither the parameters nor a config give the number of heads, or groups do not divide it.
     """
     config = next((config for source in sources if (config := config_of(source)) is not None), {})
     heads = heads or config.get("num_attention_heads") or config.get("n_head")
@@ -118,7 +118,7 @@ def attention_head_groups(
 
 
 def config_of(source: object) -> Mapping[str, Any] | None:
-    """Return the config of the checkpoint that a source reads, through whatever wraps it."""
+    """Return the config of the checkpoint that a source, or the source it wraps, reads; None without one."""
     while source is not None:
         config = getattr(source, "config", None)
         if isinstance(config, Mapping):
@@ -129,39 +129,39 @@ def config_of(source: object) -> Mapping[str, Any] | None:
 
 @dataclass(frozen=True)
 class PermutedSource(WrappedSource):
-    """A source whose tensors' axes are in another order.
+    """A source with permuted axes.
 
     Attributes:
-        source: where the tensors are.
-        indices: by tensor and axis, which entry comes in each place.
+        source: the source to permute.
+        indices: by tensor and axis, the source's entry at each position.
     """
 
     source: TensorSource
     indices: Mapping[str, Mapping[int, Tensor]]
 
     def get(self, key: str) -> Tensor:
-        """Read ``key`` and put its axes in order."""
+        """Return ``key`` with its axes permuted."""
         tensor = self.source.get(key)
         for axis, index in self.indices.get(key, {}).items():
             tensor = tensor.index_select(axis, index)
         return tensor
 
 
-def indices(
+def axis_indices(
     permutations: Sequence[Permutation], orders: Orders, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, dict[int, Tensor]]:
-    """Return, by tensor and axis, which entry comes in each place once the units are in ``orders``."""
+    """Return, by tensor and axis, the entry at each position when the units are in ``orders``."""
     result: dict[str, dict[int, Tensor]] = {}
     for permutation in permutations:
         for slot in permutation.slots:
             axes = result.setdefault(slot.tensor, {})
             index = axes.setdefault(slot.axis, torch.arange(shapes[slot.tensor][slot.axis]))
-            place(index, slot, orders[permutation.name])
+            write_indices(index, slot, orders[permutation.name])
     return result
 
 
-def place(index: Tensor, slot: Slot, order: Order) -> None:
-    """Write where a slot's entries come from into the index of its axis."""
+def write_indices(index: Tensor, slot: Slot, order: Order) -> None:
+    """Write the permuted entries of a slot into the index of its axis."""
     entries = torch.from_numpy(order)[:, None] * slot.block + torch.arange(slot.block)
     index[slot.offset : slot.offset + entries.numel()] = slot.offset + entries.reshape(-1)
 
@@ -169,51 +169,54 @@ def place(index: Tensor, slot: Slot, order: Order) -> None:
 def match(
     reference: TensorSource, expert: TensorSource, permutations: Sequence[Permutation], key: int, max_sweeps: int
 ) -> dict[str, Order]:
-    """Find the orders of an expert's units in which its weights are most like the reference's.
+    """Find the orders of an expert's units that maximise the inner product of its weights with the reference's.
 
     Args:
         reference, expert: two models of one architecture.
-        permutations: what can be put in order.
-        key: of the sweeps' random order.
-        max_sweeps: most passes over all permutations.
+        permutations: the units to permute.
+        key: of the random stream for the sweeps' order.
+        max_sweeps: maximum number of passes over all permutations.
+
+    Returns:
+        The order of the units, by the permutation's name.
     """
     shapes = {slot.tensor: tuple(reference.shape(slot.tensor)) for each in permutations for slot in each.slots}
     on = {name: [each for each in permutations if any(s.tensor == name for s in each.slots)] for name in shapes}
     orders: dict[str, Order] = {each.name: np.arange(each.size) for each in permutations}
-    waiting = {each.name for each in permutations}  # those whose neighbours have changed since they were solved
+    pending = {each.name for each in permutations}  # those whose neighbours have changed since they were solved
     for sweep in range(max_sweeps):
         for each in shuffled(permutations, key, sweep):
-            if each.name not in waiting:
+            if each.name not in pending:
                 continue
-            waiting.discard(each.name)
-            current = indices(permutations, orders, shapes)
-            likeness = similarity(reference, expert, each, current)
-            _, order = linear_sum_assignment(likeness, maximize=True)
-            places = np.arange(each.size)
-            gain = likeness[places, order].sum() - likeness[places, orders[each.name]].sum()
-            if gain > 1e-12 * np.abs(likeness).max(initial=0.0):
+            pending.discard(each.name)
+            current = axis_indices(permutations, orders, shapes)
+            similarity = unit_similarity(reference, expert, each, current)
+            _, order = linear_sum_assignment(similarity, maximize=True)
+            rows = np.arange(each.size)
+            gain = similarity[rows, order].sum() - similarity[rows, orders[each.name]].sum()
+            if gain > 1e-12 * np.abs(similarity).max(initial=0.0):
                 orders[each.name] = order
-                waiting.update(other.name for slot in each.slots for other in on[slot.tensor] if other is not each)
-        if not waiting:
+                pending.update(other.name for slot in each.slots for other in on[slot.tensor] if other is not each)
+        if not pending:
             break
     return orders
 
 
 def shuffled(permutations: Sequence[Permutation], key: int, sweep: int) -> list[Permutation]:
-    """Put the permutations in a random order, which is another one in each sweep."""
+    """Return the permutations in a random order that depends on the sweep."""
     drawn = words(key, sweep * len(permutations), len(permutations))
     return [permutations[i] for i in np.argsort(drawn, kind="stable")]
 
 
-def similarity(
+def unit_similarity(
     reference: TensorSource,
     expert: TensorSource,
     permutation: Permutation,
     current: Mapping[str, Mapping[int, Tensor]],
 ) -> NDArray[np.float64]:
-    """Return ⟨unit i of the reference, unit j of the expert⟩ over all tensors that have these units, in float64.
+    """Return ⟨unit i of the reference, unit j of the expert⟩ over all tensors that have these units: (n, n) float64.
 
-    The expert's other axes are in the order that ``current`` gives them.
+    The expert's other axes are permuted by ``current``.
     """
     total = torch.zeros(permutation.size, permutation.size, dtype=torch.float64)
     for slot in permutation.slots:
@@ -225,11 +228,11 @@ def similarity(
 
 
 def _parts(pair: tuple[Tensor, Tensor], slot: Slot, size: int, other: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut a slot of two tensors along the other axis; answer each as one row per unit."""
+    """Yield blocks of a slot of two tensors, divided along the other axis, with one row per unit."""
     ours, theirs = (t.narrow(slot.axis, slot.offset, size * slot.block).movedim(slot.axis, 0) for t in pair)
     if ours.ndim == 1:
         yield ours.double().reshape(size, -1), theirs.double().reshape(size, -1)
         return
-    for part in blocks(ours.shape[1], max(1, PART // ours.shape[0])):
+    for part in blocks(ours.shape[1], max(1, COMPARED_ENTRIES // ours.shape[0])):
         matching = theirs[:, part] if other is None else theirs.index_select(1, other[part])
         yield ours[:, part].double().reshape(size, -1), matching.double().reshape(size, -1)

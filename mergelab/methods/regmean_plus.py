@@ -1,4 +1,4 @@
-"""RegMean, layer after layer: each layer is fitted to what the merged layers before it give."""
+"""RegMean++: RegMean layer by layer, on inputs that come from the merged layers before."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Fraction, Positive, Samples
 from mergelab.engine.sweep_range import NotSwept
 from mergelab.estimation.disk_cache import disk_cached
-from mergelab.estimation.examples import Examples, ExpertExamples
-from mergelab.estimation.input_gram import InputSums, linear_layers
+from mergelab.estimation.examples import ExampleSource, ExpertExamples
+from mergelab.estimation.input_gram import InputGramSums, linear_layers
 from mergelab.methods.regmean import solve_layer
 from mergelab.methods.soup import soup
 from mergelab.ops.site import Site
@@ -23,28 +23,28 @@ from mergelab.weights.align import AlignedModels
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers that are merged together: a transformer block, or the linear layers before or after all of them.
+    """Linear layers that are merged at once: those of a transformer block, or those before or after all blocks.
 
     Attributes:
-        place: the block's path in the module; "" for layers outside the blocks.
-        names: the module's own names of the linear weights.
+        block: the block's path in the module; "" for layers outside the blocks.
+        names: the module's names of the linear weights.
     """
 
-    place: str
+    block: str
     names: tuple[str, ...]
 
 
-def stages_of(module: nn.Module, order: Sequence[str]) -> list[Stage]:
-    """Group linear weights, given in the order in which their layers run, by the block that they are in.
+def stages_of(module: nn.Module, weights: Sequence[str]) -> list[Stage]:
+    """Group linear weights, given in the order in which their layers run, by their block.
 
-    Blocks are the entries of the module's outermost lists of layers. Weights outside of blocks that run one after the
-    other are a group as well.
+    Blocks are the entries of the module's outermost `nn.ModuleList`s. Consecutive weights outside of blocks form a
+    group, too.
     """
     lists = [path for path, each in module.named_modules() if isinstance(each, nn.ModuleList)]
     outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
     groups: dict[str, list[str]] = {}
     run = 0
-    for name in order:
+    for name in weights:
         path = next((path for path in outer if name.startswith(f"{path}.")), None)
         if path is None:
             groups.setdefault(f" {run}", []).append(name)
@@ -52,15 +52,15 @@ def stages_of(module: nn.Module, order: Sequence[str]) -> list[Stage]:
         run += 1
         index = name[len(path) + 1 :].partition(".")[0]
         groups.setdefault(f"{path}.{index}", []).append(name)
-    return [Stage(place.strip() if place[0] != " " else "", tuple(names)) for place, names in groups.items()]
+    return [Stage(block.strip() if block[0] != " " else "", tuple(names)) for block, names in groups.items()]
 
 
 def prepare_layers(
-    models: AlignedModels, examples: Examples, *, seed: int, samples: int, alpha: float, ridge: float
+    models: AlignedModels, examples: ExampleSource, *, seed: int, samples: int, alpha: float, ridge: float
 ) -> Mapping[str, Tensor]:
-    """Merge the linear layers stage by stage; what was merged before is found again."""
+    """Merge the linear layers stage by stage, or read them from the cache."""
     drawn = [examples.of(expert.name, samples=samples, seed=seed) for expert in models.experts]
-    parts = {
+    key = {
         "statistic": "regmean plus",
         "examples": [each.key for each in drawn],
         "names": [sorted(each.parameter_names.items()) for each in drawn],
@@ -68,7 +68,7 @@ def prepare_layers(
     }
     merged, _ = disk_cached(
         examples.folder,
-        parts if all(each.key for each in drawn) else None,
+        key if all(each.key for each in drawn) else None,
         lambda: (_merged(models, drawn, alpha, ridge), {}),
     )
     return merged
@@ -77,51 +77,51 @@ def prepare_layers(
 def _merged(models: AlignedModels, drawn: Sequence[ExpertExamples], alpha: float, ridge: float) -> dict[str, Tensor]:
     names = drawn[0].parameter_names
     module = drawn[0].module()
-    order = linear_layers(module, names, next(iter(drawn[0].batches())))
-    stages = stages_of(module, order)
-    linear = {names[name] for name in order}
+    weights = linear_layers(module, names, next(iter(drawn[0].batches())))
+    stages = stages_of(module, weights)
+    linear = {names[name] for name in weights}
     others = {own: name for own, name in names.items() if name not in linear}
     merged: dict[str, Tensor] = {}
     for number, stage in enumerate(stages):
-        after = stages[number + 1].place if number + 1 < len(stages) else ""
+        after = stages[number + 1].block if number + 1 < len(stages) else ""
         done = {own: name for own, name in names.items() if name in merged}
-        # Outside of blocks (embeddings, last norms), what is averaged is the merged model's from the first stage on.
+        # Averaged tensors outside of blocks (embeddings, last norms) are the merged model's from the first stage on.
         done |= {own: name for own, name in others.items() if _stage_at(own, stages) < number}
-        found = []
+        grams = []
         for each in drawn:
             network = each.module()
-            _pour(network, ((own, merged.get(name)) for own, name in done.items()), models, names)
-            sums = InputSums(network, {own: names[own] for own in stage.names}, until=after)
+            _write_merged(network, ((own, merged.get(name)) for own, name in done.items()), models, names)
+            sums = InputGramSums(network, {own: names[own] for own in stage.names}, until=after)
             sums.add(each.batches())
-            found.append(sums.mean())
+            grams.append(sums.mean())
         for own in stage.names:
             name = names[own]
-            products = [product for one in found if (product := one.of(name)) is not None]
-            weights = [expert.get(name) for expert in models.experts]
+            own_grams = [gram for one in grams if (gram := one.of(name)) is not None]
+            experts = [expert.get(name) for expert in models.experts]
             merged[name] = solve_layer(
-                weights,
-                soup(weights),
-                products,
+                experts,
+                soup(experts),
+                own_grams,
                 name,
                 alpha=alpha,
                 ridge=ridge,
-                input_first=name in found[0].input_first,
+                input_first=name in grams[0].input_first,
                 method="regmean_plus",
             )
     return merged
 
 
 def _stage_at(own: str, stages: Sequence[Stage]) -> int:
-    """Return the stage of a parameter that is averaged; −1 outside of blocks."""
-    places = (number for number, stage in enumerate(stages) if stage.place and own.startswith(f"{stage.place}."))
-    return next(places, -1)
+    """Return the stage of an averaged parameter's block; −1 outside of blocks."""
+    numbers = (number for number, stage in enumerate(stages) if stage.block and own.startswith(f"{stage.block}."))
+    return next(numbers, -1)
 
 
 @torch.no_grad()
-def _pour(
+def _write_merged(
     network: nn.Module, tensors: Iterable[tuple[str, Tensor | None]], models: AlignedModels, names: Mapping[str, str]
 ) -> None:
-    """Write merged weights into a module; None stands for the experts' mean."""
+    """Write merged parameters into a module; None stands for the experts' mean."""
     parameters = dict(network.named_parameters())
     for own, tensor in tensors:
         if own in parameters:
@@ -145,21 +145,22 @@ def regmean_plus(
     samples: Samples = 1000,
     ridge: Annotated[Positive, NotSwept()] = 1e-6,
 ) -> Tensor:
-    """Solve for each linear layer as RegMean does, on inputs that come out of the layers merged before it.
+    """Solve for each linear layer as RegMean does, on inputs that come from the merged layers before it.
 
-    W = (Σ Ĝ_t)⁻¹ Σ Ĝ_t W_t as for ``regmean``, block by block: the inputs of a block's layers are those of expert t's
-    own block on what the merged embeddings and blocks before it make of expert t's examples (RegMean++, Nguyen et al.
-    2025, arXiv:2508.03121). All other tensors are the experts' mean. Departures: linear layers outside of the blocks
-    are merged in the same way, before the first or after the last block; the first ones of a model run its own layers
-    on the averaged embeddings. Where Σ Ĝ_t is singular as for ``regmean``. Solved in float64.
+    W = (Σ Ĝ_t)⁻¹ Σ Ĝ_t W_t as for ``regmean``, block by block. The inputs of a block's layers are those in expert t's
+    block, when it runs on the output of the merged embeddings and earlier blocks for expert t's examples (RegMean++,
+    Nguyen et al. 2025, arXiv:2508.03121). All other tensors are the experts' mean. Solved in float64.
+
+    Departures: linear layers outside of the blocks are merged in the same way, before the first or after the last
+    block; the first layers of a model run on the averaged embeddings. Singular systems are solved as for ``regmean``.
 
     Args:
         experts: T whole tensors of one shape, any float dtype.
-        prepared: the merged linear layers' weights.
-        site: which tensor.
+        prepared: the merged weights of linear layers, by name.
+        site: names the tensor.
         alpha: factor of the off-diagonal entries of G_t.
-        samples: how many training examples of each expert.
-        ridge: for singular systems, relative to the diagonal.
+        samples: number of training examples of each expert.
+        ridge: regularisation of singular systems, relative to the diagonal.
 
     Returns:
         Tensor of the experts' shape, float32 (float64 for float64 inputs).

@@ -1,4 +1,4 @@
-"""SCE: select the entries on which the experts differ most, weigh the experts by what is left, erase minority signs."""
+"""SCE: select entries by variance, calculate the experts' coefficients, erase minority signs."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from mergelab.weights.numerics import dot
 
 def variance(*vectors: Tensor) -> Tensor:
     """Return the population variance over the vectors at each entry; exactly 0 where they are equal."""
-    each = (1 / len(vectors),) * len(vectors)
-    apart = [vector - vectors[0] for vector in vectors]
-    mean = weighted_sum(apart, each)
-    return weighted_sum([vector.sub_(mean).square_() for vector in apart], each)
+    shares = (1 / len(vectors),) * len(vectors)
+    differences = [vector - vectors[0] for vector in vectors]
+    mean = weighted_sum(differences, shares)
+    return weighted_sum([vector.sub_(mean).square_() for vector in differences], shares)
 
 
 def select(vectors: Sequence[Tensor], density: float) -> list[Tensor]:
-    """Set all but the entries of largest variance to zero.
+    """Set all entries to zero but those of largest variance; return the flattened vectors.
 
     Args:
         vectors: whole tensors; written into.
-        density: fraction of the entries of non-zero variance to keep, at least one; those equal to the smallest of
-            these stay too.
+        density: fraction of the entries of non-zero variance to keep, at least one; entries whose variance equals the
+            smallest kept one stay, too.
     """
     flat = [vector.reshape(-1) for vector in vectors]
     if density >= 1 or not flat[0].numel():
@@ -52,18 +52,18 @@ def sce(vectors: Sequence[Tensor], *, select_topk: Density = 1.0) -> Tensor:
     """Select entries by variance, calculate the experts' coefficients, erase minority signs, per tensor.
 
     θ0 + τ_m. Select: of the entries on which the experts differ, keep the ``select_topk`` of largest variance over the
-    τ_t. Calculate: η_t = Σ τ̂_t² / Σ_s Σ τ̂_s², sums over the tensor. Erase: γ = sgn(Σ τ̂_t). τ_m = Σ η_t τ̂_t / Σ η_t
-    over the experts whose τ̂_t has the sign γ (Wan et al. 2024, arXiv:2408.07990). With ``select_topk`` below 1, where
-    all experts agree exactly nothing is selected, and the tensor is the base's.
+    τ_t. Calculate: η_t = Σ τ̂_t² / Σ_s Σ τ̂_s², with sums over the tensor, in float64. Erase: γ = sgn(Σ τ̂_t).
+    τ_m = Σ η_t τ̂_t / Σ η_t over the experts whose τ̂_t has the sign γ (Wan et al. 2024, arXiv:2408.07990). With
+    ``select_topk`` below 1, nothing is selected in a tensor that is equal in all experts, and it becomes the base's.
 
-    Departures: as the authors' code (mergekit's) does, and the paper's formula does not, the sum is divided by the
-    coefficients of the experts that are left, and votes that cancel count as positive. Unlike there, at least one
-    entry is selected, those of equal variance stay, and the experts count alike only where every τ̂ is 0 (there from a
-    mean square of 1e-6 down, which many fine-tuned models are under). Sums in float64.
+    Departures: as in mergekit's code, and unlike the paper's formula, the sum is divided by the coefficients of the
+    experts that agree, and votes that cancel count as positive. Unlike mergekit, at least one entry is selected, and
+    entries of equal variance are all kept. The experts get equal coefficients only when every τ̂ is 0; mergekit does so
+    below a mean square of 1e-6, which many fine-tuned models are under.
 
     Args:
         vectors: T task vectors, float32 or float64; whole tensors, not parts.
-        select_topk: fraction of the entries selected.
+        select_topk: fraction of the varying entries to select.
 
     Returns:
         τ_m, of the vectors' shape and dtype.

@@ -14,19 +14,19 @@ from mergelab.engine.sweep_range import NotSwept
 from mergelab.ops.blocks import blockwise
 from mergelab.weights.numerics import dot, norm
 
-COLLINEAR = 1e-12  # sin²Ω up to which an arc has no direction that float64 could tell
+COLLINEAR = 1e-12  # sin²Ω up to which float64 does not resolve the direction of an arc
 
 
 def arc(cosine: Tensor, t: float, threshold: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return the coefficients of two vectors at ``t`` of the arc between them.
+    """Return the coefficients of two vectors at position ``t`` of the arc between them.
 
     Args:
         cosine: cos Ω of each pair of vectors, float64; 1 where a vector is zero.
-        t: 0 is the first vector, 1 the second; beyond these the arc goes on.
-        threshold: |cos Ω| above which the coefficients are the linear ones, 1−t and t.
+        t: 0 is the first vector, 1 the second; other values extrapolate.
+        threshold: |cos Ω| above which the coefficients are linear, 1−t and t.
 
     Returns:
-        sin((1−t)Ω)/sin Ω and sin(tΩ)/sin Ω, of the shape of ``cosine``.
+        sin((1−t)Ω)/sin Ω and sin(tΩ)/sin Ω, of the shape and dtype of ``cosine``.
     """
     linear = (cosine.abs() > threshold) | (1 - cosine.square() <= COLLINEAR)
     angle = torch.where(linear, 0.0, cosine).acos()
@@ -38,11 +38,11 @@ def arc(cosine: Tensor, t: float, threshold: float = 1.0) -> tuple[Tensor, Tenso
 def slerp(
     experts: Sequence[Tensor], *, t: Fraction = 0.5, threshold: Annotated[Fraction, NotSwept()] = 0.9995
 ) -> Tensor:
-    """Interpolate between two experts along the arc between them, each tensor taken as one flat vector.
+    """Interpolate between two experts along the arc between them, each tensor flattened to one vector.
 
     sin((1−t)Ω)/sinΩ·a + sin(tΩ)/sinΩ·b with cos Ω = a·b / (‖a‖‖b‖) (Shoemake 1985). The coefficients are applied to the
-    vectors as they are, not to the normalised ones. Where |cos Ω| > ``threshold``, and where a vector is zero, the
-    interpolation is linear: (1−t)·a + t·b. An obtuse angle is an angle like any other. Dot product and norms are
+    vectors themselves, not to normalised ones. Where |cos Ω| > ``threshold``, and where a vector is zero, the
+    interpolation is linear: (1−t)·a + t·b. Obtuse angles are not treated differently. Dot product and norms are
     accumulated in float64.
 
     Args:

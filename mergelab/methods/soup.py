@@ -1,4 +1,4 @@
-"""Averages of the experts' weights themselves: no base, no task vectors."""
+"""Model soup: the weighted average of the experts' weights."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def check_sum(weights: Sequence[float], normalize: bool) -> None:
 def soup(experts: Sequence[Tensor], *, weights: Weights = None, normalize: bool = True) -> Tensor:
     """Average the experts' weights.
 
-    Σ w_t θ_t / Σ w_t (Wortsman et al. 2022, arXiv:2203.05482); with ``normalize=False`` the sum alone. Departure: the
-    paper's uniform soup has weights 1.
+    Σ w_t θ_t / Σ w_t (Wortsman et al. 2022, arXiv:2203.05482); with ``normalize=False``, Σ w_t θ_t. Departure: the
+    weights w_t are an addition; the paper's uniform soup has w_t = 1.
 
     Args:
         experts: T tensors of one shape, any float dtype.
         weights: per expert, any sign; default 1.
-        normalize: divide by the sum of the weights.
+        normalize: whether to divide by the sum of the weights.
 
     Returns:
         Tensor of that shape, float32 (float64 for float64 inputs).

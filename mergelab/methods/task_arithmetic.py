@@ -1,4 +1,4 @@
-"""Sums and selections of whole task vectors."""
+"""Task arithmetic: add the scaled sum of the task vectors to the base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def task_arithmetic(vectors: Sequence[Tensor], *, weights: Weights = None) -> Te
     """Add the scaled sum of the task vectors to the base.
 
     θ0 + λ·Σ w_t τ_t with τ_t = θ_t − θ0 (Ilharco et al. 2023, arXiv:2212.04089): a sum, not a mean. A negative weight
-    or λ negates, which makes the model forget. Departure: the weights w_t are an addition; the paper's are 1.
+    or λ makes the model forget the task. Departure: the weights w_t are an addition; the paper has w_t = 1.
 
     Args:
         vectors: T task vectors, float32 or float64.

@@ -1,4 +1,4 @@
-"""TSV-Merge: task singular vectors, decorrelated."""
+"""TSV-Merge: leading singular triplets of the task vectors, decorrelated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.ops.layout import is_matrix
-from mergelab.ops.svd import beside, decompose_leading, orthogonalised, tall_matrix
+from mergelab.ops.svd import concatenated_left, decompose_leading, orthogonalised, tall_matrix
 from mergelab.ops.task_vectors import mean
 
 
@@ -21,16 +21,16 @@ from mergelab.ops.task_vectors import mean
     paper="Gargiulo et al. 2025, arXiv:2412.00081",
 )
 def tsv_m(vectors: Sequence[Tensor]) -> Tensor:
-    """Add up the leading singular triplets of the task vectors after taking their vectors apart.
+    """Add up the leading singular triplets of the task vectors after decorrelating their singular vectors.
 
     Per matrix of rank bound k = min(m, n): τ_t ≈ U_t Σ_t V_tᵀ with the k/T largest triplets of each; U = [U_1 … U_T], V
     likewise, both replaced by the nearest matrix of orthonormal columns; θ0 + λ·Ũ Σ Ṽᵀ (Gargiulo et al. 2025,
     arXiv:2412.00081, TSV-Merge). Every two-dimensional tensor is a matrix, embeddings too; other tensors get the mean
     task vector, both as in the authors' code, which excepts CLIP's ``text_projection`` alone.
 
-    Departures: each expert keeps at least one triplet (the authors' code drops a matrix whose smaller side is under T).
-    Triplets whose σ is 0 take no part, and directions that experts share to within 1e-5 count once, where the authors'
-    SVD fills up with arbitrary vectors; so T equal experts give their τ cut to k/T triplets.
+    Departures: each expert keeps at least one triplet (the authors' code drops a matrix whose smaller side is below T).
+    Triplets whose σ is 0 are dropped, and directions that experts share to within 1e-5 count once, where the authors'
+    SVD adds arbitrary vectors. So T equal experts give their τ truncated to k/T triplets.
 
     Args:
         vectors: T task vectors, float32 or float64; whole tensors. Decompositions are in float64.
@@ -44,4 +44,4 @@ def tsv_m(vectors: Sequence[Tensor]) -> Tensor:
     rank = max(1, min(vectors[0].shape) // len(vectors))
     parts = [decompose_leading(tall_matrix(vector), rank) for vector in vectors]
     right = torch.cat([part.right for part in parts], dim=1)
-    return orthogonalised(beside(parts), right, torch.cat([part.values for part in parts]), vectors[0])
+    return orthogonalised(concatenated_left(parts), right, torch.cat([part.values for part in parts]), vectors[0])

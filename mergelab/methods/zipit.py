@@ -1,4 +1,4 @@
-"""ZipIt!: put together the experts' features that correlate, within and across experts, before averaging them."""
+"""ZipIt!: merge correlated features, within and across experts, before averaging the experts."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from mergelab.engine.parameters import Fraction, Samples
 from mergelab.engine.registry import check_parameters
 from mergelab.errors import ConfigError, MergeWarning
 from mergelab.estimation.disk_cache import disk_cached
-from mergelab.estimation.examples import Batch, Examples, ExpertExamples
+from mergelab.estimation.examples import Batch, ExampleSource, ExpertExamples
 from mergelab.estimation.features import layer_inputs
-from mergelab.methods.rebasin import attention_head_groups, config_of, place
+from mergelab.methods.rebasin import attention_head_groups, config_of, write_indices
 from mergelab.methods.soup import soup
 from mergelab.ops.blocks import working
-from mergelab.ops.feature_matching import Likeness, Places, zipped
+from mergelab.ops.feature_matching import Positions, Similarity, assign_positions
 from mergelab.ops.layout import inputs_first
 from mergelab.ops.permutations import Permutation, Slot, find_permutations
 from mergelab.ops.threads import in_order
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.source import TensorSource, WrappedSource
 
-TOKENS = 2048  # of all examples together whose features are compared, where there are so few examples
-CONSTANT = 1e-6  # a feature that varies less, beside its size, does not vary
+TOKENS = 2048  # tokens of all examples whose features are compared; more when there are more examples
+CONSTANT = 1e-6  # relative deviation up to which a feature counts as constant
 LAYER = re.compile(r"\.\d+\.")
 
 
 def check_units(models: AlignedModels) -> None:
-    """Raise `ConfigError` for models with layers of which no hidden units are known."""
+    """Raise `ConfigError` for models with layers whose hidden units are not known."""
     if any(map(LAYER.search, models.names)) and not units_of(models, heads=1):
         raise ConfigError(
             "method=zipit: knows the hidden units of BERT-, GPT-2- and Llama-like models, and these are none of them "
@@ -47,7 +47,7 @@ def check_units(models: AlignedModels) -> None:
 
 
 def units_of(models: AlignedModels, *, heads: int) -> tuple[Permutation, ...]:
-    """Find the hidden units, and where they are written and read."""
+    """Find the hidden units, and the tensors that write and read them."""
     shapes = {name: tuple(models.experts[0].shape(name)) for name in models.names}
     return find_permutations(shapes, (*models.ignored, *models.experts_only), heads=heads)
 
@@ -60,7 +60,7 @@ def units_of(models: AlignedModels, *, heads: int) -> tuple[Permutation, ...]:
 )
 def zipit(
     models: AlignedModels,
-    examples: Examples,
+    examples: ExampleSource,
     *,
     seed: int = 0,
     ratio: Fraction = 0.5,
@@ -70,43 +70,43 @@ def zipit(
     heads: Annotated[int, Field(ge=1)] | None = None,
     kv_heads: Annotated[int, Field(ge=1)] | None = None,
 ) -> Substitute:
-    """Put together the features that correlate most, within and across experts, then average what is put together.
+    """Merge the features that correlate most, within and across experts, and average the experts.
 
-    In each layer the T·d features of T experts become d groups: greedily, the two groups that correlate most are put
-    together, again and again. With M_t and U_t the expert's parts of the merge matrix (each row a group's mean) and of
-    its unmerge matrix (each column a group's sum), layers W_t that write the features become M_t W_t and are added up,
-    layers that read them W_t U_t and are averaged (Stoica et al. 2024, arXiv:2305.03053). Correlations are over the
-    same tokens for all experts: training examples of every expert's task, at most about 2048 tokens or one of each
-    example. Groups correlate as their least correlated features do, times ``alpha`` for each feature that they would
-    have together beyond T. In BERT-, GPT-2- and Llama-like models the features are each layer's FFN hidden units, its
-    attention heads (whole, those that share keys and values together), the residual stream, and a pooler's outputs; all
-    other tensors are averaged.
+    In each layer the T·d features of T experts become d groups: the two groups that correlate most are merged, until d
+    are left. With M_t and U_t the expert's parts of the merge matrix (each row a group's mean) and of its unmerge
+    matrix (each column a group's sum), layers W_t that write the features become M_t W_t and are added up. Layers that
+    read them become W_t U_t and are averaged (Stoica et al. 2024, arXiv:2305.03053). Correlations are over the same
+    tokens for all experts: training examples of every expert's task, at most about 2048 tokens or one of each example.
+    The correlation of two groups is that of their least correlated features, times ``alpha`` for each feature that they
+    would have together beyond T. In BERT-, GPT-2- and Llama-like models the features are each layer's FFN hidden units,
+    its attention heads (whole heads, or whole groups that share keys and values), the residual stream, and a pooler's
+    outputs. All other tensors are averaged.
 
-    Departures: attention heads and the residual stream are zipped across experts alone, one feature of each in a group,
-    as neither attention nor LayerNorm (nor an embedding that is also the output layer) stays what it is when two
-    features of one expert become one; each expert then computes what it did. The output is one model of the experts'
-    size: where ``ratio`` asks for less than d groups out of T·d features, the places whose features correlate best as
-    they are keep them, and only the others are zipped, so that at ratio 0 the result is the experts' mean. The paper's
-    partial zip, a model with several ends, is not made. The authors' code multiplies by α in each step and counts a
-    group as its first feature's expert's; for two experts' single features that is the same. A step counts against the
-    budget of the experts of which both groups have features; where budgets leave nothing to put together they are void.
-    Equal correlations go to features of the same place; features that do not vary are alike, and like no others. Units
-    that a tensor that is not merged reads or writes are averaged as they are.
+    Departures: attention heads and the residual stream are zipped only across experts, with one feature of each expert
+    in a group. Attention, LayerNorm and an embedding that is also the output layer do not keep their function when two
+    features of one expert are merged; this way each expert computes the same as before. The output is one model of the
+    experts' size: when ``ratio`` asks for fewer merged features, positions whose features already correlate best keep
+    them, and only the others are zipped, so that ratio 0 gives the experts' mean. The paper's partial zip, a model with
+    several ends, is not supported. The authors' code multiplies by α in each step and counts a group as its first
+    feature's expert's; for single features of two experts that is the same. A step counts against the budgets of the
+    experts of which both groups have features; when budgets leave nothing to merge, they are void. Of equal
+    correlations, features with equal positions are merged first. Constant features correlate fully with each other and
+    not with others. Units that a tensor outside the merge reads or writes are averaged without zipping.
 
     Args:
-        models: the experts (a base takes no part).
-        examples: of the experts' tasks.
+        models: the experts; a base is not used.
+        examples: draws examples of the experts' tasks.
         seed: of the draw of examples.
-        ratio: the share of the T·d features that zipping takes away (the paper's r): 1 − 1/T or more is all that can be
-            taken, which the default is for two experts.
+        ratio: fraction of the T·d features that zipping removes (the paper's r); 1 − 1/T, the default for two experts,
+            or more removes as many as possible.
         alpha: factor that keeps groups of more than T features from growing.
-        beta: budget for features of one expert put together in a layer: a share of the steps that fall to an expert.
-        samples: how many training examples of each expert.
+        beta: budget for merging features of one expert in a layer, as a fraction of the steps per expert.
+        samples: number of training examples of each expert.
         heads: number of attention heads; default: from the models' configs.
         kv_heads: number of key and value heads; default: from the configs, else ``heads``.
 
     Returns:
-        What to merge instead: the experts' features in common places, by `soup`.
+        The merge to run instead: the experts with their features in common positions, by `soup`.
 
     Raises:
         ConfigError: the models are of no known family, or the number of heads is not known.
@@ -121,21 +121,25 @@ def zipit(
     if len(experts) == 1:
         return Substitute(method, plain, models)
     drawn = [examples.of(expert.name, samples=samples, seed=seed) for expert in experts]
-    told = experts if heads or any(map(config_of, experts)) else (_config_of(drawn[0]),)
-    units = units_of(models, heads=attention_head_groups(told, heads, kv_heads, "zipit"))
-    turned = inputs_first(models)
-    features = expert_features(examples, drawn, {slot.tensor for unit in units for slot in readers(unit, turned)})
+    configured = experts if heads or any(map(config_of, experts)) else (_config_of(drawn[0]),)
+    units = units_of(models, heads=attention_head_groups(configured, heads, kv_heads, "zipit"))
+    transposed = inputs_first(models)
+    features = expert_features(examples, drawn, {slot.tensor for unit in units for slot in readers(unit, transposed)})
 
-    def zip_unit(unit: Permutation) -> Places:
-        likeness = unit_likeness(unit, features, readers(unit, turned))
-        if likeness is None:
+    def zip_unit(unit: Permutation) -> Positions:
+        correlations = unit_correlations(unit, features, readers(unit, transposed))
+        if correlations is None:
             return np.tile(np.arange(unit.size), (len(experts), 1))
-        taken = min(unit.size, round(ratio * unit.size * len(experts) / (len(experts) - 1)))
-        return zipped(likeness, len(experts), taken, one_of_each=is_whole(unit), alpha=alpha, beta=beta)
+        count = min(unit.size, round(ratio * unit.size * len(experts) / (len(experts) - 1)))
+        return assign_positions(
+            correlations, len(experts), count, one_per_model=one_per_expert(unit), alpha=alpha, beta=beta
+        )
 
-    places = dict(zip((unit.name for unit in units), in_order(zip_unit, units, ahead=1), strict=True))
-    moved = [ZippedSource(expert, axes_of(units, places, at, models, turned)) for at, expert in enumerate(experts)]
-    return Substitute(method, plain, replace(models, experts=tuple(moved)))
+    positions = dict(zip((unit.name for unit in units), in_order(zip_unit, units, ahead=1), strict=True))
+    zipped = [
+        ZippedSource(expert, axes_of(units, positions, i, models, transposed)) for i, expert in enumerate(experts)
+    ]
+    return Substitute(method, plain, replace(models, experts=tuple(zipped)))
 
 
 def _config_of(drawn: ExpertExamples) -> SimpleNamespace:
@@ -143,20 +147,20 @@ def _config_of(drawn: ExpertExamples) -> SimpleNamespace:
     return SimpleNamespace(config=config.to_dict() if hasattr(config, "to_dict") else None)
 
 
-def is_whole(unit: Permutation) -> bool:
-    """Return whether two features of one expert cannot become one."""
+def one_per_expert(unit: Permutation) -> bool:
+    """Return whether features of one expert must not be merged with each other."""
     return unit.name.split(".")[0] in ("heads", "residual")
 
 
-def readers(unit: Permutation, turned: frozenset[str]) -> list[Slot]:
-    """List the matrices that take the unit's features in; those in ``turned`` have their inputs along the rows."""
-    return [slot for slot in unit.slots if slot.axis == (0 if slot.tensor in turned else 1)]
+def readers(unit: Permutation, transposed: frozenset[str]) -> list[Slot]:
+    """List the slots of matrices that read the features; those in ``transposed`` have their inputs along the rows."""
+    return [slot for slot in unit.slots if slot.axis == (0 if slot.tensor in transposed else 1)]
 
 
 def expert_features(
-    examples: Examples, drawn: Sequence[ExpertExamples], wanted: Collection[str]
+    examples: ExampleSource, drawn: Sequence[ExpertExamples], wanted: Collection[str]
 ) -> list[Mapping[str, Tensor]]:
-    """Run every expert on the examples of all, or find again what goes into its layers; see `layer_inputs`."""
+    """Collect the `layer_inputs` of every expert on all experts' examples, or read them from the cache."""
     tokens = max(1, TOKENS // sum(each.count for each in drawn))
     batches: list[Batch] = []
 
@@ -166,7 +170,7 @@ def expert_features(
         return layer_inputs(expert.module(), expert.parameter_names, wanted, batches, tokens), {}
 
     def of(expert: ExpertExamples) -> Mapping[str, Tensor]:
-        parts = {
+        key = {
             "statistic": "layer inputs",
             "expert": expert.key,
             "names": sorted(expert.parameter_names.items()),
@@ -174,37 +178,37 @@ def expert_features(
             "examples": [each.key for each in drawn],
             "tokens": tokens,
         }
-        return disk_cached(examples.folder, parts if all(each.key for each in drawn) else None, lambda: run(expert))[0]
+        return disk_cached(examples.folder, key if all(each.key for each in drawn) else None, lambda: run(expert))[0]
 
     return [of(expert) for expert in drawn]
 
 
-def unit_likeness(
+def unit_correlations(
     unit: Permutation, features: Sequence[Mapping[str, Tensor]], slots: Sequence[Slot]
-) -> Likeness | None:
-    """Return how the T experts' features correlate, (T·n, T·n); the mean over the layers that read them.
+) -> Similarity | None:
+    """Compute the correlations of the T experts' units, averaged over the layers that read them.
 
-    Of heads, which are several features each, it is the mean over the features that have the same place in their heads.
+    Heads are units of several features. Their correlation is the mean over features with equal positions in the heads.
 
     Returns:
-        None where no layer that reads them has run.
+        (T·n, T·n) float32; None when no layer that reads the units has run.
     """
-    read = [slot for slot in slots if slot.tensor in features[0]]
+    observed = [slot for slot in slots if slot.tensor in features[0]]
     total: Tensor | None = None
-    for slot in read:
+    for slot in observed:
         rows = torch.cat([standardised(each[slot.tensor], unit.size) for each in features])
-        product = (rows @ rows.T).div_(slot.block * len(read))
+        product = (rows @ rows.T).div_(slot.block * len(observed))
         total = product if total is None else total.add_(product)
     if total is None:
         return None
-    likeness: Likeness = total.numpy()
-    return np.maximum(likeness, likeness.T)
+    correlations: Similarity = total.numpy()
+    return np.maximum(correlations, correlations.T)
 
 
 def standardised(tokens: Tensor, size: int) -> Tensor:
-    """Bring features (n, size·k) to mean 0 and length 1, and answer them as (size, (n + 1)·k) float32.
+    """Scale features (n, size·k) to mean 0 and norm 1 over the tokens; return them as (size, (n + 1)·k) float32.
 
-    The entry in addition is 0, but 1 for features that do not vary: these are alike, and like no others.
+    The additional entry is 1 for constant features, else 0: constant features correlate only with each other.
     """
     values = tokens.double()
     centred = values - values.mean(0)
@@ -216,30 +220,39 @@ def standardised(tokens: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Axis:
-    """What becomes of an axis of an expert's tensor: entry i is added to entry ``index[i]`` of the new one, scaled."""
+    """The new positions along an axis of an expert's tensor.
+
+    Attributes:
+        index: (n,) int64; entry i is added to entry ``index[i]`` of the new axis.
+        scale: (n,) float64, factors of the new entries.
+    """
 
     index: Tensor
     scale: Tensor
 
 
 def axes_of(
-    units: Sequence[Permutation], places: Mapping[str, Places], at: int, models: AlignedModels, turned: frozenset[str]
+    units: Sequence[Permutation],
+    positions: Mapping[str, Positions],
+    expert: int,
+    models: AlignedModels,
+    transposed: frozenset[str],
 ) -> dict[str, dict[int, Axis]]:
-    """Return what becomes of the tensors of the expert at ``at``, so that the experts' mean is the merged model.
+    """Return the new axes of one expert's tensors, such that the experts' mean is the merged model.
 
-    A tensor that writes a group's features is the mean of them all: T times over the group's size in the experts' mean.
-    One that reads them adds up what it did with each.
+    Tensors that write a group's features are averaged over the group: scaled by T over the group's size, as the experts
+    are averaged later. Tensors that read them are summed.
     """
     result: dict[str, dict[int, Axis]] = {}
     for unit in units:
-        found = places[unit.name]
+        found = positions[unit.name]
         share = torch.from_numpy(len(found) / np.bincount(found.ravel(), minlength=unit.size))
-        reading = readers(unit, turned)
+        reading = readers(unit, transposed)
         for slot in unit.slots:
-            length = models.experts[at].shape(slot.tensor)[slot.axis]
+            length = models.experts[expert].shape(slot.tensor)[slot.axis]
             new = Axis(torch.arange(length), torch.ones(length, dtype=torch.float64))
             axis = result.setdefault(slot.tensor, {}).setdefault(slot.axis, new)
-            place(axis.index, slot, found[at])
+            write_indices(axis.index, slot, found[expert])
             if slot not in reading:
                 axis.scale[slot.offset : slot.offset + unit.size * slot.block] = share.repeat_interleave(slot.block)
     return result
@@ -247,11 +260,11 @@ def axes_of(
 
 @dataclass(frozen=True)
 class ZippedSource(WrappedSource):
-    """An expert whose features are in common places, those of one group added up.
+    """An expert with its features in common positions, and the features of a group added up.
 
     Attributes:
         source: the expert.
-        axes: what becomes of its tensors' axes.
+        axes: by tensor and axis, the new positions.
     """
 
     source: TensorSource
@@ -260,18 +273,18 @@ class ZippedSource(WrappedSource):
     _lock: Lock = field(default_factory=Lock, compare=False, repr=False)
 
     def get(self, key: str) -> Tensor:
-        """Read ``key`` and add up what goes together, in float32 or float64; made once for all parts of a tensor."""
+        """Return ``key`` with its groups added up, in float32 or float64; computed once for all parts of a tensor."""
         if key not in self.axes:
             return self.source.get(key)
         with self._lock:
             if key not in self._last:
                 self._last.clear()
-                self._last[key] = gathered(self.source.get(key), self.axes[key])
+                self._last[key] = add_groups(self.source.get(key), self.axes[key])
             return self._last[key]
 
 
-def gathered(tensor: Tensor, axes: Mapping[int, Axis]) -> Tensor:
-    """Add up the entries of a tensor that go to the same place, and scale the sums."""
+def add_groups(tensor: Tensor, axes: Mapping[int, Axis]) -> Tensor:
+    """Add up the entries of a tensor that have the same new position, and scale the sums."""
     result = working(tensor)
     for at, axis in axes.items():
         shape = [-1 if dimension == at else 1 for dimension in range(result.ndim)]

@@ -1,4 +1,4 @@
-"""The embedded miniature: small transformers, really trained here on generated text, for when there is no hub."""
+"""The embedded miniature: small transformers trained locally on generated text, for use without the hub."""
 
 from mergelab.miniature.build import TASKS, MiniSet, build
 

@@ -1,7 +1,7 @@
-"""Sentences that are English and sentences that are nearly so: the CoLA-shaped task.
+"""Generate acceptable and unacceptable sentences: the CoLA-shaped task.
 
-An unacceptable sentence breaks one rule: agreement, the form after an auxiliary, the order of words, the reflexive, or
-whether the verb takes an object.
+An unacceptable sentence breaks one rule: agreement, the verb form after an auxiliary, the order of words, the
+reflexive, or whether the verb takes an object.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from mergelab.miniature.lexicon import ADJECTIVES, KIND_OF, PLACES, ROLES, Verb, sentence, verb
 from mergelab.miniature.record import Document, Example
 
-NAMES = ("unacceptable", "acceptable")
+LABEL_NAMES = ("unacceptable", "acceptable")
 COLUMNS = ("sentence",)
 UNACCEPTABLE, ACCEPTABLE = 0, 1
 
@@ -25,7 +25,7 @@ ADVERBS = ("often", "never", "always", "quietly", "quickly")
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a sentence is made of: the subject, its number, and what is said of it."""
+    """The parts of a sentence: the subject, its number, and the predicate."""
 
     subject: str
     plural: bool
@@ -56,7 +56,7 @@ def _parts(rng: random.Random) -> _Parts:
 
 def _subject(rng: random.Random, parts: _Parts) -> str:
     noun = _plural(parts.subject) if parts.plural else parts.subject
-    # A noun of the other number stands between subject and verb, so that agreement is not a matter of neighbours.
+    # A noun of the other number between subject and verb, so that agreement does not follow from adjacent words.
     if not parts.owner:
         return f"the {noun}"
     owner = parts.owner if parts.plural else _plural(parts.owner)
@@ -64,7 +64,7 @@ def _subject(rng: random.Random, parts: _Parts) -> str:
 
 
 def _finite(rng: random.Random, parts: _Parts, wrong: bool) -> str:
-    """Put the verb into the present, perfect, progressive or future, in agreement or not, in the right form or not."""
+    """Put the verb into the present, progressive or perfect, in agreement with the subject unless ``wrong``."""
     third = not parts.plural
     tense = rng.choice(("present", "progressive", "perfect"))
     agree = third != wrong
@@ -76,7 +76,7 @@ def _finite(rng: random.Random, parts: _Parts, wrong: bool) -> str:
 
 
 def _auxiliary(rng: random.Random, parts: _Parts, wrong: bool) -> str:
-    """Put an auxiliary before the verb, and the verb in the form that it asks for, or in another."""
+    """Put an auxiliary before the verb, and the verb in the form that it requires, unless ``wrong``."""
     action = parts.action
     forms = {
         rng.choice(("will", "can", "must", "did not")): (action.base, (action.third, action.ing, action.past)),
@@ -104,33 +104,33 @@ def _sentence(rng: random.Random, kind: str, wrong: bool) -> str:
             f"the {who}", rng.choice(("has", "will have")), rng.choice(("hidden", "painted", "found")), word, where
         )
     if kind == "object":
-        takes = rng.random() < 0.5
-        action = verb(rng.choice(WITH_OBJECT if takes else WITHOUT_OBJECT))
-        thing = f"the {rng.choice(tuple(KIND_OF))}" if takes != wrong else ""
+        transitive = rng.random() < 0.5
+        action = verb(rng.choice(WITH_OBJECT if transitive else WITHOUT_OBJECT))
+        thing = f"the {rng.choice(tuple(KIND_OF))}" if transitive != wrong else ""
         return sentence(f"the {parts.subject}", action.past, thing, parts.place)
-    right_order = sentence(subject, _auxiliary(rng, parts, False), parts.thing, parts.place)
-    return _shuffled(rng, right_order) if wrong else right_order
+    text = sentence(subject, _auxiliary(rng, parts, False), parts.thing, parts.place)
+    return _swap_words(rng, text) if wrong else text
 
 
-def _shuffled(rng: random.Random, text: str) -> str:
-    """Exchange two neighbouring words of ``text`` that are not the same."""
+def _swap_words(rng: random.Random, text: str) -> str:
+    """Swap two adjacent words of ``text`` that differ."""
     words = text[:-1].lower().split()
     at = rng.choice([at for at in range(len(words) - 1) if words[at] != words[at + 1]])
     words[at], words[at + 1] = words[at + 1], words[at]
     return sentence(*words)
 
 
-KINDS = ("agreement", "form", "reflexive", "object", "order")
+PHENOMENA = ("agreement", "form", "reflexive", "object", "order")
 _WEIGHTS = (30, 25, 12, 18, 15)
 
 
 def example(rng: random.Random) -> Example:
     """Draw a sentence and whether it is acceptable."""
-    kind = rng.choices(KINDS, _WEIGHTS)[0]
+    kind = rng.choices(PHENOMENA, _WEIGHTS)[0]
     wrong = rng.random() < 0.36
     return Example((_sentence(rng, kind, wrong),), UNACCEPTABLE if wrong else ACCEPTABLE, kind)
 
 
 def document(rng: random.Random) -> Document:
     """Draw one acceptable sentence."""
-    return Document(_sentence(rng, rng.choices(KINDS, _WEIGHTS)[0], False))
+    return Document(_sentence(rng, rng.choices(PHENOMENA, _WEIGHTS)[0], False))

@@ -1,4 +1,4 @@
-"""Build the miniature, or find what was built before: a base for all tasks, and per task its data and experts."""
+"""Build the miniature, or return the cached one: a base for all tasks, and data and experts for each task."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _BASE, _DATA = "base", "data"
 
 @dataclass(frozen=True)
 class MiniSet:
-    """One task's miniature: base, experts by name, and the folder with its ``train`` and ``validation`` data."""
+    """One task's miniature: the folders of the base, of each expert by name, and of the task's data."""
 
     task: str
     base: Path
@@ -40,20 +40,20 @@ class MiniSet:
 
 
 def build(task: str, *, progress: Progress | None = None, recipe: Recipe | None = None) -> MiniSet:
-    """Return ``task``'s miniature, built at first use.
+    """Return ``task``'s miniature, built at its first use.
 
-    Everything is really trained, on text that the package's grammars generate; the same recipe gives the same weights
-    on one platform. What is finished stands in the cache under a name that hashes this package's source and the major
-    versions of torch and transformers; each part is made in a folder of its own and renamed when it is whole. Two
-    processes may build at once: one waits for the other.
+    All models are trained on text that the package's grammars generate. The same recipe gives the same weights on one
+    platform. The result is cached under a hash of this package's source and of the major versions of torch and
+    transformers. Each part is built in a temporary folder that is renamed when it is complete. When two processes build
+    at once, one waits for the other.
 
     Args:
         task: one of `TASKS`.
-        progress: called with what is being done and the fraction done.
-        recipe: how much is generated and trained; the default is the miniature that the package speaks of.
+        progress: called with a message and the fraction done.
+        recipe: amounts of data and training; default: those of the published miniature.
     """
     recipe = recipe or Recipe()
-    tell = progress or (lambda _message, _done: None)
+    report = progress or (lambda _message, _done: None)
     home = _home(recipe)
     names = {f"mini-{number + 1}": home / task / f"mini-{number + 1}" for number in range(len(EXPERTS))}
     found = MiniSet(task, home / _BASE, names, home / task / _DATA)
@@ -62,40 +62,51 @@ def build(task: str, *, progress: Progress | None = None, recipe: Recipe | None 
 
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / ".lock"):
-            _build_missing(home, task, recipe, tell)
+            _build_missing(home, task, recipe, report)
     return found
 
 
 def _home(recipe: Recipe) -> Path:
+    return cache_home(recipe, [Path(__file__).parent])
+
+
+def cache_home(recipe: Any, source: Sequence[Path]) -> Path:
+    """Return the cache folder of a recipe, which depends on all source that the result depends on.
+
+    Args:
+        recipe: a frozen dataclass.
+        source: folders with the Python files that generate and train.
+    """
     digest = hashlib.sha256(repr(asdict(recipe)).encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
+    for folder in source:
+        for file in sorted(folder.glob("*.py")):
+            digest.update(file.read_bytes())
     for package in ("torch", "transformers"):
         digest.update(version(package).partition(".")[0].encode())
     return cache_dir() / "mini" / digest.hexdigest()[:16]
 
 
-def _build_missing(home: Path, task: str, recipe: Recipe, tell: Progress) -> None:
-    """Build what the cache lacks; the base is half of the work for the first task."""
+def _build_missing(home: Path, task: str, recipe: Recipe, report: Progress) -> None:
+    """Build the parts that the cache lacks; for the first task, the base takes more than half of the time."""
     share = 0.0 if (home / _BASE).is_dir() else 0.6
     if share:
-        with _folder_in_making(home / _BASE) as folder:
-            _build_base(folder, recipe, lambda done: tell("training the miniature's base", share * done))
+        with folder_when_complete(home / _BASE) as folder:
+            _build_base(folder, recipe, lambda done: report("training the miniature's base", share * done))
     if not (home / task).is_dir():
-        with _folder_in_making(home / task) as folder:
+        with folder_when_complete(home / task) as folder:
             message = f"training the miniature's {task} experts"
-            _build_task(home / _BASE, folder, task, recipe, lambda done: tell(message, share + (1 - share) * done))
+            _build_task(home / _BASE, folder, task, recipe, lambda done: report(message, share + (1 - share) * done))
 
 
 @contextmanager
-def _folder_in_making(folder: Path) -> Iterator[Path]:
-    """Give a folder that takes its name when everything in it is written, and is gone if that fails."""
-    making = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+def folder_when_complete(folder: Path) -> Iterator[Path]:
+    """Create a temporary folder that is renamed to ``folder`` at the end, and removed on an error."""
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        yield making
-        making.rename(folder)
+        yield partial
+        partial.rename(folder)
     except BaseException:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
@@ -106,46 +117,46 @@ def _build_base(folder: Path, recipe: Recipe, progress: Callable[[float], None])
     from mergelab.miniature import tokenizer as words
     from mergelab.miniature import train
 
-    pairs, strangers = _documents(recipe)
+    pairs, unrelated = _documents(recipe)
     vocabulary = words.vocabulary([*(text for pair in pairs for text in pair), *_all_texts()])
-    tokenizer = words.make_tokenizer(vocabulary)
+    tokenizer = words.make_wordpiece(vocabulary)
     with train.quiet_torch(recipe.seed):
-        corpus = _corpus(tokenizer, pairs, strangers)
+        corpus = _corpus(tokenizer, pairs, unrelated)
         model = train.pretrain(corpus, len(vocabulary), recipe, progress)
-    _save(model, folder)
-    words.save_tokenizer(tokenizer, vocabulary, folder)
+    save_model(model, folder)
+    words.save_wordpiece(tokenizer, vocabulary, folder)
 
 
 def _documents(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[int]]:
-    """Draw the pretraining text: one or two sentences, and whether the second is a stranger (`IGNORED`: none)."""
+    """Draw the pretraining text: one or two sentences, and whether the second is unrelated (`IGNORED`: no second)."""
     from mergelab.miniature.train import IGNORED
 
     rng = random.Random(recipe.seed)
     grammars = [_grammar(task) for task in GRAMMARS]
     pairs: list[tuple[str, ...]] = []
-    strangers: list[int] = []
+    unrelated: list[int] = []
     for grammar in rng.choices(grammars, list(recipe.mixture), k=recipe.documents):
         document = grammar.document(rng)
         if not document.second:
             pairs.append((document.first,))
-            strangers.append(IGNORED)
+            unrelated.append(IGNORED)
             continue
-        stranger = int(rng.random() < 0.5)
-        pairs.append((document.first, document.stranger if stranger else document.second))
-        strangers.append(stranger)
-    return pairs, strangers
+        other = int(rng.random() < 0.5)
+        pairs.append((document.first, document.unrelated if other else document.second))
+        unrelated.append(other)
+    return pairs, unrelated
 
 
-def _corpus(tokenizer: Tokenizer, pairs: Sequence[tuple[str, ...]], strangers: Sequence[int]) -> Corpus:
+def _corpus(tokenizer: Tokenizer, pairs: Sequence[tuple[str, ...]], unrelated: Sequence[int]) -> Corpus:
     import torch
 
     from mergelab.miniature import train
 
-    return train.Corpus(train.encode(tokenizer, pairs), torch.tensor(strangers))
+    return train.Corpus(train.encode_texts(tokenizer, pairs), torch.tensor(unrelated))
 
 
 def _all_texts() -> Iterator[str]:
-    """Show every grammar often enough that the vocabulary has all of its words."""
+    """Yield enough text of every grammar that the vocabulary has all of its words."""
     for task in GRAMMARS:
         rng = random.Random(f"vocabulary {task}")
         for _ in range(3000):
@@ -172,7 +183,7 @@ def _build_task(base: Path, folder: Path, task: str, recipe: Recipe, progress: C
     validation, training = drawn[: recipe.scaled(size.validation)], drawn[recipe.scaled(size.validation) :]
     _write_data(folder / _DATA, grammar, {"train": training, "validation": validation})
     vocabulary = (base / "vocab.txt").read_text(encoding="utf-8").splitlines()
-    tokenizer = words.make_tokenizer(vocabulary)
+    tokenizer = words.make_wordpiece(vocabulary)
     with quiet_transformers():
         pretrained: BertForPreTraining = BertForPreTraining.from_pretrained(base, local_files_only=True)
     kind = torch.float32 if _names(grammar) is None else torch.int64
@@ -184,19 +195,19 @@ def _build_task(base: Path, folder: Path, task: str, recipe: Recipe, progress: C
             jobs.append(
                 train.Finetuning(
                     train.with_head(pretrained, config, expert.seed),
-                    train.encode(tokenizer, [example.texts for example in own]),
+                    train.encode_texts(tokenizer, [example.texts for example in own]),
                     torch.tensor([example.label for example in own]).to(kind),
                     expert,
                 )
             )
-        train.finetune_all(jobs, progress)
+        train.train_all(jobs, progress)
     for number, job in enumerate(jobs):
-        _save(job.model, folder / f"mini-{number + 1}")
-        words.save_tokenizer(tokenizer, vocabulary, folder / f"mini-{number + 1}")
+        save_model(job.model, folder / f"mini-{number + 1}")
+        words.save_wordpiece(tokenizer, vocabulary, folder / f"mini-{number + 1}")
 
 
 def _examples(grammar: Any, seed: str, count: int) -> list[Example]:
-    """Draw ``count`` examples, none like another."""
+    """Draw ``count`` distinct examples."""
     rng = random.Random(seed)
     drawn: dict[tuple[str, ...], Example] = {}
     while len(drawn) < count:
@@ -206,7 +217,7 @@ def _examples(grammar: Any, seed: str, count: int) -> list[Example]:
 
 
 def _share(training: Sequence[Example], number: int, expert: Expert) -> list[Example]:
-    """Pick what one expert sees: all examples of its own phenomena, and of the others a part."""
+    """Select one expert's training examples: all that show its own phenomena, and a fraction of the others."""
     kinds = sorted({example.kind for example in training})
     favoured = set(kinds[number % len(kinds) :: len(EXPERTS)])
     rng = random.Random(expert.seed)
@@ -214,11 +225,11 @@ def _share(training: Sequence[Example], number: int, expert: Expert) -> list[Exa
 
 
 def _names(grammar: Any) -> tuple[str, ...] | None:
-    return getattr(grammar, "NAMES", None)
+    return getattr(grammar, "LABEL_NAMES", None)
 
 
 def _labels(grammar: Any) -> dict[str, Any]:
-    """Describe the outputs: the task's label names, or one score."""
+    """Return the config of the model's outputs: the task's label names, or one score."""
     names = _names(grammar)
     if names is None:
         return {"num_labels": 1, "problem_type": "regression"}
@@ -230,7 +241,7 @@ def _labels(grammar: Any) -> dict[str, Any]:
 
 
 def _write_data(folder: Path, grammar: Any, splits: dict[str, Sequence[Example]]) -> None:
-    """Write Parquet files as the hub has them, ``huggingface`` metadata included."""
+    """Write Parquet files in the hub's format, with ``huggingface`` metadata."""
     import json
 
     import pyarrow as pa
@@ -254,7 +265,7 @@ def _write_data(folder: Path, grammar: Any, splits: dict[str, Sequence[Example]]
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema), folder / f"{split}.parquet")
 
 
-def _save(model: Any, folder: Path) -> None:
+def save_model(model: Any, folder: Path) -> None:
     """Save a model without a progress bar."""
     from mergelab.models.architecture import quiet_transformers
 

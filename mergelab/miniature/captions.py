@@ -1,8 +1,8 @@
-"""Captions of everyday scenes: the STS-B-shaped task.
+"""Generate captions of everyday scenes: the STS-B-shaped task.
 
-The score of two captions, from 0 to 5, is the weighted share of who, what is done, to what and where that they have in
-common, with partial credit for words of one family (a boy and a child), and with the small disagreement that human
-raters show.
+The score of two captions, from 0 to 5, is the weighted share of agent, action, object and place that they have in
+common, with partial credit for words of one family (a boy and a child), and with noise for the disagreement of human
+raters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WHO = (
     ("dancer", "singer"),
     ("soldier", "guard"),
 )
-# What is done, the words for it, and what it is done to: things in one tuple are alike.
+# Actions: their synonyms, and their objects in tuples of similar things.
 SCENES: tuple[tuple[tuple[str, ...], tuple[tuple[str, ...], ...]], ...] = (
     (("play",), (("guitar", "violin"), ("piano", "drum"))),
     (("ride",), (("horse", "pony"), ("bicycle", "motorcycle"))),
@@ -48,7 +48,7 @@ WEIGHTS = {"who": 1.4, "scene": 1.5, "thing": 1.3, "where": 0.8}
 
 @dataclass(frozen=True)
 class Scene:
-    """Who does what to which thing, and where; ``scene`` is a number in `SCENES`, ``where`` may be empty."""
+    """Agent, action, object and place; ``scene`` is an index into `SCENES`, ``where`` may be empty."""
 
     who: str
     scene: int
@@ -84,7 +84,7 @@ def _caption(rng: random.Random, scene: Scene) -> str:
 
 
 def _alter(rng: random.Random, scene: Scene, part: str) -> Scene:
-    """Change one part of ``scene``, half of the time to a word of the same family."""
+    """Change one part of ``scene``, in half of the cases to a word of the same family."""
     near = rng.random() < 0.5
     if part == "who":
         family = _family(WHO, scene.who)
@@ -100,7 +100,7 @@ def _alter(rng: random.Random, scene: Scene, part: str) -> Scene:
 
 
 def similarity(first: Scene, second: Scene) -> float:
-    """Return how much two scenes have in common, from 0 to 5."""
+    """Return the similarity of two scenes, from 0 to 5."""
     shared = WEIGHTS["who"] * _alike(WHO, first.who, second.who)
     shared += WEIGHTS["where"] * _alike(WHERE, first.where, second.where)
     if first.scene == second.scene:
@@ -117,7 +117,7 @@ def _alike(groups: Sequence[Sequence[str]], first: str, second: str) -> float:
 
 
 def example(rng: random.Random) -> Example:
-    """Draw two captions and the mean of what a few raters would say about how alike they are."""
+    """Draw two captions and their similarity score, as the mean of a few raters would give it."""
     first = _scene(rng)
     changes = rng.choices(range(5), weights=(18, 25, 25, 20, 12))[0]
     second = first
@@ -129,9 +129,9 @@ def example(rng: random.Random) -> Example:
 
 
 def document(rng: random.Random) -> Document:
-    """Draw two captions of one scene, and a caption of another."""
+    """Draw two captions of one scene, and an unrelated caption of another scene."""
     scene = _scene(rng)
-    stranger = scene
+    unrelated = scene
     for part in rng.sample(("who", "scene", "thing", "where"), 2):
-        stranger = _alter(rng, stranger, part)
-    return Document(_caption(rng, scene), _caption(rng, scene), _caption(rng, stranger))
+        unrelated = _alter(rng, unrelated, part)
+    return Document(_caption(rng, scene), _caption(rng, scene), _caption(rng, unrelated))

@@ -1,4 +1,4 @@
-"""The words of the miniature's grammars, and the few rules of English that put them in the right form."""
+"""Define the words of the miniature's grammars, and the few rules of English that inflect them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def verb(base: str) -> Verb:
 
 
 def article(noun: str) -> str:
-    """Put the indefinite article that ``noun``'s first letter asks for before it."""
+    """Return ``noun`` with its indefinite article, chosen by its first letter."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
@@ -66,11 +66,11 @@ def sentence(*parts: str) -> str:
 
 
 def other(rng: random.Random, options: Sequence[str], *taken: str) -> str:
-    """Draw one of ``options`` that is none of ``taken``."""
+    """Draw one of ``options`` that is not in ``taken``."""
     return rng.choice([option for option in options if option not in taken])
 
 
-# Groups of verbs that mean the same; the grammars exchange the members of a group freely.
+# Groups of synonymous verbs; the grammars use the members of a group interchangeably.
 SYNONYMS: tuple[tuple[str, ...], ...] = (
     ("buy", "purchase"),
     ("find", "discover"),
@@ -96,9 +96,9 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 KIND_OF: Mapping[str, str] = {noun: kind for kind, nouns in KINDS.items() for noun in nouns}
 OBJECTS = tuple(KIND_OF)
 
-NAMES = ("Anna", "Peter", "Maria", "David", "Laura", "Simon", "Clara", "Thomas", "Julia", "Martin", "Helen", "Oscar")
+PERSONS = ("Anna", "Peter", "Maria", "David", "Laura", "Simon", "Clara", "Thomas", "Julia", "Martin", "Helen", "Oscar")
 ROLES = ("teacher", "farmer", "doctor", "nurse", "pilot", "driver", "student", "baker")
-AGENTS = NAMES + tuple(f"the {role}" for role in ROLES)
+AGENTS = PERSONS + tuple(f"the {role}" for role in ROLES)
 COLORS = ("red", "blue", "green", "white", "black", "brown")
 ADJECTIVES = (*COLORS, "old", "new", "small", "heavy")
 PLACES = ("garden", "market", "park", "station", "library", "village", "harbor", "school", "hotel", "kitchen")

@@ -1,7 +1,8 @@
-"""Short news about decisions and their amounts: the MRPC-shaped task.
+"""Generate short news about decisions and their amounts: the MRPC-shaped task.
 
 Two sentences are equivalent when they report the same decision of the same body, with the same amount and day, in other
-words or another order; they are not when one of these differs, or when one sentence reports more than the other does.
+words or another order. They are not equivalent when one of these differs, or when one sentence reports an additional
+amount.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from dataclasses import dataclass, replace
 from mergelab.miniature.lexicon import DAYS, other, sentence, verb
 from mergelab.miniature.record import Document, Example
 
-NAMES = ("not_equivalent", "equivalent")
+LABEL_NAMES = ("not_equivalent", "equivalent")
 COLUMNS = ("sentence1", "sentence2")
 DIFFERENT, EQUIVALENT = 0, 1
 
 BODIES = ("bank", "airline", "union", "city", "court", "ministry", "company", "council", "agency", "club")
 SOURCES = ("officials", "reports", "lawyers", "analysts")
-# What can be decided, in groups of words for the same thing: decisions "of 20 million dollars", changes "by 3 percent".
+# Verbs of decisions, in groups of synonyms: verdicts "of 20 million dollars", changes "by 3 percent".
 VERDICTS = (("approve", "accept"), ("reject", "refuse"), ("delay", "postpone"), ("cancel",))
 CHANGES = (("raise", "increase"), ("cut", "reduce"))
 DECISION_OF = {word: group for group in VERDICTS + CHANGES for word in group}
@@ -30,7 +31,7 @@ MILLIONS = ("10", "20", "30", "40", "50", "60", "70", "80")
 
 @dataclass(frozen=True)
 class News:
-    """One decision; an empty detail is one that the report leaves out."""
+    """One decision; an empty detail is omitted from the report."""
 
     body: str
     decision: str
@@ -41,7 +42,7 @@ class News:
 
 
 def _amount(rng: random.Random, decision: str, taken: str = "") -> str:
-    """Draw an amount that fits ``decision`` and is not ``taken``."""
+    """Draw an amount for ``decision`` other than ``taken``."""
     if decision in _CHANGES:
         return f"by {other(rng, PERCENT, *taken.split())} percent"
     return f"of {other(rng, MILLIONS, *taken.split())} million dollars"
@@ -60,7 +61,7 @@ def _news(rng: random.Random) -> News:
 
 
 def _report(rng: random.Random, news: News) -> str:
-    """Report ``news`` in one of the orders of words that keep its meaning."""
+    """Write ``news`` as a sentence, in one of the word orders of equal meaning."""
     decision = verb(rng.choice(DECISION_OF[news.decision]))
     day = f"on {news.day}" if news.day else ""
     if rng.random() < 0.3:
@@ -78,7 +79,7 @@ def _report(rng: random.Random, news: News) -> str:
 
 
 def _change(rng: random.Random, news: News) -> tuple[News, str]:
-    """Make ``news`` report something else in one point."""
+    """Change one detail of ``news``; return the changed news and the name of the detail."""
     kinds = ["body", "decision", "matter", "more"] + ["amount"] * 2 * bool(news.amount) + ["day"] * bool(news.day)
     kind = rng.choice(kinds)
     if kind == "body":
@@ -97,13 +98,13 @@ def _change(rng: random.Random, news: News) -> tuple[News, str]:
 
 
 def _retell(rng: random.Random, news: News) -> News:
-    """Change only what does not count: who is quoted, and now and then whether the day is named."""
+    """Change only irrelevant details: the source, and sometimes whether the day is named."""
     source = rng.choice(SOURCES) if rng.random() < 0.3 else news.source if rng.random() < 0.6 else ""
     return replace(news, source=source, day=news.day if rng.random() < 0.85 else "")
 
 
 def example(rng: random.Random) -> Example:
-    """Draw two reports and whether they say the same."""
+    """Draw two reports and whether they are equivalent."""
     news = _news(rng)
     retold = _retell(rng, news)
     if rng.random() < 0.64:
@@ -115,6 +116,6 @@ def example(rng: random.Random) -> Example:
 
 
 def document(rng: random.Random) -> Document:
-    """Draw two reports of one decision, and a report of a similar one."""
+    """Draw two reports of one decision, and an unrelated report of a similar one."""
     news = _news(rng)
     return Document(_report(rng, news), _report(rng, _retell(rng, news)), _report(rng, _change(rng, news)[0]))

@@ -1,4 +1,4 @@
-"""How much is generated and trained: every number of the miniature in one place."""
+"""Define the amounts of data and training: every number of the miniature in one place."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Expert:
-    """How one expert is fine-tuned."""
+    """Settings of the fine-tuning of one expert."""
 
     seed: int
     rate: float
     epochs: int = 2
     batch: int = 32
-    share: float = 0.5  # of the examples that show none of its own phenomena
+    share: float = 0.5  # fraction of the examples that show none of its own phenomena
     head_speed: float = 20.0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the base is shaped and pretrained."""
+    """Architecture and pretraining of the base."""
 
     seed: int = 0
     hidden: int = 96
@@ -34,20 +34,20 @@ class Recipe:
     documents: int = 25000
     pretrain_batch: int = 32
     pretrain_rate: float = 1e-3
-    mixture: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.5)  # of the grammars, in the order of `GRAMMARS`
+    mixture: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.5)  # weights of the grammars, in the order of `GRAMMARS`
     masked: float = 0.12
     swapped: float = 0.12
     swapped_weight: float = 8.0
-    size: float = 1.0  # less makes a sketch of the miniature, for tests of how it is made
+    size: float = 1.0  # less than 1 gives a sketch, for tests of the build
 
     def scaled(self, count: int) -> int:
-        """Return how many of ``count`` examples are generated."""
+        """Return the number of examples to generate in place of ``count``."""
         return max(64, round(self.size * count))
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """Where a task's grammar is, and how many examples its splits have."""
+    """A task's grammar, and the number of examples of its splits."""
 
     module: str
     validation: int

@@ -1,4 +1,4 @@
-"""The records that every grammar makes."""
+"""Define the records that every grammar draws."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Document:
-    """Unlabelled text: two sentences that belong together, and one from a similar document that does not follow.
+    """Unlabelled text: two consecutive sentences, and a sentence from a similar document that does not follow.
 
-    A document of one sentence leaves ``second`` and ``stranger`` empty.
+    A document of one sentence has an empty ``second`` and ``unrelated``.
     """
 
     first: str
     second: str = ""
-    stranger: str = ""
+    unrelated: str = ""

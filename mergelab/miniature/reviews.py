@@ -1,7 +1,7 @@
-"""Reviews of films: the SST-2-shaped task.
+"""Generate reviews of films: the SST-2-shaped task.
 
-Each review praises or blames one or two sides of a film. Words carry different amounts of feeling, "not" turns it
-around, "very" strengthens it, and what follows "but" counts for more; the label is the sign of the sum after a little
+Each review praises or criticises one or two aspects of a film. Words have different sentiment weights, "not" reverses
+them, "very" strengthens them, and a clause after "but" counts more. The label is the sign of the sum after a little
 noise, as people disagree about lukewarm reviews.
 """
 
@@ -12,7 +12,7 @@ import random
 from mergelab.miniature.lexicon import other, sentence
 from mergelab.miniature.record import Document, Example
 
-NAMES = ("negative", "positive")
+LABEL_NAMES = ("negative", "positive")
 COLUMNS = ("sentence",)
 
 ASPECTS = ("film", "story", "acting", "plot", "music", "cast", "ending", "script", "humor", "dialogue")
@@ -39,7 +39,7 @@ def _word(rng: random.Random, sign: int) -> str:
 
 
 def _opinion(rng: random.Random, aspect: str, sign: int) -> tuple[str, float]:
-    """Say something about ``aspect`` with the feeling ``sign``; answer the words and how strong they are."""
+    """Draw a clause about ``aspect`` with the sentiment ``sign``; return the clause and its weight."""
     shape = rng.random()
     if shape < 0.18:
         word = _word(rng, -sign)
@@ -80,10 +80,10 @@ def example(rng: random.Random) -> Example:
 
 
 def document(rng: random.Random) -> Document:
-    """Draw two sentences about a film that are of one mind, and one of the other mind."""
+    """Draw two sentences about a film with the same sentiment, and an unrelated one with the opposite sentiment."""
     sign = rng.choice((-1, 1))
-    first, second, stranger = (_plain(rng, one) for one in (sign, sign, -sign))
-    return Document(first, second, stranger)
+    first, second, unrelated = (_plain(rng, one) for one in (sign, sign, -sign))
+    return Document(first, second, unrelated)
 
 
 def _plain(rng: random.Random, sign: int) -> str:

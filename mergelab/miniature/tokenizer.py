@@ -1,7 +1,7 @@
-"""The miniature's tokenizer: BERT's, over the words that the grammars use.
+"""Make the miniature's tokenizer: BERT's WordPiece, over the words that the grammars use.
 
-Words of the grammars are one piece each; any other word falls apart into letters, so nothing typed at the model is
-unknown but characters outside the alphabet below.
+Words of the grammars are one token each. Any other word is split into letters, so that only characters outside the
+alphabet below are unknown.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_LENGTH = 64
 
 
 def vocabulary(texts: Iterable[str]) -> list[str]:
-    """List special tokens, characters, their continuations, and then the words of ``texts`` in alphabetic order."""
+    """List special tokens, characters, their continuations, and the words of ``texts`` in alphabetical order."""
     from tokenizers.normalizers import BertNormalizer
     from tokenizers.pre_tokenizers import BertPreTokenizer
 
@@ -34,8 +34,8 @@ def vocabulary(texts: Iterable[str]) -> list[str]:
     return first + sorted(words.difference(first))
 
 
-def make_tokenizer(words: list[str]) -> Tokenizer:
-    """Make the WordPiece tokenizer whose vocabulary is ``words``, in their order."""
+def make_wordpiece(words: list[str]) -> Tokenizer:
+    """Make the WordPiece tokenizer with the vocabulary ``words``, in their order."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
@@ -51,7 +51,7 @@ def make_tokenizer(words: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, words: list[str], folder: Path) -> None:
+def save_wordpiece(tokenizer: Tokenizer, words: list[str], folder: Path) -> None:
     """Write the files from which ``AutoTokenizer`` of transformers 4.57 and 5 loads ``tokenizer``."""
     tokenizer.save(str(folder / "tokenizer.json"))
     named = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}

@@ -1,8 +1,7 @@
-"""Train the miniature's models: masked, swapped and following text for the base, labelled examples for the experts.
+"""Train the miniature's models: the base on masked, swapped and consecutive text, experts on labelled examples.
 
-The same recipe gives the same bytes on one platform, however many cores and threads there are: every random number
-comes from a generator with a seed, each thread of ours runs torch on one thread, and how a batch is shared out among
-them is fixed.
+The same recipe gives the same bytes on one platform, for any number of cores and threads: every random number comes
+from a seeded generator, each of our threads runs torch on one thread, and the division of a batch among them is fixed.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,14 +28,14 @@ if TYPE_CHECKING:
     from transformers import BertConfig, BertForPreTraining, BertForSequenceClassification
 
 IGNORED = -100
-# A part of the recipe, not of the machine: gradients are summed over this many parts of each pretraining batch.
+# Gradients are summed over this many parts of each pretraining batch; results depend on it.
 SHARDS = 2
-Progress = Callable[[float], None]
+StepProgress = Callable[[float], None]  # receives the fraction done
 
 
 @contextmanager
 def quiet_torch(seed: int) -> Iterator[None]:
-    """Run on one thread, with gradients and a freshly seeded global generator; put everything back at the end."""
+    """Run on one thread, with gradients and a seeded global generator; restore all three at the end."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -48,26 +47,26 @@ def quiet_torch(seed: int) -> Iterator[None]:
 
 
 def _pool(workers: int) -> ThreadPoolExecutor:
-    # A new thread would otherwise take OpenMP's default, all cores.
+    # The default of a new thread would be OpenMP's: all cores.
     return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Tokenised texts: (n, longest) int64 ids, padded, and segment numbers, and the length of each row."""
+class EncodedTexts:
+    """Tokenised texts: padded ids and segment ids, (n, longest) int64, and the length of each row."""
 
     ids: Tensor
     segments: Tensor
     lengths: tuple[int, ...]
 
     def batch(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the ids and segments of ``rows``, cut to the longest of them."""
+        """Return ids and segment ids of ``rows``, truncated to the longest of them."""
         longest = max(self.lengths[row] for row in rows)
         at = torch.tensor(rows)
         return self.ids[at, :longest], self.segments[at, :longest]
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[tuple[str, ...]]) -> Encoded:
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[tuple[str, ...]]) -> EncodedTexts:
     """Tokenise sentences and pairs of sentences."""
     encodings = tokenizer.encode_batch([text if len(text) == 2 else text[0] for text in texts])
     lengths = tuple(len(encoding.ids) for encoding in encodings)
@@ -76,17 +75,17 @@ def encode(tokenizer: Tokenizer, texts: Sequence[tuple[str, ...]]) -> Encoded:
     for row, (encoding, length) in enumerate(zip(encodings, lengths, strict=True)):
         ids[row, :length] = torch.tensor(encoding.ids)
         segments[row, :length] = torch.tensor(encoding.type_ids)
-    return Encoded(ids, segments, lengths)
+    return EncodedTexts(ids, segments, lengths)
 
 
 def batches(lengths: Sequence[int], size: int, generator: torch.Generator, pool: int = 32) -> list[list[int]]:
-    """Cut a shuffled pass over the rows into batches of ``size`` rows whose lengths are close to each other."""
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    cut: list[list[int]] = []
-    for start in range(0, len(order), size * pool):
-        near = sorted(order[start : start + size * pool], key=lambda row: lengths[row])
-        cut += [near[at : at + size] for at in range(0, len(near), size)]
-    return [cut[at] for at in torch.randperm(len(cut), generator=generator).tolist()]
+    """Divide a shuffled pass over the rows into batches of ``size`` rows of similar length."""
+    permutation = torch.randperm(len(lengths), generator=generator).tolist()
+    batched: list[list[int]] = []
+    for start in range(0, len(permutation), size * pool):
+        similar = sorted(permutation[start : start + size * pool], key=lambda row: lengths[row])
+        batched += [similar[at : at + size] for at in range(0, len(similar), size)]
+    return [batched[at] for at in torch.randperm(len(batched), generator=generator).tolist()]
 
 
 def fit(
@@ -94,21 +93,27 @@ def fit(
     gradients: Callable[[list[int]], None],
     plan: Sequence[list[int]],
     *,
-    progress: Progress,
+    progress: StepProgress,
 ) -> None:
-    """Take one AdamW step per batch of ``plan``; each of ``groups`` has parameters and its peak learning rate.
+    """Take one AdamW step per batch.
 
-    The rates rise to their peak over a tenth of the steps, then fall to zero.
+    The learning rates rise to their peak over a tenth of the steps, then fall to zero.
+
+    Args:
+        groups: parameters, with their peak learning rate.
+        gradients: computes the parameters' gradients for the rows of a batch.
+        plan: the rows of each batch, in order.
+        progress: called after each step.
     """
     parameters = [parameter for group, _ in groups for parameter in group]
     optimiser = torch.optim.AdamW(
         [{"params": group, "lr": peak} for group, peak in groups], betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
-    rise = max(1, math.ceil(0.1 * len(plan)))
+    warmup = max(1, math.ceil(0.1 * len(plan)))
     for step, rows in enumerate(plan):
-        height = min((step + 1) / rise, (len(plan) - step) / max(1, len(plan) - rise))
+        factor = min((step + 1) / warmup, (len(plan) - step) / max(1, len(plan) - warmup))
         for group, (_, peak) in zip(optimiser.param_groups, groups, strict=True):
-            group["lr"] = peak * height
+            group["lr"] = peak * factor
         gradients(rows)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
@@ -116,13 +121,13 @@ def fit(
         progress((step + 1) / len(plan))
 
 
-def give_start(model: BertForPreTraining, recipe: Recipe) -> None:
-    """Let the heads of a fresh ``model`` look where it is useful to look: at like words, and at neighbours.
+def initialise_attention(model: BertForPreTraining, recipe: Recipe) -> None:
+    """Initialise the heads of a new ``model`` to attend to equal words and to neighbours.
 
-    Each layer's first head starts with equal queries and keys, so that a word of the second sentence finds its twin in
-    the first; its other heads start as "the word before" and "the word after", by sinusoids for positions, which a
-    rotation shifts by one. To learn that from nothing would take longer than the whole training here. (After mimetic
-    initialisation, Trockman & Kolter 2023, arXiv:2305.09828.)
+    Each layer's first head starts with equal queries and keys, so that a word of the second sentence attends to the
+    same word in the first. The other heads start as "the word before" and "the word after", by sinusoidal position
+    embeddings, which a rotation shifts by one. Learning this from a random start would take longer than the whole
+    training. (After mimetic initialisation, Trockman & Kolter 2023, arXiv:2305.09828.)
     """
     width, spread = recipe.position_width, recipe.spread
     embeddings = model.bert.embeddings
@@ -152,40 +157,45 @@ def give_start(model: BertForPreTraining, recipe: Recipe) -> None:
 
 
 @dataclass(frozen=True)
-class Followers:
-    """Which words follow which in a corpus: the bigram model that proposes the swaps."""
+class Bigrams:
+    """A corpus' bigrams: the model that proposes replacements for swapped words.
+
+    Attributes:
+        words: the second words of all bigrams, grouped by first word.
+        start, count: by first word, the position and the size of its group.
+    """
 
     words: Tensor
     start: Tensor
     count: Tensor
 
     def draw(self, ids: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw for each place of ``ids`` (n, s) a word that the corpus has after the word on its left; 0 if none."""
+        """Draw for each position of ``ids`` (n, s) a word that follows the word on its left; `PAD` if there is none."""
         left = ids.roll(1, dims=1)
         number = (torch.rand(ids.shape, generator=generator) * self.count[left]).long()
         drawn = self.words[(self.start[left] + number).clamp(max=len(self.words) - 1)]
         return torch.where(self.count[left] > 0, drawn, PAD)
 
 
-def followers(encoded: Encoded, vocabulary: int) -> Followers:
-    """Count which words follow which in ``encoded``."""
+def count_bigrams(encoded: EncodedTexts, vocabulary: int) -> Bigrams:
+    """Collect the bigrams of ``encoded``."""
     left, right = encoded.ids[:, :-1].reshape(-1), encoded.ids[:, 1:].reshape(-1)
     left, right = left[right > MASK], right[right > MASK]
-    order = left.argsort(stable=True)
+    by_left = left.argsort(stable=True)
     count = torch.bincount(left, minlength=vocabulary)
-    return Followers(right[order], count.cumsum(0) - count, count)
+    return Bigrams(right[by_left], count.cumsum(0) - count, count)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Unlabelled text: (n,) ``stranger`` is 1 where the second sentence does not follow, `IGNORED` without one."""
+    """Unlabelled text; ``unrelated`` (n,) is 1 where the second sentence does not follow, `IGNORED` without one."""
 
-    encoded: Encoded
-    stranger: Tensor
+    encoded: EncodedTexts
+    unrelated: Tensor
 
 
 def make_config(recipe: Recipe, vocabulary: int, **more: Any) -> BertConfig:
-    """Describe the miniature's BERT."""
+    """Return the config of the miniature's BERT."""
     from transformers import BertConfig
 
     return BertConfig(
@@ -205,16 +215,16 @@ def make_config(recipe: Recipe, vocabulary: int, **more: Any) -> BertConfig:
 
 
 class _Pretraining(torch.nn.Module):
-    """The base with its three losses, over a share of each batch."""
+    """The base with its three pretraining losses, on a part of each batch."""
 
-    def __init__(self, model: BertForPreTraining, text: Corpus, bigrams: Followers, recipe: Recipe) -> None:
+    def __init__(self, model: BertForPreTraining, text: Corpus, bigrams: Bigrams, recipe: Recipe) -> None:
         super().__init__()
         self.model = model
         self.swapped = torch.nn.Linear(recipe.hidden, 1)
         self.text, self.bigrams, self.recipe = text, bigrams, recipe
 
     def loss(self, rows: list[int], generator: torch.Generator) -> Tensor:
-        """Return the summed losses of ``rows``, with words hidden and swapped as ``generator`` says."""
+        """Return the sum of the losses on ``rows``, with masked and swapped words drawn from ``generator``."""
         ids, segments = self.text.encoded.batch(rows)
         dice = torch.rand(ids.shape, generator=generator)
         word = ids > MASK
@@ -223,35 +233,36 @@ class _Pretraining(torch.nn.Module):
         swap = word & (dice > 1 - self.recipe.swapped) & (proposed != PAD)
         seen = torch.where(masked, MASK, torch.where(swap, proposed, ids))
         hidden, pooled = self.model.bert(seen, attention_mask=(ids != PAD).long(), token_type_ids=segments)[:2]
-        asked = word & ~masked
-        follows = self.text.stranger[torch.tensor(rows)]
+        unmasked = word & ~masked
+        unrelated = self.text.unrelated[torch.tensor(rows)]
         return (
             functional.cross_entropy(self.model.cls.predictions(hidden[masked]), ids[masked])
-            + functional.cross_entropy(self.model.cls.seq_relationship(pooled), follows, ignore_index=IGNORED)
+            + functional.cross_entropy(self.model.cls.seq_relationship(pooled), unrelated, ignore_index=IGNORED)
             + self.recipe.swapped_weight
             * functional.binary_cross_entropy_with_logits(
-                self.swapped(hidden[asked])[:, 0], (seen != ids)[asked].to(hidden.dtype)
+                self.swapped(hidden[unmasked])[:, 0], (seen != ids)[unmasked].to(hidden.dtype)
             )
         )
 
 
-def pretrain(text: Corpus, vocabulary: int, recipe: Recipe, progress: Progress) -> BertForPreTraining:
+def pretrain(text: Corpus, vocabulary: int, recipe: Recipe, progress: StepProgress) -> BertForPreTraining:
     """Train the base on unlabelled text.
 
-    The loss is the sum of BERT's two (masked words; whether the second sentence follows) and of a third, after ELECTRA
-    (Clark et al. 2020, arXiv:2003.10555): some words are swapped for others that a bigram model proposes, and each word
-    is asked whether it was. The third teaches from every word instead of the masked few; its head is thrown away.
+    The loss is the sum of BERT's two (masked words, next sentence) and of replaced-token detection, after ELECTRA
+    (Clark et al. 2020, arXiv:2003.10555): a bigram model proposes replacements for some words, and a head classifies
+    each word as original or replaced. That loss trains on every word, not only on the masked ones. Its head is
+    discarded.
     """
     from transformers import BertForPreTraining
 
     model = BertForPreTraining(make_config(recipe, vocabulary))
-    give_start(model, recipe)
-    first = _Pretraining(model, text, followers(text.encoded, vocabulary), recipe)
+    initialise_attention(model, recipe)
+    first = _Pretraining(model, text, count_bigrams(text.encoded, vocabulary), recipe)
     parameters = list(first.parameters())
     replicas = [first, *(copy.deepcopy(first) for _ in range(SHARDS - 1))]
     for replica in replicas[1:]:
-        for mine, shared in zip(replica.parameters(), parameters, strict=True):
-            mine.data = shared.data
+        for own, shared in zip(replica.parameters(), parameters, strict=True):
+            own.data = shared.data
     generators = [torch.Generator().manual_seed(recipe.seed + number) for number in range(SHARDS)]
 
     def backward(number: int, rows: list[int]) -> None:
@@ -275,17 +286,25 @@ def pretrain(text: Corpus, vocabulary: int, recipe: Recipe, progress: Progress) 
     return model.eval()
 
 
+class Trainable(Protocol):
+    """A training that can run."""
+
+    def run(self, progress: StepProgress) -> None:
+        """Train the model in place."""
+        ...
+
+
 @dataclass(frozen=True)
 class Finetuning:
-    """What one expert is made from: an untrained head on the base, its examples, and how to train."""
+    """The training of one expert: a model with an untrained head, its examples, and the settings."""
 
     model: BertForSequenceClassification
-    encoded: Encoded
+    encoded: EncodedTexts
     labels: Tensor
     expert: Expert
 
-    def run(self, progress: Progress) -> None:
-        """Train a classifier, or for one output a regression."""
+    def run(self, progress: StepProgress) -> None:
+        """Train a classifier; for a single output, a regression."""
         generator = torch.Generator().manual_seed(self.expert.seed)
 
         def gradients(rows: list[int]) -> None:
@@ -309,7 +328,7 @@ class Finetuning:
 
 
 def with_head(base: BertForPreTraining, config: BertConfig, seed: int) -> BertForSequenceClassification:
-    """Put a fresh classification head, drawn with ``seed``, on a copy of ``base``."""
+    """Return a copy of ``base`` with a new classification head, initialised with ``seed``."""
     from transformers import BertForSequenceClassification
 
     torch.manual_seed(seed)
@@ -319,11 +338,11 @@ def with_head(base: BertForPreTraining, config: BertConfig, seed: int) -> BertFo
 
 
 class _Interrupted(Exception):
-    """The build was stopped while this expert was in training."""
+    """The build was stopped during this training."""
 
 
-def finetune_all(jobs: Sequence[Finetuning], progress: Progress) -> None:
-    """Train every one of ``jobs``, side by side where there are cores; ``progress`` is called from this thread only."""
+def train_all(jobs: Sequence[Trainable], progress: StepProgress) -> None:
+    """Run all ``jobs``, in parallel on as many cores as there are; ``progress`` is called from this thread only."""
     done = [0.0] * len(jobs)
     stop = threading.Event()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
-from mergelab.weights.agreement import described
+from mergelab.weights.agreement import dtype_and_shape
 from mergelab.weights.align import check_finite
 
 if TYPE_CHECKING:
@@ -133,8 +133,8 @@ def mean_of(sources: Sequence[TensorSource], name: str, dtype: torch.dtype | Non
         check_finite(source, name, tensor)
         if tensor.shape != first.shape or tensor.is_floating_point() != first.is_floating_point():
             raise ShapeMismatch(
-                f"{name} cannot be averaged: it is {described(first.shape, first.dtype)} in {sources[0].name} and "
-                f"{described(tensor.shape, tensor.dtype)} in {source.name}"
+                f"{name} cannot be averaged: it is {dtype_and_shape(first.shape, first.dtype)} in {sources[0].name} and "
+                f"{dtype_and_shape(tensor.shape, tensor.dtype)} in {source.name}"
             )
         if not first.is_floating_point() and not torch.equal(tensor, first):
             raise ModelError(

@@ -1,4 +1,4 @@
-"""Working through large tensors in pieces that stay in a core's cache."""
+"""Process large tensors in blocks that stay in a core's cache."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-# A temporary of this length stays in a core's cache, and an operation on it is long beside the call of it: two threads
-# that compute on shorter ones wait for the interpreter more than they compute.
+# Entries of a block. A temporary of this length stays in a core's cache, and an operation on it takes long compared
+# with its call: threads that compute on shorter blocks mostly wait for the interpreter lock.
 BLOCK = 131_072
 
 
 def blocks(stop: int, size: int = BLOCK, start: int = 0) -> Iterator[slice]:
-    """Cut ``range(start, stop)`` into slices of ``size``; the last may be shorter."""
+    """Divide ``range(start, stop)`` into slices of length ``size``; the last may be shorter."""
     edges = [*range(start, stop, size), stop]
     return (slice(start, stop) for start, stop in pairwise(edges) if stop > start)
 
 
 def working(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` in the dtype that elementwise arithmetic is done in: float64 for float64, else float32."""
+    """Convert ``tensor`` to the dtype of elementwise arithmetic: float64 for float64, else float32."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
@@ -29,11 +29,11 @@ def blockwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Apply an elementwise function to tensors of one shape, block by block.
 
     Args:
-        function: receives one flat block of each tensor, in float32 or float64, and answers a block.
+        function: receives one flat block of each tensor, in float32 or float64, and returns a block.
         tensors: at least one, of one shape.
 
     Returns:
-        A new tensor of that shape; float64 if any of ``tensors`` is, else float32.
+        A new tensor of that shape; float64 when one of ``tensors`` is, else float32.
     """
     first = tensors[0]
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
@@ -46,7 +46,7 @@ def blockwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Return whether a block is finite; False also where finite entries are too large to be added up."""
+    """Return whether the sum of a block is finite; False for NaN and infinity, and for a sum that overflows."""
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     wide = tensor.float() if tensor.element_size() == 1 else tensor  # 8-bit floats cannot be added
     return math.isfinite(wide.sum(dtype=dtype).item())

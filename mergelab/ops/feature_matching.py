@@ -1,191 +1,194 @@
-"""Which features of several models stand for the same thing, found greedily by how they correlate."""
+"""Match features of several models greedily by their pairwise similarity."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-Likeness = NDArray[np.floating]
-Places = NDArray[np.intp]
+Similarity = NDArray[np.floating]
+Positions = NDArray[np.intp]
 
-SAME_PLACE = 1e-5  # what decides between equal likenesses: features of one place in their models go together
+SAME_POSITION = 1e-5  # added to the similarity of features with equal positions, to decide between equal similarities
 
 
-def zip_greedily(likeness: Likeness, model_of: Places, keep: int, *, alpha: float, beta: float) -> Places:
-    """Put the two likest groups of features together until ``keep`` are left, each feature a group at first.
+def zip_greedily(similarity: Similarity, model_of: Positions, count: int, *, alpha: float, beta: float) -> Positions:
+    """Merge the two most similar groups of features until ``count`` groups are left, starting with one per feature.
 
-    Two groups are as like as their unlikest members; where these are like at all, times ``alpha`` for each feature that
-    the groups have together beyond the number of models.
+    The similarity of two groups is the smallest similarity of their features. When it is positive, it is multiplied by
+    ``alpha`` for each feature that the groups have together beyond the number of models.
 
     Args:
-        likeness: (N, N), symmetric; the diagonal is not looked at. It is written over.
-        model_of: (N,) the model that each feature is of, from 0 on.
-        keep: how many groups to end with.
+        similarity: (N, N), symmetric; the diagonal is ignored. It is overwritten.
+        model_of: (N,) index of each feature's model.
+        count: number of groups to end with.
         alpha: see above.
-        beta: budget of each model, a share of the N − keep steps over the models: when it has been used up by groups
-            that both had features of the model, such groups stay apart. Where nothing else is left, budgets are void.
+        beta: budget of each model, as a fraction of (N − count) / models steps. A step counts against the budgets of
+            the models of which both groups have features. Groups that share a model without budget are not merged. When
+            no other groups are left, all budgets are void.
 
     Returns:
-        (N,) the group of each feature: the number of its first member.
+        (N,) the group of each feature: the index of the group's first feature.
     """
-    state = _Zipping(likeness, model_of, keep, alpha, beta)
-    for _ in range(len(likeness) - keep):
+    state = _Zipping(similarity, model_of, count, alpha, beta)
+    for _ in range(len(similarity) - count):
         state.step()
     return state.group
 
 
 class _Zipping:
-    """Groups on their way; each alive row knows its likest other group, or (stale) a bound of how like that is."""
+    """Groups during merging; each alive row has its most similar other group, or (stale) a bound of its similarity."""
 
-    def __init__(self, likeness: Likeness, model_of: Places, keep: int, alpha: float, beta: float) -> None:
-        count = len(likeness)
-        self.likeness = likeness
-        self.penalty = alpha ** np.arange(2 * count, dtype=likeness.dtype)  # of so many features more than models
-        np.fill_diagonal(self.likeness, -np.inf)
+    def __init__(self, similarity: Similarity, model_of: Positions, groups: int, alpha: float, beta: float) -> None:
+        count = len(similarity)
+        self.similarity = similarity
+        self.penalty = alpha ** np.arange(2 * count, dtype=similarity.dtype)  # by number of excess features
+        np.fill_diagonal(self.similarity, -np.inf)
         self.size = np.ones(count, dtype=np.intp)
         self.group = np.arange(count)
         self.alive = np.ones(count, dtype=bool)
         self.members = model_of[:, None] == np.arange(model_of.max(initial=0) + 1)
-        self.budget = np.full(self.members.shape[1], int((count - keep) // self.members.shape[1] * beta + 1e-4))
+        self.budget = np.full(self.members.shape[1], int((count - groups) // self.members.shape[1] * beta + 1e-4))
         self.spent = self.budget <= 0
-        self.likest = np.zeros(count, dtype=np.intp)
+        self.nearest = np.zeros(count, dtype=np.intp)
         self.bound = np.full(count, np.inf)
         self.stale = self.alive.copy()
 
     def step(self) -> None:
-        """Put two groups together; the group of the lower number is the one that stays."""
-        first, second = self._likest_pair()
+        """Merge two groups; the result has the lower of their indices."""
+        first, second = self._most_similar_pair()
         shared = self.members[first] & self.members[second]
-        row = np.minimum(self.likeness[first], self.likeness[second])
-        self.likeness[first], self.likeness[:, first] = row, row
-        self.likeness[second] = self.likeness[:, second] = -np.inf
+        row = np.minimum(self.similarity[first], self.similarity[second])
+        self.similarity[first], self.similarity[:, first] = row, row
+        self.similarity[second] = self.similarity[:, second] = -np.inf
         self.alive[second], self.bound[second], self.stale[second] = False, -np.inf, False
         self.members[first] |= self.members[second]
         self.size[first] += self.size[second]
         self.group[self.group == second] = first
-        self.stale |= ((self.likest == first) | (self.likest == second)) & self.alive
+        self.stale |= ((self.nearest == first) | (self.nearest == second)) & self.alive
         self._scan(first)
         self.budget[shared] -= 1
         if (shared & ~self.spent & (self.budget <= 0)).any():
             self.spent |= shared & (self.budget <= 0)
-            self._forget()
+            self._invalidate()
 
-    def _likest_pair(self) -> tuple[int, int]:
+    def _most_similar_pair(self) -> tuple[int, int]:
         while True:
             row = int(self.bound.argmax())
             if self.stale[row]:
                 self._scan(row)
             elif self.bound[row] > -np.inf:
-                other = int(self.likest[row])
+                other = int(self.nearest[row])
                 return min(row, other), max(row, other)
             else:
                 self.spent[:], self.budget[:] = False, len(self.alive)
-                self._forget()
+                self._invalidate()
 
     def _scan(self, row: int) -> None:
-        entries = self.likeness[row]
+        entries = self.similarity[row]
         excess = self.size + (self.size[row] - self.members.shape[1])
         if excess.max() > 0:
             entries = entries * np.where(entries > 0, self.penalty[np.maximum(excess, 0)], 1)
-        barred = self._barred(row)
-        entries = np.where(barred, -np.inf, entries) if barred.any() else entries
-        self.likest[row] = entries.argmax()
-        self.bound[row], self.stale[row] = entries[self.likest[row]], False
+        excluded = self._excluded(row)
+        entries = np.where(excluded, -np.inf, entries) if excluded.any() else entries
+        self.nearest[row] = entries.argmax()
+        self.bound[row], self.stale[row] = entries[self.nearest[row]], False
 
-    def _barred(self, row: int) -> NDArray[np.bool_]:
-        barred: NDArray[np.bool_] = self.members[:, self.spent & self.members[row]].any(1)
-        return barred
+    def _excluded(self, row: int) -> NDArray[np.bool_]:
+        excluded: NDArray[np.bool_] = self.members[:, self.spent & self.members[row]].any(1)
+        return excluded
 
-    def _forget(self) -> None:
+    def _invalidate(self) -> None:
         self.bound[self.alive], self.stale[self.alive] = np.inf, True
 
 
-def match_in_turn(likeness: Likeness, models: int) -> Places:
-    """Match each model's features to the first's, one of each model to each, the likest pair first.
+def match_in_turn(similarity: Similarity, models: int) -> Positions:
+    """Match the features of each model one to one to those of the first model, the most similar pair first.
 
-    A feature is as like a group of earlier models' features as the unlikest of them.
+    The similarity of a feature to matched features of earlier models is the smallest of theirs.
 
     Args:
-        likeness: (T·n, T·n), model after model.
+        similarity: (T·n, T·n), the features of one model after the other.
         models: T.
 
     Returns:
-        (T, n) for each feature its mate in the first model.
+        (T, n) for each feature, the matched feature of the first model.
     """
-    size = len(likeness) // models
-    members = [np.arange(size)]  # by model, the feature that each feature of the first is matched with
+    size = len(similarity) // models
+    members = [np.arange(size)]  # by model, the feature that is matched with each feature of the first model
     for model in range(1, models):
         own = slice(model * size, (model + 1) * size)
-        rows = [likeness[earlier * size + found, own] for earlier, found in enumerate(members)]
+        rows = [similarity[earlier * size + found, own] for earlier, found in enumerate(members)]
         members.append(_greedy_pairs(np.minimum.reduce(rows)))
     return np.stack([np.argsort(found) for found in members])
 
 
-def _greedy_pairs(likeness: Likeness) -> Places:
-    """Return for each row the column that it is paired with, the likest pair first."""
-    open_rows, taken = np.ones(len(likeness), dtype=bool), np.zeros(len(likeness), dtype=bool)
-    likest: Places = likeness.argmax(1)
-    bound = likeness.max(1)
-    while open_rows.any():
-        row = int(np.where(open_rows, bound, -np.inf).argmax())
-        if taken[likest[row]]:
-            entries = np.where(taken, -np.inf, likeness[row])
-            likest[row] = entries.argmax()
-            bound[row] = entries[likest[row]]
+def _greedy_pairs(similarity: Similarity) -> Positions:
+    """Match rows and columns one to one, the most similar pair first; return the column of each row."""
+    unmatched, taken = np.ones(len(similarity), dtype=bool), np.zeros(len(similarity), dtype=bool)
+    nearest: Positions = similarity.argmax(1)
+    bound = similarity.max(1)
+    while unmatched.any():
+        row = int(np.where(unmatched, bound, -np.inf).argmax())
+        if taken[nearest[row]]:
+            entries = np.where(taken, -np.inf, similarity[row])
+            nearest[row] = entries.argmax()
+            bound[row] = entries[nearest[row]]
             continue
-        open_rows[row], taken[likest[row]] = False, True
-    return likest
+        unmatched[row], taken[nearest[row]] = False, True
+    return nearest
 
 
-def places_of_groups(group: Places, models: int) -> Places:
-    """Give each of n groups one of n places: that of its first model's first feature where it has one, else a free one.
+def positions_of_groups(group: Positions, models: int) -> Positions:
+    """Assign n groups to n positions: that of the group's first feature in the first model, or else a free one.
 
     Args:
-        group: (T·n,) the number of each feature's group, its first member's.
+        group: (T·n,) the group of each feature, as from `zip_greedily`.
         models: T.
 
     Returns:
-        (T, n) the place of each feature.
+        (T, n) the position of each feature.
     """
     size = len(group) // models
     numbers = np.unique(group)
-    place = {int(number): int(number) for number in numbers if number < size}
-    free = iter(sorted(set(range(size)) - set(place)))
-    place |= {int(number): next(free) for number in numbers if number >= size}
-    return np.array([place[int(number)] for number in group], dtype=np.intp).reshape(models, size)
+    position = {int(number): int(number) for number in numbers if number < size}
+    free = iter(sorted(set(range(size)) - set(position)))
+    position |= {int(number): next(free) for number in numbers if number >= size}
+    return np.array([position[int(number)] for number in group], dtype=np.intp).reshape(models, size)
 
 
-def zipped(likeness: Likeness, models: int, count: int, *, one_of_each: bool, alpha: float, beta: float) -> Places:
-    """Give the features of T models a place each: as many places as one model has features.
+def assign_positions(
+    similarity: Similarity, models: int, count: int, *, one_per_model: bool, alpha: float, beta: float
+) -> Positions:
+    """Assign the T·n features of T models to n positions.
 
     Args:
-        likeness: (T·n, T·n), model after model.
+        similarity: (T·n, T·n), the features of one model after the other.
         models: T.
-        count: how many places are filled by zipping; the others keep the features of that place, those that are
-            likest each other.
-        one_of_each: whether a place takes one feature of each model.
+        count: number of positions whose features are reassigned; the features of the other positions, which are the
+            most similar across models, keep theirs.
+        one_per_model: whether a position gets exactly one feature of each model.
         alpha, beta: as for `zip_greedily`.
 
     Returns:
-        (T, n) the place of each feature.
+        (T, n) the position of each feature.
     """
-    size = len(likeness) // models
+    size = len(similarity) // models
     offsets = np.arange(models)[:, None] * size
-    in_place = np.array([likeness[np.ix_(each, each)].min() for each in (offsets + np.arange(size)).T])
-    open_ = np.sort(np.argsort(in_place, kind="stable")[:count])
-    places = np.tile(np.arange(size), (models, 1))
+    unmoved = np.array([similarity[np.ix_(each, each)].min() for each in (offsets + np.arange(size)).T])
+    open_ = np.sort(np.argsort(unmoved, kind="stable")[:count])
+    positions = np.tile(np.arange(size), (models, 1))
     if len(open_):
         chosen = (offsets + open_).reshape(-1)
-        among = likeness[np.ix_(chosen, chosen)]
-        for shift in range(1, models):  # the same place in two models
+        among = similarity[np.ix_(chosen, chosen)]
+        for shift in range(1, models):  # features with equal positions in two models
             along = np.arange(len(chosen) - shift * len(open_))
-            among[along, along + shift * len(open_)] += SAME_PLACE
-            among[along + shift * len(open_), along] += SAME_PLACE
-        if one_of_each:
+            among[along, along + shift * len(open_)] += SAME_POSITION
+            among[along + shift * len(open_), along] += SAME_POSITION
+        if one_per_model:
             found = match_in_turn(among, models)
         else:
             model_of = np.repeat(np.arange(models), len(open_))
             group = zip_greedily(among, model_of, len(open_), alpha=alpha, beta=beta)
-            found = places_of_groups(group, models)
-        places[:, open_] = open_[found]
-    return places
+            found = positions_of_groups(group, models)
+        positions[:, open_] = open_[found]
+    return positions

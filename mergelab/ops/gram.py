@@ -1,8 +1,7 @@
-"""Points in the span of the experts: where they lie by their inner products, what they are by coefficients.
+"""Compute linear combinations of the experts from their Gram matrix.
 
-A mean of directions and a geometric median are combinations of the experts. T coefficients say which, and the T×T
-matrix of inner products says how long and how far apart such points are, so that the tensors are read once, however
-many iterations there are.
+A mean of directions and a geometric median are linear combinations of the experts, with T coefficients. The T×T Gram
+matrix gives norms and distances of such points, so that the tensors are read once for any number of iterations.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from mergelab.weights.numerics import dot
 
 Array = NDArray[np.float64]
 
-RESOLUTION = 1e-7  # lengths of sums of unit vectors below this are lost in the rounding of float64 inner products
+RESOLUTION = 1e-7  # norm of a sum of unit vectors below which the rounding of float64 inner products dominates
 
 
 def gram(experts: Sequence[Tensor], origin: Tensor | None = None) -> Array:
@@ -31,19 +30,21 @@ def gram(experts: Sequence[Tensor], origin: Tensor | None = None) -> Array:
         pairs = combinations_with_replacement(range(count), 2)
         sums = {(i, j): [dot(experts[i], experts[j])] for i, j in pairs}
     else:
-        sums = products(origin, experts)
+        sums = pair_products(origin, experts)
     matrix = np.empty((count, count))
     for (i, j), summands in sums.items():
         matrix[i, j] = matrix[j, i] = math.fsum(summands)
     return matrix
 
 
-def length(coefficients: Array, inner: Array) -> float:
-    """Return ‖Σ c_t x_t‖, given the inner products of the x_t."""
+def combination_norm(coefficients: Array, inner: Array) -> float:
+    """Return ‖Σ c_t x_t‖ from the coefficients (T,) and the inner products (T, T) of the x_t."""
     return math.sqrt(max(0.0, float(coefficients @ inner @ coefficients)))
 
 
-def combined(experts: Sequence[Tensor], coefficients: Sequence[float] | Array, origin: Tensor | None = None) -> Tensor:
+def combination(
+    experts: Sequence[Tensor], coefficients: Sequence[float] | Array, origin: Tensor | None = None
+) -> Tensor:
     """Return o + Σ c_t (θ_t − o), in float32 (float64 for float64 inputs); without an origin, o is 0."""
     factors = [float(coefficient) for coefficient in coefficients]
     if origin is None:
@@ -55,14 +56,14 @@ def combined(experts: Sequence[Tensor], coefficients: Sequence[float] | Array, o
     return blockwise(move, origin, *experts)
 
 
-Products = dict[tuple[int, int], list[float]]
+PairProducts = dict[tuple[int, int], list[float]]
 
 
-def products(base: Tensor, experts: Sequence[Tensor]) -> Products:
-    """Return τ_i·τ_j for every pair of task vectors (i ≤ j), in float64, as summands over blocks of the tensor."""
+def pair_products(base: Tensor, experts: Sequence[Tensor]) -> PairProducts:
+    """Return τ_i·τ_j for every pair of task vectors (i ≤ j), in float64, as a list of summands over blocks."""
     start = base.reshape(-1)
     ends = [expert.reshape(-1) for expert in experts]
-    sums: Products = {pair: [] for pair in combinations_with_replacement(range(len(experts)), 2)}
+    sums: PairProducts = {pair: [] for pair in combinations_with_replacement(range(len(experts)), 2)}
     for part in blocks(start.numel()):
         vectors = task_vectors(start[part], [end[part] for end in ends])
         for (i, j), summands in sums.items():

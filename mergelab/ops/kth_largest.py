@@ -1,8 +1,8 @@
-"""The exact k-th largest entry of vectors that are too long to sort and that are read in pieces.
+"""Select the exact k-th largest entry of vectors that are too long to sort and are read block by block.
 
-A strided sample brackets the wanted rank within a percent of the entries; one pass counts what lies above the bracket
-and gathers what lies in it, where the entry is then selected. The sample decides only how much is gathered, never the
-answer: where the rank turns out to lie outside the bracket, the answer is found from histograms of the floats' digits.
+A strided sample brackets the k-th largest entry to within about a percent of the entries. One pass counts the entries
+above the bracket and gathers those inside, from which the entry is selected. The sample decides only how much is
+gathered, never the result: when the rank lies outside the bracket, the entry is found by a radix selection.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ from mergelab.ops.threads import chunks, in_order
 
 Result = TypeVar("Result")
 Array = NDArray[np.floating[Any]]
-# Answers a tensor's part of every vector, for any slice of the flattened tensor. Entries are not negative; they may be
-# written into, and are overwritten by the next that are asked for.
+# Returns the entries of every vector in a slice of a flattened tensor. Entries are not negative. The caller may write
+# into them; the next call overwrites them.
 Read = Callable[[slice], Sequence[Array]]
-# Opens a tensor by name.
+# Opens a tensor by name for reading.
 Open = Callable[[str], Read]
 
-SAMPLE = 1 << 15  # entries sampled per vector, or a 512th of it if that is more
-STRETCH = 1 << 20  # entries that a strided read may span
-DIGIT = 11  # bits that one histogram settles
-GATHER = 16  # a bracket that holds this many times what was expected is given up
+SAMPLE = 1 << 15  # smallest sample per vector; a 512th of the vector when that is more
+STRETCH = 1 << 20  # largest span of one strided read, in entries
+DIGIT = 11  # bits per pass of the radix selection
+GATHER = 16  # a bracket is given up when it holds this many times the expected number of entries
 
 
 def rank_of(density: float, length: int) -> int:
-    """Return how many entries ``density`` keeps: ``int(density · length)``, at least one."""
+    """Return the number of entries that ``density`` keeps of ``length``: ``int(density · length)``, at least one."""
     return max(1, int(density * length))
 
 
 def kth_largest(
     open_: Open, sizes: Mapping[str, int], density: float, vectors: int, *, pooled: bool = False
 ) -> tuple[float, ...]:
-    """Select the smallest of the entries that ``density`` keeps, of each of T vectors or of all T together.
+    """Select the k-th largest entry of each of T vectors, or of all T together, with k from ``density``.
 
     Args:
-        open_: gives access to the T vectors' parts in a tensor; they are float32 throughout, or float64 throughout.
-        sizes: the length of each tensor; a vector is the concatenation of its parts.
+        open_: opens a tensor, to read its entries of the T vectors; all float32, or all float64.
+        sizes: the length of each tensor, by name; a vector is the concatenation of its tensors.
         density: fraction of entries to keep; k is ``int(density · length)``, at least 1.
         vectors: T.
         pooled: whether the T vectors count as one.
 
     Returns:
-        T entries. Those at least as large as it are k in number in each vector, or more where several equal it.
+        T entries. In each vector k entries are at least as large as its entry, or more when several equal it.
     """
     sizes = {name: size for name, size in sizes.items() if size}
     if not sizes:
@@ -63,20 +63,20 @@ def kth_largest(
     step = _stride(sum(sizes.values()))
     samples = data.sampled(step)
     if step == 1:
-        found = [_ranked(sample, rank) for sample in samples]
+        found = [_select(sample, rank) for sample in samples]
     else:
         for sample in samples:
             sample.sort()
         brackets = [_bracket(sample[::-1], rank / length) for sample in samples]
-        kind = samples[0].dtype
+        dtype = samples[0].dtype
         del samples
-        within = _within(data, brackets, rank, length, kind)
-        found = [_by_digits(data, i, rank, kind) if value is None else value for i, value in enumerate(within)]
+        within = _within(data, brackets, rank, length, dtype)
+        found = [_by_digits(data, i, rank, dtype) if value is None else value for i, value in enumerate(within)]
     return tuple(found) * (vectors if pooled else 1)
 
 
-def _ranked(entries: Array, rank: int) -> float:
-    """Return the entry of ``rank``, counted from the largest, which has rank 1; the entries are reordered."""
+def _select(entries: Array, rank: int) -> float:
+    """Return the entry of ``rank``, where the largest has rank 1; the entries are reordered."""
     entries.partition(len(entries) - rank)
     return float(entries[len(entries) - rank])
 
@@ -88,13 +88,13 @@ class _Data:
     pooled: bool
 
     def over(self, work: Callable[[int, Array], Result]) -> Iterator[tuple[int, Result]]:
-        """Return what ``work`` makes of every block, with the group it counts for: its vector's index, 0 if pooled.
+        """Yield the group of every block (its vector's index, 0 if pooled) and the result of ``work`` for it.
 
         ``work`` is called with the group and the block, in several threads.
         """
 
-        def through(place: tuple[str, slice]) -> list[tuple[int, Result]]:
-            name, chunk = place
+        def through(target: tuple[str, slice]) -> list[tuple[int, Result]]:
+            name, chunk = target
             read = self.open_(name)
             found = []
             for part in blocks(chunk.stop, start=chunk.start):
@@ -107,11 +107,11 @@ class _Data:
             yield from found
 
     def sampled(self, step: int) -> list[Array]:
-        """Read every ``step``-th entry of each group, in any order."""
+        """Return every ``step``-th entry of each group, in any order."""
         span = max(step, STRETCH // step * step)
 
-        def through(place: tuple[str, slice]) -> list[Array]:
-            name, chunk = place
+        def through(target: tuple[str, slice]) -> list[Array]:
+            name, chunk = target
             read = self.open_(name)
             parts = [[entries.copy() for entries in read(slice(*part))] for part in _strided(chunk, step, span)]
             return [np.concatenate(of_one) for of_one in zip(*parts, strict=True)]
@@ -126,7 +126,7 @@ class _Data:
         return [group.entries for group in groups]
 
     def _strides(self, step: int) -> Iterator[tuple[str, slice]]:
-        """Say where in each tensor the sample starts: the stride goes on across the borders of tensors."""
+        """Yield the part of each tensor to sample: the stride continues across tensors."""
         passed = 0
         for name, size in self.sizes.items():
             if (first := -passed % step) < size:
@@ -143,11 +143,11 @@ def _strided(chunk: slice, step: int, span: int) -> Iterator[tuple[int, int, int
 class _Bracket:
     low: float
     high: float
-    share: float  # of the sample that lies between
+    share: float  # fraction of the sample in between
 
 
 def _stride(length: int) -> int:
-    """Choose the sample's stride: 1 for short vectors, else without small factors, so as not to follow rows."""
+    """Choose the sample's stride: 1 for short vectors, else free of small factors, unlike row lengths of matrices."""
     rough = length // max(SAMPLE, length >> 9)
     if rough <= 1:
         return 1
@@ -155,7 +155,12 @@ def _stride(length: int) -> int:
 
 
 def _bracket(sample: Array, share: float) -> _Bracket:
-    """Bracket the entry below which all but ``share`` of the entries lie; six standard deviations to either side."""
+    """Bracket the entry that ``share`` of the entries exceed, by six standard deviations of the sample's rank.
+
+    Args:
+        sample: in descending order.
+        share: fraction of entries.
+    """
     size = len(sample)
     margin = 6 * math.sqrt(size * share * (1 - share)) + 16
     upper, lower = math.floor(share * size - margin), math.ceil(share * size + margin)
@@ -165,61 +170,61 @@ def _bracket(sample: Array, share: float) -> _Bracket:
 
 
 class _Gathered:
-    """Entries in one piece of memory, as they come: many short pieces would leave it in tatters."""
+    """A growing buffer of entries; many short arrays would fragment the memory."""
 
     def __init__(self, expected: float, dtype: np.dtype[Any]) -> None:
-        self._room: Array = np.empty(int(1.1 * expected) + 4096, dtype=dtype)
+        self._buffer: Array = np.empty(int(1.1 * expected) + 4096, dtype=dtype)
         self._limit = int(GATHER * max(expected, 4096.0))
         self._count = 0
 
     @property
     def overflows(self) -> bool:
-        """Whether there were more than are worth to be kept."""
+        """Whether there are too many entries to gather."""
         return self._count > self._limit
 
     @property
     def entries(self) -> Array:
-        return self._room[: self._count]
+        return self._buffer[: self._count]
 
     def add(self, entries: Array) -> None:
         start, self._count = self._count, self._count + len(entries)
-        if self._count > len(self._room):
-            self._room.resize(self._count * 5 // 4, refcheck=False)
-        self._room[start : self._count] = entries
+        if self._count > len(self._buffer):
+            self._buffer.resize(self._count * 5 // 4, refcheck=False)
+        self._buffer[start : self._count] = entries
 
 
 def _within(
     data: _Data, brackets: Sequence[_Bracket], rank: int, length: int, dtype: np.dtype[Any]
 ) -> list[float | None]:
-    """Select within the brackets in one pass; None where the wanted entry is in none of them."""
+    """Select within the brackets in one pass; None for a group whose entry is outside its bracket."""
     above = [0] * len(brackets)
     gathered = [_Gathered(bracket.share * length, dtype) for bracket in brackets]
 
-    def look(group: int, entries: Array) -> tuple[int, Array]:
-        return _divided(entries, brackets[group], gather=not gathered[group].overflows)
+    def partition(group: int, entries: Array) -> tuple[int, Array]:
+        return _partition(entries, brackets[group], gather=not gathered[group].overflows)
 
-    for group, (larger, inside) in data.over(look):
+    for group, (larger, inside) in data.over(partition):
         above[group] += larger
         gathered[group].add(inside)
     found: list[float | None] = []
     for group, bracket in enumerate(brackets):
-        place = rank - above[group]
+        inner = rank - above[group]
         entries = gathered[group].entries
         if gathered[group].overflows:
             found.append(None)
-        elif 1 <= place <= len(entries):
-            found.append(_ranked(entries, place))
-        else:  # where many entries are equal, the bracket's end itself is often the answer
-            end = bracket.high if place < 1 else bracket.low
-            found.append(end if _is_at(data, group, end, rank) else None)
+        elif 1 <= inner <= len(entries):
+            found.append(_select(entries, inner))
+        else:  # when many entries are equal, the entry is often an end of the bracket
+            end = bracket.high if inner < 1 else bracket.low
+            found.append(end if _has_rank(data, group, end, rank) else None)
     return found
 
 
-def _divided(entries: Array, bracket: _Bracket, *, gather: bool) -> tuple[int, Array]:
-    """Count the entries not below the bracket's upper end, and gather those strictly inside; they are written over.
+def _partition(entries: Array, bracket: _Bracket, *, gather: bool) -> tuple[int, Array]:
+    """Count the entries at or above the bracket's upper end, and gather those strictly inside; ``entries`` is written.
 
-    Bit patterns order as non-negative floats do. Less the first pattern inside, one comparison tells which are inside,
-    as what is below has wrapped around, and nothing as long as the entries is allocated.
+    Bit patterns of non-negative floats have the floats' order. After subtracting the first pattern inside, patterns
+    below the bracket have wrapped around, so that one unsigned comparison finds those inside without a temporary.
     """
     signed: Any = np.int32 if entries.itemsize == 4 else np.int64
     unsigned: Any = np.uint32 if entries.itemsize == 4 else np.uint64
@@ -235,26 +240,26 @@ def _divided(entries: Array, bracket: _Bracket, *, gather: bool) -> tuple[int, A
     return above, inside.view(entries.dtype)
 
 
-def _is_at(data: _Data, group: int, value: float, rank: int) -> bool:
+def _has_rank(data: _Data, group: int, value: float, rank: int) -> bool:
     """Return whether the entry of ``rank`` equals ``value``."""
 
-    def look(index: int, entries: Array) -> tuple[int, int]:
+    def counts(index: int, entries: Array) -> tuple[int, int]:
         if index != group:
             return 0, 0
-        wanted = entries.dtype.type(value)
-        return int(np.count_nonzero(entries > wanted)), int(np.count_nonzero(entries >= wanted))
+        entry = entries.dtype.type(value)
+        return int(np.count_nonzero(entries > entry)), int(np.count_nonzero(entries >= entry))
 
     larger = at_least = 0
-    for _, (more, no_less) in data.over(look):
+    for _, (more, no_less) in data.over(counts):
         larger, at_least = larger + more, at_least + no_less
     return larger < rank <= at_least
 
 
 def _by_digits(data: _Data, group: int, rank: int, dtype: np.dtype[Any]) -> float:
-    """Select digit by digit, from the most significant bits down: a histogram in each pass, no gathering at all."""
+    """Select by radix, from the most significant bits down, with one histogram per pass and without gathering."""
     length = 8 * dtype.itemsize
     unsigned: Any = np.uint32 if length == 32 else np.uint64
-    settled = bits = 0  # how many of the leading bits are known, and which they are
+    settled = bits = 0  # number of known leading bits, and their value
     while settled < length:
         width = min(DIGIT, length - settled)
         histogram = np.zeros(1 << width, dtype=np.int64)
@@ -262,15 +267,15 @@ def _by_digits(data: _Data, group: int, rank: int, dtype: np.dtype[Any]) -> floa
             if index == group:
                 histogram += counts
         from_top = np.cumsum(histogram[::-1])
-        place = int(np.searchsorted(from_top, rank))
-        rank -= int(from_top[place - 1]) if place else 0
-        bits = bits << width | (len(histogram) - 1 - place)
+        digit = int(np.searchsorted(from_top, rank))  # counted from the top
+        rank -= int(from_top[digit - 1]) if digit else 0
+        bits = bits << width | (len(histogram) - 1 - digit)
         settled += width
     return float(np.array(bits, dtype=unsigned).view(dtype))
 
 
 def _digits(_group: int, entries: Array, *, settled: int, bits: int, width: int) -> NDArray[np.int64]:
-    """Count the next ``width`` bits of the entries whose first ``settled`` bits are ``bits``."""
+    """Return a histogram of the next ``width`` bits of the entries whose first ``settled`` bits are ``bits``."""
     length = 8 * entries.itemsize
     pattern = entries.view(np.uint32 if length == 32 else np.uint64).astype(np.int64)
     if settled:

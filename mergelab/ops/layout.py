@@ -1,4 +1,4 @@
-"""What the tensors' names and shapes tell about the layers that matrices belong to."""
+"""Tell from names and shapes of matrices whether they are embeddings, and along which axis a layer's inputs lie."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ EMBEDDINGS = re.compile(
 
 
 def is_embedding(name: str) -> bool:
-    """Return whether a matrix is a table that is looked up, by its name."""
+    """Return whether the name is that of an embedding matrix."""
     return EMBEDDINGS.search(name) is not None
 
 
 def inputs_first(models: AlignedModels) -> frozenset[str]:
-    """Name the matrices with a layer's inputs along their rows: those of GPT-2's Conv1D, a transposed ``nn.Linear``.
+    """Return the names of weights of shape (in, out): those of GPT-2's Conv1D, a transposed ``nn.Linear``.
 
-    Other models have ``nn.Linear`` layers of these names, so the shapes decide: an MLP's ``c_fc`` has more outputs than
-    inputs.
+    Other models have ``nn.Linear`` layers of the same names. So the shapes decide: an MLP's ``c_fc`` has more outputs
+    than inputs.
     """
     reference = models.experts[0]
     named = [name for name in models.names if CONV1D.search(name)]
@@ -32,5 +32,5 @@ def inputs_first(models: AlignedModels) -> frozenset[str]:
 
 
 def is_matrix(tensor: Tensor) -> bool:
-    """Return whether a tensor has two dimensions, and entries."""
+    """Return whether a tensor has two dimensions and at least one entry."""
     return tensor.ndim == 2 and tensor.numel() > 0

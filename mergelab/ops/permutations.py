@@ -1,7 +1,7 @@
-"""Orders of a transformer's hidden units that are arbitrary: which tensors a permutation of them acts on.
+"""Find permutations of a transformer's hidden units that leave its function unchanged.
 
-What is read from names and shapes is data, a table for each family of models; the algorithm knows no architecture. A
-permutation acts on its units' axis of every tensor that writes or reads them, so that the model computes the same.
+The tensors that write and read a unit are data, in one table per family of models; the algorithm knows no architecture.
+A permutation acts on the units' axis of all these tensors, so that the model computes the same.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from mergelab.errors import ConfigError
 
 Shape = tuple[int, ...]
-# What an axis runs over, by pattern of the tensors' names. {n} stands for the number of the layer, the pattern's group.
-# "residual" is the stream that all layers write to and read; "heads" are attention heads (those that share keys and
-# values together), "fused" are queries, keys and values of all heads one after the other; "head_dim" is within a head.
+# The units along a tensor's axes, by pattern of the tensor's name; {n} is the layer's number, the pattern's group.
+# "residual" is the residual stream. "heads" are attention heads, or groups of heads that share keys and values. "fused"
+# are the queries, keys and values of all heads, concatenated. "head_dim" runs within a head.
 Table = tuple[tuple[str, dict[int, str]], ...]
 
 BERT: Table = (
@@ -67,7 +67,7 @@ FAMILIES: tuple[Table, ...] = (BERT, GPT2, LLAMA)
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a permutation acts: on runs of ``block`` entries of a tensor's axis, from entry ``offset`` on."""
+    """The part of a tensor's axis that a permutation acts on: units of ``block`` entries, from entry ``offset`` on."""
 
     tensor: str
     axis: int
@@ -77,12 +77,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class Permutation:
-    """Units whose order is arbitrary.
+    """Hidden units whose order is arbitrary.
 
     Attributes:
         name: "residual", "ffn.3", "heads.3", …
-        size: how many there are.
-        slots: where they are written and read.
+        size: number of units.
+        slots: the axes along which tensors write and read them.
     """
 
     name: str
@@ -93,18 +93,18 @@ class Permutation:
 def find_permutations(
     shapes: Mapping[str, Shape], outside: Collection[str] = (), *, heads: int
 ) -> tuple[Permutation, ...]:
-    """Find the permutations that leave a model's function as it is, from its tensors' names and shapes.
+    """Find the permutations that leave a model's function unchanged, from its tensors' names and shapes.
 
-    Units that a tensor outside the merge, or one that no table knows, may write or read keep their order: of an unknown
-    tensor, those of the layer whose number it bears, and the residual stream.
+    Units are not permuted when a tensor outside the merge, or one that the family's table does not list, may write or
+    read them. For an unlisted tensor these are the units of the layer whose number it has, and the residual stream.
 
     Args:
-        shapes: of the tensors that can be permuted, by name.
-        outside: further tensors that the model has, which keep their order.
-        heads: number of attention heads, or of groups of them that share keys and values.
+        shapes: shapes of the tensors that can be permuted, by name.
+        outside: names of the model's other tensors, which are not permuted.
+        heads: number of attention heads, or of groups of heads that share keys and values.
 
     Returns:
-        The permutations; none for a model of no known family.
+        The permutations, by name; none for a model of an unknown family.
 
     Raises:
         ConfigError: ``heads`` does not divide a projection's outputs.
@@ -113,22 +113,22 @@ def find_permutations(
     if table is None:
         return ()
     found: dict[str, list[tuple[str, int]]] = {}
-    kept: set[str] = set()
+    fixed: set[str] = set()
     for name in shapes:
         axes = _axes(table, name)
         for axis, unit in axes.items() if axes is not None else ():
             found.setdefault(unit, []).append((name, axis))
-        kept.update(_kept_by(name) if axes is None else ())
+        fixed.update(_fixed_by(name) if axes is None else ())
     for name in outside:
-        kept.update(_kept_by(name) if (axes := _axes(table, name)) is None else axes.values())
+        fixed.update(_fixed_by(name) if (axes := _axes(table, name)) is None else axes.values())
     if "pooled" in found and not any(axis == 0 for _, axis in found["pooled"]):  # a head that reads the last layer
         found.setdefault("residual", []).extend(found.pop("pooled"))
-    permutations = [*_attention(found, kept, shapes, heads), *_plain(found, kept, shapes)]
+    permutations = [*_attention(found, fixed, shapes, heads), *_plain(found, fixed, shapes)]
     return tuple(sorted(permutations, key=lambda permutation: permutation.name))
 
 
 def _family(names: Collection[str]) -> Table | None:
-    """Choose the table that knows most of the names, if it knows attention among them."""
+    """Choose the table that lists most of the names; None when it lists no attention among them."""
     known = {i: [a for name in names if (a := _axes(table, name))] for i, table in enumerate(FAMILIES)}
     best = max(known, key=lambda i: len(known[i]))
     units = {unit.split(".")[0] for axes in known[best] for unit in axes.values()}
@@ -136,7 +136,7 @@ def _family(names: Collection[str]) -> Table | None:
 
 
 def _axes(table: Table, name: str) -> dict[int, str] | None:
-    """Return what the axes of a tensor run over; None for a tensor that the table does not know."""
+    """Return the units along the axes of a tensor; None for a tensor that the table does not list."""
     for pattern, axes in table:
         if match := re.fullmatch(rf"(?:\w+\.)?{pattern}", name):
             number = match.group(1) if match.re.groups else ""
@@ -144,27 +144,27 @@ def _axes(table: Table, name: str) -> dict[int, str] | None:
     return None
 
 
-def _kept_by(name: str) -> Iterator[str]:
-    """Name the units that an unknown tensor may write or read."""
+def _fixed_by(name: str) -> Iterator[str]:
+    """Yield the units that an unlisted tensor may write or read."""
     yield from ("residual", "pooled", "classified")
     for number in re.findall(r"\.(\d+)(?=\.)", name):
         yield from (f"heads.{number}", f"ffn.{number}", f"fused.{number}")
 
 
 def _attention(
-    found: Mapping[str, Sequence[tuple[str, int]]], kept: set[str], shapes: Mapping[str, Shape], heads: int
+    found: Mapping[str, Sequence[tuple[str, int]]], fixed: set[str], shapes: Mapping[str, Shape], heads: int
 ) -> Iterator[Permutation]:
     for unit, places in found.items():
         kind, _, number = unit.partition(".")
         fused = found.get(f"fused.{number}", ())
-        if kind != "heads" or kept & {unit, f"fused.{number}"}:
+        if kind != "heads" or fixed & {unit, f"fused.{number}"}:
             continue
         slots = [Slot(name, axis, _divided(name, shapes[name][axis], heads)) for name, axis in places]
         for name, axis in fused:
             third = shapes[name][axis] // 3
             slots += [Slot(name, axis, _divided(name, third, heads), start * third) for start in range(3)]
-        within = {shapes[name][axis] for name, axis in found.get(f"head_dim.{number}", ())}
-        if within <= {min(slot.block for slot in slots)}:  # else a norm runs over all heads together
+        norms = {shapes[name][axis] for name, axis in found.get(f"head_dim.{number}", ())}
+        if norms <= {min(slot.block for slot in slots)}:  # else a norm runs over all heads
             yield Permutation(unit, heads, tuple(slots))
 
 
@@ -175,15 +175,15 @@ def _divided(name: str, length: int, heads: int) -> int:
 
 
 def _plain(
-    found: Mapping[str, Sequence[tuple[str, int]]], kept: set[str], shapes: Mapping[str, Shape]
+    found: Mapping[str, Sequence[tuple[str, int]]], fixed: set[str], shapes: Mapping[str, Shape]
 ) -> Iterator[Permutation]:
     for unit, places in found.items():
         lengths = {shapes[name][axis] for name, axis in places}
-        free = unit.split(".")[0] in ("residual", "ffn", "pooled", "classified") and unit not in kept
+        free = unit.split(".")[0] in ("residual", "ffn", "pooled", "classified") and unit not in fixed
         if free and len(lengths) == 1 and _is_read(unit, places):
             yield Permutation(unit, lengths.pop(), tuple(Slot(name, axis) for name, axis in places))
 
 
 def _is_read(unit: str, places: Sequence[tuple[str, int]]) -> bool:
-    """Return whether something reads the units, so that their order is not that of the model's output."""
+    """Return whether a tensor reads the units; else their order is that of the model's output."""
     return unit not in ("pooled", "classified") or any(axis == 1 for _, axis in places)

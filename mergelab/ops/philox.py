@@ -1,7 +1,7 @@
-"""Random numbers that belong to an entry of a tensor, not to a moment of the run.
+"""Draw random numbers that depend on an entry's position in a tensor, not on the order of the draws.
 
-A counter-based generator (Philox4x64-10, Salmon et al. 2011) is keyed by what the numbers are for, and its counter is
-the entry's position: any part of a tensor can be drawn alone, in any order, in any process, with the same numbers.
+A counter-based generator (Philox4x64-10, Salmon et al. 2011) has a key for the purpose of the numbers, and the entry's
+position as its counter. Any part of a tensor can be drawn separately, in any order and process, with the same numbers.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-WORDS = 8  # 32-bit words that one step of the counter gives
+WORDS = 8  # 32-bit words per step of the counter
 
 
 @lru_cache(maxsize=4096)
 def stream_key(seed: int, *names: str) -> int:
-    """Return a 128-bit key for what the numbers are for, e.g. ``stream_key(seed, expert, tensor)``."""
+    """Return the 128-bit key of a stream of numbers, e.g. ``stream_key(seed, expert, tensor)``."""
     digest = hashlib.blake2b(digest_size=16, person=b"mergelab")
     for part in (str(seed), *names):
         encoded = part.encode()
@@ -26,7 +26,7 @@ def stream_key(seed: int, *names: str) -> int:
 
 
 def words(key: int, start: int, count: int) -> NDArray[np.uint32]:
-    """Return the numbers from ``start`` on of the stream ``key``: ``count`` integers, uniform over 32 bits."""
+    """Return ``count`` numbers of the stream ``key`` from position ``start`` on: uint32, uniform over 32 bits."""
     first, lead = divmod(start, WORDS)
     steps = -(-(lead + count) // WORDS)
     raw = np.random.Philox(key=key, counter=first).random_raw(steps * WORDS // 2)
@@ -35,9 +35,9 @@ def words(key: int, start: int, count: int) -> NDArray[np.uint32]:
 
 
 def bernoulli(key: int, start: int, count: int, probability: float) -> NDArray[np.bool_]:
-    """Draw ``count`` entries from position ``start`` on, True with ``probability`` (to within 2^-33).
+    """Draw ``count`` booleans from position ``start`` on, True with ``probability`` (to within 2^-33).
 
-    The number is compared as an integer, so that no rounding of floats takes part.
+    Numbers are compared as integers, so that the result does not depend on floating-point rounding.
     """
     threshold = round(probability * 2**32)
     if threshold >= 2**32:

@@ -23,7 +23,7 @@ RUN = 4 * BLOCK  # entries that are grouped at once
 
 
 @dataclass(frozen=True)
-class Run:
+class GroupedPart:
     """A part of a vector, its entries grouped.
 
     Attributes:
@@ -57,13 +57,13 @@ class Ranked:
 
     first: int
     below: NDArray[np.int64]
-    runs: tuple[Run, ...]
+    runs: tuple[GroupedPart, ...]
 
     def __len__(self) -> int:
         return int(self.below[-1])
 
 
-def grouped(entries: Array) -> Run:
+def grouped(entries: Array) -> GroupedPart:
     """Group a run's entries by the upper 16 bits of their patterns."""
     short = entries.itemsize == 4
     bits: NDArray[Any] = entries.view(np.uint32 if short else np.uint64)
@@ -72,7 +72,7 @@ def grouped(entries: Array) -> Run:
     first = int(upper[order[0]])
     starts = np.zeros(int(upper[order[-1]]) - first + 2, dtype=np.uint32)
     np.cumsum(np.bincount(upper - np.uint16(first)), out=starts[1:])
-    return Run(first, starts, (bits.astype(np.uint16) if short else bits).take(order))
+    return GroupedPart(first, starts, (bits.astype(np.uint16) if short else bits).take(order))
 
 
 def rank_each(open_: Open, sizes: Mapping[str, int], vectors: int) -> dict[str, tuple[Ranked, ...]]:
@@ -87,11 +87,11 @@ def rank_each(open_: Open, sizes: Mapping[str, int], vectors: int) -> dict[str, 
         For each tensor T `Ranked`.
     """
 
-    def through(place: tuple[str, slice]) -> tuple[str, list[Run]]:
+    def through(place: tuple[str, slice]) -> tuple[str, list[GroupedPart]]:
         name, part = place
         return name, [grouped(entries) for entries in open_(name)(part)]
 
-    runs: dict[str, list[list[Run]]] = {name: [] for name in sizes}
+    runs: dict[str, list[list[GroupedPart]]] = {name: [] for name in sizes}
     for name, found in in_order(through, ((name, part) for name, size in sizes.items() for part in blocks(size, RUN))):
         runs[name].append(found)
     return {name: tuple(_ranked([run[at] for run in some]) for at in range(vectors)) for name, some in runs.items()}
@@ -104,7 +104,7 @@ def together(parts: Sequence[Ranked]) -> Ranked:
     )
 
 
-def _ranked(runs: Sequence[Run]) -> Ranked:
+def _ranked(runs: Sequence[GroupedPart]) -> Ranked:
     return Ranked(*_counted([(run.first, run.starts) for run in runs]), tuple(runs))
 
 

@@ -1,4 +1,4 @@
-"""Where a tensor, or a part of one, belongs."""
+"""Describe which tensor, or which part of one, a method is working on."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Site:
-    """Where in the models a method is working.
+    """The tensor, or part of one, that a method is working on.
 
     Attributes:
         name: the tensor's name.
         experts: the experts' names, in the order of the ``experts`` argument.
-        shape: the whole tensor's shape, also when the method is given a part of it.
+        shape: the whole tensor's shape, also when the method receives a part of it.
         offset: index of the part's first entry in the flattened tensor.
         seed: the run's seed.
     """

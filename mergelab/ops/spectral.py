@@ -1,4 +1,4 @@
-"""Methods on the singular vectors of the task vectors, matrix by matrix."""
+"""Merge common and task-specific singular directions of one matrix: the linear algebra of Iso-CTS."""
 
 from __future__ import annotations
 
@@ -15,90 +15,102 @@ from mergelab.ops.svd import (
     Triplets,
     decompose,
     decompose_leading,
+    matrix_sum,
     orthogonalised,
     self_product,
-    total,
 )
 from mergelab.weights.numerics import norm
 
 
-def with_own(matrices: Sequence[TallMatrix], outputs_are_columns: bool, common_fraction: float, like: Tensor) -> Tensor:
-    """Merge tall matrices as `iso_cts` does."""
-    common_rank, own_rank = directions(matrices[0].columns, len(matrices), common_fraction)
-    whole = total(matrices)
+def merge_directions(
+    matrices: Sequence[TallMatrix], outputs_are_columns: bool, common_fraction: float, like: Tensor
+) -> Tensor:
+    """Merge the tasks' matrices by their common and task-specific directions, as `iso_cts` defines it.
+
+    Args:
+        matrices: one matrix per task, of one shape.
+        outputs_are_columns: whether a layer's outputs lie along the columns; common directions are removed there.
+        common_fraction: fraction of the directions that are the sum's.
+        like: has the shape and dtype of the result; when it is wide, the result is transposed.
+    """
+    common_rank, specific_rank = split_rank(matrices[0].columns, len(matrices), common_fraction)
+    whole = matrix_sum(matrices)
     common = decompose(whole).leading(common_rank)
-    own: list[Own] = []
-    if own_rank and outputs_are_columns:
+    specific: list[TaskDirections] = []
+    if specific_rank and outputs_are_columns:
         complement = torch.linalg.qr(common.right, mode="complete").Q[:, len(common.values) :]
-        own = [within(matrix, complement, own_rank) for matrix in matrices]
-    elif own_rank:
-        own = [without_left(matrix, common, own_rank) for matrix in matrices]
-    of_whole = torch.cat([common.right / common.values, *(-each.of_whole for each in own)], dim=1)
-    ends = list(accumulate((len(each.values) for each in own), initial=len(common.values)))
+        specific = [project_right(matrix, complement, specific_rank) for matrix in matrices]
+    elif specific_rank:
+        specific = [remove_left(matrix, common, specific_rank) for matrix in matrices]
+    from_sum = torch.cat([common.right / common.values, *(-each.from_sum for each in specific)], dim=1)
+    ends = list(accumulate((len(each.values) for each in specific), initial=len(common.values)))
 
     def left(part: slice) -> Tensor:
-        vectors = whole.read(part) @ of_whole
-        for matrix, each, (start, end) in zip(matrices, own, pairwise(ends), strict=False):
-            vectors[:, start:end] += matrix.read(part) @ each.of_own
+        vectors = whole.read(part) @ from_sum
+        for matrix, each, (start, end) in zip(matrices, specific, pairwise(ends), strict=False):
+            vectors[:, start:end] += matrix.read(part) @ each.from_task
         return vectors
 
-    values = torch.cat([common.values, *(each.values for each in own)])
-    right = torch.cat([common.right, *(each.right for each in own)], dim=1)
+    values = torch.cat([common.values, *(each.values for each in specific)])
+    right = torch.cat([common.right, *(each.right for each in specific)], dim=1)
     level = values.sum() / matrices[0].columns
     return orthogonalised(TallMatrix(left, whole.rows, len(values)), right, level.expand_as(values), like)
 
 
-def directions(rank: int, tasks: int, common_fraction: float) -> tuple[int, int]:
-    """Return how many directions are common, and how many each task has of its own."""
-    own = min(rank // tasks, round((rank - int(rank * common_fraction)) / tasks))
-    return rank - own * tasks, own
+def split_rank(rank: int, tasks: int, common_fraction: float) -> tuple[int, int]:
+    """Return the number of common directions, and the number of specific directions of each task."""
+    specific = min(rank // tasks, round((rank - int(rank * common_fraction)) / tasks))
+    return rank - specific * tasks, specific
 
 
 @dataclass(frozen=True)
-class Own:
-    """Leading triplets of a task's matrix X without the common directions; U = X·of_own − S·of_whole, S the sum.
+class TaskDirections:
+    """Leading singular triplets of a task's matrix X after common directions are removed.
+
+    The left vectors are U = X·from_task − S·from_sum, with S the sum of the tasks' matrices.
 
     Attributes:
         values: (r,) σ.
         right: (n, r) V.
-        of_own, of_whole: (n, r).
+        from_task, from_sum: (n, r).
     """
 
     values: Tensor
     right: Tensor
-    of_own: Tensor
-    of_whole: Tensor
+    from_task: Tensor
+    from_sum: Tensor
 
 
-def within(matrix: TallMatrix, space: Tensor, rank: int) -> Own:
-    """Decompose X C Cᵀ for a C of few orthonormal columns; that is X − X V Vᵀ where C spans what V does not."""
-    inside = TallMatrix(lambda part: matrix.read(part) @ space, matrix.rows, space.shape[1])
-    found = decompose_leading(inside, rank, size=_size(matrix))
-    right = space @ found.right
-    return Own(found.values, right, right / found.values, torch.zeros_like(right))
+def project_right(matrix: TallMatrix, complement: Tensor, rank: int) -> TaskDirections:
+    """Decompose X C Cᵀ for C (n, c) of orthonormal columns; X − X V Vᵀ when C spans the complement of V."""
+    projected = TallMatrix(lambda part: matrix.read(part) @ complement, matrix.rows, complement.shape[1])
+    found = decompose_leading(projected, rank, size=_size(matrix))
+    right = complement @ found.right
+    return TaskDirections(found.values, right, right / found.values, torch.zeros_like(right))
 
 
-def without_left(matrix: TallMatrix, common: Triplets, rank: int) -> Own:
-    """Decompose X − U Uᵀ X for the common U = S V/σ, S the matrix that the common triplets are of."""
+def remove_left(matrix: TallMatrix, common: Triplets, rank: int) -> TaskDirections:
+    """Decompose X − U Uᵀ X for the common left vectors U = S V/σ, with S the matrix of the common triplets."""
     whole, scaled = common.matrix, common.right / common.values
-    own = common.right.new_zeros(matrix.columns, matrix.columns)
-    shared = torch.zeros_like(own)
+    gram = common.right.new_zeros(matrix.columns, matrix.columns)
+    cross = torch.zeros_like(gram)
     for part in matrix.parts():
         rows = matrix.read(part)
-        own += self_product(rows)
-        shared += whole.read(part).T @ rows
-    seen = scaled.T @ shared  # Uᵀ X
-    share = scaled @ seen
+        gram += self_product(rows)
+        cross += whole.read(part).T @ rows
+    projection = scaled.T @ cross  # Uᵀ X
+    from_whole = scaled @ projection
 
     def read(part: slice) -> Tensor:
-        return matrix.read(part) - whole.read(part) @ share
+        return matrix.read(part) - whole.read(part) @ from_whole
 
-    size = float(own.trace().sqrt())
+    size = float(gram.trace().sqrt())
     rest = TallMatrix(read, matrix.rows, matrix.columns)
-    found = decompose_leading(rest, rank, size=size, gram=own - self_product(seen))
-    of_own = found.right / found.values
-    return Own(found.values, found.right, of_own, share @ of_own)
+    found = decompose_leading(rest, rank, size=size, gram=gram - self_product(projection))
+    from_task = found.right / found.values
+    return TaskDirections(found.values, found.right, from_task, from_whole @ from_task)
 
 
 def _size(matrix: TallMatrix) -> float:
+    """Return the Frobenius norm."""
     return math.hypot(*(norm(matrix.read(part)) for part in matrix.parts()))

@@ -1,4 +1,4 @@
-"""Means of directions: NuSLERP, Multi-SLERP and the Karcher mean."""
+"""Check and resolve the parameters of NuSLERP and Multi-SLERP, which average directions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from torch import Tensor
 from mergelab.errors import ConfigError
 from mergelab.weights.align import AlignedModels
 
-MERGEKIT = "mergekit: Goddard et al. 2024, arXiv:2403.13257"
-
 
 def check_spherical(models: AlignedModels, weights: Sequence[float], task_vectors: bool | None) -> None:
     """Raise `ConfigError` for weights that cannot be normalised, and for task vectors without a base."""
@@ -22,5 +20,5 @@ def check_spherical(models: AlignedModels, weights: Sequence[float], task_vector
 
 
 def origin(base: Tensor | None, task_vectors: bool | None) -> Tensor | None:
-    """Return what the directions start from: the base, or None for the weights themselves."""
+    """Return the origin of the directions: the base for task vectors, None for the weights themselves."""
     return None if task_vectors is False else base

@@ -1,7 +1,7 @@
-"""Singular value decompositions of tall matrices that are read row block by row block, in float64.
+"""Compute singular value decompositions of tall matrices that are read in blocks of rows, in float64.
 
-A matrix is a function that answers its rows in a slice. Only what has a column's length squared is held: U is never
-stored, as its rows are those of the matrix times V/σ.
+A matrix (m, n) is a function that returns a slice of its rows. Memory is of the order of n², as U is never stored: its
+rows are those of the matrix times V/σ.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from mergelab.ops.blocks import blocks
 
-# Answers the rows in a slice, float64.
+# Returns a slice of a matrix's rows, float64.
 ReadRows = Callable[[slice], Tensor]
 
-ROWS = 2048  # rows that are in memory at once
-COLUMNS = 192  # columns of a symmetric product that are multiplied at once
-SQUARABLE = 1e-4  # σ_r/σ_1 above which float64 resolves σ_r² beside σ_1²
-SHARED = 1e-10  # eigenvalues of a Gram matrix of unit vectors that are this small beside the largest count as 0
+ROWS = 2048  # rows in memory at once
+COLUMNS = 192  # columns of a symmetric product computed at once
+SQUARABLE = 1e-4  # σ_r/σ_1 above which float64 resolves σ_r² relative to σ_1²
+SHARED = 1e-10  # eigenvalues of a Gram matrix of unit vectors count as 0 below this fraction of the largest
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TallMatrix:
     """A matrix of at least as many rows as columns.
 
     Attributes:
-        read: its rows, in float64.
+        read: returns a slice of its rows, in float64.
         rows, columns: its shape.
     """
 
@@ -37,7 +37,7 @@ class TallMatrix:
     columns: int
 
     def parts(self) -> Iterator[slice]:
-        """Cut the rows into slices."""
+        """Divide the rows into slices."""
         return blocks(self.rows, ROWS)
 
 
@@ -46,7 +46,7 @@ class Triplets:
     """Singular triplets of a matrix, the largest first.
 
     Attributes:
-        matrix: the matrix they are of.
+        matrix: the decomposed matrix.
         values: (r,) σ, all above 0.
         right: (columns, r) V.
     """
@@ -56,27 +56,27 @@ class Triplets:
     right: Tensor
 
     def left(self, part: slice) -> Tensor:
-        """Return rows of U: X·V/σ."""
+        """Return a slice of the rows of U = X·V/σ."""
         return self.matrix.read(part) @ (self.right / self.values)
 
     def leading(self, rank: int) -> Triplets:
-        """Return the first ``rank`` of them, or all where there are fewer."""
+        """Return the ``rank`` largest triplets; all when there are fewer."""
         return Triplets(self.matrix, self.values[:rank], self.right[:, :rank])
 
 
 def is_wide(shape: Sequence[int]) -> bool:
-    """Return whether a matrix has to be transposed to be tall."""
+    """Return whether a matrix of this shape has fewer rows than columns."""
     return shape[0] < shape[1]
 
 
 def tall_matrix(tensor: Tensor) -> TallMatrix:
-    """View a matrix, or its transpose where it is wide, as a tall one."""
-    upright = tensor.T if is_wide(tensor.shape) else tensor
-    return TallMatrix(lambda part: upright[part].double(), *upright.shape)
+    """View a matrix, or its transpose when it is wide, as a tall matrix."""
+    tall = tensor.T if is_wide(tensor.shape) else tensor
+    return TallMatrix(lambda part: tall[part].double(), *tall.shape)
 
 
-def total(matrices: Sequence[TallMatrix]) -> TallMatrix:
-    """Return the sum of matrices of one shape."""
+def matrix_sum(matrices: Sequence[TallMatrix]) -> TallMatrix:
+    """Return the sum of matrices of one shape, computed when it is read."""
     first, *others = matrices
 
     def read(part: slice) -> Tensor:
@@ -89,14 +89,14 @@ def total(matrices: Sequence[TallMatrix]) -> TallMatrix:
 
 
 def decompose(matrix: TallMatrix, *, size: float = 0.0) -> Triplets:
-    """Return all singular triplets but those whose σ is 0 within rounding, m·ε·σ_1, so that the vectors are arbitrary.
+    """Return the singular triplets with σ > m·ε·σ_1; vectors of smaller σ are arbitrary within rounding.
 
-    The matrix is reduced to a triangle by QR decompositions, block by block, and the triangle decomposed: nothing is
-    squared, so small singular values are as accurate as float64 allows.
+    QR decompositions reduce the matrix block by block to a triangular one, which is then decomposed. Nothing is
+    squared, so that small singular values are as accurate as float64 allows.
 
     Args:
-        matrix: what to decompose.
-        size: of what the matrix is a difference of; where it is above σ_1, it takes its place in what counts as 0.
+        matrix: the matrix to decompose.
+        size: norm of the matrices whose difference ``matrix`` is, if it is one; replaces σ_1 above when it is larger.
     """
     triangle: Tensor | None = None
     for part in matrix.parts():
@@ -109,15 +109,15 @@ def decompose(matrix: TallMatrix, *, size: float = 0.0) -> Triplets:
 
 
 def decompose_leading(matrix: TallMatrix, rank: int, *, size: float = 0.0, gram: Tensor | None = None) -> Triplets:
-    """Return the ``rank`` largest singular triplets, fewer where others are 0 within rounding.
+    """Return the ``rank`` largest singular triplets, without those whose σ is 0 within rounding.
 
-    They are the eigenvectors of XᵀX as long as squaring loses nothing that counts; else as `decompose` finds them.
+    They come from the eigenvectors of XᵀX when squaring does not lose accuracy, else from `decompose`.
 
     Args:
         matrix: X.
-        rank: how many.
+        rank: number of triplets.
         size: as for `decompose`.
-        gram: XᵀX, up to the rounding of numbers of that size's square, where it is known.
+        gram: XᵀX, with a rounding error of at most ε·size², when it is known.
     """
     squares, vectors = torch.linalg.eigh(_gram(matrix) if gram is None else gram)
     values = squares.clamp_min(0).sqrt().flip(0)[:rank]
@@ -128,8 +128,8 @@ def decompose_leading(matrix: TallMatrix, rank: int, *, size: float = 0.0, gram:
     return Triplets(matrix, values, vectors.flip(1)[:, :rank])
 
 
-def beside(parts: Sequence[Triplets]) -> TallMatrix:
-    """View the left vectors of several matrices' triplets as one matrix, [U_1 … U_T]."""
+def concatenated_left(parts: Sequence[Triplets]) -> TallMatrix:
+    """View the left singular vectors of several matrices as one matrix, [U_1 … U_T]."""
 
     def left(rows: slice) -> Tensor:
         return torch.cat([part.left(rows) for part in parts], dim=1)
@@ -138,17 +138,17 @@ def beside(parts: Sequence[Triplets]) -> TallMatrix:
 
 
 def orthogonalised(left: TallMatrix, right: Tensor, spectrum: Tensor, like: Tensor) -> Tensor:
-    """Put triplets of several matrices together after making their vectors orthonormal on either side.
+    """Merge the triplets of several matrices after making their left and their right vectors orthonormal.
 
     Ũ·diag(s)·Ṽᵀ with Ũ = U(UᵀU)^−½ for U = [U_1 … U_T], the nearest matrix of orthonormal columns (Procrustes), and Ṽ
-    from the V_t likewise. Directions that the columns of U share to within float64's resolution count once (their
-    share of Ũ is that of least norm), where an SVD of U would fill up with arbitrary ones.
+    likewise for the V_t. Directions that columns of U share to within float64's resolution count once, by the
+    pseudo-inverse; an SVD of U would add arbitrary directions for them.
 
     Args:
         left: U (m, Σ r_t).
         right: V (n, Σ r_t).
-        spectrum: (Σ r_t,) what stands in the place of the singular values.
-        like: has the shape and dtype of the answer; where it is wide, the answer is transposed.
+        spectrum: s (Σ r_t,), in place of the singular values.
+        like: has the shape and dtype of the result; when it is wide, the result is transposed.
     """
     if not right.shape[1]:
         return torch.zeros_like(like)
@@ -157,16 +157,16 @@ def orthogonalised(left: TallMatrix, right: Tensor, spectrum: Tensor, like: Tens
 
 
 def assembled(left: TallMatrix, right: Tensor, like: Tensor) -> Tensor:
-    """Return the product of a matrix read in blocks and a small one, transposed where ``like`` is wide."""
+    """Return a tall matrix times a small one, in the dtype of ``like``, transposed when ``like`` is wide."""
     result = torch.empty_like(like, memory_format=torch.contiguous_format)
-    upright = result.T if is_wide(like.shape) else result
+    tall = result.T if is_wide(like.shape) else result
     for part in left.parts():
-        upright[part] = left.read(part) @ right
+        tall[part] = left.read(part) @ right
     return result
 
 
 def self_product(matrix: Tensor) -> Tensor:
-    """Return XᵀX, each pair of columns multiplied once."""
+    """Return XᵀX, with each pair of columns multiplied once."""
     columns = matrix.shape[1]
     product = matrix.new_empty(columns, columns)
     for part in blocks(columns, COLUMNS):
@@ -177,11 +177,12 @@ def self_product(matrix: Tensor) -> Tensor:
 
 
 def _without_zeros(matrix: TallMatrix, values: Tensor, right: Tensor, size: float) -> Triplets:
-    kept = int((values > _zero(matrix, values, size)).sum())
-    return Triplets(matrix, values[:kept], right[:, :kept])
+    rank = int((values > _zero(matrix, values, size)).sum())
+    return Triplets(matrix, values[:rank], right[:, :rank])
 
 
 def _zero(matrix: TallMatrix, values: Tensor, size: float) -> float:
+    """Return the bound up to which a singular value counts as 0."""
     return matrix.rows * torch.finfo(values.dtype).eps * max(float(values[0]), size)
 
 
@@ -191,8 +192,8 @@ def _gram(matrix: TallMatrix) -> Tensor:
 
 
 def _inverse_root(gram: Tensor) -> Tensor:
-    """Return G^−½ on the directions that G has."""
+    """Return the pseudo-inverse of G^½."""
     squares, vectors = torch.linalg.eigh(gram)
-    kept = squares > SHARED * squares[-1]
-    root: Tensor = (vectors[:, kept] / squares[kept].sqrt()) @ vectors[:, kept].T
+    nonzero = squares > SHARED * squares[-1]
+    root: Tensor = (vectors[:, nonzero] / squares[nonzero].sqrt()) @ vectors[:, nonzero].T
     return root

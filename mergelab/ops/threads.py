@@ -1,7 +1,7 @@
-"""Work on parts of tensors, divided among threads, its results in the order of the parts.
+"""Divide work on parts of tensors among threads, with results in the order of the parts.
 
-Torch and NumPy let other threads run while they compute. Every operation runs on one thread of its own, so that no
-result depends on how many there are.
+Torch and NumPy release the interpreter lock while they compute. Each operation runs on a single thread, so that no
+result depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from mergelab.ops.blocks import BLOCK, blocks
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
-CHUNK = 32 * BLOCK  # entries of a tensor that one thread works through: 4 million
+CHUNK = 32 * BLOCK  # entries of a tensor that one thread processes as one part: 4 million
 
 
 def thread_count() -> int:
-    """Return how many threads to use: as many as torch does (``OMP_NUM_THREADS``, ``torch.set_num_threads``)."""
+    """Return the number of threads to use: torch's setting (``OMP_NUM_THREADS``, ``torch.set_num_threads``)."""
     return torch.get_num_threads()
 
 
 @contextmanager
 def pool(threads: int) -> Iterator[ThreadPoolExecutor | None]:
-    """Give ``threads`` workers whose torch operations run on one thread each; None where one is enough.
+    """Open a pool of ``threads`` workers whose torch operations run on one thread each; None for a single thread.
 
-    What has not been started when the caller leaves is dropped.
+    Work that has not started when the block ends is cancelled.
     """
     if threads <= 1:
         yield None
@@ -42,19 +42,19 @@ def pool(threads: int) -> Iterator[ThreadPoolExecutor | None]:
         yield executor
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(threads)  # a thread's own setting is also what later threads start with
+        torch.set_num_threads(threads)  # the workers' setting is also the default of later threads
 
 
 def in_order(
     work: Callable[[Part], Result], parts: Iterable[Part], *, threads: int | None = None, ahead: int = 4
 ) -> Iterator[Result]:
-    """Return ``work(part)`` for each part, in their order, computed by several threads.
+    """Yield ``work(part)`` for each part, in the order of the parts, computed by several threads.
 
     Args:
-        work: called in any thread; must not depend on what it was called with before.
-        parts: taken one by one, in the caller's thread.
-        threads: default `thread_count`.
-        ahead: how many results may wait for the one that comes before them, for each thread.
+        work: called in any thread; must not depend on earlier calls.
+        parts: read one by one, in the caller's thread.
+        threads: number of threads; default: `thread_count`.
+        ahead: per thread, how many results may be computed before they are needed.
     """
     threads = thread_count() if threads is None else threads
     with pool(threads) as workers:
@@ -71,16 +71,23 @@ def in_order(
 
 
 def chunks(sizes: Mapping[str, int]) -> Iterator[tuple[str, slice]]:
-    """Divide tensors of these many entries into parts that one thread works through."""
+    """Yield the parts of tensors that one thread processes at a time.
+
+    Args:
+        sizes: number of entries of each tensor, by name.
+
+    Returns:
+        Pairs of the tensor's name and a slice of the flattened tensor, `CHUNK` entries long or shorter.
+    """
     for name, size in sizes.items():
         for part in blocks(size, CHUNK):
             yield name, part
 
 
 def return_memory() -> None:
-    """Let the allocator give what is free back to the system, where it is one that can be asked to: glibc's.
+    """Return freed memory from the allocator to the system, where the allocator is glibc's.
 
-    It keeps what threads have freed, for each of them apart, and how many they were in turn depends on the scheduling.
+    It retains memory that threads have freed, separately for each thread, in an amount that depends on the scheduling.
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Checks that models have the same tensors, and the words that say where they do not."""
+"""Check that models have the same tensor names, shapes and dtypes, and describe where they differ."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mergelab.errors import KeyMismatch, ShapeMismatch, listed
 
 
 def require_agreement(models: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
-    """Check that labelled dictionaries have the same keys, and under each the same shape and kind of dtype.
+    """Check that labelled dictionaries have the same keys, shapes and kinds of dtype (floating point or integer).
 
     Raises:
         KeyMismatch: lists what each dictionary lacks or has in addition.
@@ -21,8 +21,8 @@ def require_agreement(models: Sequence[tuple[str, Mapping[str, Tensor]]]) -> Non
         raise KeyMismatch(f"tensor names differ: {difference}")
     (first, reference), *others = models
     clashes = [
-        f"{key} is {described(value.shape, value.dtype)} in {first} but "
-        f"{described(model[key].shape, model[key].dtype)} in {label}"
+        f"{key} is {dtype_and_shape(value.shape, value.dtype)} in {first} but "
+        f"{dtype_and_shape(model[key].shape, model[key].dtype)} in {label}"
         for label, model in others
         for key, value in reference.items()
         if value.shape != model[key].shape or value.is_floating_point() != model[key].is_floating_point()
@@ -32,12 +32,13 @@ def require_agreement(models: Sequence[tuple[str, Mapping[str, Tensor]]]) -> Non
 
 
 def key_differences(models: Sequence[tuple[str, Collection[str]]]) -> str:
-    """Say which tensors each model lacks or has in addition, or answer an empty string when all have the same.
+    """Describe which tensors each model lacks or has in addition; return an empty string when all have the same.
 
-    A tensor that at least half of the models have is missing from the others; any other is additional where it is.
+    A tensor that at least half of the models have counts as missing from the others. Any other counts as additional in
+    the models that have it.
 
     Args:
-        models: a label and the names of its tensors, for each model.
+        models: for each model, a label and the names of its tensors.
     """
     holders: dict[str, int] = {}
     for _, keys in models:
@@ -54,11 +55,11 @@ def key_differences(models: Sequence[tuple[str, Collection[str]]]) -> str:
     return "; ".join(parts)
 
 
-def described(shape: Sequence[int], dtype: torch.dtype) -> str:
-    """Write a tensor's dtype and shape as ``float32[2, 3]``."""
+def dtype_and_shape(shape: Sequence[int], dtype: torch.dtype) -> str:
+    """Return a tensor's dtype and shape as text: ``float32[2, 3]``."""
     return f"{str(dtype).removeprefix('torch.')}{list(shape)}"
 
 
 def joined(clashes: Sequence[str], limit: int = 4) -> str:
-    """Join sentences with semicolons, the first ``limit`` of them, and say how many more there are."""
+    """Join the first ``limit`` of ``clashes`` with semicolons, and append how many more there are."""
     return "; ".join(clashes[:limit]) + (f"; and {len(clashes) - limit} more" if len(clashes) > limit else "")

@@ -1,8 +1,9 @@
-"""Models of one architecture under one set of names, checked to fit together before a weight is read.
+"""Bring models of one architecture under common tensor names, and check that they match before weights are read.
 
-Checkpoints of the same network do not spell its tensors alike: google-bert/bert-base-uncased stores ``LayerNorm.gamma``
-and two pretraining heads, openai-community/gpt2 leaves the ``transformer.`` prefix out and stores its attention masks.
-`align` finds today's names, sets aside what is no parameter or has no counterpart by design, and refuses the rest.
+Checkpoints of the same network name its tensors differently: google-bert/bert-base-uncased stores ``LayerNorm.gamma``
+and two pretraining heads, openai-community/gpt2 omits the ``transformer.`` prefix and stores its attention masks.
+`align` maps stored names to current ones, sets aside buffers and heads that have no counterpart by design, and raises
+an error for any other difference.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ import torch
 from torch import Tensor
 
 from mergelab.errors import KeyMismatch, ModelError, NonFinite, ShapeMismatch, listed
-from mergelab.weights.agreement import described, joined, key_differences
+from mergelab.weights.agreement import dtype_and_shape, joined, key_differences
 from mergelab.weights.naming import (
     backbone_prefix as find_backbone_prefix,
 )
 from mergelab.weights.naming import (
-    head_names,
     is_optional,
     is_position_buffer,
     is_stale,
     matches_any,
     missing_prefix,
     modern_name,
+    names_outside_backbone,
 )
 from mergelab.weights.source import TensorSource
 
-__all__ = ["AlignedModels", "RenamedSource", "align", "check_finite", "head_names"]
+__all__ = ["AlignedModels", "RenamedSource", "align", "check_finite", "names_outside_backbone"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class RenamedSource:
 
     Attributes:
         source: where the tensors are.
-        stored: the name each tensor is stored under, by the name it has here; tied tensors' further names included.
+        stored: the stored name of each tensor, by the name it has here, including the further names of tied tensors.
     """
 
     source: TensorSource
@@ -47,11 +48,11 @@ class RenamedSource:
 
     @property
     def name(self) -> str:
-        """What errors call the model."""
+        """The model's name in error messages."""
         return self.source.name
 
     def keys(self) -> list[str]:
-        """List the tensors, one name for each tied group."""
+        """List the tensors, one name per group of tied tensors."""
         ties = self.aliases()
         return [key for key in self.stored if key not in ties]
 
@@ -68,7 +69,7 @@ class RenamedSource:
         return self.source.get(self._at(key))
 
     def prefetch(self, key: str) -> None:
-        """Let the data of ``key`` be fetched in the background."""
+        """Request that the data of ``key`` be read ahead in the background."""
         self.source.prefetch(self._at(key))
 
     def aliases(self) -> dict[str, str]:
@@ -87,20 +88,20 @@ class RenamedSource:
 
 @dataclass(frozen=True)
 class AlignedModels:
-    """What a merge works on: the models under common names, and what is to be done with each name.
+    """The input of a merge: the models under common names, and how each name is treated.
 
     Attributes:
         base: the base under the common names, or None.
         experts: the experts under the common names.
-        names: floating-point tensors to merge, one for each tied group, in the first expert's order.
+        names: floating-point tensors to merge, one per group of tied tensors, in the first expert's order.
         integers: integer and boolean tensors, equal in all models, to be copied.
         aliases: further names that experts have for tied tensors, each with the one in ``names`` (or ``experts_only``).
-        base_only: pretraining heads and poolers of the base that no expert has, tied ones too; no part of the merge.
-        experts_only: heads and poolers that every expert has and the base lacks; whoever merges decides about them.
+        base_only: pretraining heads and poolers, also tied ones, that only the base has; they are not merged.
+        experts_only: heads and poolers that every expert has and the base lacks; the caller decides about them.
         ignored: names that fit an ``ignore`` pattern; they can still be read from the models that have them.
-        dropped: stale buffers that were left out.
+        dropped: stale buffers that are not merged.
         backbone: the prefix of the backbone's names ("bert."), or "" when the names show none.
-        memo: where the same models are merged again and again, what preparing passes keep for the next time.
+        memo: results of preparing passes, for models that are merged repeatedly; None for a single merge.
     """
 
     base: TensorSource | None
@@ -118,12 +119,12 @@ class AlignedModels:
 
 @dataclass(frozen=True)
 class _View:
-    """A model on its way to common names: ``stored`` by common name, and which of these are heads."""
+    """A model while its names are aligned: stored names by common name, and which common names are heads."""
 
     source: TensorSource
     stored: dict[str, str]
     heads: frozenset[str]
-    present: dict[str, None] = field(default_factory=dict)  # the names that take part, in order
+    present: dict[str, None] = field(default_factory=dict)  # the names that are compared, in order
 
     @property
     def label(self) -> str:
@@ -138,23 +139,23 @@ def align(
     backbone_prefix: str | None = None,
     adapt: Callable[[Sequence[TensorSource]], Sequence[TensorSource]] | None = None,
 ) -> AlignedModels:
-    """Bring models of one architecture under common names and check that they fit together.
+    """Bring models of one architecture under common names and check that names, shapes and integer tensors match.
 
-    Common names are today's spelling (``LayerNorm.weight`` for ``gamma``) with the backbone's prefix as the experts
-    have it. Stale buffers are dropped; integer tensors must be equal. No weights are read but integer tensors, and
-    matrices that only some models store, to see whether they are copies of a tied one.
+    Common names have the current spelling (``LayerNorm.weight`` for ``gamma``) and the experts' backbone prefix. Stale
+    buffers are dropped. Integer tensors must be equal. The only tensors that are read are integer tensors, and matrices
+    that some models lack, to see whether they are copies of a tied one.
 
     Args:
         base: the pretrained model, or None.
         experts: at least one model.
         ignore: shell-style patterns of common names that are handled elsewhere (heads, passthrough).
-        backbone_prefix: what the backbone's names start with, as in transformers' ``base_model_prefix`` ("bert.");
-            "" for no prefix, so that nothing counts as a head; default: found from the names.
-        adapt: given the models under common names, the base first, answers what is compared and merged in their place.
+        backbone_prefix: the backbone's prefix, as in transformers' ``base_model_prefix`` ("bert."); "" for none, so
+            that no tensor counts as a head; default: found from the names.
+        adapt: receives the models under common names, the base first; returns the sources to compare and merge instead.
 
     Raises:
-        KeyMismatch: lists what a model lacks or has in addition. Allowed are heads and poolers that the base alone has,
-            or that all experts have and the base lacks.
+        KeyMismatch: lists what a model lacks or has in addition. Heads and poolers may be in the base alone, or in all
+            experts and not in the base.
         ShapeMismatch: names tensor, shapes and models; also for floating point in one model and integer in another.
         ModelError: no experts, or integer tensors that differ.
     """
@@ -201,7 +202,7 @@ def align(
 def check_finite(source: TensorSource, key: str, tensor: Tensor) -> None:
     """Raise `NonFinite`, naming the model and the tensor, when ``tensor`` holds NaN or infinity.
 
-    Costs one pass without temporaries for finite tensors: a sum is finite only if every entry is.
+    A finite tensor costs one pass without temporaries, as a sum is finite only if every entry is.
     """
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
         return
@@ -218,7 +219,7 @@ def check_finite(source: TensorSource, key: str, tensor: Tensor) -> None:
 
 
 def _modern(source: TensorSource, prefix: str | None) -> _View:
-    """View a model under today's spellings, with its heads as its own names show them."""
+    """View a model under current names; its heads are those that its own names show."""
     stored: dict[str, str] = {}
     for key in [*source.keys(), *source.aliases()]:
         name = modern_name(key)
@@ -232,7 +233,7 @@ def _modern(source: TensorSource, prefix: str | None) -> _View:
 
 
 def _same_prefix(views: list[_View], first_expert: int) -> list[_View]:
-    """Add the backbone's prefix where it lacks, or strip it from a base whose experts do not have it."""
+    """Add the backbone's prefix where it is missing, or strip it from a base whose experts do not have it."""
     target = views[first_expert].stored
     for view in views[first_expert + 1 :]:
         if missing_prefix(target, view.stored):
@@ -247,14 +248,14 @@ def _same_prefix(views: list[_View], first_expert: int) -> list[_View]:
         else:
             renaming = {key: key for key in view.stored}
         if len(set(renaming.values())) < len(renaming):
-            raise KeyMismatch(f"{view.label}: names clash once the prefix {prefix!r} is added or left out")
+            raise KeyMismatch(f"{view.label}: names clash once the prefix {prefix!r} is added or removed")
         stored = {renaming[key]: at for key, at in view.stored.items()}
         adapted.append(_View(view.source, stored, frozenset(renaming[key] for key in view.heads)))
     return adapted
 
 
 def _set_aside(views: list[_View], ignore: Sequence[str]) -> tuple[list[_View], tuple[str, ...], tuple[str, ...]]:
-    """Take ignored names and stale buffers out of the comparison; position ids only where some model lacks them."""
+    """Exclude ignored names and stale buffers from the comparison; position ids only where some model lacks them."""
     ignored: dict[str, None] = {}
     dropped: dict[str, None] = {}
     everywhere = set(views[0].stored).intersection(*(view.stored for view in views))
@@ -273,9 +274,9 @@ def _set_aside(views: list[_View], ignore: Sequence[str]) -> tuple[list[_View], 
 
 
 def _tied_groups(views: list[_View]) -> dict[str, str]:
-    """Return ``{alias: name}`` for tensors that are one wherever both are stored.
+    """Return ``{alias: name}`` for tensors that are tied in every model that stores both names.
 
-    The name is one that every model has. A tensor that is tied in one model and stored apart in another is no alias.
+    Every model has the name. A tensor that is tied in one model and separate in another is no alias.
     """
     holders = [_ties(view, views) for view in views]
     pairs = [(alias, key) for ties in holders for alias, key in ties.items()]
@@ -283,13 +284,13 @@ def _tied_groups(views: list[_View]) -> dict[str, str]:
     for a, b in pairs:
         merged = groups.get(a, {a}) | groups.get(b, {b})
         groups.update(dict.fromkeys(merged, merged))
-    order = {key: i for view in reversed(views) for i, key in enumerate(view.present)}
+    rank = {key: i for view in reversed(views) for i, key in enumerate(view.present)}
     aliases: dict[str, str] = {}
     for group in {frozenset(group) for group in groups.values()}:
         everywhere = [key for key in group if all(key in view.present for view in views)]
         if not everywhere:
             continue
-        name = min(everywhere, key=lambda key: (order[key], key))
+        name = min(everywhere, key=lambda key: (rank[key], key))
         for alias in group - {name}:
             if all(
                 alias not in view.present or ties.get(alias, alias) == ties.get(name, name)
@@ -300,7 +301,7 @@ def _tied_groups(views: list[_View]) -> dict[str, str]:
 
 
 def _ties(view: _View, views: list[_View]) -> dict[str, str]:
-    """Return a model's tied names: those that share memory, and matrices stored twice where others store one."""
+    """Return a model's tied names: those that share memory, and equal matrices of which other models store one."""
     here = {stored: name for name, stored in view.stored.items()}
     ties = {here[alias]: here[key] for alias, key in view.source.aliases().items()}
     ties = {alias: key for alias, key in ties.items() if alias in view.present and key in view.present}
@@ -323,7 +324,7 @@ def _same_values(view: _View, a: str, b: str) -> bool:
 
 
 def _without_aliases(view: _View, ties: dict[str, str], shared: dict[str, str]) -> _View:
-    """Take tied names out of the comparison; a model that lacks one of the ``shared`` ones can be read under it too."""
+    """Exclude tied names from the comparison; make the ``shared`` ones readable in models that do not store them."""
     stored = {key: at for key, at in view.stored.items() if key not in ties}
     stored |= {alias: view.stored[alias] for alias in ties if alias in view.stored}
     stored |= {alias: view.stored[name] for alias, name in shared.items() if alias not in stored}
@@ -333,21 +334,21 @@ def _without_aliases(view: _View, ties: dict[str, str], shared: dict[str, str]) 
 def _check_keys(
     base: _View | None, experts: Sequence[_View], heads: frozenset[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Check the names and answer those that the base alone and the experts alone may have."""
+    """Check the names; return the allowed ones that only the base has, and those that only the experts have."""
     in_some = {key for view in experts for key in view.present}
     in_all = in_some.intersection(*(view.present for view in experts))
     compared = [(view.label, set(view.present)) for view in experts]
     base_only: tuple[str, ...] = ()
     experts_only: tuple[str, ...] = ()
     if base is not None:
-        loose = {key for key in in_some | base.present.keys() if key in heads or is_optional(key)}
-        base_only = tuple(key for key in base.present if key not in in_some and key in loose)
+        optional = {key for key in in_some | base.present.keys() if key in heads or is_optional(key)}
+        base_only = tuple(key for key in base.present if key not in in_some and key in optional)
         experts_only = tuple(
-            key for key in experts[0].present if key in in_all and key not in base.present and key in loose
+            key for key in experts[0].present if key in in_all and key not in base.present and key in optional
         )
         compared.insert(0, (base.label, base.present.keys() - set(base_only) | set(experts_only)))
-    order = list(dict.fromkeys(key for view in [*([base] if base else []), *experts] for key in view.present))
-    if difference := key_differences([(label, [key for key in order if key in keys]) for label, keys in compared]):
+    ordered = list(dict.fromkeys(key for view in [*([base] if base else []), *experts] for key in view.present))
+    if difference := key_differences([(label, [key for key in ordered if key in keys]) for label, keys in compared]):
         raise KeyMismatch(f"tensor names differ: {difference}")
     return base_only, experts_only
 
@@ -362,8 +363,8 @@ def _check_shapes(views: Sequence[_View]) -> None:
             alike = ours == theirs or (ours.is_floating_point and theirs.is_floating_point)
             if not alike or _shape(view, key) != _shape(reference, key):
                 clashes.append(
-                    f"{key} is {described(_shape(reference, key), theirs)} in {reference.label} "
-                    f"but {described(_shape(view, key), ours)} in {view.label}"
+                    f"{key} is {dtype_and_shape(_shape(reference, key), theirs)} in {reference.label} "
+                    f"but {dtype_and_shape(_shape(view, key), ours)} in {view.label}"
                 )
     if clashes:
         raise ShapeMismatch(joined(clashes))

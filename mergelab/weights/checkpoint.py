@@ -1,7 +1,7 @@
-"""A model folder in Hugging Face layout, read tensor by tensor.
+"""Read a model folder in Hugging Face layout, tensor by tensor.
 
-Safetensors files are memory-mapped: listing reads headers only, and ``get`` answers a view of the file's pages.
-``.bin`` files go through ``torch.load(weights_only=True)``, mapped too where their format allows it.
+Safetensors files are memory-mapped: listing reads headers only, and ``get`` returns a view of the mapped file.
+``.bin`` files are read by ``torch.load(weights_only=True)``, also mapped where their format allows it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mergelab.errors import KeyMismatch, ModelError, listed
+from mergelab.errors import KeyMismatch, ModelError, first_line, listed
 from mergelab.weights.hashing import file_sha256, joint_sha256
 from mergelab.weights.source import TensorInfo, tied_names
 
@@ -68,11 +68,11 @@ class _WeightFile(Protocol):
 
 
 class Checkpoint:
-    """A `TensorSource` over the weight files of one folder; made by `open_checkpoint`.
+    """A `TensorSource` over the weight files of one folder; see `open_checkpoint`.
 
     Attributes:
-        name: what errors call the model.
-        folder: where it lies.
+        name: the model's name in error messages.
+        folder: its path.
         config: the parsed ``config.json``.
         files: its weight files, in name order.
     """
@@ -91,7 +91,7 @@ class Checkpoint:
         }
 
     def keys(self) -> list[str]:
-        """List the stored tensors in the order of the files, one name for each tied group."""
+        """List the stored tensors in the order of the files, one name per group of tied tensors."""
         return list(self._home)
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -103,28 +103,28 @@ class Checkpoint:
         return self._info(key).dtype
 
     def get(self, key: str) -> Tensor:
-        """Read ``key``; a view of the mapped file, which must not be written to.
+        """Return a view of ``key`` in the mapped file; it must not be written to.
 
         Raises:
-            ModelError: the file has been changed, cut or replaced since it was opened.
+            ModelError: the file was changed, truncated or replaced after it was opened.
         """
         info = self._info(key)
         return self._home[info.name].get(info.name)
 
     def prefetch(self, key: str) -> None:
-        """Ask the system to read the data of ``key`` ahead; it returns at once."""
+        """Request that the system read the data of ``key`` ahead, and return at once."""
         info = self._info(key)
         self._home[info.name].prefetch(info.name)
 
     def aliases(self) -> dict[str, str]:
-        """Return the further names of tied tensors, as far as the files tell."""
+        """Return the further names of tied tensors that the files record, each with its stored name."""
         return dict(self._aliases)
 
     def content_hash(self) -> str:
-        """Return a SHA-256 that names the weights' content, wherever the folder lies.
+        """Return a SHA-256 of the weights' content, which does not depend on the folder's path.
 
-        One weight file: the SHA-256 of its bytes (what the hub shows for it). Several: the SHA-256 of their digests
-        in the order of the files' names. Digests are remembered in the cache folder by path, size and time of change.
+        For one weight file it is the SHA-256 of its bytes, as the hub shows it. For several it is the SHA-256 of their
+        digests in the order of their names. Digests are cached by path, size and modification time.
         """
         return joint_sha256([file_sha256(path) for path in self.files])
 
@@ -136,15 +136,16 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path | str, name: str | None = None) -> Checkpoint:
-    """Open a model folder; read its config, its index and the headers of its weight files, but no weights.
+    """Open a model folder: read its config, its index and the headers of its weight files, but no weights.
 
     Args:
-        folder: ``config.json`` with ``model.safetensors`` or ``pytorch_model.bin``, whole or in shards with an index.
-        name: what errors call the model; default the folder as given.
+        folder: ``config.json`` with ``model.safetensors`` or ``pytorch_model.bin``, in one file or in shards with an
+            index.
+        name: the model's name in error messages; default: the folder as given.
 
     Raises:
-        ModelError: the folder, its config or its weights are missing; a file is truncated, is not what its name says,
-            or needs arbitrary unpickling; the index and the shards do not agree.
+        ModelError: the folder, its config or its weights are missing; a file is truncated, is not of the format that
+            its name says, or needs arbitrary unpickling; the index and the shards do not agree.
     """
     folder = Path(folder)
     name = name if name is not None else str(folder)
@@ -164,20 +165,20 @@ def open_checkpoint(folder: Path | str, name: str | None = None) -> Checkpoint:
 
 
 def _open_shards(index: Path, name: str) -> dict[Path, _WeightFile]:
-    """Open every shard that ``index`` names and check that each holds exactly the tensors it should."""
+    """Open every shard that ``index`` names and check that each holds exactly the tensors that the index says."""
     weight_map = _read_json(index, name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise ModelError(f"{name}: {index} has no weight_map from tensor names to files")
-    promised: dict[str, set[str]] = {}
+    indexed: dict[str, set[str]] = {}
     for key, file in weight_map.items():
-        promised.setdefault(file, set()).add(key)
-    if outside := [file for file in promised if Path(file).name != file]:
+        indexed.setdefault(file, set()).add(key)
+    if outside := [file for file in indexed if Path(file).name != file]:
         raise ModelError(f"{name}: {index} names files outside its folder: {listed(outside)}")
-    if absent := [file for file in sorted(promised) if not (index.parent / file).is_file()]:
+    if absent := [file for file in sorted(indexed) if not (index.parent / file).is_file()]:
         raise ModelError(f"{name}: {index.name} names files that are not in {index.parent}: {listed(absent)}")
-    _check_shard_count(index, set(promised), name)
+    _check_shard_count(index, set(indexed), name)
     shards: dict[Path, _WeightFile] = {}
-    for file, keys in promised.items():
+    for file, keys in indexed.items():
         shard = shards[index.parent / file] = _open_file(index.parent / file, name)
         if lost := sorted(keys - shard.infos.keys() - shard.ties.keys()):
             raise ModelError(f"{name}: {index.name} names tensors that {file} does not hold: {listed(lost)}")
@@ -187,7 +188,7 @@ def _open_shards(index: Path, name: str) -> dict[Path, _WeightFile]:
 
 
 def _check_shard_count(index: Path, files: set[str], name: str) -> None:
-    """Raise `ModelError` when the files' own names (``-00001-of-00003``) say that the index leaves one out."""
+    """Raise `ModelError` when the files' names (``-00001-of-00003``) show that the index omits one."""
     counts = {int(match[1]) for file in files if (match := re.search(r"-\d+-of-(\d+)\.", file))}
     if len(counts) == 1 and (count := counts.pop()) != len(files):
         raise ModelError(f"{name}: {index} names {len(files)} of {count} shards")
@@ -197,15 +198,15 @@ def _open_file(path: Path, name: str) -> _WeightFile:
     try:
         return _SafetensorsFile(path, name) if path.suffix == ".safetensors" else _TorchFile(path, name)
     except OSError as error:
-        raise ModelError(f"{name}: cannot read {path}: {error.strerror or _first_line(error)}") from error
+        raise ModelError(f"{name}: cannot read {path}: {error.strerror or first_line(error)}") from error
 
 
-# Files that are mapped, for as long as somebody has them.
+# Mapped files, while they are in use.
 _OPEN: WeakSet[_SafetensorsFile] = WeakSet()
 
 
 def changed_file() -> str | None:
-    """Say which of the files that are being read is no longer what was opened; None where all are."""
+    """Describe a mapped file that was changed after it was opened; None when there is none."""
     for file in tuple(_OPEN):
         try:
             file.check_unchanged()
@@ -215,17 +216,17 @@ def changed_file() -> str | None:
 
 
 class _SafetensorsFile:
-    """One safetensors file: header read and checked, data mapped."""
+    """A safetensors file: header read and checked, data mapped."""
 
     def __init__(self, path: Path, name: str) -> None:
         try:
-            metadata = _checked_metadata(path)
+            metadata = _read_metadata(path)
         except SafetensorError as error:
             raise ModelError(f"{name}: {path} {_damage(path, error)}") from error
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header: dict[str, Any] = json.loads(file.read(length))
-            # Private, so that a stray write cannot reach the file; without reserve, so that it may exceed the memory.
+            # Private, so that a stray write cannot reach the file; no swap reserved, so that it may exceed the memory.
             flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
             self._data = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             self._stamp = _stamp(os.fstat(file.fileno()))
@@ -240,7 +241,7 @@ class _SafetensorsFile:
                 raise ModelError(f"{name}: {path}: tensor {key} has dtype {entry['dtype']}, which cannot be merged")
             self.infos[key] = TensorInfo(key, tuple(entry["shape"]), dtype)
             self._offsets[key] = 8 + length + entry["data_offsets"][0]
-        # Writers that leave tied copies out say so in the metadata: {"lm_head.weight": "transformer.wte.weight"}.
+        # Writers that omit tied copies name them in the metadata: {"lm_head.weight": "transformer.wte.weight"}.
         self.ties = {alias: key for alias, key in metadata.items() if key in self.infos and alias not in self.infos}
 
     def get(self, key: str) -> Tensor:
@@ -259,9 +260,9 @@ class _SafetensorsFile:
             self._data.madvise(mmap.MADV_WILLNEED, start, length)
 
     def check_unchanged(self) -> None:
-        """Raise `ModelError` where the path no longer leads to the file as it was opened.
+        """Raise `ModelError` when the path does not lead to the file as it was opened.
 
-        Entries of a file that grew shorter cannot be read at all: the system would end the process.
+        Reading a truncated file's missing entries would make the system kill the process.
         """
         try:
             stamp = _stamp(os.stat(self._path))
@@ -275,14 +276,14 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _checked_metadata(path: Path) -> dict[str, str]:
-    """Let the safetensors library check the whole header, and answer the file's own metadata."""
+def _read_metadata(path: Path) -> dict[str, str]:
+    """Return the file's metadata, after the safetensors library has checked the whole header."""
     with safe_open(path, framework="numpy") as file:
         return dict(file.metadata() or {})
 
 
 class _TorchFile:
-    """One ``.bin`` file; a tensor stored under several names counts once."""
+    """A ``.bin`` file; a tensor stored under several names counts once."""
 
     def __init__(self, path: Path, name: str) -> None:
         content = _load_without_code(path, name)
@@ -302,11 +303,11 @@ class _TorchFile:
         return self._tensors[key]
 
     def prefetch(self, key: str) -> None:
-        """Do nothing: what is mapped is read by the system's own readahead."""
+        """Do nothing: the system reads ahead in mapped files by itself."""
 
 
 def _load_without_code(path: Path, name: str) -> object:
-    """Run ``torch.load`` with ``weights_only``; map the file where it is a zip, read it where it is the old format."""
+    """Run ``torch.load`` with ``weights_only``; map zip files, read files of the old format into memory."""
     try:
         with path.open("rb") as file:
             zipped = file.read(2) == b"PK"
@@ -314,7 +315,7 @@ def _load_without_code(path: Path, name: str) -> object:
         return content
     except OSError:
         raise
-    except Exception as error:  # a file that is no pickle makes torch's reader fail in any way
+    except Exception as error:  # a file that is no pickle can raise any exception
         if match := re.search(r"GLOBAL (\S+)|Unsupported (?:global|class)[^\n]*", str(error)):
             what = match[1] or match[0]
             raise ModelError(
@@ -325,7 +326,7 @@ def _load_without_code(path: Path, name: str) -> object:
 
 
 def _damage(path: Path, error: Exception) -> str:
-    """Say in a few words what is wrong with a file that its library refuses."""
+    """Describe what is wrong with a file that its library cannot read."""
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
@@ -333,18 +334,14 @@ def _damage(path: Path, error: Exception) -> str:
     if "not fully covered" in str(error) or "central directory" in str(error):
         return f"is truncated or damaged ({path.stat().st_size} bytes)"
     kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
-    return f"is not a {kind} file, or is damaged ({_first_line(error)})"
+    return f"is not a {kind} file, or is damaged ({first_line(error)})"
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{name}: {path} is not readable JSON ({_first_line(error)})") from error
+        raise ModelError(f"{name}: {path} is not readable JSON ({first_line(error)})") from error
     if not isinstance(content, dict):
         raise ModelError(f"{name}: {path} must hold a JSON object")
     return content
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

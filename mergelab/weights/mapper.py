@@ -1,4 +1,4 @@
-"""A model as one flat tensor, and back.
+"""Map a model to one flat tensor, and back.
 
 mapper = ModelTensorMapper(gpt2.model)
 base, legal = mapper.to_tensor(gpt2.model), mapper.from_hf("org/legal-gpt2", "text-generation")
@@ -27,11 +27,14 @@ if TYPE_CHECKING:
 class ModelTensorMapper:
     """Map models of one architecture to flat tensors and back.
 
-    The flat tensor is every floating-point parameter, a tied one once, in the module's order. Buffers and integer
-    parameters are no part of it; a model made from a flat tensor has the template's.
+    The flat tensor holds every floating-point parameter in the module's order, a tied one once. Buffers and integer
+    parameters are not in it; a model made from a flat tensor has the template's.
 
     Args:
-        model: the template: a module or a transformers pipeline. It is kept, never written to.
+        model: the template, a module or a transformers pipeline; it is never written to.
+
+    Raises:
+        ModelError: ``model`` is neither, or has no floating-point parameters.
     """
 
     def __init__(self, model: nn.Module | Pipeline) -> None:
@@ -50,7 +53,7 @@ class ModelTensorMapper:
         """Flatten a module, a pipeline or a state dict of the template's architecture.
 
         Returns:
-            A new 1-D tensor in the parameters' dtype (the widest of them, when they differ).
+            A new 1-D tensor in the parameters' dtype (the widest, when they differ).
 
         Raises:
             KeyMismatch, ShapeMismatch: the model is not of the template's architecture.
@@ -67,11 +70,11 @@ class ModelTensorMapper:
         return flat
 
     def from_hf(self, name: str | Path, task: str, **kwargs: Any) -> Tensor:
-        """Load a model from a hub id or a local folder and flatten it; arguments and errors as `load_model`'s."""
+        """Load a model from a hub id or a local folder and flatten it; arguments and errors as for `load_model`."""
         return self.to_tensor(load_model(name, task, **kwargs))
 
     def to_model(self, tensor: Tensor) -> nn.Module:
-        """Put a flat tensor into a copy of the template, in the template's dtypes.
+        """Write a flat tensor into a copy of the template, in the template's dtypes.
 
         Raises:
             ShapeMismatch: ``tensor`` is not 1-D of the template's length, or not floating point.
@@ -101,7 +104,7 @@ class ModelTensorMapper:
         return load_into(copy_module(like), self._pieces(tensor.detach()), strict=False)
 
     def _pieces(self, flat: Tensor) -> dict[str, Tensor]:
-        """View a flat tensor as the parameters."""
+        """Split a flat tensor into views of the parameters' shapes."""
         sizes = [parameter.numel() for parameter in self._parameters.values()]
         pieces = torch.split(flat, sizes)
         return {
@@ -110,7 +113,7 @@ class ModelTensorMapper:
         }
 
     def _matched(self, model: nn.Module | Pipeline | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the template's parameters as ``model`` has them, under the template's names."""
+        """Return the template's parameters with the values of ``model``, under the template's names."""
         given: Mapping[str, Tensor]
         if (module := module_of(model)) is not None:
             label, given = type(module).__name__, dict(module.named_parameters())
@@ -121,7 +124,7 @@ class ModelTensorMapper:
         own = named_tensors(self._template)
         ties = tied_names(own)
         tensors = {ties.get(key, key): value.detach() for key, value in given.items()}
-        carried = own.keys() - self._parameters.keys()
-        floating = {key: value for key, value in tensors.items() if key not in carried}
+        excluded = own.keys() - self._parameters.keys()
+        floating = {key: value for key, value in tensors.items() if key not in excluded}
         require_agreement([(type(self._template).__name__, self._parameters), (label, floating)])
         return {name: floating[name] for name in self._parameters}

@@ -1,4 +1,4 @@
-"""PyTorch modules as containers of named tensors."""
+"""Read and write PyTorch modules as containers of named tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
-from mergelab.weights.agreement import described, joined
+from mergelab.weights.agreement import dtype_and_shape, joined
 from mergelab.weights.source import tied_names
 
 
@@ -36,14 +36,14 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> nn.Module:
-    """Copy ``tensors`` into the module's own memory, in its own dtypes, and answer it.
+    """Copy ``tensors`` into the module's memory, in the module's dtypes, and return the module.
 
-    A tied tensor may be given under any of its names. Nothing is written unless everything fits.
+    A tied tensor may be given under any of its names. Nothing is written unless everything matches.
 
     Args:
-        module: written into.
-        tensors: parameters and, if wanted, buffers by name.
-        strict: every parameter must be given.
+        module: is written into.
+        tensors: parameters and buffers by name.
+        strict: whether every parameter must be given.
 
     Raises:
         KeyMismatch: names that the module does not have, or, when ``strict``, parameters that are not given.
@@ -64,8 +64,8 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool 
     if strict and (missing := [name for name in parameters if ties.get(name, name) not in chosen]):
         raise KeyMismatch(f"the tensors for {label} lack {listed(missing)}")
     clashes = [
-        f"{key} is {described(own[key].shape, own[key].dtype)} in {label} but "
-        f"{described(value.shape, value.dtype)} is given"
+        f"{key} is {dtype_and_shape(own[key].shape, own[key].dtype)} in {label} but "
+        f"{dtype_and_shape(value.shape, value.dtype)} is given"
         for key, value in tensors.items()
         if own[key].shape != value.shape or own[key].is_floating_point() != value.is_floating_point()
     ]

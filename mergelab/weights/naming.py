@@ -1,4 +1,4 @@
-"""What the names of a transformer's tensors mean: the backbone's prefix, its heads, old spellings, stale buffers."""
+"""Read the names of a transformer's tensors: backbone prefix, heads, layers, old spellings, stale buffers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mergelab.weights.source import TensorSource
 _OLD_LAYER_NORM = re.compile(r"(^|\.)LayerNorm\.(gamma|beta)$")
 _NEW_SPELLING = {"gamma": "weight", "beta": "bias"}
 
-# What checkpoints carried before transformers made it non-persistent or stopped using it; each with the number of
-# dimensions that tells it from a parameter of the same name (None: the name says it all).
+# Buffers that transformers has made non-persistent or does not use. The number of dimensions tells a buffer from a
+# parameter of the same name (None: the name is enough).
 _STALE = (
     (re.compile(r"(^|\.)(attn|attention)\.(attention\.)?(bias|causal_mask)$"), 4),
     (re.compile(r"(^|\.)(attn|attention)\.(attention\.)?masked_bias$"), 0),
@@ -21,20 +21,20 @@ _STALE = (
     (re.compile(r"(^|\.)decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight$"), None),
 )
 _POSITION_BUFFER = re.compile(r"(^|\.)(position_ids|token_type_ids)$")
-# Parts of a backbone that some heads switch off (`add_pooling_layer`), so either side may lack them.
+# Parts of a backbone that some heads switch off (`add_pooling_layer`), so either model may lack them.
 _OPTIONAL = re.compile(r"(^|\.)pooler\.")
-# A sequence-to-sequence model's halves hold most of its tensors, but what is outside one is no head.
+# Encoder and decoder hold most tensors of a sequence-to-sequence model, but the tensors outside one are no head.
 _NO_BACKBONE = {"encoder", "decoder", "shared"}
 
 
 def modern_name(key: str) -> str:
-    """Return today's spelling of a stored name: ``LayerNorm.gamma`` and ``beta`` are ``weight`` and ``bias``."""
+    """Return the current spelling of a stored name: ``LayerNorm.gamma`` and ``beta`` become ``weight`` and ``bias``."""
     match = _OLD_LAYER_NORM.search(key)
     return key if match is None else key[: match.start(2)] + _NEW_SPELLING[match[2]]
 
 
 def is_stale(source: TensorSource, key: str) -> bool:
-    """Tell attention masks, their fill values, rotary frequencies and the like, which every model makes anew."""
+    """Return whether ``key`` is a buffer that models recompute: a causal mask, its fill value, rotary frequencies."""
     for pattern, dimensions in _STALE:
         if pattern.search(key):
             return dimensions is None or len(source.shape(key)) == dimensions
@@ -42,26 +42,26 @@ def is_stale(source: TensorSource, key: str) -> bool:
 
 
 def is_position_buffer(source: TensorSource, key: str) -> bool:
-    """Tell the integer ``position_ids`` and ``token_type_ids`` that old checkpoints carry."""
+    """Return whether ``key`` is an integer ``position_ids`` or ``token_type_ids`` buffer, as old checkpoints have."""
     return _POSITION_BUFFER.search(key) is not None and not source.dtype(key).is_floating_point
 
 
 def is_optional(key: str) -> bool:
-    """Tell parts of a backbone that models of one architecture may leave out (the pooler)."""
+    """Return whether ``key`` belongs to a part that models of one architecture may lack: the pooler."""
     return _OPTIONAL.search(key) is not None
 
 
 def matches_any(key: str, patterns: Iterable[str]) -> bool:
-    """Return whether ``key`` fits one of the shell-style patterns (``classifier.*``), upper and lower case distinct."""
+    """Return whether ``key`` matches one of the shell-style patterns (``classifier.*``); case matters."""
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def backbone_prefix(keys: Collection[str]) -> str:
-    """Find the prefix (``"bert."``) that the backbone's tensors share, or answer ``""`` when the names show none.
+    """Find the prefix (``"bert."``) that the backbone's tensors share; return ``""`` when the names show none.
 
-    The prefix is a first part with several named modules under it, which at least 16 tensors and 70 % of all have;
-    the others, 16 at most, are heads. Models whose names do not show a backbone this way (T5, bare encoders, toy
-    modules) have no heads as far as names tell.
+    The prefix is a first name component with several named modules below it. At least 16 tensors and 70 % of all have
+    it; the others, at most 16, are heads. Models whose names show no backbone this way (T5, bare encoders, toy modules)
+    count as models without heads.
     """
     modules: dict[str, set[str]] = {}
     for key in keys:
@@ -78,13 +78,13 @@ def backbone_prefix(keys: Collection[str]) -> str:
     return ""
 
 
-def head_names(source: TensorSource, prefix: str | None = None) -> list[str]:
+def names_outside_backbone(source: TensorSource, prefix: str | None = None) -> list[str]:
     """List the tensors outside the backbone: the task head, or a base's pretraining heads.
 
     Args:
-        source: any source, e.g. a checkpoint or one of `AlignedModels`' views.
-        prefix: what the backbone's names start with (``"bert."``); default: found by `backbone_prefix`; "" means that
-            there is no head.
+        source: a checkpoint, or a source of `AlignedModels`.
+        prefix: the backbone's prefix (``"bert."``); default: found by `backbone_prefix`; ``""`` for a model without a
+            head.
     """
     keys = [*source.keys(), *source.aliases()]
     prefix = backbone_prefix(keys) if prefix is None else prefix
@@ -92,20 +92,21 @@ def head_names(source: TensorSource, prefix: str | None = None) -> list[str]:
 
 
 def missing_prefix(keys: Collection[str], target: Collection[str]) -> str:
-    """Find the prefix that ``keys`` lack to agree with ``target`` (``wte.weight``, ``transformer.wte.weight``).
+    """Find the prefix that ``keys`` lack to match ``target`` (``wte.weight``, ``transformer.wte.weight``).
 
-    Answers "" unless the prefix makes more names agree than agree already, and at least half of ``keys``.
+    Returns:
+        ``""`` unless with the prefix more names match than without it, and at least half of ``keys``.
     """
     best, most = "", sum(key in target for key in keys)
     for prefix in _leading_parts(target):
-        agreeing = sum(prefix + key in target for key in keys)
-        if agreeing > most and 2 * agreeing >= len(keys):
-            best, most = prefix, agreeing
+        matching = sum(prefix + key in target for key in keys)
+        if matching > most and 2 * matching >= len(keys):
+            best, most = prefix, matching
     return best
 
 
 def _leading_parts(keys: Iterable[str]) -> Sequence[str]:
-    """List the first one and the first two dotted parts that names start with, each with its dot, in stable order."""
+    """List the prefixes of one and of two dotted components that names start with, each with its dot, in order."""
     parts: dict[str, None] = {}
     for key in keys:
         pieces = key.split(".")
@@ -115,35 +116,36 @@ def _leading_parts(keys: Iterable[str]) -> Sequence[str]:
     return list(parts)
 
 
-# The number of a layer, after what it is a layer of: encoder.layer.3., transformer.h.3., decoder.block.3.
+# A stack's name and the number of a layer in it: encoder.layer.3., transformer.h.3., decoder.block.3.
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 _PART = re.compile(r"(^|\.)(encoder|decoder)(\.|$)")
 _BEFORE_LAYERS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)(\.|$)")
 
 
 def depths(names: Sequence[str]) -> dict[str, float]:
-    """Say how deep in the model each tensor is: ℓ/(L−1) in layer ℓ of L, counted for each stack of layers alone.
+    """Return the relative depth of each tensor: ℓ/(L−1) in layer ℓ of L, counted separately for each stack of layers.
 
-    0 for embeddings and for the only layer of a stack; 1 for what else is in no layer: final norms, poolers, heads.
+    Embeddings and the only layer of a stack have depth 0. Other tensors outside the layers (final norms, poolers,
+    heads) have depth 1.
     """
     layers = {name: (match[1], int(match[2])) for name in names if (match := _LAYER.match(name))}
     last: dict[str, int] = {}
     for stack, number in layers.values():
         last[stack] = max(last.get(stack, 0), number)
-    found = {}
+    depth = {}
     for name in names:
         if name in layers:
             stack, number = layers[name]
-            found[name] = number / last[stack] if last[stack] else 0.0
+            depth[name] = number / last[stack] if last[stack] else 0.0
         else:
-            found[name] = 0.0 if _BEFORE_LAYERS.search(name) else 1.0
-    return found
+            depth[name] = 0.0 if _BEFORE_LAYERS.search(name) else 1.0
+    return depth
 
 
 def layer_of(name: str) -> tuple[str, int] | None:
-    """Return in which part's stack ("encoder", "decoder", or "" where the name does not say) a tensor lies, and where.
+    """Return a tensor's stack ("encoder", "decoder", or "" where the name shows neither) and its layer in that stack.
 
-    Layers are counted from 0 in each stack; None for what is in no layer.
+    Layers are counted from 0 in each stack. None for tensors outside the layers.
     """
     match = _LAYER.match(name)
     if match is None:

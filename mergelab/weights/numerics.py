@@ -1,4 +1,4 @@
-"""Reductions over whole tensors that keep float64 accuracy and give the same bits for any number of threads."""
+"""Reduce whole tensors with float64 accuracy, to the same bits for any number of threads."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 from mergelab.errors import ShapeMismatch
 
 # Below torch's grain size (32768 elements) no operation is split over threads, so the order of additions is fixed;
-# two float64 blocks of this length stay in a core's second-level cache.
-BLOCK = 16_384
+# two float64 blocks of this length fit into a core's second-level cache.
+SUM_BLOCK = 16_384
 
 
 def dot(a: Tensor, b: Tensor) -> float:
     """Return Σ a·b over all entries, products and sums in float64.
 
-    The tensors are taken block by block, so no float64 copy of a whole tensor is made; block sums are added exactly
-    (``math.fsum``), so the answer does not depend on the number of threads or on how the caller ordered them.
+    The tensors are read block by block, so that no float64 copy of a whole tensor is made. Block sums are added exactly
+    (``math.fsum``), so that the result does not depend on the number of threads.
 
     Args:
         a: any shape, any real dtype.
@@ -45,7 +45,7 @@ def total(a: Tensor) -> float:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Return the cosine between ``a`` and ``b`` taken as flat vectors, in [-1, 1]; 0 where either is zero."""
+    """Return the cosine between the flattened ``a`` and ``b``, in [-1, 1]; 0 when either is zero."""
     lengths = norm(a) * norm(b)
     if lengths == 0.0:
         return 0.0
@@ -53,18 +53,18 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def cast_like(values: Tensor, like: Tensor) -> Tensor:
-    """Round ``values`` to the dtype of ``like``, once, to nearest even; answer them as they are when it is the same."""
+    """Round ``values`` once, to nearest even, to the dtype of ``like``; return them unchanged when it is the same."""
     return values.to(like.dtype)
 
 
 def _blockwise(a: Tensor, b: Tensor | None, terms: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Sum ``terms`` over blocks of ``a`` (and ``b``) that were copied into two float64 work areas."""
+    """Sum ``terms`` over blocks of ``a`` (and ``b``), copied into two float64 buffers."""
     if a.numel() == 0:
         return 0.0
     with torch.no_grad():
-        x = torch.empty(BLOCK, dtype=torch.float64, device=a.device)
-        y = torch.empty(BLOCK if b is not None else 0, dtype=torch.float64, device=a.device)
-        sums = torch.empty(-(-a.numel() // BLOCK), dtype=torch.float64, device=a.device)
+        x = torch.empty(SUM_BLOCK, dtype=torch.float64, device=a.device)
+        y = torch.empty(SUM_BLOCK if b is not None else 0, dtype=torch.float64, device=a.device)
+        sums = torch.empty(-(-a.numel() // SUM_BLOCK), dtype=torch.float64, device=a.device)
         others: Iterator[Tensor] | repeat[None] = repeat(None) if b is None else _blocks(b)
         for i, (p, q) in enumerate(zip(_blocks(a), others, strict=False)):
             n = p.numel()
@@ -77,4 +77,4 @@ def _blockwise(a: Tensor, b: Tensor | None, terms: Callable[[Tensor, Tensor], Te
 
 
 def _blocks(a: Tensor) -> Iterator[Tensor]:
-    return iter(torch.split(a.detach().reshape(-1), BLOCK))
+    return iter(torch.split(a.detach().reshape(-1), SUM_BLOCK))

@@ -1,4 +1,4 @@
-"""Whole models through transformers: loading by hub id or folder, and pipelines with exchanged weights."""
+"""Load models and pipelines through transformers, and run another model in a pipeline."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from mergelab.errors import ConfigError, HubError, ModelError, did_you_mean
+from mergelab.errors import ConfigError, HubError, ModelError, did_you_mean, first_line
 from mergelab.weights.checkpoint import open_checkpoint
 
 if TYPE_CHECKING:
     from transformers import Pipeline, PreTrainedModel
 
-# Tasks that transformers 5 no longer has a pipeline for, but still a model class.
+# Tasks with a model class, but without a pipeline in transformers 5.
 _SEQ2SEQ_TASKS = ("text2text-generation", "summarization", "translation")
 
 
 def load_model(name: str | Path, task: str, **kwargs: Any) -> PreTrainedModel:
     """Load a model for ``task`` from a hub id or a local folder, in its stored dtype.
 
-    Weights that the checkpoint lacks (the head of a base model) are initialised the same way on every call.
+    Weights that the checkpoint lacks (the head of a base model) are initialised with a fixed seed.
 
     Args:
         name: hub id or folder.
         task: a transformers pipeline task, e.g. ``text-classification``.
-        kwargs: passed to ``from_pretrained`` (``revision``, ``dtype``, …); ``device`` says where the model goes.
+        kwargs: arguments of ``from_pretrained`` (``revision``, ``dtype``, …), and ``device`` to move the model to.
 
     Raises:
-        ConfigError: no such task.
+        ConfigError: unknown task, or a framework other than PyTorch.
         ModelError: a local folder that cannot be loaded for the task.
-        HubError: anything else that cannot be found or reached.
+        HubError: the model cannot be found or the hub cannot be reached.
     """
     if kwargs.pop("framework", "pt") != "pt":
         raise ConfigError("framework: only 'pt' is supported")
     device = kwargs.pop("device", None)
     kwargs.setdefault("dtype", kwargs.pop("torch_dtype", "auto"))
     if Path(name, "config.json").is_file() and not kwargs.keys() & {"subfolder", "variant"}:
-        open_checkpoint(name)  # its messages say what is wrong with the files
+        open_checkpoint(name)  # raises errors that name the damaged file
     failure: Exception | None = None
     for auto_class in _auto_classes(task):
         try:
@@ -52,7 +52,7 @@ def load_model(name: str | Path, task: str, **kwargs: Any) -> PreTrainedModel:
             failure = failure or error
         else:
             return model if device is None else model.to(device)
-    reason = (str(failure).splitlines() or [""])[0]
+    reason = "" if failure is None else first_line(failure)
     kind = ModelError if Path(name).exists() else HubError
     raise kind(f"{name}: cannot be loaded for {task}: {reason}") from failure
 
@@ -65,9 +65,17 @@ def load_pipeline(
     adapt: Callable[[nn.Module], nn.Module] | None = None,
     **kwargs: Any,
 ) -> Pipeline:
-    """Build a pipeline of ``task`` on the CPU from a hub id or a local folder; see `load_model` for the errors.
+    """Build a pipeline of ``task`` on the CPU from a hub id or a local folder.
 
-    ``tokenizer`` is the folder of another one than the model's own; ``adapt`` changes the model before it is used.
+    Args:
+        name: hub id or folder.
+        task: a transformers pipeline task.
+        tokenizer: folder of the tokenizer; default: the model's.
+        adapt: returns the model to use in place of the loaded one.
+        kwargs: as for `load_model`.
+
+    Raises:
+        ConfigError, ModelError, HubError: as for `load_model`; or transformers cannot build the pipeline.
     """
     from transformers import pipeline
 
@@ -76,12 +84,11 @@ def load_pipeline(
     try:
         return pipeline(task, model=model, tokenizer=str(tokenizer or name), device=model.device)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{name}: no pipeline for {task}: {reason}") from error
+        raise ModelError(f"{name}: no pipeline for {task}: {first_line(error)}") from error
 
 
 def pipeline_with(base: Pipeline, model: nn.Module) -> Pipeline:
-    """Return a pipeline like ``base`` (task, tokenizer, every setting) that runs ``model``; ``base`` stays as it is."""
+    """Return a copy of the pipeline ``base`` (task, tokenizer, settings) that runs ``model``; ``base`` is unchanged."""
     clone: Pipeline = copy.copy(base)
     clone.model = model
     for setting in ("_preprocess_params", "_forward_params", "_postprocess_params", "generation_config"):
@@ -91,7 +98,7 @@ def pipeline_with(base: Pipeline, model: nn.Module) -> Pipeline:
 
 
 def _auto_classes(task: str) -> tuple[Any, ...]:
-    """Return the classes that may load a model for ``task``, the most fitting first."""
+    """Return the auto classes to try for ``task``, the most specific first."""
     import transformers
     from transformers.pipelines import PIPELINE_REGISTRY
 

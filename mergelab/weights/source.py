@@ -1,4 +1,4 @@
-"""Tensors by name, read when asked for: what alignment, methods and the writer take in place of a loaded model."""
+"""Define sources of named tensors, read on demand: the input of alignment, methods and the writer."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mergelab.errors import KeyMismatch, ModelError, listed
 
 
 class TensorSource(Protocol):
-    """A model's tensors by name. A tied tensor is listed once; its other names, in ``aliases``, can be read too."""
+    """A model's tensors by name; a tied tensor is listed once, and can also be read under its names in ``aliases``."""
 
     @property
     def name(self) -> str:
-        """What errors call the model: a short name, a hub id or a path."""
+        """The model's name in error messages: a short name, a hub id or a path."""
         ...
 
     def keys(self) -> list[str]:
-        """List the tensors in stored order, one name for each tied group."""
+        """List the tensors in stored order, one name per group of tied tensors."""
         ...
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -34,30 +34,30 @@ class TensorSource(Protocol):
         ...
 
     def get(self, key: str) -> Tensor:
-        """Read ``key``, without a copy where the format allows; callers never write into the answer."""
+        """Return the tensor ``key``, without a copy where the format allows; callers must not write into it."""
         ...
 
     def aliases(self) -> dict[str, str]:
-        """Return the further names of tied tensors, each with the key that holds it; none of them is in ``keys``."""
+        """Return the further names of tied tensors, each with the key that holds it; ``keys`` has none of them."""
         ...
 
     def prefetch(self, key: str) -> None:
-        """Let the data of ``key`` be fetched in the background, as it will be read soon."""
+        """Request that the data of ``key`` be read ahead in the background."""
         ...
 
 
 class WrappedSource:
-    """What a source that changes another one's tensors leaves as it is: names, shapes, dtypes, ties."""
+    """Base of sources that change another source's values, with the same names, shapes, dtypes and ties."""
 
     source: TensorSource
 
     @property
     def name(self) -> str:
-        """What errors call the model."""
+        """The model's name in error messages."""
         return self.source.name
 
     def keys(self) -> list[str]:
-        """List the tensors, one name for each tied group."""
+        """List the tensors, one name per group of tied tensors."""
         return self.source.keys()
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -65,7 +65,7 @@ class WrappedSource:
         return self.source.shape(key)
 
     def dtype(self, key: str) -> torch.dtype:
-        """Return the dtype that ``key`` is stored in."""
+        """Return the stored dtype of ``key``."""
         return self.source.dtype(key)
 
     def aliases(self) -> dict[str, str]:
@@ -73,12 +73,12 @@ class WrappedSource:
         return self.source.aliases()
 
     def prefetch(self, key: str) -> None:
-        """Let the data of ``key`` be fetched in the background."""
+        """Request that the data of ``key`` be read ahead in the background."""
         self.source.prefetch(key)
 
 
 class TensorInfo(NamedTuple):
-    """A tensor's name, shape and dtype, known before its data is."""
+    """A tensor's name, shape and dtype."""
 
     name: str
     shape: tuple[int, ...]
@@ -86,7 +86,7 @@ class TensorInfo(NamedTuple):
 
 
 class TensorPart(NamedTuple):
-    """Consecutive entries of a flattened tensor, from ``start`` on."""
+    """Consecutive entries of a flattened tensor, starting at index ``start``."""
 
     name: str
     start: int
@@ -95,7 +95,7 @@ class TensorPart(NamedTuple):
 
 @dataclass(frozen=True)
 class DictSource:
-    """Tensors that are in memory already: a state dict, of a module or made by hand."""
+    """A source of tensors in memory: a state dict."""
 
     name: str
     tensors: Mapping[str, Tensor]
@@ -105,7 +105,7 @@ class DictSource:
             raise ModelError(f"{self.name}: not a tensor: {listed(map(str, others))}")
 
     def keys(self) -> list[str]:
-        """List the stored tensors, one name for each tied group."""
+        """List the stored tensors, one name per group of tied tensors."""
         return [key for key in self.tensors if key not in self._ties]
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -125,7 +125,7 @@ class DictSource:
         return dict(self._ties)
 
     def prefetch(self, key: str) -> None:
-        """Do nothing: it is in memory."""
+        """Do nothing: the tensors are in memory."""
 
     @cached_property
     def _ties(self) -> dict[str, str]:
@@ -139,9 +139,9 @@ class DictSource:
 
 
 def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return which names are the same memory as an earlier name: ``{alias: first name}``.
+    """Return the names of tensors that are the same memory as an earlier one: ``{alias: first name}``.
 
-    Tensors that only share a storage (slices of one buffer, every tensor of a memory-mapped file) are not tied.
+    Tensors that share only a storage (slices of one buffer, the tensors of a memory-mapped file) are not tied.
     """
     first: dict[tuple[object, ...], str] = {}
     ties: dict[str, str] = {}
@@ -155,6 +155,6 @@ def tied_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def layout_of(source: TensorSource, names: Iterable[str] | None = None) -> list[TensorInfo]:
-    """Describe ``names`` (default: every key) of ``source`` from its header alone."""
+    """List name, shape and dtype of ``names`` (default: every key) of ``source``, without reading data."""
     keys = source.keys() if names is None else names
     return [TensorInfo(key, source.shape(key), source.dtype(key)) for key in keys]

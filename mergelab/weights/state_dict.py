@@ -1,4 +1,4 @@
-"""Models as dictionaries of tensors that can be added, subtracted, scaled and mapped over.
+"""Represent models as dictionaries of tensors that can be added, subtracted, scaled and mapped over.
 
 base, legal = StateDict.from_model(gpt2), StateDict.from_hf("org/legal-gpt2", "text-generation")
 merged = (base + 0.5 * (legal - base)).to_model(gpt2)
@@ -35,9 +35,9 @@ class StateDict(dict[str, Tensor]):
 
     ``+ - * /``, their in-place and reflected forms, and unary ``-`` work with another StateDict, a dict, a module or a
     pipeline (same keys and shapes), with a number, and with a tensor that broadcasts to every entry. Half-precision
-    entries are computed in float32 and rounded once. Integer and boolean tensors are carried, never computed on; in an
-    operation of two they must be equal. No operation writes into a tensor or records gradients: in-place forms exchange
-    this dictionary's entries, so the model it came from keeps its weights.
+    entries are computed in float32 and rounded once. Integer and boolean tensors are copied, never computed on; in an
+    operation of two dictionaries they must be equal. No operation writes into a tensor or records gradients: in-place
+    forms replace this dictionary's entries, so that the model they came from keeps its weights.
 
     Raises:
         KeyMismatch: the operands do not have the same keys.
@@ -53,7 +53,11 @@ class StateDict(dict[str, Tensor]):
 
     @classmethod
     def from_model(cls, model: nn.Module | Mapping[str, Tensor] | object) -> Self:
-        """Take the parameters of a module or pipeline, or a dict's tensors; a tied one once. Nothing is copied."""
+        """Collect the parameters of a module or pipeline, or a dict's tensors, a tied one once; nothing is copied.
+
+        Raises:
+            ModelError: ``model`` is none of these.
+        """
         if (module := module_of(model)) is not None:
             return cls(module.named_parameters())
         if isinstance(model, Mapping):
@@ -63,26 +67,33 @@ class StateDict(dict[str, Tensor]):
 
     @classmethod
     def from_hf(cls, name: str | Path, task: str, **kwargs: Any) -> Self:
-        """Take the parameters of a model from a hub id or a local folder; arguments and errors as `load_model`'s."""
+        """Load the parameters of a model from a hub id or a local folder; arguments and errors as for `load_model`."""
         return cls.from_model(load_model(name, task, **kwargs))
 
     @classmethod
     def zeros_like(cls, item: Any, **kwargs: Any) -> Self:
-        """Return zeros in the shapes of a dict, a module, a pipeline, or a hub id or folder with ``task=``."""
+        """Return zeros of the shapes and dtypes of a model; integer tensors are copied.
+
+        Args:
+            item: a dict, a module, a pipeline, or a hub id or folder (needs ``task=``).
+            kwargs: for a hub id or folder, as for `from_hf`.
+        """
         like = cls.from_hf(item, **kwargs) if isinstance(item, str | Path) else cls.from_model(item)
         zeros = {key: torch.zeros_like(value) for key, value in like.items() if value.is_floating_point()}
         return cls({**like, **zeros})
 
     def to_model(self, model: Any, *, strict: bool = True, task: str | None = None) -> Any:
-        """Put the tensors into a copy of ``model`` and answer the copy, of the same kind; ``model`` is not touched.
+        """Write the tensors into a copy of ``model`` and return the copy, of the same kind; ``model`` is unchanged.
 
         Args:
-            model: a module, a pipeline, a dict, or a hub id or folder (needs ``task``; a pipeline comes back).
-            strict: every parameter of ``model`` must be given; else those that are not keep the model's values.
+            model: a module, a pipeline, a dict, or a hub id or folder (needs ``task``; returns a pipeline).
+            strict: whether every parameter of ``model`` must be given; if not, missing ones keep the model's values.
             task: a transformers pipeline task.
 
         Raises:
             KeyMismatch, ShapeMismatch: the tensors are not those of ``model``.
+            ConfigError: ``model`` is a hub id or folder, and ``task`` is not given.
+            ModelError: ``model`` is none of these.
         """
         if isinstance(model, str | Path):
             if task is None:
@@ -109,21 +120,21 @@ class StateDict(dict[str, Tensor]):
         return result
 
     def subset(self, keys: Iterable[str]) -> Self:
-        """Return the entries of ``keys`` alone; KeyMismatch lists those that are not there."""
+        """Return only the entries of ``keys``; KeyMismatch lists keys that do not exist."""
         return type(self)({key: self[key] for key in self._known(keys)})
 
     def remove(self, keys: Iterable[str]) -> Self:
-        """Drop ``keys`` from this dictionary and answer it; KeyMismatch lists those that are not there."""
+        """Remove ``keys`` from this dictionary and return it; KeyMismatch lists keys that do not exist."""
         for key in self._known(keys):
             del self[key]
         return self
 
     def filter_values(self, condition: Callable[[Tensor], bool]) -> Self:
-        """Drop the entries whose tensor does not meet ``condition`` from this dictionary and answer it."""
+        """Remove the entries whose tensor does not satisfy ``condition`` from this dictionary and return it."""
         return self.remove([key for key, value in self.items() if not condition(value)])
 
     def to(self, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Return the entries on ``device`` and, the floating-point ones, in ``dtype``."""
+        """Return the entries on ``device``, with the floating-point ones in ``dtype``."""
         return type(self)(
             {key: value.to(device, dtype if value.is_floating_point() else None) for key, value in self.items()}
         )
@@ -151,13 +162,13 @@ class StateDict(dict[str, Tensor]):
             self._sort()
 
     def setdefault(self, key: str, default: Tensor) -> Tensor:
-        """Return the entry of ``key``, putting ``default`` there when there is none."""
+        """Return the entry of ``key``; insert ``default`` when there is none."""
         if key not in self:
             self[key] = default
         return self[key]
 
     def update(self, *args: Any, **kwargs: Tensor) -> None:
-        """Take over entries as ``dict.update`` does, and keep the order sorted."""
+        """Update entries as ``dict.update`` does, and keep the keys sorted."""
         entries = dict(*args, **kwargs)
         for key in sorted(entries):
             if not isinstance(entries[key], Tensor):
@@ -230,7 +241,7 @@ class StateDict(dict[str, Tensor]):
         return self
 
     def _apply(self, operation: Operation, other: Any, *, reflected: bool = False) -> Self:
-        """Return ``operation`` of each entry and the other operand, the other way round when ``reflected``."""
+        """Apply ``operation`` to each entry and the other operand, in reverse order when ``reflected``."""
         if isinstance(other, Real | Tensor):
             return type(self)({key: _scaled(key, value, other, operation, reflected) for key, value in self.items()})
         if not isinstance(other, Mapping) and module_of(other) is None:
@@ -263,7 +274,7 @@ def _fits(value: Tensor, other: Tensor) -> bool:
 def _paired(key: str, value: Tensor, other: Tensor, operation: Operation, reflected: bool) -> Tensor:
     if not value.is_floating_point():
         if not torch.equal(value, other):
-            raise ModelError(f"{key}: integer tensors differ; they are carried, not computed on, so they must be equal")
+            raise ModelError(f"{key}: integer tensors differ; they are copied, not computed on, so they must be equal")
         return value
     return _compute(value, other, operation, reflected, torch.promote_types(value.dtype, other.dtype))
 
@@ -278,7 +289,7 @@ def _compute(a: Tensor, b: Any, operation: Operation, reflected: bool, dtype: to
 
 
 def _ungraphed(value: Tensor) -> Tensor:
-    """Keep a parameter as it is; cut anything computed from its gradient graph."""
+    """Return a leaf tensor unchanged, and any other detached from its gradient graph."""
     return value if value.is_leaf else value.detach()
 
 
@@ -287,7 +298,7 @@ def _equal(a: Tensor, b: object) -> bool:
 
 
 class DictFunction(Protocol):
-    """A function on lists of dictionaries of tensors; ``layer_function`` is the tensor function it applies."""
+    """A function of lists of dictionaries of tensors; ``layer_function`` is the tensor function that it applies."""
 
     layer_function: Callable[..., Tensor]
 
@@ -304,14 +315,18 @@ def dict_map(names: Any = None) -> Any:
     """Lift a function of tensors to dictionaries of tensors, key by key, without gradients.
 
     ``@dict_map`` and ``@dict_map()`` map over the function's first parameter, ``@dict_map(["models", "fishers"])`` and
-    ``@dict_map(names=[...])`` over the named ones: the caller gives each a list of dictionaries (lists of one length),
-    the function receives, for each key, the list of their tensors. Other arguments are passed on as they are. Every
-    dictionary must have the same keys and shapes. Integer and boolean tensors are not given to the function: they must
-    be equal in all and are copied. The answer is a StateDict.
+    ``@dict_map(names=[...])`` over the named ones. For each mapped parameter the caller passes a list of dictionaries,
+    all lists of one length. The function receives, for each key, the list of their tensors. Other arguments are passed
+    on unchanged. Every dictionary must have the same keys and shapes. Integer and boolean tensors are not passed to the
+    function: they must be equal in all dictionaries and are copied.
+
+    Returns:
+        The lifted function, which returns a `StateDict`.
 
     Raises:
         ConfigError: ``names`` are not the function's parameters, or an argument is not a list of dictionaries.
-        KeyMismatch, ShapeMismatch: the dictionaries do not agree.
+        KeyMismatch, ShapeMismatch: the dictionaries have different keys or shapes.
+        ModelError: integer tensors differ, or the function does not return a tensor.
     """
     if callable(names):
         return _lift(names, None)
@@ -341,10 +356,10 @@ def _lift(function: Callable[..., Tensor], names: Sequence[str] | None) -> DictF
         with torch.no_grad():
             for key, first in labelled[0][1].items():
                 if not first.is_floating_point():
-                    result[key] = _carried(key, labelled)
+                    result[key] = _copy_of_integers(key, labelled)
                     continue
                 call.arguments.update({wanted: [model[key] for model in models] for wanted, models in given.items()})
-                result[key] = _checked(function(*call.args, **call.kwargs), name, key)
+                result[key] = _require_tensor(function(*call.args, **call.kwargs), name, key)
         return result
 
     lifted = cast(DictFunction, on_dicts)
@@ -358,7 +373,7 @@ def _dicts(function: str, name: str, value: object) -> Sequence[Mapping[str, Ten
     return value
 
 
-def _carried(key: str, models: Sequence[tuple[str, Mapping[str, Tensor]]]) -> Tensor:
+def _copy_of_integers(key: str, models: Sequence[tuple[str, Mapping[str, Tensor]]]) -> Tensor:
     (first, reference), *others = [(label, model[key]) for label, model in models]
     for label, value in others:
         if not _equal(reference, value):
@@ -366,7 +381,7 @@ def _carried(key: str, models: Sequence[tuple[str, Mapping[str, Tensor]]]) -> Te
     return reference.clone()
 
 
-def _checked(value: object, function: str, key: str) -> Tensor:
+def _require_tensor(value: object, function: str, key: str) -> Tensor:
     if not isinstance(value, Tensor):
-        raise ModelError(f"{function} must answer a tensor; for {key} it answered a {type(value).__name__}")
+        raise ModelError(f"{function} must return a tensor; for {key} it returned a {type(value).__name__}")
     return value

@@ -1,4 +1,4 @@
-"""A mapped file that is cut short while it is read: one line, where the system would end the process without."""
+"""Report a memory-mapped file that is truncated while it is read, where the system would kill the process silently."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _END = b"\0"  # no signal has this number
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Say which file was cut, and end the process with exit code 2, when mapped entries are no longer there.
+    """Name the truncated file and end the process with exit code 2 when mapped entries are missing from it (SIGBUS).
 
-    The thread that wants to read them cannot go on: it tries for ever, once Python has taken the signal, and Python
-    itself would act on it in the main thread only, which may be waiting for that very thread. So a thread of its own
-    waits for the signal. What was written so far is as a killed process leaves it.
+    The thread that reads the entries cannot continue: once Python handles the signal, it retries the read for ever.
+    Python runs signal handlers only in the main thread, which may be waiting for that thread. So a separate thread
+    waits for the signal. Files that were being written are left as a killed process leaves them.
     """
     if not hasattr(signal, "SIGBUS") or threading.current_thread() is not threading.main_thread():
         yield
@@ -36,7 +36,7 @@ def reported() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(woken)
         signal.signal(signal.SIGBUS, before)
-        os.write(sender, _END)  # to close it would not end the watcher while a child holds it open
+        os.write(sender, _END)  # closing it would not end the watcher while a child process holds it open
         watcher.join()
         os.close(sender)
         os.close(receiver)
@@ -44,7 +44,7 @@ def reported() -> Iterator[None]:
 
 @cache
 def _leave_children_alone() -> None:
-    """Let forked processes end by the signal, as nobody watches there."""
+    """Restore the signal's default action in forked processes, which have no watching thread."""
     os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGBUS, signal.SIG_DFL))
 
 

@@ -1,4 +1,4 @@
-"""Models written in Hugging Face layout, tensor by tensor, so that a half-written one never looks like a model."""
+"""Write models in Hugging Face layout, tensor by tensor, so that an unfinished one never looks like a model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from torch import Tensor
 from mergelab.config import cache_dir
 from mergelab.errors import ModelError
 from mergelab.weights.checkpoint import CONFIG
-from mergelab.weights.shards import PART, WeightFiles, as_stored, byte_size, write_json
+from mergelab.weights.shards import PARTIAL_SUFFIX, WeightFiles, as_stored, byte_size, write_json
 from mergelab.weights.source import DictSource, TensorInfo, TensorPart
 
-# Where an encoder-decoder has the tokenizer of what it writes, if that is not the one of what it reads.
+# Subfolder for an encoder-decoder's output tokenizer, when it differs from the input tokenizer.
 DECODER_TOKENIZER = "decoder_tokenizer"
-# What a model needs beside config and weights; training leftovers, code and other formats of the weights stay behind.
+# Files that are copied besides config and weights; training state, code and other weight formats are not.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
@@ -47,8 +47,8 @@ COMPANIONS = (
     "processor_config.json",
 )
 MAX_SHARD_BYTES = 5_000_000_000
-_PARTS = f"*.safetensors{PART}"
-_KEY = "mergelab.key"  # what an unfinished folder was made for
+_PARTS = f"*.safetensors{PARTIAL_SUFFIX}"
+_KEY = "mergelab.key"  # file that holds the key of an unfinished folder
 
 
 def save_folder(
@@ -63,35 +63,35 @@ def save_folder(
     layout: Sequence[TensorInfo] | None = None,
     inputs: Sequence[Path | str] = (),
 ) -> None:
-    """Write a model folder that ``from_pretrained`` loads: weights, config, tokenizer and the files that go with them.
+    """Write a model folder that ``from_pretrained`` loads: weights, config, tokenizer and their companion files.
 
-    Everything is written into a hidden folder beside the target and renamed at the end; on any error that folder is
-    removed. The config is written last and each file's header after its data, so what a killed process leaves behind
-    cannot be loaded; the next one that writes the target removes it. With ``layout`` the tensors are written as they
-    arrive and none is kept.
+    Everything is written into a hidden sibling of the target and renamed at the end; on an error the hidden folder is
+    removed. The config is written last, and each file's header after its data, so that the remains of a killed process
+    cannot be loaded. The next process that writes the target removes them. With ``layout`` each tensor is written when
+    it is produced and then released.
 
     Args:
-        tensors: names and tensors, in any order; without ``layout`` they are all taken into memory first.
-        folder: does not exist yet, or is empty.
+        tensors: names and tensors, in any order; without ``layout`` all are collected in memory first.
+        folder: the target, which must not exist or be empty.
         like: a model folder whose config, tokenizer, generation config and chat template are copied.
         config_updates: keys of ``config.json`` to set.
-        dtype: for floating-point tensors; default: as ``layout`` says, else as they are.
-        max_shard_bytes: above this the weights are divided into files with an index.
-        aliases: further names of tied tensors, each with the name that is stored; tensors under such names are skipped
-            where the other one is stored. Without ``aliases`` and ``layout``, found by shared memory.
-        layout: what will arrive, in the order to be stored; aliases among them are skipped.
+        dtype: stored dtype of floating-point tensors; default: that of ``layout``, else the tensors' own.
+        max_shard_bytes: size above which the weights are divided into shards with an index.
+        aliases: further names of tied tensors, each with the stored name; a tensor under such a name is skipped when
+            the stored name is written. Without ``aliases`` and ``layout``, found by shared memory.
+        layout: the tensors to expect, in the order to be stored; aliases among them are skipped.
         inputs: folders that are being read and must not be the target.
 
     Raises:
-        ModelError: the target is in use, is an input or cannot be written; ``like`` has no config; the disk is full; or
-            what arrives is not what ``layout`` says.
+        ModelError: the target is not empty, is an input or cannot be written; ``like`` has no config; the disk is full;
+            or a tensor does not match ``layout``.
     """
     if layout is None:
         held = dict(tensors)
         aliases = aliases or DictSource("the tensors", held).aliases()
         tensors, layout = held, [TensorInfo(k, tuple(t.shape), t.dtype) for k, t in held.items()]
     ties = dict(aliases or {})
-    arriving = tensors.items() if isinstance(tensors, Mapping) else tensors
+    produced = tensors.items() if isinstance(tensors, Mapping) else tensors
     with writing_folder(
         folder,
         layout=layout,
@@ -102,17 +102,17 @@ def save_folder(
         aliases=ties,
         inputs=inputs,
     ) as writer:
-        for name, tensor in arriving:
+        for name, tensor in produced:
             if name not in writer.ties:
                 writer.write(name, tensor)
-            del tensor  # let it go before the next one is made
+            del tensor  # release it before the next one is made
 
 
 class FolderWriter:
-    """A model folder in the making; see `writing_folder`.
+    """An unfinished model folder; see `writing_folder`.
 
     Attributes:
-        ties: further names of tensors; nothing is written under them.
+        ties: further names of tied tensors, under which nothing is written.
     """
 
     def __init__(self, target: Path, files: WeightFiles, ties: Mapping[str, str]) -> None:
@@ -120,16 +120,16 @@ class FolderWriter:
 
     @property
     def missing(self) -> frozenset[str]:
-        """The names of the tensors that are still to be written: not those that an interrupted merge left complete."""
+        """The names of the tensors that are not written yet; a resumed merge finds some written."""
         return self._files.missing
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor that was announced."""
+        """Write a whole tensor of the layout; errors as for `WeightFiles.write`."""
         with _os_errors_named(self._target):
             self._files.write(name, tensor)
 
     def write_part(self, part: TensorPart) -> None:
-        """Write a part of a tensor that was announced; its parts come in their order."""
+        """Write the next part of a tensor of the layout; errors as for `WeightFiles.write_part`."""
         with _os_errors_named(self._target):
             self._files.write_part(part)
 
@@ -147,13 +147,13 @@ def writing_folder(
     inputs: Sequence[Path | str] = (),
     key: str | None = None,
 ) -> Iterator[FolderWriter]:
-    """Open a model folder for writing, as `save_folder` describes; it is there when the block ends without an error.
+    """Open a model folder for writing, as `save_folder` describes; it exists once the block ends without an error.
 
     Args:
         folder, layout, like, config_updates, dtype, max_shard_bytes, aliases, inputs: as for `save_folder`.
-        key: names everything that the content depends on. With a key, weight files that are complete when the block
-            is left by an error, or the process killed, stay in ``.<name>.partial`` beside the folder, and are not
-            written again by the next attempt of the same key; another key's remains are removed.
+        key: identifies everything that the content depends on. With a key, weight files that are complete when the
+            block fails or the process is killed stay in the sibling folder ``.<name>.partial``. The next attempt with
+            the same key does not write them again; an attempt with another key removes them.
 
     Raises:
         ModelError: as for `save_folder`; with a key, also when another process is writing the folder.
@@ -161,61 +161,64 @@ def writing_folder(
     folder, like = Path(folder), Path(like)
     config = _read_config(like)
     _check_target(folder, [like, *map(Path, inputs)])
-    announced = {info.name for info in layout}
-    ties = {alias: key for alias, key in (aliases or {}).items() if key in announced}  # else the alias is all there is
+    names = {info.name for info in layout}
+    ties = {alias: key for alias, key in (aliases or {}).items() if key in names}  # else only the alias is stored
     stored = [as_stored(info, dtype) for info in layout if info.name not in ties]
-    with _folder_in_making(folder, sum(map(byte_size, stored)), key) as making:
-        files = WeightFiles(making, stored, max_shard_bytes, ties)
+    with _partial_folder(folder, sum(map(byte_size, stored)), key) as partial:
+        files = WeightFiles(partial, stored, max_shard_bytes, ties)
         try:
             yield FolderWriter(folder, files, ties)
             with _os_errors_named(folder):
                 files.finish()
-                _copy_companions(like, making)
-                write_json(making / CONFIG, _config_for(config, stored, config_updates, dtype))
+                _copy_companions(like, partial)
+                write_json(partial / CONFIG, _config_for(config, stored, config_updates, dtype))
         finally:
             files.close()
 
 
 @contextmanager
-def _folder_in_making(folder: Path, size: int, key: str | None) -> Iterator[Path]:
-    """Give a hidden sibling folder that becomes ``folder`` at the end; else it is gone, or kept for the same key."""
+def _partial_folder(folder: Path, size: int, key: str | None) -> Iterator[Path]:
+    """Create a hidden sibling that is renamed to ``folder`` at the end.
+
+    On an error it is removed, unless there is a key and complete weight files that the next attempt can use.
+    """
     with _os_errors_named(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     if key is None:
-        making = folder.parent / f".{folder.name}.{_here()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.partial"
+        partial = folder.parent / f".{folder.name}.{_machine_id()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.partial"
         with _os_errors_named(folder):
             _remove_remains(folder)
-            _check_room(folder, size)
-            making.mkdir()
+            _check_free_space(folder, size)
+            partial.mkdir()
         try:
-            yield making
+            yield partial
             with _os_errors_named(folder):
-                os.rename(making, folder)  # takes the place of an empty folder, fails on any other
+                os.rename(partial, folder)  # replaces an empty folder, fails on any other
         except BaseException:
-            shutil.rmtree(making, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
         return
-    making = making_of(folder)
+    partial = making_of(folder)
     with _only_writer(folder):
         try:
             with _os_errors_named(folder):
-                _keep_only(making, key)
-                _check_room(folder, size - sum(file.stat().st_size for file in making.iterdir()))
-            yield making
+                _open_partial(partial, key)
+                _check_free_space(folder, size - sum(file.stat().st_size for file in partial.iterdir()))
+            yield partial
             with _os_errors_named(folder):
-                (making / _KEY).unlink()
-                os.rename(making, folder)
+                (partial / _KEY).unlink()
+                os.rename(partial, folder)
         except BaseException as error:
-            kept = _keep_complete(making)
-            if not kept:
-                shutil.rmtree(making, ignore_errors=True)
+            complete = _remove_incomplete(partial)
+            if not complete:
+                shutil.rmtree(partial, ignore_errors=True)
             elif isinstance(error, ModelError):
-                raise ModelError(f"{error}; {stay(kept)} in {making} for the same merge again") from error
+                raise ModelError(f"{error}; {stay(complete)} in {partial} for the same merge again") from error
             raise
 
 
 def complete_files(folder: Path, key: str) -> int:
-    """Count the weight files that the next `writing_folder` with this key finds complete and does not write again."""
+    """Count the complete weight files that the next `writing_folder` with this key will not write again."""
     with suppress(OSError):
         if (making_of(folder) / _KEY).read_text(encoding="utf-8") == key:
             return sum(map(_is_complete, making_of(folder).glob(_PARTS)))
@@ -223,46 +226,46 @@ def complete_files(folder: Path, key: str) -> int:
 
 
 def stay(count: int) -> str:
-    """Say that so many complete files are kept."""
+    """Return the phrase that ``count`` complete files stay: ``"2 complete files stay"``."""
     return f"{count} complete {'file stays' if count == 1 else 'files stay'}"
 
 
 def is_unfinished(path: Path) -> bool:
-    """Tell what an interrupted merge left, by its name."""
+    """Return whether a folder's name is that of an interrupted merge."""
     return path.name.startswith(".") and path.name.endswith(".partial")
 
 
 def making_of(folder: Path) -> Path:
-    """Return where ``folder`` is made, if it is with a key."""
+    """Return the hidden folder in which ``folder`` is written when it has a key."""
     return folder.parent / f".{folder.name}.partial"
 
 
 def _remove_remains(folder: Path) -> None:
-    """Remove what processes of this machine left when they were killed while they wrote ``folder`` without a key."""
+    """Remove the remains of killed processes of this machine that wrote ``folder`` without a key."""
     import psutil
 
-    for path in folder.parent.glob(f".{glob.escape(folder.name)}.{_here()}-*-*.partial"):
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.{_machine_id()}-*-*.partial"):
         process = path.name.split("-")[-2]
         if process.isdecimal() and not psutil.pid_exists(int(process)):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _here() -> str:
-    """Name this machine, as others may write to the same disk."""
+def _machine_id() -> str:
+    """Return an identifier of this machine; other machines may write to the same disk."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 @contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
-    """Hold a lock on writing ``folder``; the system lets go of it when the process ends, however it does."""
+    """Hold a lock on writing ``folder``; the system releases it when the process ends in any way."""
     from filelock import FileLock, Timeout
 
-    place = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:32]
+    digest = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:32]
     locks = cache_dir() / "locks"
     with _os_errors_named(folder):
         locks.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(locks / f"{place}.lock", timeout=0):
+        with FileLock(locks / f"{digest}.lock", timeout=0):
             yield
     except Timeout:
         raise ModelError(
@@ -270,35 +273,35 @@ def _only_writer(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _keep_only(making: Path, key: str) -> None:
-    """Make the folder, or keep what is in it where it was made for the same key: complete files are known later."""
+def _open_partial(partial: Path, key: str) -> None:
+    """Reuse the folder when it was written for the same key; else create it empty."""
     with suppress(OSError):
-        if (making / _KEY).read_text(encoding="utf-8") == key:
-            (making / CONFIG).unlink(missing_ok=True)  # it is what a killed process wrote last
+        if (partial / _KEY).read_text(encoding="utf-8") == key:
+            (partial / CONFIG).unlink(missing_ok=True)  # the last file that a killed process wrote
             return
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir()
-    (making / _KEY).write_text(key, encoding="utf-8")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    (partial / _KEY).write_text(key, encoding="utf-8")
 
 
-def _keep_complete(making: Path) -> int:
-    """Remove weight files that are not complete; count the others."""
+def _remove_incomplete(partial: Path) -> int:
+    """Remove incomplete weight files; return the number of complete ones."""
     count = 0
-    for path in making.glob(_PARTS):
+    for path in partial.glob(_PARTS):
         if _is_complete(path):
             count += 1
         else:
-            path.unlink(missing_ok=True)  # it would fill the disk, and is begun anew in any case
+            path.unlink(missing_ok=True)  # it would occupy disk space, and is written again in any case
     return count
 
 
 def _is_complete(part: Path) -> bool:
-    """Tell a weight file that begins with a header, whose length is never 0: it is written last."""
+    """Return whether a weight file begins with a header's length, which is never 0 and is written last."""
     with part.open("rb") as file:
         return any(file.read(8))
 
 
-def _check_room(folder: Path, size: int) -> None:
+def _check_free_space(folder: Path, size: int) -> None:
     if (free := shutil.disk_usage(folder.parent).free) < size:
         raise ModelError(f"{folder}: needs {_bytes(size)} of disk space, but only {_bytes(free)} are free")
 
@@ -316,7 +319,7 @@ def _read_config(like: Path) -> dict[str, Any]:
 def _config_for(
     config: dict[str, Any], stored: Sequence[TensorInfo], updates: Mapping[str, Any] | None, dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """Return the config with the updates and the dtype that most of the weights have."""
+    """Return the config with the updates, and with the dtype that most of the weights have."""
     sizes: dict[torch.dtype, int] = {}
     for info in stored:
         if info.dtype.is_floating_point:
@@ -355,7 +358,7 @@ def _check_target(folder: Path, inputs: Sequence[Path]) -> None:
 
 @contextmanager
 def _os_errors_named(target: Path) -> Iterator[None]:
-    """Turn what the system says about writing into one line."""
+    """Turn the system's errors on writing into a one-line `ModelError` that names the target."""
     try:
         yield
     except OSError as error:

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from mergelab.engine.registry import get_method, method_names
 from mergelab.engine.run import merge
-from mergelab.estimation.input_gram import InputGram, InputSums
+from mergelab.estimation.input_gram import InputGram, InputGramSums
 from mergelab.methods import regmean as regmean_module
 from mergelab.methods.regmean import regmean
 from mergelab.ops.site import Site
@@ -106,7 +106,7 @@ class Stack(nn.Module):
         return features
 
 
-def test_input_products_need_one_matrix_for_each_linear_layer() -> None:
+def test_input_gram_matrices_need_one_matrix_for_each_distinct_input() -> None:
     width, depth = 500, 8
     module = Stack(width, depth)
     names = {name: name for name, _ in module.named_parameters()}
@@ -114,10 +114,10 @@ def test_input_products_need_one_matrix_for_each_linear_layer() -> None:
     found: list[InputGram] = []
 
     def work() -> None:
-        sums = InputSums(module, names)
+        sums = InputGramSums(module, names)
         sums.add(batches)
         found.append(sums.mean())
 
     matrix = 8 * width * width  # the sums are in float64
     assert most_copies(work) * LARGEST <= (depth + 2) * matrix  # and a product that is being added, in both precisions
-    assert len(found[0].products) == depth
+    assert len(found[0].matrices) == depth

@@ -58,7 +58,7 @@ def test_a_dotted_path_names_a_method_too() -> None:
 @pytest.mark.parametrize(
     ("name", "said"), [("tise", "did you mean 'ties'"), ("xyzzy", "there are .*dare, dare_ties, ")]
 )
-def test_an_unknown_method_is_answered_with_the_nearest_or_all(name: str, said: str) -> None:
+def test_an_unknown_method_is_an_error_with_the_nearest_or_all(name: str, said: str) -> None:
     with pytest.raises(ConfigError, match=f"method={name}: no such method; {said}"):
         get_method(name)
 

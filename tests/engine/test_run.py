@@ -72,7 +72,7 @@ def test_methods_without_a_preparing_pass_read_each_tensor_once(
     assert {key: log.count(key) for key in SHAPES} == dict.fromkeys(SHAPES, sources)
 
 
-def test_only_the_wanted_tensors_are_answered_and_they_are_the_same() -> None:
+def test_only_the_wanted_tensors_are_returned_and_they_are_the_same() -> None:
     models = toy_models(3)
     whole = merged("ties", models)
     part = dict(merge(get_method("ties"), {}, models, only={"gate", "ids", "tied"}))

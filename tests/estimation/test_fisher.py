@@ -145,7 +145,7 @@ def test_common_architectures_need_no_example_alone(kind: str, monkeypatch: pyte
 
 
 class Scaled(nn.Module):
-    """A linear layer's weight is used beside its layer, and one layer takes the batch as its second dimension."""
+    """A linear layer's weight is also used outside its layer, and one layer takes the batch as its second dimension."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mergelab.errors import ModelError
 from mergelab.estimation import fisher
 from mergelab.estimation.fisher import diagonal_fisher
-from mergelab.estimation.hooks import kind_of
+from mergelab.estimation.hooks import layer_kind
 from mergelab.estimation.input_gram import run_for_gram
 from tests.methods.tiny_writers import COUNT, VOCABULARY, Writer, is_pair, padded_texts, single_texts, writer
 
@@ -23,7 +23,7 @@ def inputs_of_layers(network: nn.Module, kind: str) -> dict[str, Tensor]:
     embeddings = {id(layer.weight) for layer in network.modules() if isinstance(layer, nn.Embedding)}
     handles = []
     for path, layer in network.named_modules():
-        if kind_of(layer) in ("linear", "conv1d") and id(layer.weight) not in embeddings:
+        if layer_kind(layer) in ("linear", "conv1d") and id(layer.weight) not in embeddings:
 
             def note(layer: nn.Module, arguments: tuple[Tensor, ...], path: str = path) -> None:
                 found.setdefault(f"{path}.weight", []).append(arguments[0].reshape(-1, arguments[0].shape[-1]))
@@ -39,7 +39,7 @@ def inputs_of_layers(network: nn.Module, kind: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("padding", [0, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_input_products_count_the_real_tokens_of_each_side(kind: str, padding: int) -> None:
+def test_input_gram_matrices_count_the_real_tokens_of_each_side(kind: str, padding: int) -> None:
     network = writer(kind)
     found = run_for_gram(Writer(network, kind, padding))
     expected = inputs_of_layers(network, kind)

@@ -35,7 +35,7 @@ COUNT = sum(map(len, LENGTHS))
 
 @dataclass
 class Expert:
-    """An expert whose weights are poured into a module that all experts share, with padded examples of its own."""
+    """An expert whose weights are written into a module that all experts share, with its own padded examples."""
 
     network: nn.Module
     weights: Weights

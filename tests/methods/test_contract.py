@@ -145,7 +145,7 @@ def test_the_result_takes_the_bases_dtype_where_dtypes_are_mixed(name: str) -> N
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_inputs_are_not_written_to_and_not_answered(name: str) -> None:
+def test_inputs_are_not_written_to_and_not_returned(name: str) -> None:
     models = models_for(name)
     sources = [models.base, *models.experts]
     before = [{key: s.get(key).clone() for key in (*SHAPES, "ids")} for s in sources if s is not None]

@@ -15,7 +15,7 @@ from torch import Tensor
 from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge, merge_to_dict
 from mergelab.errors import ConfigError
-from mergelab.estimation.fisher import Diagonal
+from mergelab.estimation.fisher import FisherDiagonal
 from mergelab.methods.fisher import fisher
 from mergelab.ops.site import Site
 from mergelab.weights.align import AlignedModels, align
@@ -32,7 +32,7 @@ F = [[1.0, 3.0, 1e-9, 0.0], [1.0, 1.0, 1e-8, 2.0]]
 
 def fisher_x(diagonals: Sequence[Sequence[float]], **parameters: Any) -> Tensor:
     """Merge THETA with given Fisher information."""
-    prepared = [Diagonal({"x": torch.tensor(values)}) for values in diagonals]
+    prepared = [FisherDiagonal({"x": torch.tensor(values)}) for values in diagonals]
     return fisher(
         [torch.tensor(values) for values in THETA], prepared=prepared, site=Site("x", ("a", "b"), (4,)), **parameters
     )
@@ -52,20 +52,20 @@ def test_weights_count_and_where_all_information_is_under_the_floor_it_is_their_
 
 def test_no_information_at_all_gives_the_mean_and_never_zero() -> None:
     torch.testing.assert_close(fisher_x([[0.0] * 4] * 2), torch.tensor(THETA).mean(0))
-    prepared = [Diagonal({})] * 2
+    prepared = [FisherDiagonal({})] * 2
     found = fisher([torch.tensor(values) for values in THETA], prepared=prepared, site=Site("x", ("a", "b"), (4,)))
     torch.testing.assert_close(found, torch.tensor(THETA).mean(0))
 
 
 def test_a_part_of_a_tensor_takes_its_own_part_of_the_information() -> None:
-    prepared = [Diagonal({"x": torch.tensor(values).reshape(2, 2)}) for values in F]
+    prepared = [FisherDiagonal({"x": torch.tensor(values).reshape(2, 2)}) for values in F]
     parts = [torch.tensor(values[1:3]) for values in THETA]
     found = fisher(parts, prepared=prepared, site=Site("x", ("a", "b"), (2, 2), offset=1))
     torch.testing.assert_close(found, fisher_x(F)[1:3])
 
 
 def test_normalising_makes_the_scale_of_an_experts_information_irrelevant(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mergelab.methods import fisher as module
+    from mergelab.estimation import fisher as module
 
     models, original = toy_models(2), module.diagonal_fisher
     whole = merged("fisher", models)
@@ -85,7 +85,7 @@ def test_normalising_makes_the_scale_of_an_experts_information_irrelevant(monkey
 
 @dataclass
 class Drawn:
-    """Experts and their examples by name, with statistics kept in a folder."""
+    """Experts and their examples by name, with statistics cached in a folder."""
 
     experts: dict[str, Expert]
     folder: Path | None = None

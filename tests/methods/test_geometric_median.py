@@ -97,7 +97,7 @@ def crossing(corners: list[list[float]]) -> Vector:
     return np.asarray(a + along * (c - a))
 
 
-def test_a_corner_of_a_wide_angle_is_answered_bit_for_bit() -> None:
+def test_a_corner_of_a_wide_angle_is_returned_bit_for_bit() -> None:
     experts = [[1.0, 0.0], [0.1, 0.123456789], [-1.0, 0.0]]
     assert merged_x("geometric_median", one_tensor(None, *experts)).tolist() == torch.tensor(experts[1]).tolist()
 

@@ -1,4 +1,4 @@
-"""Which experts a greedy soup is made of."""
+"""The experts that a greedy soup averages."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from transformers import (
 from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge
 from mergelab.errors import ConfigError, MergeWarning, NonFinite
-from mergelab.methods.rebasin import PermutedSource, indices, match
+from mergelab.methods.rebasin import PermutedSource, axis_indices, match
 from mergelab.ops.permutations import find_permutations
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.checkpoint import open_checkpoint
@@ -38,7 +38,7 @@ State = dict[str, Tensor]
 
 
 class Orders:
-    """Random orders of units, drawn where they are first asked for."""
+    """Random orders of units, drawn when they are first used."""
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -234,7 +234,7 @@ def test_any_orders_that_are_found_leave_each_experts_function_as_it_is(family: 
     found = find_permutations(shapes, heads=family.heads.get("kv_heads", HEADS))
     assert len(found) == family.units
     orders = match(reference, other, found, key=0, max_sweeps=100)
-    moved = PermutedSource(other, indices(found, orders, shapes))
+    moved = PermutedSource(other, axis_indices(found, orders, shapes))
     state = {name: moved.get(name) for name in names}
     state = {name: state.get(name, state.get("transformer.wte.weight", tensor)) for name, tensor in states[1].items()}
     assert any(not torch.equal(state[name], states[1][name]) for name in names)
@@ -272,7 +272,7 @@ def test_ffn_units_alone_are_in_the_order_of_the_best_assignment() -> None:
 
 
 @EACH
-def test_every_sweep_raises_the_likeness_and_the_last_finds_nothing_to_improve(family: Family) -> None:
+def test_every_sweep_raises_the_similarity_and_the_last_finds_nothing_to_improve(family: Family) -> None:
     states = [state_of(family.model(seed)) for seed in (0, 1)]
     reference, other = aligned(*states).experts
     names = aligned(*states).names
@@ -280,7 +280,7 @@ def test_every_sweep_raises_the_likeness_and_the_last_finds_nothing_to_improve(f
     found = find_permutations(shapes, heads=family.heads.get("kv_heads", HEADS))
 
     def likeness(sweeps: int) -> float:
-        moved = PermutedSource(other, indices(found, match(reference, other, found, 0, sweeps), shapes))
+        moved = PermutedSource(other, axis_indices(found, match(reference, other, found, 0, sweeps), shapes))
         return sum(float((reference.get(name) * moved.get(name)).sum()) for name in names)
 
     reached = [likeness(sweeps) for sweeps in (1, 2, 3, 99, 100)]

@@ -46,7 +46,7 @@ def paper(grams: list[Any], weights: list[Any], alpha: float) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "albert"])
-def test_input_products_are_those_of_real_tokens(kind: str) -> None:
+def test_input_gram_matrices_are_those_of_real_tokens(kind: str) -> None:
     network = classifier(kind).float()
     found = run_for_gram(Expert(network))
     layers = [
@@ -63,11 +63,11 @@ def test_input_products_are_those_of_real_tokens(kind: str) -> None:
     assert all(found.of(f"{path}.weight") is None for path, layer in layers if isinstance(layer, nn.Embedding))
 
 
-def test_layers_with_the_same_input_share_one_product() -> None:
+def test_layers_with_the_same_input_share_one_matrix() -> None:
     found = run_for_gram(Expert(classifier("bert").float()))
     attention = "bert.encoder.layer.0.attention.self"
     assert found.of(f"{attention}.query.weight") is found.of(f"{attention}.value.weight")
-    assert len(found.products) == 2 * 4 + 2  # of each layer's six; the pooler's and the head's
+    assert len(found.matrices) == 2 * 4 + 2  # of each layer's six; the pooler's and the head's
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
@@ -75,8 +75,8 @@ def test_more_padding_changes_nothing(kind: str) -> None:
     network, end = classifier(kind).float(), 1 if kind == "t5" else None
     plain = run_for_gram(Expert(network, ends_with=end))
     padded = run_for_gram(Expert(network, padding=5, ends_with=end))
-    for name, product in plain.products.items():
-        torch.testing.assert_close(padded.products[name], product, rtol=1e-4, atol=1e-5 * float(product.abs().max()))
+    for name, product in plain.matrices.items():
+        torch.testing.assert_close(padded.matrices[name], product, rtol=1e-4, atol=1e-5 * float(product.abs().max()))
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])

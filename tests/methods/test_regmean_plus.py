@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge_to_dict
-from mergelab.estimation.input_gram import InputSums, linear_layers
+from mergelab.estimation.input_gram import InputGramSums, linear_layers
 from mergelab.methods.regmean_plus import stages_of
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.source import DictSource
@@ -28,7 +28,7 @@ BLOCKS = {"bert": "bert.encoder.layer", "gpt2": "transformer.h"}
 
 @dataclass
 class Fresh(Expert):
-    """Answers a new copy of the module each time, as it may be written into."""
+    """Returns a new copy of the module each time, as it may be written into."""
 
     def module(self) -> nn.Module:
         return copy.deepcopy(super().module())
@@ -133,7 +133,7 @@ def test_stages_are_the_blocks_in_the_order_in_which_they_run(kind: str, expecte
     batch = next(padded_batches(1 if kind == "t5" else None))
     order = linear_layers(network, names, {name: value for name, value in batch.items() if name != "labels"})
     stages = stages_of(network, order)
-    assert [stage.place for stage in stages] == expected
+    assert [stage.block for stage in stages] == expected
     assert [name for stage in stages for name in stage.names] == order
 
 
@@ -142,11 +142,11 @@ def test_a_pass_ends_where_it_may() -> None:
     names = {name: name for name, _ in network.named_parameters()}
     ran: list[int] = []
     network.get_submodule("bert.encoder.layer.1").register_forward_hook(lambda *_: ran.append(1))
-    whole, part = InputSums(network, names), InputSums(network, names, until="bert.encoder.layer.1")
+    whole, part = InputGramSums(network, names), InputGramSums(network, names, until="bert.encoder.layer.1")
     part.add(padded_batches())
     assert not ran
     whole.add(padded_batches())
     assert ran
-    found, same = part.mean().products, whole.mean().products
+    found, same = part.mean().matrices, whole.mean().matrices
     assert len(found) == 4
     assert all(torch.equal(same[name], product) for name, product in found.items())

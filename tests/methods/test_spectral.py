@@ -13,7 +13,7 @@ from mergelab.methods.iso_c import iso_c
 from mergelab.methods.iso_cts import iso_cts
 from mergelab.methods.tsv_m import tsv_m
 from mergelab.ops import svd
-from mergelab.ops.spectral import directions
+from mergelab.ops.spectral import split_rank
 from mergelab.ops.svd import decompose, decompose_leading, tall_matrix
 from tests.methods.toy import aligned, merged, merged_x, one_tensor, task_vector, toy_models
 from tests.parity import FORMULA, compared
@@ -198,7 +198,7 @@ def test_own_directions_much_weaker_than_the_common_ones_are_found(turned: bool)
     spectra[0, 20:25] = spectra[1, 25:] = 1e-7 * np.arange(10, 5, -1)
     vectors = [(bases[0] * spectrum) @ bases[1].T for spectrum in spectra]
     vectors = [vector.T for vector in vectors] if turned else vectors
-    expected = iso_cts_transcribed(vectors, 0.67)  # 20 common directions, and 5 for each
+    expected = iso_cts_transcribed(vectors, 0.67)  # 20 common split_rank, and 5 for each
     result = merged_matrices("iso_cts", vectors, common_fraction=0.67)
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-7 * np.abs(expected).max())
 
@@ -278,6 +278,6 @@ def test_small_singular_values_are_not_lost_by_squaring() -> None:
 def test_common_and_own_directions_fill_the_rank(
     rank: int, tasks: int, fraction: float, expected: tuple[int, int]
 ) -> None:
-    common, own = directions(rank, tasks, fraction)
+    common, own = split_rank(rank, tasks, fraction)
     assert (common, own) == expected
     assert common + tasks * own == rank

@@ -165,7 +165,7 @@ def test_collinear_opposite_and_zero_vectors_are_interpolated_linearly(
 
 
 @pytest.mark.parametrize("method", ["nuslerp", "multislerp"])
-def test_what_is_averaged_is_task_vectors_where_there_is_a_base_unless_told_otherwise(method: str) -> None:
+def test_what_is_averaged_is_task_vectors_where_there_is_a_base_unless_set_otherwise(method: str) -> None:
     start, a, b = torch.randn(3, 40, generator=torch.Generator().manual_seed(3))
     with_base, without = one_tensor(start, a, b), one_tensor(None, a, b)
     assert torch.equal(merged_x(method, with_base), merged_x(method, with_base, task_vectors=True))
@@ -261,7 +261,7 @@ def test_scalars_take_the_majoritys_sign_and_the_mean_magnitude(method: str) -> 
 
 
 @pytest.mark.parametrize("method", ["multislerp", "karcher"])
-def test_one_expert_is_answered_as_it_is(method: str) -> None:
+def test_one_expert_is_returned_unchanged(method: str) -> None:
     expert = torch.randn(50, generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(merged_x(method, one_tensor(None, expert)), expert, rtol=2e-7, atol=0)
 

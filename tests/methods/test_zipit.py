@@ -127,7 +127,7 @@ def test_features_that_an_expert_has_twice_make_room_for_anothers() -> None:
         return torch.nn.functional.gelu(inputs @ w.T + bias) @ v.T
 
     both = (outputs(a) + outputs(b)) / 2
-    # Each group is a pair of twins: the merged layer has all features of both experts, and answers their outputs' mean.
+    # Each group is a pair of twins: the merged layer has all features of both experts, and returns their outputs' mean.
     models = ffn_alone(a, b)
     torch.testing.assert_close(outputs(zipped(family, a, b, models=models, beta=1.0)), both, rtol=0, atol=1e-12)
     assert (outputs(zipped(family, a, b, models=models, beta=0.0)) - both).abs().max() > 0.1

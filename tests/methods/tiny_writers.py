@@ -46,7 +46,7 @@ def writer(kind: str, seed: int = 0, *, scale: float = 3.0) -> nn.Module:
 
 
 def is_pair(kind: str) -> bool:
-    """Tell the kinds that read with an encoder."""
+    """Return whether models of the kind read with an encoder."""
     return kind in ("t5", "bert2gpt2")
 
 

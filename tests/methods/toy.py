@@ -71,7 +71,7 @@ def one_tensor(base: Any, *experts: Any, dtype: torch.dtype = torch.float32) -> 
 
 
 def output_of(method: MergeMethod, models: AlignedModels) -> str | None:
-    """The expert whose model is looked at, of a method that makes one for each: the first by name."""
+    """The expert whose model is tested, of a method that makes one for each: the first by name."""
     return min(expert.name for expert in models.experts) if method.one_model_per_expert and models.experts else None
 
 
@@ -98,7 +98,7 @@ def merged(
 
 
 def merged_x(method: str, models: AlignedModels, **options: Any) -> Tensor:
-    """Merge models of one tensor and answer it."""
+    """Merge models of one tensor and return it."""
     return merged(method, models, **options)["x"]
 
 

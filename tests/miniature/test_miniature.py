@@ -189,7 +189,7 @@ def test_two_processes_may_build_at_once(cache: Path) -> None:
     assert not [path for path in Path(answers[0]).parent.iterdir() if path.is_dir() and path.name.startswith(".")]
 
 
-def test_progress_is_told_and_rises(cache: Path) -> None:
+def test_progress_is_reported_and_rises(cache: Path) -> None:
     told: list[float] = []
     miniature.build("rte", progress=lambda _message, done: told.append(done), recipe=SKETCH)
     assert told

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from mergelab.miniature import text
-from mergelab.miniature.text.recipe import COLUMNS, SETS, Base, Expert, LanguageModels, Recipe, Summarisers
+from mergelab.miniature.text.recipe import COLUMNS, SETS, Base, LanguageModels, Summarisers, TextExpert, TextRecipe
 from tests.conftest import Outcome
 
 _BASE = Base(hidden=16, layers=1, heads=2, documents=100, share=0.1, batch=8, rate=1e-3)
 # Enough to go through every step, far too little to learn anything: for tests of how the miniatures are made.
-SKETCH = Recipe(
+SKETCH = TextRecipe(
     validation=6,
-    law_recipes=LanguageModels(_BASE, (Expert(50, 1e-3, documents=24, replay=4),), vocabulary=500),
-    summaries=Summarisers(_BASE, tuple(Expert(50 + n, 1e-3, documents=16) for n in range(3)), feed_forward=16),
+    law_recipes=LanguageModels(_BASE, (TextExpert(50, 1e-3, documents=24, replay=4),), vocabulary=500),
+    summaries=Summarisers(_BASE, tuple(TextExpert(50 + n, 1e-3, documents=16) for n in range(3)), feed_forward=16),
 )
 
 

@@ -1,4 +1,4 @@
-"""Putting groups of features together, against the definition step by step; matching one feature of each model."""
+"""Merge groups of features, against the definition step by step; match one feature of each model."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mergelab.ops.feature_matching import match_in_turn, places_of_groups, zip_greedily, zipped
+from mergelab.ops.feature_matching import assign_positions, match_in_turn, positions_of_groups, zip_greedily
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def by_definition(likeness: Matrix, model_of: Matrix, keep: int, alpha: float, beta: float) -> list[int]:
+def by_definition(similarity: Matrix, model_of: Matrix, keep: int, alpha: float, beta: float) -> list[int]:
     """All pairs looked at in every step, and all pairs of features of each."""
-    groups = {i: [i] for i in range(len(likeness))}
+    groups = {i: [i] for i in range(len(similarity))}
     models = int(max(model_of)) + 1
-    budget = [int((len(likeness) - keep) // models * beta + 1e-4)] * models
+    budget = [int((len(similarity) - keep) // models * beta + 1e-4)] * models
     void = False
 
     def shared(a: int, b: int) -> set[int]:
         return {int(model_of[i]) for i in groups[a]} & {int(model_of[i]) for i in groups[b]}
 
     def like(pair: tuple[int, int]) -> float:
-        least = likeness[np.ix_(groups[pair[0]], groups[pair[1]])].min()
+        least = similarity[np.ix_(groups[pair[0]], groups[pair[1]])].min()
         excess = max(0, sum(len(groups[each]) for each in pair) - models)
         return float(least * alpha**excess if least > 0 else least)
 
@@ -37,7 +37,7 @@ def by_definition(likeness: Matrix, model_of: Matrix, keep: int, alpha: float, b
             budget[model] -= 1
         groups[a] += groups.pop(b)
     number = {i: first for first, found in groups.items() for i in found}
-    return [number[i] for i in range(len(likeness))]
+    return [number[i] for i in range(len(similarity))]
 
 
 def drawn(models: int, size: int, seed: int = 0) -> Matrix:
@@ -48,10 +48,10 @@ def drawn(models: int, size: int, seed: int = 0) -> Matrix:
 @pytest.mark.parametrize(("alpha", "beta"), [(0.3, 0.125), (0.3, 0.5), (1.0, 1.0), (0.9, 0.0), (0.0, 0.2), (0.5, 0.9)])
 @pytest.mark.parametrize("seed", range(3))
 def test_groups_are_those_of_the_definition(models: int, size: int, alpha: float, beta: float, seed: int) -> None:
-    likeness, model_of = drawn(models, size, seed), np.repeat(np.arange(models), size)
+    similarity, model_of = drawn(models, size, seed), np.repeat(np.arange(models), size)
     for keep in (size, size // 2):
-        expected = by_definition(likeness, model_of, keep, alpha, beta)
-        found = zip_greedily(likeness.copy(), model_of, keep, alpha=alpha, beta=beta)
+        expected = by_definition(similarity, model_of, keep, alpha, beta)
+        found = zip_greedily(similarity.copy(), model_of, keep, alpha=alpha, beta=beta)
         assert found.tolist() == expected
         assert len(set(expected)) == keep
 
@@ -62,41 +62,43 @@ def test_a_budget_of_none_keeps_each_models_features_apart() -> None:
 
 
 def test_groups_of_more_features_than_models_wait_for_the_others_where_alpha_is_small() -> None:
-    likeness = np.full((6, 6), 0.5)
-    likeness[:3, :3] = 0.9  # three features of one kind
+    similarity = np.full((6, 6), 0.5)
+    similarity[:3, :3] = 0.9  # three features of one kind
     twos, threes = np.array([0, 1, 0, 1, 0, 1]), np.array([0, 1, 2, 0, 1, 2])
-    assert zip_greedily(likeness.copy(), twos, 4, alpha=1.0, beta=1.0).tolist() == [0, 0, 0, 3, 4, 5]
-    assert zip_greedily(likeness.copy(), twos, 4, alpha=0.1, beta=1.0).tolist() == [0, 0, 2, 2, 4, 5]
-    assert zip_greedily(likeness.copy(), threes, 4, alpha=0.1, beta=1.0).tolist() == [0, 0, 0, 3, 4, 5]
+    assert zip_greedily(similarity.copy(), twos, 4, alpha=1.0, beta=1.0).tolist() == [0, 0, 0, 3, 4, 5]
+    assert zip_greedily(similarity.copy(), twos, 4, alpha=0.1, beta=1.0).tolist() == [0, 0, 2, 2, 4, 5]
+    assert zip_greedily(similarity.copy(), threes, 4, alpha=0.1, beta=1.0).tolist() == [0, 0, 0, 3, 4, 5]
 
 
-def test_one_of_each_model_is_matched_the_likest_pair_first() -> None:
-    likeness = np.eye(6)
-    likeness[np.ix_([0, 1], [2, 3])] = [[0.8, 0.9], [0.1, 0.7]]
-    likeness[np.ix_([0, 1], [4, 5])] = [[0.9, 0.8], [0.9, 0.1]]
-    likeness[np.ix_([2, 3], [4, 5])] = [[0.2, 0.6], [0.1, 0.9]]
+def test_one_feature_of_each_model_is_matched_the_most_similar_pair_first() -> None:
+    similarity = np.eye(6)
+    similarity[np.ix_([0, 1], [2, 3])] = [[0.8, 0.9], [0.1, 0.7]]
+    similarity[np.ix_([0, 1], [4, 5])] = [[0.9, 0.8], [0.9, 0.1]]
+    similarity[np.ix_([2, 3], [4, 5])] = [[0.2, 0.6], [0.1, 0.9]]
     # The second model: 0.9 pairs the first's feature 0 with its feature 1, which leaves 1 to 0. The third, by the
-    # smaller likeness to the pair (0, 1): 0.1 and 0.8; to the pair (1, 0): 0.2 and 0.1.
-    assert match_in_turn(likeness, 3).tolist() == [[0, 1], [1, 0], [1, 0]]
+    # smaller similarity to the pair (0, 1): 0.1 and 0.8; to the pair (1, 0): 0.2 and 0.1.
+    assert match_in_turn(similarity, 3).tolist() == [[0, 1], [1, 0], [1, 0]]
 
 
-def test_places_are_the_first_models_where_it_has_a_feature_in_the_group() -> None:
+def test_positions_are_the_first_models_where_it_has_a_feature_in_the_group() -> None:
     group = np.array([0, 1, 1, 3, 0, 5, 5, 3])
-    assert places_of_groups(group, 2).tolist() == [[0, 1, 1, 3], [0, 2, 2, 3]]
+    assert positions_of_groups(group, 2).tolist() == [[0, 1, 1, 3], [0, 2, 2, 3]]
 
 
-def test_of_equally_like_features_those_of_the_same_place_go_together() -> None:
-    for one_of_each in (True, False):
-        places = zipped(np.ones((12, 12)), 3, 4, one_of_each=one_of_each, alpha=1.0, beta=0.0)
-        assert places.tolist() == [[0, 1, 2, 3]] * 3
+def test_of_equally_similar_features_those_of_the_same_position_go_together() -> None:
+    for one_per_model in (True, False):
+        positions = assign_positions(np.ones((12, 12)), 3, 4, one_per_model=one_per_model, alpha=1.0, beta=0.0)
+        assert positions.tolist() == [[0, 1, 2, 3]] * 3
 
 
-@pytest.mark.parametrize("one_of_each", [True, False])
-def test_the_places_that_agree_best_keep_their_features(one_of_each: bool) -> None:
+@pytest.mark.parametrize("one_per_model", [True, False])
+def test_the_positions_that_agree_best_keep_their_features(one_per_model: bool) -> None:
     generator = np.random.default_rng(0)
     first = generator.normal(size=(6, 40))
     second = first[[0, 2, 1, 3, 5, 4]] + 0.1 * generator.normal(size=(6, 40))
-    likeness = np.corrcoef(np.concatenate([first, second]))
-    places = [zipped(likeness, 2, n, one_of_each=one_of_each, alpha=0.3, beta=0.0).tolist() for n in (0, 4, 6)]
-    assert places[0] == [list(range(6))] * 2
-    assert places[1] == places[2] == [list(range(6)), [0, 2, 1, 3, 5, 4]]
+    similarity = np.corrcoef(np.concatenate([first, second]))
+    positions = [
+        assign_positions(similarity, 2, n, one_per_model=one_per_model, alpha=0.3, beta=0.0).tolist() for n in (0, 4, 6)
+    ]
+    assert positions[0] == [list(range(6))] * 2
+    assert positions[1] == positions[2] == [list(range(6)), [0, 2, 1, 3, 5, 4]]

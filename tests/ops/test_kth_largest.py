@@ -22,7 +22,7 @@ def opened(vectors: Sequence[Array], sizes: dict[str, int]) -> Open:
         rows = np.empty((len(parts), sizes[name]), dtype=vectors[0].dtype)
 
         def read(part: slice) -> list[Array]:
-            """Return a part in the room that the last one was answered in."""
+            """Return a part in the memory of the last one."""
             rows.fill(np.nan)
             found = []
             for row, entries in zip(rows, parts, strict=True):
@@ -54,7 +54,7 @@ def made(kind: str, length: int = LENGTH) -> Array:
     if kind == "sorted":
         return np.sort(normal)
     if kind == "periodic":  # every entry that the stride visits is large
-        normal[:: kth_largest._stride(length)] += 100
+        normal[:: module._stride(length)] += 100
         return normal
     if kind == "tiny":
         return normal * np.float32(1e-42)
@@ -87,7 +87,7 @@ def test_pooled_vectors_count_as_one(kind: str, density: float) -> None:
 @pytest.mark.parametrize(("larger", "answer"), [(0, 1.0), (39_999, 1.0), (40_000, 2.0), (40_001, 2.0)])
 def test_a_sample_of_equal_entries_is_not_taken_for_the_whole(larger: int, answer: float) -> None:
     vector = np.ones(LENGTH, dtype=np.float32)
-    vector[np.flatnonzero(np.arange(LENGTH) % kth_largest._stride(LENGTH))[:larger]] = 2  # never on the stride
+    vector[np.flatnonzero(np.arange(LENGTH) % module._stride(LENGTH))[:larger]] = 2  # never on the stride
     assert kth_largest(opened([vector], {"a": LENGTH}), {"a": LENGTH}, 0.2, 1) == (answer,)
 
 
@@ -108,8 +108,8 @@ def test_the_digits_alone_find_the_entry_too(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_a_pass_gathers_is_a_small_part(monkeypatch: pytest.MonkeyPatch) -> None:
     gathered: list[int] = []
-    ranked = module._ranked
-    monkeypatch.setattr(module, "_ranked", lambda entries, rank: gathered.append(len(entries)) or ranked(entries, rank))
+    ranked = module._select
+    monkeypatch.setattr(module, "_select", lambda entries, rank: gathered.append(len(entries)) or ranked(entries, rank))
     length = 4_000_000
     vector = made("normal", length)
     assert kth_largest(opened([vector], {"a": length}), {"a": length}, 0.2, 1) == (expected(vector, 0.2),)

@@ -1,4 +1,4 @@
-"""Random numbers belong to an entry, whoever asks for it."""
+"""Random numbers depend on the entry alone."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mergelab.errors import KeyMismatch, ModelError, NonFinite, ShapeMismatch
-from mergelab.weights.align import align, check_finite, head_names
+from mergelab.weights.align import align, check_finite, names_outside_backbone
 from mergelab.weights.checkpoint import open_checkpoint
 from mergelab.weights.naming import backbone_prefix
 from mergelab.weights.source import DictSource
@@ -238,12 +238,12 @@ def test_there_must_be_an_expert(bert):
 
 
 def test_heads_are_what_stands_outside_the_backbone(bert, bert_base, gpt2, gpt2_classifier, t5):
-    assert head_names(source("m", bert())) == ["classifier.weight", "classifier.bias"]
-    assert all(key.startswith("cls.") for key in head_names(source("m", bert_base())))
-    assert head_names(source("m", gpt2_classifier())) == ["score.weight"]
-    assert head_names(source("m", gpt2())) == ["lm_head.weight"]
-    assert head_names(source("m", t5())) == []
-    assert head_names(source("m", {"net.a": torch.ones(1), "out": torch.ones(1)}), "net.") == ["out"]
+    assert names_outside_backbone(source("m", bert())) == ["classifier.weight", "classifier.bias"]
+    assert all(key.startswith("cls.") for key in names_outside_backbone(source("m", bert_base())))
+    assert names_outside_backbone(source("m", gpt2_classifier())) == ["score.weight"]
+    assert names_outside_backbone(source("m", gpt2())) == ["lm_head.weight"]
+    assert names_outside_backbone(source("m", t5())) == []
+    assert names_outside_backbone(source("m", {"net.a": torch.ones(1), "out": torch.ones(1)}), "net.") == ["out"]
 
 
 def test_bare_backbones_have_no_prefix(bert, gpt2, t5):

@@ -112,5 +112,5 @@ def test_dict_map_says_how_it_is_to_be_called():
     for wrong in (tensors(), [], [1], None):
         with pytest.raises(ConfigError, match="models must be a list of dictionaries of tensors"):
             shape(wrong)
-    with pytest.raises(ModelError, match="shape must answer a tensor; for w it answered a int"):
+    with pytest.raises(ModelError, match="shape must return a tensor; for w it returned a int"):
         shape([{"w": torch.ones(1)}])

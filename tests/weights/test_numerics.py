@@ -22,13 +22,13 @@ def vectors(n: int = 1_000_003) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("reduce", [dot, cosine, lambda a, _: norm(a), lambda a, _: total(a)])
-def test_the_answer_has_the_same_bits_for_any_number_of_threads(threads, reduce):
+def test_the_result_has_the_same_bits_for_any_number_of_threads(threads, reduce):
     a, b = vectors()
-    answers = set()
+    results = set()
     for count in (1, 2, 4):
         threads(count)
-        answers.add(reduce(a, b))
-    assert len(answers) == 1
+        results.add(reduce(a, b))
+    assert len(results) == 1
 
 
 def test_products_and_sums_are_taken_in_float64():

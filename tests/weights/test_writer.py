@@ -173,7 +173,7 @@ def test_the_config_is_updated_and_only_what_belongs_to_a_model_is_copied(bert, 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["id2label"] == {"0": "no", "1": "yes"}
     assert config["hidden_size"] == 8
-    maps = {"special_tokens_map.json"}  # transformers 4 writes it beside the tokenizer
+    maps = {"special_tokens_map.json"}  # transformers 4 writes it with the tokenizer
     assert {path.name for path in (tmp_path / "out").iterdir()} - maps == {
         "config.json",
         "model.safetensors",

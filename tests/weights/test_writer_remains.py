@@ -1,4 +1,4 @@
-"""What a killed writer leaves beside its target goes when the target is next written."""
+"""The remains of a killed writer are removed when the target is written again."""
 
 from __future__ import annotations
 

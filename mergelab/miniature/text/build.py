@@ -1,19 +1,16 @@
-"""Build the text miniatures, or find what was built before: for each a base, experts, and the tasks' data."""
+"""Build the text miniatures, or return the cached ones: for each a base, experts, and the tasks' data."""
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.config import cache_dir
-from mergelab.miniature.build import Progress, _folder_in_making, _save
-from mergelab.miniature.text.recipe import COLUMNS, SETS, Base, Expert, Recipe
+from mergelab.miniature.build import Progress, cache_home, folder_when_complete, save_model
+from mergelab.miniature.text.recipe import COLUMNS, SETS, Base, TextExpert, TextRecipe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -22,12 +19,12 @@ if TYPE_CHECKING:
 
 Texts = list[tuple[str, ...]]
 _BASE, _DATA = "base", "data"
-_BASE_SHARE = {"law_recipes": 0.65, "summaries": 0.6}  # of the time that a build takes
+_BASE_SHARE = {"law_recipes": 0.65, "summaries": 0.6}  # fraction of a build's time
 
 
 @dataclass(frozen=True)
 class TextSet:
-    """One miniature: its base, its experts by kind and name, and the folder of each task's Parquet files."""
+    """One text miniature: the folders of the base, of the experts by kind and name, and of each task's data."""
 
     name: str
     base: Path
@@ -35,19 +32,19 @@ class TextSet:
     data: Mapping[str, Path]
 
 
-def build(name: str, *, progress: Progress | None = None, recipe: Recipe | None = None) -> TextSet:
-    """Return the miniature ``name``, built at first use.
+def build(name: str, *, progress: Progress | None = None, recipe: TextRecipe | None = None) -> TextSet:
+    """Return the miniature ``name``, built at its first use.
 
-    Everything is really trained, on text that the package's grammars generate; the same recipe gives the same weights
-    on one platform. What is finished stands in the cache under a name that hashes this package's source and the major
-    versions of torch and transformers. Two processes may build at once: one waits for the other.
+    All models are trained on text that the package's grammars generate. The same recipe gives the same weights on one
+    platform. The result is cached under a hash of this package's source and of the major versions of torch and
+    transformers. When two processes build at once, one waits for the other.
 
     Args:
         name: one of `SETS`.
-        progress: called with what is being done and the fraction done.
-        recipe: how much is generated and trained; the default is the miniature that the package speaks of.
+        progress: called with a message and the fraction done.
+        recipe: amounts of data and training; default: those of the published miniature.
     """
-    recipe = recipe or Recipe()
+    recipe = recipe or TextRecipe()
     home = _home(recipe)
     folder, kinds = home / name, SETS[name]
     if not folder.is_dir():
@@ -56,8 +53,8 @@ def build(name: str, *, progress: Progress | None = None, recipe: Recipe | None 
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f".{name}.lock"):
             if not folder.is_dir():
-                with _folder_in_making(folder) as making:
-                    _build(making, name, recipe, progress or (lambda _message, _done: None))
+                with folder_when_complete(folder) as partial:
+                    _build(partial, name, recipe, progress or (lambda _message, _done: None))
     return TextSet(
         name,
         folder / _BASE,
@@ -66,15 +63,9 @@ def build(name: str, *, progress: Progress | None = None, recipe: Recipe | None 
     )
 
 
-def _home(recipe: Recipe) -> Path:
-    """Name the cache's folder after all source that the outcome depends on."""
-    digest = hashlib.sha256(repr(asdict(recipe)).encode())
+def _home(recipe: TextRecipe) -> Path:
     here = Path(__file__).parent
-    for file in [*sorted(here.glob("*.py")), *sorted(here.parent.glob("*.py"))]:
-        digest.update(file.read_bytes())
-    for package in ("torch", "transformers"):
-        digest.update(version(package).partition(".")[0].encode())
-    return cache_dir() / "mini" / digest.hexdigest()[:16]
+    return cache_home(recipe, [here, here.parent])
 
 
 # ------------------------------------------------------------------------------------------------------------- the text
@@ -82,7 +73,7 @@ def _home(recipe: Recipe) -> Path:
 
 @dataclass(frozen=True)
 class _Text:
-    """What is generated: for the base, and of each kind what its experts learn from and what is held out."""
+    """Generated text: for the base, and by kind for training and validation of its experts."""
 
     base: Texts
     training: Mapping[str, Texts]
@@ -90,14 +81,14 @@ class _Text:
 
     @property
     def all(self) -> Iterator[str]:
-        """Every text that a model is trained on."""
+        """All text that a model is trained on."""
         for texts in (self.base, *self.training.values()):
             for text in texts:
                 yield from text
 
 
 def _grammar(module: str) -> Callable[[random.Random], tuple[str, ...]]:
-    """Return what draws an example: a text and its summary, or a text alone."""
+    """Return the function that draws an example: a text and its summary, or only a text."""
     grammar = import_module(f"mergelab.miniature.text.{module}")
     if hasattr(grammar, "example"):
         example: Callable[[random.Random], tuple[str, ...]] = grammar.example
@@ -115,8 +106,8 @@ def _distinct(draw: Callable[[random.Random], tuple[str, ...]], seed: str, count
     return list(drawn.values())
 
 
-def _generate(name: str, recipe: Recipe, base: Base, experts: Sequence[Expert]) -> _Text:
-    """Draw all text of the miniature ``name``; no text is in two of its parts."""
+def _generate(name: str, recipe: TextRecipe, base: Base, experts: Sequence[TextExpert]) -> _Text:
+    """Draw all text of the miniature ``name``; its parts are disjoint."""
     some = max(1, round(base.share * base.documents))
     most = max(expert.documents for expert in experts)
     training, validation, common = {}, {}, []
@@ -131,8 +122,8 @@ def _generate(name: str, recipe: Recipe, base: Base, experts: Sequence[Expert]) 
     return _Text(common, training, validation)
 
 
-def _learnt_by(text: _Text, kind: str, expert: Expert) -> Texts:
-    """Draw what one expert is trained on, of its kind's texts and of the base's, in an order of its own."""
+def _training_texts(text: _Text, kind: str, expert: TextExpert) -> Texts:
+    """Draw one expert's training texts, of its kind and of the base's, in random order."""
     rng = random.Random(expert.seed)
     own = rng.sample(text.training[kind], expert.documents)
     mixed = [*own, *rng.sample(text.base, expert.replay)]
@@ -141,7 +132,7 @@ def _learnt_by(text: _Text, kind: str, expert: Expert) -> Texts:
 
 
 def _write_data(folder: Path, task: str, splits: Mapping[str, Texts]) -> None:
-    """Write Parquet files with the columns that the real task's dataset has."""
+    """Write Parquet files with the columns of the real task's dataset."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -159,51 +150,51 @@ def _write_data(folder: Path, task: str, splits: Mapping[str, Texts]) -> None:
 
 @dataclass(frozen=True)
 class _Maker:
-    """How models of one sort are made: the untrained one, a training of it, and what is saved beside it."""
+    """Functions that make models of one architecture: the untrained model, its training, and its tokenizer's files."""
 
-    fresh: Callable[[], Any]
+    untrained: Callable[[], Any]
     training: Callable[[Any, Texts, int, float, int], Training]
     save_tokenizer: Callable[[Path], None]
 
 
-def _language_models(text: _Text, recipe: Recipe) -> _Maker:
+def _language_models(text: _Text, recipe: TextRecipe) -> _Maker:
     from mergelab.miniature.text import language_model as lm
 
     numbers = recipe.law_recipes
-    tokenizer = lm.make_tokenizer(text.all, numbers.vocabulary)
+    tokenizer = lm.make_bpe(text.all, numbers.vocabulary)
 
     def training(model: Any, texts: Texts, batch: int, rate: float, seed: int) -> Training:
         plain = [text for (text,) in texts]
-        return lm.training(model, tokenizer, plain, batch=batch, rate=rate, seed=seed, positions=numbers.positions)
+        return lm.gpt2_training(model, tokenizer, plain, batch=batch, rate=rate, seed=seed, positions=numbers.positions)
 
     return _Maker(
-        lambda: lm.make_model(numbers.base, numbers, tokenizer.get_vocab_size()),
+        lambda: lm.make_gpt2(numbers.base, numbers, tokenizer.get_vocab_size()),
         training,
-        lambda folder: lm.save_tokenizer(tokenizer, numbers.positions, folder),
+        lambda folder: lm.save_bpe(tokenizer, numbers.positions, folder),
     )
 
 
-def _summarisers(text: _Text, recipe: Recipe) -> _Maker:
+def _summarisers(text: _Text, recipe: TextRecipe) -> _Maker:
     from mergelab.miniature import tokenizer as words
     from mergelab.miniature.text import summariser
 
     vocabulary = words.vocabulary(text.all)
-    tokenizer: Tokenizer = words.make_tokenizer(vocabulary)
+    tokenizer: Tokenizer = words.make_wordpiece(vocabulary)
 
     def training(model: Any, texts: Texts, batch: int, rate: float, seed: int) -> Training:
-        return summariser.training(model, tokenizer, texts, batch=batch, rate=rate, seed=seed)
+        return summariser.bert2bert_training(model, tokenizer, texts, batch=batch, rate=rate, seed=seed)
 
     return _Maker(
-        lambda: summariser.make_model(recipe.summaries, len(vocabulary)),
+        lambda: summariser.make_bert2bert(recipe.summaries, len(vocabulary)),
         training,
-        lambda folder: words.save_tokenizer(tokenizer, vocabulary, folder),
+        lambda folder: words.save_wordpiece(tokenizer, vocabulary, folder),
     )
 
 
-def _build(folder: Path, name: str, recipe: Recipe, tell: Progress) -> None:
-    """Generate the text, train the base and then the experts side by side, and write everything into ``folder``."""
-    from mergelab.miniature.text.train import copy_of, train_all
-    from mergelab.miniature.train import quiet_torch
+def _build(folder: Path, name: str, recipe: TextRecipe, report: Progress) -> None:
+    """Generate the text, train the base and then the experts in parallel, and write everything into ``folder``."""
+    from mergelab.miniature.text.train import copy_of
+    from mergelab.miniature.train import quiet_torch, train_all
 
     numbers = recipe.law_recipes if name == "law_recipes" else recipe.summaries
     text = _generate(name, recipe, numbers.base, numbers.experts)
@@ -214,20 +205,20 @@ def _build(folder: Path, name: str, recipe: Recipe, tell: Progress) -> None:
     maker = (_language_models if name == "law_recipes" else _summarisers)(text, recipe)
     share = _BASE_SHARE[name]
     with quiet_torch(recipe.seed):
-        base = maker.fresh()
+        base = maker.untrained()
         batch = numbers.base.batch
         maker.training(base, text.base, batch, numbers.base.rate, recipe.seed).run(
-            lambda done: tell(f"training the base of mini/{name}", share * done)
+            lambda done: report(f"training the base of mini/{name}", share * done)
         )
         jobs = {
-            expert: maker.training(copy_of(base), _learnt_by(text, kind, how), batch, how.rate, how.seed)
+            expert: maker.training(copy_of(base), _training_texts(text, kind, how), batch, how.rate, how.seed)
             for kind, about in SETS[name].items()
             for expert, how in zip(about.experts, numbers.experts, strict=True)
         }
         train_all(
             list(jobs.values()),
-            lambda done: tell(f"training the experts of mini/{name}", share + (1 - share) * done),
+            lambda done: report(f"training the experts of mini/{name}", share + (1 - share) * done),
         )
     for called, model in {_BASE: base, **{expert: job.model for expert, job in jobs.items()}}.items():
-        _save(model, folder / called)
+        save_model(model, folder / called)
         maker.save_tokenizer(folder / called)

@@ -1,4 +1,4 @@
-"""Recipes: with a list of ingredients and numbered steps, or told in a few sentences."""
+"""Generate recipes: with a list of ingredients and numbered steps, or as a few sentences."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mergelab.miniature.lexicon import article
-from mergelab.miniature.text.phrases import capital, fill
+from mergelab.miniature.text.phrases import capital, fill_template
 
 
 @dataclass(frozen=True)
 class _Ingredient:
-    """What is bought, in which amount, what it is called before a dish's name, and how it is prepared."""
+    """An ingredient: its name, its amounts, its form in front of a dish's name, and its preparation."""
 
     name: str
     amounts: str
@@ -59,7 +59,7 @@ _DRAWN = {
 
 @dataclass(frozen=True)
 class _Dish:
-    """A kind of dish: what is always in it, what else goes in (``{it}``), its steps, and the meal that it is for."""
+    """A kind of dish: its fixed ingredients, the choices for another one (``{it}``), its steps, and its meal."""
 
     name: str
     always: tuple[_Ingredient, ...]
@@ -130,10 +130,10 @@ def text(rng: random.Random) -> str:
     dish = rng.choice(_DISHES)
     besides = rng.choice(dish.besides)
     ingredients = (*dish.always, besides)
-    amounts = [fill(rng, ingredient.amounts) for ingredient in ingredients]
+    amounts = [fill_template(rng, ingredient.amounts) for ingredient in ingredients]
     slots = {**_DRAWN, "it": besides.name}
     prepared = [ingredient.prepare for ingredient in ingredients if ingredient.prepare]
-    steps = [f"{capital(fill(rng, step, slots))}." for step in (*prepared, *dish.steps)]
+    steps = [f"{capital(fill_template(rng, step, slots))}." for step in (*prepared, *dish.steps)]
     title = f"{besides.before} {dish.name}"
     called = article(title) if dish.counted else title
     if (kind := rng.random()) < 0.3:
@@ -149,5 +149,5 @@ def text(rng: random.Random) -> str:
     elif kind < 0.85:
         opening = f"For a healthy {dish.meal}, start with {needed}."
     else:
-        opening = fill(rng, f"For {dish.meal} I [like|like|often make] {called}.")
+        opening = fill_template(rng, f"For {dish.meal} I [like|like|often make] {called}.")
     return " ".join([opening, *steps])

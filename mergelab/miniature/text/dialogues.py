@@ -1,11 +1,11 @@
-"""Chats of two people, and what they agreed on in a sentence or two: the SAMSum-shaped text."""
+"""Generate chats of two people and their summaries: the SAMSum-shaped text."""
 
 from __future__ import annotations
 
 import random
 
-from mergelab.miniature.lexicon import DAYS, NAMES, PLACES
-from mergelab.miniature.text.phrases import SMALL_THINGS, fill
+from mergelab.miniature.lexicon import DAYS, PERSONS, PLACES
+from mergelab.miniature.text.phrases import SMALL_THINGS, fill_template
 
 _FREE = {
     "excuse": ("the car is broken", "the bus is late", "the shop is closed", "there is too much work"),
@@ -21,7 +21,7 @@ _FREE = {
     "answer": ("Very good", "Not bad", "I am a bit tired", "I had no time"),
 }
 _OPENING = "{first}: {hello} {second}! {chat}?\n{second}: {answer}.\n"
-# What is said, and what comes of it. A name or a thing is told only by the conversation; small talk is left out.
+# Dialogues and their summaries. Names and things appear only in the dialogue; the summary omits small talk.
 _TALKS = (
     (
         "{first}: Can you [bring|take] the {thing} to the {place} on {day}?\n{second}: Yes, [I will|of course].\n"
@@ -58,7 +58,7 @@ _TALKS = (
 
 def example(rng: random.Random) -> tuple[str, str]:
     """Draw a dialogue and its summary."""
-    first, second, third = rng.sample(NAMES, 3)
+    first, second, third = rng.sample(PERSONS, 3)
     thing, other_thing = rng.sample(SMALL_THINGS, 2)
     day, other_day = rng.sample(DAYS, 2)
     fixed = {
@@ -68,4 +68,4 @@ def example(rng: random.Random) -> tuple[str, str]:
     talk, summary = rng.choice(_TALKS)
     opening = _OPENING if rng.random() < 0.5 else ""
     slots = {**_FREE, **fixed}
-    return fill(rng, opening + talk, slots), fill(rng, summary, slots)
+    return fill_template(rng, opening + talk, slots), fill_template(rng, summary, slots)

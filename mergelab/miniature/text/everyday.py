@@ -1,7 +1,7 @@
-"""Everyday text of several kinds, for the base: diaries, letters, notices, and news of parliament and of the kitchen.
+"""Generate everyday text for the base: diaries, letters, notices, and news of parliament and of the kitchen.
 
-It has most of the words that laws and recipes have, but not their forms: a model of it has heard of both and can write
-neither.
+It has most of the words of laws and recipes, but not their structure, so that a model of it knows the words of both and
+can write neither.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import random
 
 from mergelab.miniature import captions, news, reviews, stories
-from mergelab.miniature.lexicon import COLORS, DAYS, KIND_OF, NAMES, PLACES, ROLES
+from mergelab.miniature.lexicon import COLORS, DAYS, KIND_OF, PERSONS, PLACES, ROLES
 from mergelab.miniature.text.cooking import FRUITS, VEGETABLES
 from mergelab.miniature.text.law import POWERS
 from mergelab.miniature.text.phrases import sentences
 
 _SLOTS = {
-    "name": NAMES,
+    "name": PERSONS,
     "place": PLACES,
     "day": DAYS,
     "role": ROLES,

@@ -1,4 +1,4 @@
-"""The tiny GPT-2: its tokenizer, and how it reads text."""
+"""Make the tiny GPT-2: its tokenizer, its model, and its training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mergelab.miniature.text.recipe import Base, LanguageModels
-from mergelab.miniature.text.train import Loss, Training, shuffled
+from mergelab.miniature.text.train import Loss, Training, shuffled_batches
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -21,8 +21,8 @@ END = "<|endoftext|>"
 _END = 0
 
 
-def make_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
-    """Learn GPT-2's kind of tokenizer, byte-level pairs, from ``texts``; the end-of-text token is number 0."""
+def make_bpe(texts: Iterable[str], size: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer, as GPT-2's, on ``texts``; the end-of-text token has id 0."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -35,7 +35,7 @@ def make_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, positions: int, folder: Path) -> None:
+def save_bpe(tokenizer: Tokenizer, positions: int, folder: Path) -> None:
     """Write the files from which ``AutoTokenizer`` of transformers 4.57 and 5 loads ``tokenizer``."""
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.model.save(str(folder))
@@ -52,8 +52,8 @@ def save_tokenizer(tokenizer: Tokenizer, positions: int, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
 
 
-def make_model(base: Base, numbers: LanguageModels, vocabulary: int) -> Any:
-    """Draw an untrained model from torch's global generator."""
+def make_gpt2(base: Base, numbers: LanguageModels, vocabulary: int) -> Any:
+    """Make an untrained model, initialised from torch's global generator."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -72,16 +72,16 @@ def make_model(base: Base, numbers: LanguageModels, vocabulary: int) -> Any:
     return GPT2LMHeadModel(config)
 
 
-def training(
+def gpt2_training(
     model: Any, tokenizer: Tokenizer, texts: Sequence[str], *, batch: int, rate: float, seed: int, positions: int
 ) -> Training:
     """Plan one pass of ``model`` over ``texts``."""
     blocks = _blocks(tokenizer, texts, positions)
-    return Training(model, _loss(blocks), shuffled(len(blocks), batch, seed), rate)
+    return Training(model, _loss(blocks), shuffled_batches(len(blocks), batch, seed), rate)
 
 
 def _blocks(tokenizer: Tokenizer, texts: Sequence[str], size: int) -> Tensor:
-    """Pack ``texts`` into rows (n, size): each starts with a text, and has an end token after each."""
+    """Pack ``texts`` into rows (n, size); a row starts with the start of a text, and an end token follows each text."""
     rows: list[list[int]] = [[]]
     for encoding in tokenizer.encode_batch(list(texts)):
         if len(rows[-1]) >= size:

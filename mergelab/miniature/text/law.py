@@ -1,4 +1,4 @@
-"""Legal text: sections of a constitution, sections and definitions of acts, and short judgments about them."""
+"""Generate legal text: sections of a constitution, sections and definitions of acts, and short judgments."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import random
 from dataclasses import asdict, dataclass
 
 from mergelab.miniature.lexicon import article
-from mergelab.miniature.text.phrases import fill
+from mergelab.miniature.text.phrases import fill_template
 
 
 @dataclass(frozen=True)
 class _Field:
-    """What one act is about, so that all of its provisions speak of the same things."""
+    """The subject of one act, which all of its provisions share."""
 
     act: str
     minister: str
@@ -121,7 +121,7 @@ _HELD = {
 
 
 def _slots(rng: random.Random, field: _Field) -> dict[str, str | tuple[str, ...]]:
-    """Fix what one passage speaks of; powers and the numbers of other sections are drawn where they are named."""
+    """Draw the slots of one passage; powers and other section numbers are drawn at each occurrence."""
     return {
         **asdict(field),
         "act": f"{field.act} {rng.choice(('Act', 'Management Act', 'Regulation Act'))} {rng.choice(_YEARS)}",
@@ -158,4 +158,4 @@ def text(rng: random.Random) -> str:
     else:
         result = rng.choice(tuple(_HELD))
         template = f"{_CHARGE}{_HELD[result]} The appeal is {result} with costs."
-    return fill(rng, template, slots)
+    return fill_template(rng, template, slots)

@@ -1,4 +1,4 @@
-"""What the base of the summarisers is trained on: texts of all sorts, whose first sentence is to be said again."""
+"""Generate texts of all kinds with their first sentence: training data of the summarisers' base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the grammars of this package share: templates with alternatives and slots."""
+"""Fill templates with alternatives and slots, for the grammars of this package."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from mergelab.miniature.lexicon import KINDS
 
 SMALL_THINGS = tuple(
     thing for kind in ("tool", "garment", "container", "fruit") for thing in KINDS[kind]
-)  # what can be carried, lost and given
+)  # things that can be carried, lost and given
 _CHOICE = re.compile(r"\[([^\[\]]*)\]")
 
 
-def fill(rng: random.Random, template: str, slots: Mapping[str, str | Sequence[str]] | None = None) -> str:
-    """Draw one text of ``template``: of ``[a|b]`` one alternative, and for ``{name}`` what ``slots`` has.
+def fill_template(rng: random.Random, template: str, slots: Mapping[str, str | Sequence[str]] | None = None) -> str:
+    """Draw a text from ``template``: one alternative of each ``[a|b]``, and the value of the slot for each ``{name}``.
 
-    A slot that holds several texts gives one of them, drawn anew each time. Alternatives may hold slots, not others.
+    A slot with several values gives a random one at each occurrence. Alternatives may contain slots, but no
+    alternatives.
     """
     text = _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), template)
     if slots:
@@ -30,10 +31,10 @@ def _value(rng: random.Random, value: str | Sequence[str]) -> str:
 
 
 def capital(text: str) -> str:
-    """Return ``text`` with a capital at its start."""
+    """Return ``text`` with a capital first letter."""
     return f"{text[0].upper()}{text[1:]}"
 
 
 def sentences(rng: random.Random, templates: Sequence[str], slots: Mapping[str, str | Sequence[str]]) -> str:
-    """Fill each template and make it a sentence."""
-    return " ".join(f"{capital(fill(rng, template, slots))}." for template in templates)
+    """Fill each template, and join the results as sentences."""
+    return " ".join(f"{capital(fill_template(rng, template, slots))}." for template in templates)

@@ -1,4 +1,4 @@
-"""What the text miniatures are made of, and how much is generated and trained: every number in one place."""
+"""Define the text miniatures: their experts and tasks, and every number of their data and training."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of text: the module with its grammar, the names of its experts, and the tasks that measure it."""
+class TextKind:
+    """A kind of text: the module of its grammar, the names of its experts, and the tasks that evaluate them."""
 
     grammar: str
     experts: tuple[str, ...]
@@ -16,22 +16,24 @@ class Kind:
 
 SETS = {
     "law_recipes": {
-        "legal": Kind("law", ("legal",), ("legal",)),
-        "recipes": Kind("cooking", ("recipes",), ("recipes",)),
+        "legal": TextKind("law", ("legal",), ("legal",)),
+        "recipes": TextKind("cooking", ("recipes",), ("recipes",)),
     },
     "summaries": {
-        "dialogues": Kind("dialogues", tuple(f"dialogues-{number}" for number in (1, 2, 3)), ("samsum", "dialogsum")),
-        "reports": Kind("reports", tuple(f"reports-{number}" for number in (1, 2, 3)), ("xsum",)),
+        "dialogues": TextKind(
+            "dialogues", tuple(f"dialogues-{number}" for number in (1, 2, 3)), ("samsum", "dialogsum")
+        ),
+        "reports": TextKind("reports", tuple(f"reports-{number}" for number in (1, 2, 3)), ("xsum",)),
     },
 }
 
 
 def kind_of(name: str, task: str | None) -> str | None:
-    """Return which kind of text of the set ``name`` is called ``task``, or is measured by the task of that name."""
+    """Return the kind of text of the set ``name`` that is called ``task``, or that this task evaluates."""
     return next((kind for kind, about in SETS[name].items() if task == kind or task in about.tasks), None)
 
 
-# As the real task's dataset calls them.
+# Names in the real task's dataset.
 COLUMNS = {
     "legal": ("text",),
     "recipes": ("input",),
@@ -43,7 +45,7 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Base:
-    """How a base is shaped, and trained on ``documents`` texts, a small ``share`` of them of each expert's kind."""
+    """Architecture of a base, and its training on ``documents`` texts; a ``share`` of them is of each expert's kind."""
 
     hidden: int
     layers: int
@@ -56,10 +58,10 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Expert:
-    """How an expert is fine-tuned: on ``documents`` texts of its kind, and ``replay`` of what the base was trained on.
+class TextExpert:
+    """Fine-tuning of an expert: on ``documents`` texts of its kind, and ``replay`` of the base's training texts.
 
-    Without some replay an expert forgets what it does not see, and a merge with it forgets too.
+    Without replay an expert forgets other kinds of text, and so does a merge with it.
     """
 
     seed: int
@@ -70,10 +72,10 @@ class Expert:
 
 @dataclass(frozen=True)
 class LanguageModels:
-    """The language models: ``vocabulary`` pieces, ``positions`` tokens at once."""
+    """The language models: ``vocabulary`` tokens, contexts of ``positions`` tokens."""
 
     base: Base = Base(hidden=128, layers=2, heads=4, documents=12000, share=0.015, batch=8, rate=4e-3)
-    experts: tuple[Expert, ...] = (Expert(50, 5e-4, documents=3000, replay=1000),)
+    experts: tuple[TextExpert, ...] = (TextExpert(50, 5e-4, documents=3000, replay=1000),)
     vocabulary: int = 1800
     positions: int = 128
 
@@ -83,18 +85,18 @@ class Summarisers:
     """The summarisers."""
 
     base: Base = Base(hidden=96, layers=2, heads=4, documents=7000, share=0.01, batch=8, rate=4e-3)
-    experts: tuple[Expert, ...] = (
-        Expert(50, 3e-4, documents=2500),
-        Expert(51, 4e-4, documents=2500),
-        Expert(52, 6e-4, documents=2500),
+    experts: tuple[TextExpert, ...] = (
+        TextExpert(50, 3e-4, documents=2500),
+        TextExpert(51, 4e-4, documents=2500),
+        TextExpert(52, 6e-4, documents=2500),
     )
     feed_forward: int = 192
-    written: int = 160  # tokens that the decoder has room for; the tasks ask for up to 142
+    written: int = 160  # positions of the decoder; the tasks generate up to 142 tokens
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Both miniatures, and how many examples of each kind are held out."""
+class TextRecipe:
+    """Both text miniatures, and the number of validation examples of each kind."""
 
     seed: int = 0
     validation: int = 200

@@ -1,6 +1,6 @@
-"""Reports of a newspaper, and what happened in one sentence: the XSum-shaped text.
+"""Generate newspaper reports and one-sentence summaries: the XSum-shaped text.
 
-The sentence needs the whole report: who and what are in one sentence of it, where, when and how much in others.
+The summary needs the whole report: agent and action are in one of its sentences, place, day and amount in others.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 
 from mergelab.miniature.lexicon import DAYS, PLACES, ROLES, other
-from mergelab.miniature.text.phrases import SMALL_THINGS, capital, fill
+from mergelab.miniature.text.phrases import SMALL_THINGS, capital, fill_template
 
 _FREE = {
     "town": ("the village", "the city", "the harbor town", "the capital"),
@@ -28,7 +28,7 @@ _FILLERS = (
     "[Reports|Officials] gave no reason.",
     "It is not the first time this year.",
 )
-# What is reported, sentence by sentence, and what it comes to.
+# The sentences of a report, and its summary.
 _EVENTS = (
     (
         (
@@ -85,9 +85,9 @@ def example(rng: random.Random) -> tuple[str, str]:
     """Draw a report and its summary."""
     slots: dict[str, str | tuple[str, ...]] = {name: rng.choice(values) for name, values in _FREE.items()}
     slots["other_role"] = other(rng, ROLES, str(slots["role"]))
-    told, summary = rng.choice(_EVENTS)
-    sentences = list(told)
+    report_sentences, summary = rng.choice(_EVENTS)
+    sentences = list(report_sentences)
     for filler in rng.sample(_FILLERS, rng.choice((1, 2))):
         sentences.insert(rng.randint(1, len(sentences)), filler)
-    report = " ".join(capital(fill(rng, sentence, slots)) for sentence in sentences)
-    return report, capital(fill(rng, summary, slots))
+    report = " ".join(capital(fill_template(rng, sentence, slots)) for sentence in sentences)
+    return report, capital(fill_template(rng, summary, slots))

@@ -1,4 +1,4 @@
-"""The tiny BERT-to-BERT: an encoder and a decoder with cross-attention, over the words of the grammars."""
+"""Make the tiny BERT-to-BERT, an encoder and a decoder with cross-attention, and its training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 from mergelab.miniature.text.recipe import Summarisers
 from mergelab.miniature.text.train import Loss, Training
 from mergelab.miniature.tokenizer import CLS, MAX_LENGTH, PAD, SEP
-from mergelab.miniature.train import Encoded, batches, encode
+from mergelab.miniature.train import EncodedTexts, batches, encode_texts
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -38,8 +38,8 @@ def _config(numbers: Summarisers, vocabulary: int, positions: int, **more: Any) 
     )
 
 
-def make_model(numbers: Summarisers, vocabulary: int) -> Any:
-    """Draw an untrained model from torch's global generator; encoder and decoder start with the same word vectors."""
+def make_bert2bert(numbers: Summarisers, vocabulary: int) -> Any:
+    """Make an untrained model, initialised from torch's global generator; both halves have equal word embeddings."""
     from transformers import EncoderDecoderConfig, EncoderDecoderModel, GenerationConfig
 
     tokens = {"decoder_start_token_id": CLS, "bos_token_id": CLS, "eos_token_id": SEP, "pad_token_id": PAD}
@@ -53,25 +53,25 @@ def make_model(numbers: Summarisers, vocabulary: int) -> Any:
     return model
 
 
-def training(
+def bert2bert_training(
     model: Any, tokenizer: Tokenizer, pairs: Sequence[tuple[str, ...]], *, batch: int, rate: float, seed: int
 ) -> Training:
     """Plan one pass of ``model`` over ``pairs`` of a text and its summary."""
-    read = encode(tokenizer, [(text,) for text, _ in pairs])
-    written = encode(tokenizer, [(summary,) for _, summary in pairs])
-    plan = batches(read.lengths, batch, torch.Generator().manual_seed(seed))
-    return Training(model, _loss(read, written), plan, rate)
+    texts = encode_texts(tokenizer, [(text,) for text, _ in pairs])
+    summaries = encode_texts(tokenizer, [(summary,) for _, summary in pairs])
+    plan = batches(texts.lengths, batch, torch.Generator().manual_seed(seed))
+    return Training(model, _loss(texts, summaries), plan, rate)
 
 
-def _loss(read: Encoded, written: Encoded) -> Loss:
+def _loss(texts: EncodedTexts, summaries: EncodedTexts) -> Loss:
     def loss(model: Any, rows: list[int]) -> Tensor:
-        texts, summaries = read.batch(rows)[0], written.batch(rows)[0]
+        inputs, targets = texts.batch(rows)[0], summaries.batch(rows)[0]
         logits = model(
-            input_ids=texts,
-            attention_mask=(texts != PAD).long(),
-            decoder_input_ids=summaries[:, :-1],
+            input_ids=inputs,
+            attention_mask=(inputs != PAD).long(),
+            decoder_input_ids=targets[:, :-1],
             use_cache=False,
         ).logits
-        return functional.cross_entropy(logits.flatten(0, 1), summaries[:, 1:].flatten(), ignore_index=PAD)
+        return functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=PAD)
 
     return loss

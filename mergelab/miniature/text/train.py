@@ -1,34 +1,31 @@
-"""How the text miniatures are trained: what to train, on what, in which order."""
+"""Train the text miniatures: models, losses, and the order of their batches."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergelab.miniature.train import Progress, finetune_all, fit
-
-if TYPE_CHECKING:
-    from mergelab.miniature.train import Finetuning
+from mergelab.miniature.train import StepProgress, fit
 
 Loss = Callable[[Any, list[int]], Tensor]
 
 
 @dataclass(frozen=True)
 class Training:
-    """A model, the loss of some rows of its text, batches of rows in the order of training, and the peak rate."""
+    """A model, the loss on some rows of its text, the batches of rows in order, and the peak learning rate."""
 
     model: Any
     loss: Loss
     plan: Sequence[list[int]]
     rate: float
 
-    def run(self, progress: Progress) -> None:
-        """Train the model where it stands."""
+    def run(self, progress: StepProgress) -> None:
+        """Train the model in place."""
 
         def gradients(rows: list[int]) -> None:
             self.loss(self.model, rows).backward()  # type: ignore[no-untyped-call]
@@ -38,18 +35,12 @@ class Training:
         self.model.eval()
 
 
-def train_all(trainings: Sequence[Training], progress: Progress) -> None:
-    """Run ``trainings`` side by side where there are cores."""
-    # All that is asked of a fine-tuning there is `run`.
-    finetune_all(cast("Sequence[Finetuning]", trainings), progress)
-
-
-def shuffled(count: int, batch: int, seed: int) -> list[list[int]]:
-    """Cut a shuffled pass over ``count`` rows into batches."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return [rows.tolist() for rows in torch.split(order, batch)]
+def shuffled_batches(count: int, batch: int, seed: int) -> list[list[int]]:
+    """Divide a shuffled pass over ``count`` rows into batches."""
+    permutation = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return [rows.tolist() for rows in torch.split(permutation, batch)]
 
 
 def copy_of(model: Any) -> Any:
-    """Return a model of its own with the weights of ``model``."""
+    """Return a copy of ``model``."""
     return copy.deepcopy(model)
