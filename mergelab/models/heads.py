@@ -133,8 +133,8 @@ def mean_of(sources: Sequence[TensorSource], name: str, dtype: torch.dtype | Non
         check_finite(source, name, tensor)
         if tensor.shape != first.shape or tensor.is_floating_point() != first.is_floating_point():
             raise ShapeMismatch(
-                f"{name} cannot be averaged: it is {dtype_and_shape(first.shape, first.dtype)} in {sources[0].name} and "
-                f"{dtype_and_shape(tensor.shape, tensor.dtype)} in {source.name}"
+                f"{name} cannot be averaged: it is {dtype_and_shape(first.shape, first.dtype)} in {sources[0].name}, "
+                f"and {dtype_and_shape(tensor.shape, tensor.dtype)} in {source.name}"
             )
         if not first.is_floating_point() and not torch.equal(tensor, first):
             raise ModelError(
