@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test test-fast check clean
 
 demo: .venv/ready-run
 	$(BIN)/python -m mergelab method=ties task=rte
@@ -10,10 +10,15 @@ demo: .venv/ready-run
 test: .venv/ready-dev check
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
+# What a contributor runs before every commit: without the tests marked slow.
+test-fast: .venv/ready-dev
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
+
 check: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # A new environment is made of exactly the versions in constraints.txt.
 .venv/bin/python:

@@ -22,9 +22,9 @@ REAL_DATA = ROOT.parent / "shared" / "data"
 # The tests of these files take longest, first those that do most; others fill the time beside them.
 LONG = ("test_real_data.py", "test_launchers.py", "test_killed.py", "test_readme.py", "test_hub_experiment.py")
 
-# Workers of pytest-xdist share the cores; the tests never ask the public hub, those that need one start it on loopback.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests share the cores: operations split over them wait for each other. The tests never ask the public hub; those that
+# need one start it on loopback.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # absl, which rouge-score imports, takes the standard error of that moment, pytest's; and closes it when Hydra sets up
 # logging.
