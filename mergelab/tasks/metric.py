@@ -232,7 +232,7 @@ def metric_names() -> tuple[str, ...]:
 
 @functools.cache
 def get_metric(name: str) -> Metric:
-    """Find a metric by its name; one from elsewhere by the dotted path of its module.
+    """Find a metric by its name; one from elsewhere by its module and name (``my_metrics.brier``).
 
     Raises:
         ConfigError: there is none, its file cannot be imported, or it is declared incompletely.
@@ -242,12 +242,11 @@ def get_metric(name: str) -> Metric:
         raise ConfigError(
             f"task.metrics: no metric {name!r}{did_you_mean(name, names)} (there are {listed(names, 30)})"
         )
-    path = name if dotted else f"{_PACKAGE}.{name}"
+    path, _, own = name.rpartition(".") if dotted else (f"{_PACKAGE}.{name}", "", name)
     try:
         module = import_module(path)
     except ImportError as error:
         raise ConfigError(f"task.metrics: importing {path} fails: {error}") from error
-    own = name.rpartition(".")[2]
     for found in vars(module).values():
         if isinstance(found, type) and issubclass(found, Metric) and not found._is_base and found.name == own:
             return found()

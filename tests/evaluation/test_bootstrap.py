@@ -12,6 +12,7 @@ from mergelab.errors import DataError
 from mergelab.evaluation.bootstrap import bootstrap_interval, chance_level, paired_test
 from mergelab.evaluation.metrics import predicted, score
 from mergelab.tasks.loading import load_task
+from mergelab.tasks.metric import get_metric
 from mergelab.tasks.spec import TaskSpec
 from tests.tasks.writers import generation_task, language_task
 
@@ -172,6 +173,11 @@ def test_chance_is_the_best_constant_answer() -> None:
     assert chance_level(load_task("cola"), labels) == 0.0
     assert chance_level(STSB, np.arange(5.0)) == 0.0
     assert chance_level(load_task("mnli"), np.array([0, 1, 2, 2])) == pytest.approx(0.5)
+
+
+def test_chance_is_the_least_of_constants_where_less_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(get_metric("accuracy")), "direction", "minimize")
+    assert chance_level(load_task("rte"), np.array([0] * 3 + [1] * 7)) == pytest.approx(0.3)
 
 
 def test_hidden_labels_have_no_statistics() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,11 @@ from mergelab.experiment.evaluator import Evaluator
 from mergelab.tasks.data import TaskData
 from mergelab.tasks.loading import load_task
 from mergelab.tasks.metric import get_metric
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGELAB_CACHE", str(tmp_path / "cache"))
 
 
 def preflight(right: int, role: Any = "expert") -> None:

@@ -164,9 +164,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 @pytest.mark.parametrize("name", ["balanced_error", "own.balanced_error"])
 def test_one_file_is_all_that_a_metric_takes(folder: Path, name: str) -> None:
-    file = folder / f"{name.replace('.', '/')}.py"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(BALANCED)
+    (folder / f"{name.partition('.')[0]}.py").write_text(BALANCED)
     spec = task_from_config(CASE | {"metrics": [name], "primary": name})
     draw = np.random.default_rng(0)
     truth = draw.choice(3, size=300, p=[0.6, 0.3, 0.1])
@@ -204,10 +202,10 @@ def test_a_metric_that_there_is_not_is_named_with_those_that_there_are(name: str
 
 
 def test_a_dotted_path_that_leads_nowhere_is_one_line() -> None:
-    with pytest.raises(
-        ConfigError, match=r"task\.metrics: importing my_metrics\.brier fails: No module named 'my_metr"
-    ):
+    with pytest.raises(ConfigError, match=r"task\.metrics: importing my_metrics fails: No module named 'my_metrics'"):
         get_metric("my_metrics.brier")
+    with pytest.raises(ConfigError, match=r"task\.metrics: json has no metric whose name is 'brier'"):
+        get_metric("json.brier")
 
 
 def test_a_metric_is_found_by_its_name_in_the_file_of_that_name() -> None:
