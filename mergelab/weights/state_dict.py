@@ -35,7 +35,7 @@ class StateDict(dict[str, Tensor]):
 
     ``+ - * /``, their in-place and reflected forms, and unary ``-`` work with another StateDict, a dict, a module or a
     pipeline (same keys and shapes), with a number, and with a tensor that broadcasts to every entry. Half-precision
-    entries are computed in float32 and rounded once. Integer and boolean tensors are copied, never computed on; in an
+    entries are computed in float32 and rounded once. Integer and boolean tensors are passed through unchanged; in an
     operation of two dictionaries they must be equal. No operation writes into a tensor or records gradients: in-place
     forms replace this dictionary's entries, so that the model they came from keeps its weights.
 
@@ -72,7 +72,7 @@ class StateDict(dict[str, Tensor]):
 
     @classmethod
     def zeros_like(cls, item: Any, **kwargs: Any) -> Self:
-        """Return zeros of the shapes and dtypes of a model; integer tensors are copied.
+        """Return zeros of the shapes and dtypes of a model; integer tensors keep their values.
 
         Args:
             item: a dict, a module, a pipeline, or a hub id or folder (needs ``task=``).
@@ -274,7 +274,7 @@ def _fits(value: Tensor, other: Tensor) -> bool:
 def _paired(key: str, value: Tensor, other: Tensor, operation: Operation, reflected: bool) -> Tensor:
     if not value.is_floating_point():
         if not torch.equal(value, other):
-            raise ModelError(f"{key}: integer tensors differ; they are copied, not computed on, so they must be equal")
+            raise ModelError(f"{key}: integer tensors differ; they are passed through unchanged, so they must be equal")
         return value
     return _compute(value, other, operation, reflected, torch.promote_types(value.dtype, other.dtype))
 
