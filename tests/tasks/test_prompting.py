@@ -51,13 +51,13 @@ def test_worked_examples_may_be_the_users_own(tmp_path: Path) -> None:
     assert fewshot_examples(str(file)) == ("Q: a\nA: 1.", "Q: b\nA: 2.")
     with pytest.raises(ConfigError, match=r"task\.num_fewshot=3: .*mine\.txt has 2 worked examples"):
         fewshot_examples(str(file), 3)
-    with pytest.raises(ConfigError, match=r"task\.examples=gsm8k_cto: .*did you mean 'gsm8k_cot'\?"):
+    with pytest.raises(ConfigError, match=r"task\.fewshot_examples=gsm8k_cto: .*did you mean 'gsm8k_cot'\?"):
         fewshot_examples("gsm8k_cto")
     file.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ConfigError, match=r"task\.examples=.*mine\.txt: no readable text file"):
+    with pytest.raises(ConfigError, match=r"task\.fewshot_examples=.*mine\.txt: no readable text file"):
         fewshot_examples(str(file))
     file.write_text(" \n\n")
-    with pytest.raises(ConfigError, match=r"task\.examples=.*mine\.txt: has no worked examples"):
+    with pytest.raises(ConfigError, match=r"task\.fewshot_examples=.*mine\.txt: has no worked examples"):
         fewshot_examples(str(file))
 
 
