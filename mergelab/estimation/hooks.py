@@ -86,11 +86,11 @@ class Recorder:
                 handles.append(self._until.register_forward_pre_hook(_stop))
             for part in (self._encoder, self._projection):
                 if part is not None:
-                    handles.append(part.register_forward_hook(self._note_encoded))
+                    handles.append(part.register_forward_hook(self._record_encoded))
             for layer, kind in self._kinds.items():
                 if kind == "embedding":
-                    handles.append(layer.register_forward_pre_hook(self._one_row_each))
-                handles.append(layer.register_forward_hook(self._note))
+                    handles.append(layer.register_forward_pre_hook(self._expand_indices))
+                handles.append(layer.register_forward_hook(self._record_call))
             yield self
         finally:
             for handle in handles:
@@ -110,14 +110,14 @@ class Recorder:
         calls, self._recording.calls, self._recording.encoded = self._recording.calls, [], []
         return output, calls
 
-    def _one_row_each(self, layer: nn.Module, arguments: tuple[Any, ...]) -> Any:
+    def _expand_indices(self, layer: nn.Module, arguments: tuple[Any, ...]) -> Any:
         """Expand shared indices (positions) to a row per example, so that the examples' gradients stay separate."""
         indices = arguments[0] if arguments else None
         if isinstance(indices, Tensor) and indices.dim() == 2 and len(indices) == 1 < self._recording.size:
             return (indices.expand(self._recording.size, -1), *arguments[1:])
         return None
 
-    def _note(self, layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+    def _record_call(self, layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         if not arguments or not isinstance(output, Tensor):
             return None
         recorded = output
@@ -129,7 +129,7 @@ class Recorder:
         self._recording.calls.append(LayerCall(layer, self._kinds[layer], given, recorded, in_decoder))
         return output
 
-    def _note_encoded(self, part: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+    def _record_encoded(self, part: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         self._recording.encoded.append(output if isinstance(output, Tensor) else output[0])
 
     def _is_in_decoder(self, layer: nn.Module, given: Tensor) -> bool:
