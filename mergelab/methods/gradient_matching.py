@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import Positive, Samples, Weights
+from mergelab.engine.parameters import MeanWeights, Positive, Samples
 from mergelab.engine.sweep_range import SweepRange
 from mergelab.estimation.examples import ExampleSource
 from mergelab.estimation.fisher import Estimator, FisherDiagonal, fisher_diagonals, unsupported_estimator
-from mergelab.methods.fisher import check_shares
 from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import factors
 from mergelab.weights.align import AlignedModels
@@ -30,7 +29,6 @@ def prepare_hessians(
     needs=("data", "gradients"),
     elementwise=True,
     prepare=prepare_hessians,
-    check=check_shares,
     unsupported_for_generation=unsupported_estimator,
     identical_at=None,
     family="data",
@@ -41,7 +39,7 @@ def gradient_matching(
     *,
     prepared: Sequence[FisherDiagonal],
     site: Site,
-    weights: Weights = None,
+    weights: MeanWeights = None,
     samples: Samples = 4096,
     delta0: Annotated[Positive, SweepRange(1e-12, 1e-2, log=True)] = 1e-12,
     estimator: Estimator = "auto",

@@ -45,6 +45,14 @@ def blockwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return result
 
 
+def largest(tensor: Tensor) -> float:
+    """Return the largest magnitude; 0 of an empty tensor."""
+    if not tensor.numel():
+        return 0.0
+    ends = torch.aminmax(tensor)
+    return max(-float(ends.min), float(ends.max))
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Return whether the sum of a block is finite; False for NaN and infinity, and for a sum that overflows."""
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -3,6 +3,9 @@
 A strided sample brackets the k-th largest entry to within about a percent of the entries. One pass counts the entries
 above the bracket and gathers those inside, from which the entry is selected. The sample decides only how much is
 gathered, never the result: when the rank lies outside the bracket, the entry is found by a radix selection.
+
+TIES on five BERT-base experts, from disk to disk, takes a quarter of the time that it takes with NumPy's quantiles (5.3
+and 20.3 s, ``experiments/benchmarks/README.md``), and no vector is ever whole in memory.
 """
 
 from __future__ import annotations

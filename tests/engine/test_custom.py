@@ -189,9 +189,9 @@ def test_functions_of_dictionaries_are_used_tensor_by_tensor_or_whole(module: st
     ("name", "message"),
     [
         ("raises", r"method\.function=users_own\.raises: failed on tensor x: ValueError: too odd$"),
-        ("wrong_shape", r"users_own\.wrong_shape: answered shape \[1\] for tensor x, not \[2\]"),
-        ("wrong_kind", r"users_own\.wrong_kind: answered a int for tensor x, not a tensor"),
-        ("integers", r"users_own\.integers: answered int64 for tensor x, not floating-point numbers"),
+        ("wrong_shape", r"users_own\.wrong_shape: returned shape \[1\] for tensor x, not \[2\]"),
+        ("wrong_kind", r"users_own\.wrong_kind: returned a int for tensor x, not a tensor"),
+        ("integers", r"users_own\.integers: returned int64 for tensor x, not floating-point numbers"),
     ],
 )
 def test_a_function_that_fails_is_named_with_the_tensor(module: str, name: str, message: str) -> None:

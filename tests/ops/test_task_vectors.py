@@ -16,7 +16,7 @@ from mergelab.ops.task_vectors import (
     disjoint_reduce,
     elect,
     factors,
-    resolve_zeros_,
+    resolve_zeros,
     task_vectors,
     trim_,
     weighted_sum,
@@ -54,13 +54,11 @@ def test_trim_of_float32_by_a_float64_threshold_between_two_numbers() -> None:
 
 
 @pytest.mark.parametrize("majority_sign", ["total", "frequency"])
-def test_elected_signs_and_disjoint_mean_are_pefts(
-    vectors: list[Tensor], majority_sign: MajoritySign, theirs: str
-) -> None:
+def test_elected_signs_and_disjoint_mean_are_pefts(vectors: list[Tensor], majority_sign: MajoritySign) -> None:
     trimmed = [merge_utils.magnitude_based_pruning(vector, 0.4) for vector in vectors]
-    mask = merge_utils.calculate_majority_sign_mask(torch.stack(trimmed), method=theirs)
+    mask = merge_utils.calculate_majority_sign_mask(torch.stack(trimmed), method=majority_sign)
     expected = merge_utils.disjoint_merge(torch.stack(trimmed), mask)
-    signs = resolve_zeros_(elect(trimmed, majority_sign=majority_sign), 1.0)
+    signs = resolve_zeros(elect(trimmed, majority_sign=majority_sign), 1.0)
     ours = disjoint_reduce(trimmed, signs, (1.0,) * 5)
     note = "election and mean of what PEFT trimmed"
     compared("ties", "PEFT's disjoint_merge", ours, expected, options=f"majority_sign={majority_sign}", note=note)
@@ -99,7 +97,7 @@ def test_an_agreeing_expert_of_weight_zero_gives_zero_not_nan() -> None:
 
 @pytest.mark.parametrize(("sign", "expected"), [(1.0, [1, 1, -1]), (-1.0, [-1, 1, -1]), (0.0, [0, 1, -1])])
 def test_zero_signs_take_the_given_one(sign: float, expected: list[float]) -> None:
-    assert resolve_zeros_(torch.tensor([0.0, 1.0, -1.0]), sign).tolist() == expected
+    assert resolve_zeros(torch.tensor([0.0, 1.0, -1.0]), sign).tolist() == expected
 
 
 def test_task_vectors_of_half_precision_are_differences_in_float32() -> None:
