@@ -88,7 +88,6 @@ def test_a_range_gives_a_space(annotation: Any, default: Any, space: Any) -> Non
         (str, "a"),
         (Weights, None),
     ],
-    ids=str,
 )
 def test_what_has_no_range_stays_at_its_default(annotation: Any, default: Any) -> None:
     assert method_space(declared(annotation, default)) == {}
