@@ -32,12 +32,12 @@ def main() -> None:
         else:
             _experiment(arguments)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _experiment(arguments: list[str]) -> None:
-    from mergelab.cli.run import Refused, run
+    from mergelab.cli.run import run
     from mergelab.weights import truncated_file
 
     traceback_wanted = os.environ.get(_FULL_ERROR) == "1"
@@ -50,7 +50,7 @@ def _experiment(arguments: list[str]) -> None:
         sys.exit(_fail("; ".join(["interrupted", *getattr(interrupt, "__notes__", ())]), code=130))
     except BrokenPipeError:
         raise
-    except (Exception, Refused) as error:
+    except Exception as error:
         _close_grid("FAILED")
         line = _one_line(error)
         if traceback_wanted or line is None:
@@ -64,7 +64,7 @@ def _fail(line: str, code: int = 2) -> int:
 
 
 def _close_grid(status: str) -> None:
-    """Do not leave a grid's parent run open; without a grid there is nothing to close, and nothing to import."""
+    """Close a grid's parent run; without a grid there is nothing to close, and nothing to import."""
     if (tracking := sys.modules.get("mergelab.tracking")) is not None:
         tracking.close_open_parents(status)
     if (grids := sys.modules.get("mergelab.cli.grid_table")) is not None:
@@ -72,11 +72,10 @@ def _close_grid(status: str) -> None:
 
 
 def _one_line(error: BaseException) -> str | None:
-    """Say in one line what the user can mend; ``None`` for errors that are nobody's input."""
+    """Return the line for an error that the user can correct; None for other errors."""
     from mergelab.cli.overrides import refusal
-    from mergelab.cli.run import Refused
 
-    if isinstance(error, MergelabError | Refused):
+    if isinstance(error, MergelabError):
         return " ".join(str(error).split())
     if (line := refusal(error)) is not None:
         return line

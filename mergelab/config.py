@@ -22,7 +22,7 @@ from pydantic import (
 from mergelab.errors import ConfigError, did_you_mean, listed
 
 _PACKAGE = Path(__file__).resolve().parent
-# A wheel carries the configs inside the package; in a checkout they stand beside it.
+# A wheel carries the configs inside the package; in a checkout they are next to it.
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
 # Earlier names of keys, and of their values, with the names of today.
@@ -182,7 +182,7 @@ class ModelsConfig(Schema):
     @classmethod
     def _leaves_the_bases(cls, leave_out: LeaveOut, info: ValidationInfo) -> LeaveOut:
         if leave_out and info.data.get("base", "") is None:
-            raise ValueError("there is no base model (models.base is null) whose layers are kept")
+            raise ValueError("there is no base model (models.base is null) whose layers would stay")
         return leave_out
 
     @field_validator("head")

@@ -1,4 +1,4 @@
-"""A grid's one table: base and experts once, then each job's merged model."""
+"""The table of a grid: base and experts once, then each job's merged model."""
 
 from __future__ import annotations
 
@@ -70,5 +70,5 @@ def _job_number(file: Path) -> int:
 
 def _overrides(folder: Path) -> list[str]:
     """List a job's overrides."""
-    overrides: Iterable[Any] = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
-    return [str(override).lstrip("+") for override in overrides]
+    recorded: Iterable[Any] = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+    return [str(override).lstrip("+") for override in recorded]

@@ -27,7 +27,7 @@ Examples:
   mergelab -m method=soup,task_arithmetic,ties,dare task=rte
   mergelab -m sweep=ties task=rte sweep.n_trials=50
   mergelab models.base=ORG/BASE models.experts=[ORG/A,ORG/B@REVISION,./folder] task=rte
-  mergelab ~models.experts.howey                      leave an expert of a ready set out
+  mergelab '~models.experts.howey'                    leave an expert of a ready set out
   mergelab method=custom method.function=my_module.median
   mergelab method=ties task=rte source=mini evaluate=false output=merged
   mergelab experiment=bert_rte
@@ -46,7 +46,7 @@ Flags:
 _MODELS = """\
   models.base=REFERENCE                   a hub id (ORG/NAME@REVISION) or a folder; null: no base
   models.experts=[REFERENCE,...]          or {NAME: REFERENCE, ...}; takes the place of the whole set
-  models.experts.NAME=REFERENCE           add or replace one; ~models.experts.NAME leaves one out
+  models.experts.NAME=REFERENCE           add or replace one; '~models.experts.NAME' leaves one out
   models.experts.NAME.weight=1.0          also .task, .labels, .part
   models.head=average                     average, base, expert:NAME or per_task
   models.passthrough=[]                   name patterns of tensors that skip the merge
@@ -69,7 +69,7 @@ _SETTING = re.compile(r"^ *(?P<key>\w+): (?P<value>.+?) +# (?P<meaning>.+)$")
 
 
 def commands() -> list[str]:
-    """List the commands beside merging: the folders of the package that run with ``python -m mergelab.NAME``."""
+    """List the commands other than merging: the folders of the package that run with ``python -m mergelab.NAME``."""
     return sorted(path.parent.name for path in _PACKAGE.glob("*/__main__.py"))
 
 
@@ -121,7 +121,7 @@ def _settings(conf: Path) -> Iterator[str]:
 
 
 def _wrapped(heading: str, text: str) -> str:
-    """Write ``text`` beside ``heading``, in a column of its own."""
+    """Write ``text`` to the right of ``heading``."""
     return textwrap.fill(
         text, _WIDTH, initial_indent=heading, subsequent_indent=" " * len(heading), break_on_hyphens=False
     )

@@ -99,15 +99,15 @@ def _unknown(key: str, value: object, config: DictConfig, groups: Mapping[str, s
 
 
 def _nearest_key(key: str, known: Sequence[str], groups: Iterable[str]) -> str | None:
-    """Return the key most like one that does not exist: one beside it, one of its name elsewhere, or any."""
+    """Return the key most like one that does not exist: a sibling, a key of its name elsewhere, or any."""
     parent, _, name = key.rpartition(".")
     if parent and parent not in known:
         return nearest(key, known)
-    beside = {each.rpartition(".")[2]: each for each in known if each.rpartition(".")[0] == parent}
+    siblings = {each.rpartition(".")[2]: each for each in known if each.rpartition(".")[0] == parent}
     if not parent:
-        beside |= {group: group for group in groups}
-    if near := nearest(name, beside):
-        return beside[near]
+        siblings |= {group: group for group in groups}
+    if near := nearest(name, siblings):
+        return siblings[near]
     return next((each for each in known if each.rpartition(".")[2] == name and not each.startswith("hydra.")), None)
 
 
@@ -125,7 +125,7 @@ def _keys(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(node._get_node(key), f"{prefix}{key}.")
 
 
-# ------------------------------------------------------------------------------------------ experts that are left out
+# --------------------------------------------------------------------------------- experts that a sweep's jobs omit
 
 
 def in_jobs(arguments: Sequence[str]) -> list[str]:
@@ -135,10 +135,10 @@ def in_jobs(arguments: Sequence[str]) -> list[str]:
     of one value to that. What is taken here is given to `LeftOut`.
     """
     parsed = [(argument, override) for argument in arguments if (override := _parsed(argument)) is not None]
-    if not any(_brings_experts(override) for _, override in parsed):
+    left = {argument for argument, override in parsed if _leaves_out(override)}
+    if not left or not any(_brings_experts(override) for _, override in parsed):
         return list(arguments)
     own = [argument for argument, override in parsed if not override.is_hydra_override()]
-    left = {argument for argument, override in parsed if _leaves_out(override)}
     moved = ",".join(f"[{at},'{argument}']" for at, argument in enumerate(own) if argument in left)
     return [argument for argument in arguments if argument not in left] + [f"hydra.callbacks.left_out.given=[{moved}]"]
 
@@ -156,7 +156,8 @@ def _parsed(argument: str) -> Override | None:
 def _brings_experts(override: Override) -> bool:
     """Return whether an override may give each job another set of experts; a sweep's own file may vary groups too."""
     key = str(override.key_or_group)
-    return key in ("sweep", "experiment") or (override.is_sweep_override() and "." not in key and key != "method")
+    varies_set = key == EXPERTS or ("." not in key and key != "method")
+    return key in ("sweep", "experiment") or (override.is_sweep_override() and varies_set)
 
 
 def _leaves_out(override: Override) -> bool:
@@ -175,7 +176,7 @@ class LeftOut(Callback):
         self.given = given
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hand them on; the sweep itself leaves out those of the experts that it has."""
+        """Add them to the jobs' overrides, and apply them to the sweep's own experts where it has these."""
         for at, argument in self.given:
             config.hydra.overrides.task.insert(at, argument)
             override = _parsed(argument)

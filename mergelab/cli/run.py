@@ -20,15 +20,19 @@ _MULTIRUN = frozenset({"-m", "--multirun"})
 _QUIET = frozenset({"-q", "--quiet"})
 
 
-class Refused(SystemExit):
-    """What is wrong with an experiment that does not start: Hydra lets no other exception of a callback through."""
+class _Refused(SystemExit):
+    """Carries an error out of a callback: Hydra turns other exceptions there into warnings."""
+
+    def __init__(self, error: MergelabError) -> None:
+        super().__init__(2)
+        self.error = error
 
 
 def run(arguments: list[str]) -> None:
     """Compose the configuration and run its experiment, or the jobs of its grid or sweep.
 
     Raises:
-        MergelabError, Refused: something in the configuration, the models or the data is not usable.
+        MergelabError: something in the configuration, the models or the data is not usable.
         hydra.errors.HydraException: the configuration cannot be composed.
     """
     import hydra
@@ -60,6 +64,8 @@ def run(arguments: list[str]) -> None:
     sys.argv = ["mergelab", *_for_hydra([argument for argument in arguments if argument not in _QUIET])]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
+    except _Refused as stop:
+        raise stop.error from None
     finally:
         if before is None:
             os.environ.pop(QUIET, None)
@@ -78,11 +84,7 @@ class CheckedFirst(Callback):
     """Hydra callback that checks every setting of a single experiment before there is a folder for it."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Refuse what is not usable.
-
-        Raises:
-            Refused: a setting is not usable.
-        """
+        """Stop the run where a setting is not usable."""
         from omegaconf.errors import OmegaConfBaseException
 
         from mergelab.experiment.plan import plan_experiment
@@ -96,6 +98,6 @@ class CheckedFirst(Callback):
                 )
             plan_experiment(config)
         except MergelabError as error:
-            raise Refused(str(error)) from error
+            raise _Refused(error) from None
         except OmegaConfBaseException:  # a value refers to the folder, and is checked when there is one
             return

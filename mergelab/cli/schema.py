@@ -1,7 +1,7 @@
 """The structure that Hydra's overrides are held to: where keys are the user's own, and what an override sets whole.
 
-Hydra closes a composed configuration, so that ``key=value`` changes only keys that exist. A node with a flag of its own
-keeps it. ``conf/config.yaml`` and ``conf/sweep/_settings.yaml`` start from the nodes that `register` stores.
+Hydra closes a composed configuration, so that ``key=value`` changes only keys that exist. A node that says
+otherwise itself stays open. ``conf/config.yaml`` and ``conf/sweep/_settings.yaml`` start from what `register` stores.
 """
 
 from __future__ import annotations
@@ -58,6 +58,13 @@ class Experts(_Mapping):
             raise ConfigError(f"{EXPERTS}.{key}=null: {no_expert(key, self)}")
         super().__setattr__(key, value)
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Set an expert; of one that is a reference alone, ``models.experts.NAME.weight=value`` keeps the reference."""
+        before = self.get(key)
+        if isinstance(before, str) and value == {}:  # what Hydra puts there before it sets the weight
+            value = {"reference": before}
+        super().__setitem__(key, value)
+
 
 def no_expert(name: str, experts: Any) -> str:
     """Return a message that there is no expert ``name`` among ``experts``, and which there are."""
@@ -80,9 +87,10 @@ def register() -> None:
     }
     # A method's parameters and a task's settings are checked, with a better message, by the method and the task.
     owned = DictConfig({}, flags=_OPEN)
-    store.store("mergelab_schema", {"method": owned, "models": models, "task": owned}, provider="mergelab")
-    swept = {"sweep": {"params": DictConfig({}, flags=_OPEN)}}
-    store.store("_schema", swept, group="sweep", package="_global_", provider="mergelab")
+    schema = {"method": owned, "models": models, "task": owned}
+    sweep = {"sweep": {"params": DictConfig({}, flags=_OPEN)}}
+    for name, node in (("schema", schema), ("sweep", sweep)):
+        store.store(name, node, group="mergelab", package="_global_", provider="mergelab")
 
 
 def open_launchers() -> None:

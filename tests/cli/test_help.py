@@ -61,7 +61,7 @@ def test_help_shows_keys_with_defaults_meanings_and_examples(mergelab_command: C
     shown = mergelab_command("--help").out
     for key in ("source=auto ", "eval.protocol=full ", "sweep.n_trials=50 ", "tracking.uri=null ", "save.dtype=null "):
         assert f"\n  {key}" in shown
-    assert "~models.experts.NAME leaves one out" in shown
+    assert "'~models.experts.NAME' leaves one out" in shown
     assert "mergelab -m sweep=ties task=rte" in shown
     assert "-q, --quiet" in shown
     for internal in ("_target_", "hydra.", "callbacks", "job_logging", "defaults:", "_settings", "_schema"):

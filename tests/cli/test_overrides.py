@@ -135,6 +135,13 @@ def test_keys_of_the_users_own_need_no_plus(mergelab_command: Command) -> None:
     assert each["models"]["leave_out"] == {"encoder": [0]}
 
 
+def test_a_setting_of_an_expert_keeps_its_reference(mergelab_command: Command) -> None:
+    named = ("models.experts={a: ./a, b: ./b}", "models.experts.a.weight=2", "models.experts.a.task=rte")
+    assert experts(mergelab_command, *named) == {"a": {"reference": "./a", "weight": 2, "task": "rte"}, "b": "./b"}
+    ready = experts(mergelab_command, "models.experts.howey.weight=0.5")
+    assert ready["howey"] == {"reference": "howey/bert-base-uncased-rte", "weight": 0.5}
+
+
 def test_rays_own_options_need_no_plus(mergelab_command: Command) -> None:
     pytest.importorskip("hydra_plugins.hydra_ray_launcher")
     own = ("hydra/launcher=ray", "hydra.launcher.ray.init.num_cpus=1", "hydra.launcher.ray.remote.max_calls=2")
