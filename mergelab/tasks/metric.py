@@ -54,9 +54,9 @@ class Metric(ABC):
         kinds: the kinds of tasks that it is for.
         answers: of generation tasks, the kinds of answers that it is for.
         direction: whether models are better when it is greater, or when it is less.
-        chance: the score of a model that always answers the same. `BEST_CONSTANT`: the best score of any one label or,
-            without labels, that of an empty text. A number: what every constant gets, whatever the data. None: there is
-            no such score, and the preflight does not check this metric.
+        chance: the score of a model that always answers the same; without labels, of one that writes empty texts.
+            `BEST_CONSTANT`: the best score of any one label. A number: the score on all data. None: there is no such
+            score, and the preflight does not check this metric.
         min_examples: the fewest examples that have a score.
         num_labels: how many labels a task must have; None: any number.
     """
@@ -69,6 +69,7 @@ class Metric(ABC):
     chance: ClassVar[Chance]
     min_examples: ClassVar[int]
     num_labels: ClassVar[int | None] = None
+    _is_base: ClassVar[bool] = True
 
     def __init_subclass__(cls, *, base: bool = False) -> None:
         """Check the declaration, but for a ``base``, which only shares code between metrics.
@@ -80,8 +81,6 @@ class Metric(ABC):
         cls._is_base = base
         if not base:
             _check_declaration(cls)
-
-    _is_base: ClassVar[bool] = True
 
     @abstractmethod
     def score(self, predictions: Any, references: Any) -> float:
