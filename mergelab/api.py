@@ -90,19 +90,24 @@ def method_function(name: str) -> Callable[..., Any]:
         return [for_expert(index) for index in range(len(models) - (base_index is not None))]
 
     merged.__name__ = merged.__qualname__ = name
-    merged.__doc__ = (
-        f"{inspect.getdoc(method.function)}\n\n"
+    merged.__doc__ = f"{inspect.getdoc(method.function)}\n\n{_usage(method)}"
+    return merged
+
+
+def _usage(method: MergeMethod) -> str:
+    """Describe what every method's function takes and returns."""
+    return (
         "``models`` are hub ids, local folders, pairs ``{'encoder': …, 'decoder': …}`` of these, modules, pipelines\n"
         "or state dicts, ``base_index`` says which is the base; the result is of the last one's kind (a pipeline of\n"
         "``task`` for ids and folders; without ``task`` an ``EncoderDecoderModel`` for pairs and folders of such).\n"
         "An expert for one part of an encoder-decoder base is ``{'reference': …, 'part': 'encoder'}``.\n"
+        "Classifiers' heads are merged in the order of the last one's labels; names that do not match are an error.\n"
         "Tensors that match ``passthrough`` skip the merge: the experts' mean is taken. The layers ``leave_out``\n"
         "(``[0, 1]``: of the encoder and of the decoder, or ``{'encoder': [0], 'decoder': [1]}``) stay the base's.\n"
         "Ids and folders whose tokens differ are merged by token with ``vocab='base'`` (the base's tokens) or\n"
         "``vocab='union'`` (those of all); the pipeline then has the tokenizer that belongs to the merged model."
         + (" The result is a list of models, one for each expert." if method.one_model_per_expert else "")
     )
-    return merged
 
 
 def _new_spelling(method: MergeMethod, parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,11 +75,11 @@ class ModelSource:
 
     @property
     def tokens(self) -> Checkpoint | LoadedTokens | None:
-        """What says which row of its embedding is which token's; None for a state dict."""
+        """What says which row of its embedding is which token's; None where nothing does, as of a state dict."""
         if self.checkpoint is not None:
             return self.checkpoint
-        config = getattr(module_of(self.given), "config", None)
-        if config is None:
+        config: Any = getattr(module_of(self.given), "config", None)
+        if not hasattr(config, "to_dict"):
             return None
         return LoadedTokens(self.name, config.to_dict(), getattr(self.given, "tokenizer", None))
 

@@ -312,7 +312,10 @@ def test_a_source_that_is_no_model_has_neither_labels_nor_tokens() -> None:
     assert source.architecture is None
     assert source.labels == ()
     assert source.tokens is None
-    assert from_given(nn.Linear(2, 2), "m").architecture is None
+    module = nn.Linear(2, 2)
+    module.config = {"vocab_size": 7}  # type: ignore[assignment]
+    assert from_given(module, "m").architecture is None
+    assert type(ml.soup([module, nn.Linear(2, 2)])) is nn.Linear
 
 
 def test_a_folder_whose_class_transformers_does_not_have_is_named(tmp_path: Path) -> None:
