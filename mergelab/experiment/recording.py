@@ -81,28 +81,17 @@ def config_hash(resolved: Mapping[str, Any]) -> str:
 # -------------------------------------------------------------------------------------------------------- what it used
 
 
-def record_inputs(
-    run: Run,
-    config: Mapping[str, Any],
-    session: Session,
-    data: Iterable[TaskData] = (),
-    models: Sequence[LocatedModel] | None = None,
-) -> None:
-    """Record a run's configuration, models and data.
-
-    Args:
-        run: the run.
-        config: the resolved configuration.
-        session: the opened models.
-        data: the examples of each task.
-        models: those that the run is about; None: the base and all experts.
-    """
-    if run.id is None:  # hashing the weights takes as long as reading them
-        return
+def record_inputs(run: Run, config: Mapping[str, Any], data: Iterable[TaskData]) -> None:
+    """Record a run's configuration as a file, and its data."""
     run.log_dict(dict(config), names.CONFIG)
-    run.set_tags(model_tags(session, models))
     for one in data:
         log_dataset(run, one)
+
+
+def record_models(run: Run, session: Session) -> None:
+    """Record the base and the experts."""
+    if run.id is not None:  # hashing the weights takes as long as reading them
+        run.set_tags(model_tags(session))
 
 
 def model_tags(session: Session, models: Sequence[LocatedModel] | None = None) -> dict[str, str]:
@@ -158,7 +147,7 @@ def record_result(
     result: ExperimentResult,
     evaluator: Evaluator | None = None,
     *,
-    judged_by: Mapping[str, str] | None = None,
+    tags: Mapping[str, Any] | None = None,
     recorded: Collection[str] = (),
 ) -> None:
     """Record what was found of the last model of ``result``, and the table of all of them.
@@ -167,13 +156,14 @@ def record_result(
         run: the run.
         result: the model, after those that it is compared with, if any.
         evaluator: has the examples of the predictions, which are recorded too; None: they are not.
-        judged_by: the tags `names.PRIMARY` and `names.DIRECTION`; None: those of the reported score.
+        tags: those of this kind of run alone, or in place of the common ones.
         recorded: metrics that the run has already, and keeps: MLflow would keep both values.
     """
+    if run.id is None:
+        return
     model = result.models[-1]
     run.log_metrics({name: value for name, value in model.logged.items() if name not in recorded})
-    judged_by = reported_score(model) if judged_by is None else judged_by
-    run.set_tags({**judged_by, names.NOTE: result.note or None})
+    run.set_tags({**reported_score(model), names.NOTE: result.note or None, **(tags or {})})
     if len(result.models) > 1:
         run.log_table([_row(one) for one in result.models], names.TABLE)
     for task, rows in generations(result).items():
@@ -198,9 +188,9 @@ def record_baseline(
     tracker: Tracker, experiment: str, plan: Plan, source: str, model: ModelResult, evaluator: Evaluator
 ) -> None:
     """Record the base or an expert in its own run, once for the same weights, data and protocol."""
-    key = _baseline_key(model, evaluator)
-    if not model.scored:
+    if not (tracker.enabled and model.scored):
         return
+    key = _baseline_key(model, evaluator)
     with tracker.exclusively():  # parallel jobs would all find that it is not there
         if tracker.find_run({names.BASELINE_KEY: key}, experiment=experiment) is None:
             _record_baseline(tracker, experiment, plan, source, model, evaluator, key)
@@ -217,11 +207,11 @@ def _record_baseline(
         "eval": plan.config.eval.model_dump(),
         "seed": plan.config.seed,
     }
-    tags = {names.BASELINE_KEY: key, names.METHOD: None, names.TASK: task}
+    tags = {names.BASELINE_KEY: key, names.METHOD: None, names.TASK: task, **model_tags(evaluator.session, [located])}
     kind: names.Kind = "base" if model.role == "base" else "expert"
     name = names.baseline_run(model.role, model.label)
     with open_run(tracker, kind, plan, source, name, experiment=experiment, params=params, tags=tags) as run:
-        record_inputs(run, params, evaluator.session, [evaluator.data[one] for one in model.results], [located])
+        record_inputs(run, params, [evaluator.data[one] for one in model.results])
         record_result(run, ExperimentResult(model.label, evaluator.note, tuple(model.results), (model,)), evaluator)
 
 

@@ -98,7 +98,8 @@ def _merge_and_evaluate(plan: Plan, source: Source, tracker: Tracker, run: Run, 
 
     loaded = open_loaded(plan, source, progress)
     evaluator, session = loaded.evaluator, loaded.session
-    recording.record_inputs(run, plan.resolved, session, evaluator.data.values())
+    recording.record_models(run, session)
+    recording.record_inputs(run, plan.resolved, evaluator.data.values())
 
     baselines = tuple(with_logged(Measured(model, session)) for model in loaded.baselines)
     for baseline in baselines:
@@ -131,7 +132,8 @@ def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> 
 
     located = locate(plan.config.models, source, [task.name for task in plan.tasks if task.path], progress)
     session = open_session(located, plan.tasks, plan.config)
-    recording.record_inputs(run, plan.resolved, session)
+    recording.record_models(run, session)
+    recording.record_inputs(run, plan.resolved, ())
 
     needed = "data" in plan.method.needs
     examples = Calibration(session, plan.method.name, plan.data_dir, progress) if needed else None

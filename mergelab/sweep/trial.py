@@ -62,7 +62,7 @@ def run_job(config: DictConfig) -> TrialOutcome | TrialFailure | Report | None:
         settings = sweep_config(node)
         tracker = open_tracker(plan.tracking, job)
         if job.stage == "report":
-            with _open_run(tracker, plan, job, resume=True) as run:
+            with _open_run(tracker, plan, job, {}, resume=True) as run:
                 return report_winner(plan, job.source, tracker, run, progress)
         return _run_trial(plan, settings, job, tracker, progress)
 
@@ -76,10 +76,11 @@ def _run_trial(
     # Before the trial has begun: a process that dies while it loads is not the trial's fault.
     loaded = open_loaded(plan, job.source, progress, keep=True, compiling=settings.compile)
     assert loaded.baselines  # an expert at chance makes every trial worthless
+    models = recording.model_tags(loaded.session) if tracker.enabled else {}
     try:
         with (
             attempting(storage, trial_id, job.attempt) as attempt,
-            _open_run(tracker, plan, job, resume=attempt.again) as run,
+            _open_run(tracker, plan, job, models, resume=attempt.again) as run,
             _abandoned_if_superseded(attempt, run),
         ):
             if (known := storage.get_trial(trial_id).user_attrs.get(OUTCOME)) is not None:
@@ -93,7 +94,7 @@ def _run_trial(
         return TrialFailure(str(failure))
 
 
-def _open_run(tracker: Tracker, plan: Plan, job: TrialJob, *, resume: bool) -> Run:
+def _open_run(tracker: Tracker, plan: Plan, job: TrialJob, tags: Mapping[str, str], *, resume: bool) -> Run:
     """Open the job's run below the sweep's; with ``resume`` the one that it has, if it has one."""
     from hydra.core.hydra_config import HydraConfig
 
@@ -107,7 +108,7 @@ def _open_run(tracker: Tracker, plan: Plan, job: TrialJob, *, resume: bool) -> R
         job.source,
         name(task, plan.method.name, job.number),
         parent=job.parent,
-        tags={**identity, names.RUN_FOLDER: Path(HydraConfig.get().runtime.output_dir)},
+        tags={**identity, **tags, names.RUN_FOLDER: Path(HydraConfig.get().runtime.output_dir)},
         resumed=identity if resume else None,
     )
 
@@ -128,12 +129,11 @@ def measure_trial(
         Superseded: another process has the trial now.
     """
     evaluator, session = loaded.evaluator, loaded.session
-    recording.record_inputs(run, plan.resolved, session, evaluator.data.values())
+    recording.record_inputs(run, plan.resolved, evaluator.data.values())
     session.heads.average_of([expert.name for expert in session.located.experts])
     with _failures_of_trial():
         examples = loaded.calibration(plan, progress)
         backbones, seconds = loaded.merged(plan.method, plan.parameters, examples, progress, expert_weights(plan))
-    run.set_tags({names.MERGE_PATH: loaded.path} | recording.calibration_tags(examples))
 
     started = time.perf_counter()
     label = f"{plan.method.name} (trial {job.number})"
@@ -150,7 +150,9 @@ def measure_trial(
     outcome = TrialOutcome(values, evaluation.count, pruned_at, seconds, evaluated, run.id)
     merged = ModelResult(label, "merged", results, eval_seconds=evaluated, merge_seconds=seconds)
     merged = with_logged(Measured(replace(merged, peak_mb=peak_memory_mb()), session, backbones))
-    _record(run, plan, merged, outcome, wanted[0], evaluator.note)
+    result = ExperimentResult(label, f"{evaluator.note}\ntrial: scores of the selecting examples", (), (merged,))
+    tags = _tags(plan, outcome, wanted[0]) | {names.MERGE_PATH: loaded.path} | recording.calibration_tags(examples)
+    recording.record_result(run, result, tags=tags, recorded=run.recorded)
     return outcome
 
 
@@ -172,22 +174,16 @@ def _values(results: Mapping[str, TaskResult], plan: Plan, wanted: list[Objectiv
     return tuple(objective.value(scores, primary) for objective in wanted)
 
 
-def _record(run: Run, plan: Plan, model: ModelResult, outcome: TrialOutcome, objective: Objective, note: str) -> None:
-    """Record a trial, which is judged by the sweep's (first) objective."""
-    suite = len(plan.tasks) > 1
+def _tags(plan: Plan, outcome: TrialOutcome, objective: Objective) -> dict[str, str]:
+    """Return the tags that say what a trial is judged by, the sweep's (first) objective, and whether it was pruned."""
     if objective.task is None:
         primary = names.SELECT_AVERAGE
     else:
-        primary = names.select_metric(objective.metric, objective.task if suite else None)
-    note = f"{note}\ntrial: scores of the selecting examples"
-    recording.record_result(
-        run,
-        ExperimentResult(model.label, note, tuple(model.results), (model,)),
-        judged_by={names.PRIMARY: primary, names.DIRECTION: objective.direction},
-        recorded=run.recorded,
-    )
+        primary = names.select_metric(objective.metric, objective.task if len(plan.tasks) > 1 else None)
+    tags = {names.PRIMARY: primary, names.DIRECTION: str(objective.direction)}
     if outcome.pruned_at is not None:
-        run.set_tags({names.PRUNED: f"after {outcome.pruned_at} of {outcome.examples} examples"})
+        tags[names.PRUNED] = f"after {outcome.pruned_at} of {outcome.examples} examples"
+    return tags
 
 
 @contextmanager

@@ -54,7 +54,8 @@ def report_winner(plan: Plan, source: Source, tracker: Tracker, run: Run, progre
     """
     loaded = open_loaded(plan, source, progress, keep=True)
     evaluator, session = loaded.evaluator, loaded.session
-    recording.record_inputs(run, plan.resolved, session, evaluator.data.values())
+    recording.record_models(run, session)
+    recording.record_inputs(run, plan.resolved, evaluator.data.values())
     baselines = tuple(with_logged(Measured(model, session)) for model in loaded.baselines)
     for baseline in baselines:
         recording.record_baseline(tracker, run.experiment, plan, source, baseline, evaluator)
@@ -63,7 +64,6 @@ def report_winner(plan: Plan, source: Source, tracker: Tracker, run: Run, progre
     own = _Merge(f"best {plan.method.name}", plan.method, plan.parameters, examples, expert_weights(plan))
     others = {name: _measured(loaded, rival, progress) for name, rival in _rivals(plan, examples).items()}
     winner = _measured(loaded, own, progress)
-    run.set_tags({names.MERGE_PATH: loaded.path} | recording.calibration_tags(examples))
 
     against = _against(plan, evaluator, winner, others)
     winner = replace(winner, logged={**winner.logged, **{names.p_value(name): p for name, p in against.items()}})
@@ -71,11 +71,12 @@ def report_winner(plan: Plan, source: Source, tracker: Tracker, run: Run, progre
     models = (*baselines, *others.values(), winner)
     result = ExperimentResult(title, evaluator.note, tuple(evaluator.data), models)
     recording.log_coefficients(run, examples)
-    recording.record_result(run, result, evaluator)
+    tags = {names.MERGE_PATH: loaded.path} | recording.calibration_tags(examples)
+    recording.record_result(run, result, evaluator, tags=tags)
     _save(plan, loaded, run, examples, progress)
     without_predictions = tuple(replace(model, predictions={}) for model in models)
-    tags = recording.model_tags(session) if run.id else {}
-    return Report(replace(result, models=without_predictions), against, tags)
+    model_tags = recording.model_tags(session) if run.id else {}
+    return Report(replace(result, models=without_predictions), against, model_tags)
 
 
 class _Merge(NamedTuple):

@@ -22,7 +22,7 @@ _START_TOLERANCE_S = 10.0
 
 
 def process_tags() -> dict[str, str]:
-    """Name this process so that another can later tell whether it still lives: host, pid, when it started."""
+    """Name this process so that another can later find out whether it still lives: host, pid, when it started."""
     import psutil
 
     tags = {
