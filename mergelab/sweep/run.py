@@ -13,14 +13,14 @@ from mergelab.console.progress import say, say_where
 from mergelab.console.tables import result_table
 from mergelab.errors import SweepError
 from mergelab.sweep.launcher import fit_launcher, mask_passwords
-from mergelab.sweep.plan import Sweep, definition, named_sampler, plan_sweep
-from mergelab.sweep.pruners import PRUNERS
-from mergelab.sweep.samplers import named
+from mergelab.sweep.plan import Sweep, definition, is_pruned, plan_sweep
+from mergelab.sweep.pruners import pruner_name
+from mergelab.sweep.samplers import sampler_name
 from mergelab.sweep.scheduler import Jobs, point
 from mergelab.sweep.space import described
 from mergelab.sweep.storage import redacted, storage_errors
 from mergelab.sweep.study import PARENT, SWEEPER, SweepStudy
-from mergelab.sweep.trial import STUDY, Report, prunes
+from mergelab.sweep.trial import STUDY, Report
 
 if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
@@ -90,7 +90,7 @@ def _announce(sweep: Sweep, study: SweepStudy) -> None:
     mini = "mini/" if sweep.source == "mini" else ""
     space = ", ".join(f"{key}={described(one)}" for key, one in sweep.space.distributions.items())
     wanted = ", ".join(f"{objective.name} ({objective.direction})" for objective in sweep.objectives)
-    pruner = named(settings.pruner, "pruner", PRUNERS)[0]
+    pruner = pruner_name(settings.pruner)
     there = f", {study.count} of them there already" if study.count else ""
     lines = [
         f"sweep     {plan.method.name}: {space}",
@@ -98,12 +98,12 @@ def _announce(sweep: Sweep, study: SweepStudy) -> None:
         f"experts, head {plan.config.models.head}",
         f"evaluate  {', '.join(mini + task.name for task in plan.tasks)}: protocol {plan.config.eval.protocol}, "
         f"selects {wanted}",
-        f"trials    {sweep.trials} in all{there}; sampler {named_sampler(settings)}, "
-        f"pruner {pruner if prunes(settings, plan) else 'none'}",
+        f"trials    {sweep.trials} in all{there}; sampler {sampler_name(settings.sampler)}, "
+        f"pruner {pruner if is_pruned(settings, plan) else 'none'}",
         f"study     {sweep.name} in {redacted(sweep.url)}",
         *_launcher_line(sweep),
     ]
-    if pruner != "none" and not prunes(settings, plan):
+    if pruner != "none" and not is_pruned(settings, plan):
         lines.append("          trials are not pruned: that takes one task and one objective")
     say("\n".join(lines))
 
@@ -165,7 +165,7 @@ def _parent(sweep: Sweep, study: SweepStudy, tracker: Tracker) -> Iterator[Run]:
             run.log_params(params)
     else:
         run = tracker.start_run(
-            f"sweep: {'mini/' if mini else ''}{plan.task_name} {plan.method.name} {named_sampler(settings)}",
+            f"sweep: {'mini/' if mini else ''}{plan.task_name} {plan.method.name} {sampler_name(settings.sampler)}",
             experiment=experiment,
             tags={
                 "mergelab.kind": "sweep",

@@ -72,7 +72,7 @@ class Jobs:
         if waiting:
             return waiting[: settings.n_jobs]
         count = min(settings.n_jobs, self.sweep.trials - study.count)
-        return [study.ask(side_by_side=settings.n_jobs > 1) for _ in range(count)]
+        return [study.ask(parallel=settings.n_jobs > 1) for _ in range(count)]
 
     def _run(self, batch: Sequence[Proposal]) -> None:
         numbers = [asked.number for asked in batch]
@@ -81,7 +81,7 @@ class Jobs:
                 asked.params,
                 subfolder=f"{asked.number}",
                 number=asked.number,
-                attempt=self.study.hand_out(asked.number),
+                attempt=self.study.new_attempt(asked.number),
             )
             for asked in batch
         ]
@@ -105,7 +105,7 @@ class Jobs:
         end_workers()
         trials = self.study.trials
         for number in filter(lambda number: has_begun(trials[number]), numbers):
-            self.study.note(number, FORGIVEN, int(trials[number].user_attrs.get(FORGIVEN, 0)) + 1)
+            self.study.set_attribute(number, FORGIVEN, int(trials[number].user_attrs.get(FORGIVEN, 0)) + 1)
         if self.tracker.enabled:
             with contextlib.suppress(MergelabError):
                 self.tracker.reconcile()
@@ -153,7 +153,7 @@ class Jobs:
     def _tell(self, number: int, found: TrialOutcome | TrialFailure) -> None:
         study = self.study
         if isinstance(found, TrialFailure):
-            study.note(number, ERROR, found.error)
+            study.set_attribute(number, ERROR, found.error)
             study.tell(number, None)
             say(f"trial {number}: {self._point(number)}: failed: {found.error}")
             return

@@ -25,7 +25,9 @@ from mergelab.sweep.attempts import Attempt, Superseded, attempting
 from mergelab.sweep.config import SweepConfig, TrialJob, sweep_config
 from mergelab.sweep.launcher import open_study, open_tracker, worker_context
 from mergelab.sweep.objective import objectives
-from mergelab.sweep.pruners import Pruned, Watch, make_pruner
+from mergelab.sweep.plan import is_pruned
+from mergelab.sweep.pruners import make_pruner
+from mergelab.sweep.reporting import Pruned, ScoreReporter
 from mergelab.sweep.storage import storage_url
 from mergelab.sweep.study import OUTCOME
 from mergelab.tracking import PRIMARY, experiment_name
@@ -182,12 +184,11 @@ def measure_trial(
     started = time.perf_counter()
     evaluator, wanted = loaded.evaluator, objectives(settings.objective, settings.direction, plan.tasks)
     primary = {task.name: task.primary for task in plan.tasks}
-    pruner = make_pruner(settings.pruner) if prunes(settings, plan) else None
+    pruner = make_pruner(settings.pruner) if is_pruned(settings, plan) else None
     watched = _Watched(evaluator, backbones, f"{plan.method.name} (trial {job.number})")
     count = sum(len(examples.select) for examples in evaluator.examples.values())
-    watch = Watch(
+    watch = ScoreReporter(
         pruner,
-        attempt.storage,
         study,
         job.number,
         np.full(count, np.nan),
@@ -197,7 +198,7 @@ def measure_trial(
     try:
         with _failing():
             watched.measure(watch)
-        watch.keep()
+        watch.finish()
     except Pruned:
         pruned_at = watch.done
     attempt.check()
@@ -234,12 +235,6 @@ def _failing() -> Iterator[None]:
         raise
     except Exception as error:
         raise _Failed(one_line(error)) from error
-
-
-def prunes(settings: SweepConfig, plan: Plan) -> bool:
-    """Return whether trials can be stopped early: one objective, one task, examples in random order."""
-    several = isinstance(settings.objective, list) and len(settings.objective) > 1
-    return settings.pruner != "none" and len(plan.tasks) == 1 and not several
 
 
 def run_report(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: Any) -> Report:
@@ -326,7 +321,7 @@ class _Watched:
         self.evaluator, self.backbones, self.label = evaluator, backbones, label
         self._batches: dict[str, list[tuple[Array, Array]]] = {name: [] for name in evaluator.data}
 
-    def measure(self, watch: Watch) -> None:
+    def measure(self, watch: ScoreReporter) -> None:
         """Predict task by task and tell ``watch`` of every batch."""
         first = 0
         for name, data in self.evaluator.data.items():
@@ -343,10 +338,10 @@ class _Watched:
             )
             first += len(select)
 
-    def _see(self, watch: Watch, name: str, first: int, members: Array, outputs: Array) -> None:
+    def _see(self, watch: ScoreReporter, name: str, first: int, members: Array, outputs: Array) -> None:
         data, select = self.evaluator.data[name], self.evaluator.examples[name].select
         self._batches[name].append((members, outputs))
-        watch.see(first + members, example_scores(data.spec, outputs, data.truth[select[members]]))
+        watch.report(first + members, example_scores(data.spec, outputs, data.truth[select[members]]))
 
     def scores(self) -> dict[str, dict[str, float]]:
         """Score what has been predicted so far."""

@@ -19,7 +19,7 @@ from mlflow.tracking import MlflowClient
 from mergelab.engine import warm_session
 from mergelab.sweep.attempts import attempting
 from mergelab.sweep.config import SweepConfig
-from mergelab.sweep.pruners import unpacked
+from mergelab.sweep.reporting import unpacked
 from mergelab.sweep.space import space_from
 from mergelab.sweep.storage import open_storage
 from mergelab.sweep.study import ERROR, OUTCOME, SCORES, SweepStudy
@@ -334,7 +334,7 @@ def test_a_trial_whose_process_died_is_tried_once_more(sweep: Callable[..., Outc
         asked = left.ask()
         trial_id = left.trials[asked.number]._trial_id
         for begun in deaths:
-            attempt = left.hand_out(asked.number)
+            attempt = left.new_attempt(asked.number)
             with attempting(left.storage, trial_id, attempt) if begun else nullcontext():
                 pass
         sweep("task_arithmetic", f"sweep.n_trials={number + 2}")
