@@ -86,6 +86,32 @@ def test_the_probability_is_that_of_the_rest_of_the_examples() -> None:
     assert not is_futile(Futility(probability=share - 0.02), scores, best)
 
 
+def shifted(rng: Any, shift: float) -> tuple[Array, Array]:
+    """Draw two models' scores (n,) of any size, which differ by ``shift`` on average."""
+    best = rng.normal(0, 1, 250)
+    return best + rng.normal(shift, 0.5, 250), best
+
+
+def test_trials_are_pruned_at_the_examples_at_which_they_always_were() -> None:
+    rng = np.random.default_rng(5)
+    drawn = [(models(rng, by, discordant=20), rng.permutation(250)) for by in (4, 2, 0, -2, -4, -8) for _ in range(3)]
+    assert [pruned_at(Futility(), *pair, order) for pair, order in drawn] == [
+        None, None, None, None, 150, None, None, None, None, 180, 40, 220, 140, 70, 160, 90, 80, 80,
+    ]  # fmt: skip
+    rng = np.random.default_rng(6)
+    drawn = [(models(rng, by, discordant=30), rng.permutation(250)) for by in (8, 4, 0, -4) for _ in range(3)]
+    eager = Futility(probability=0.3, n_startup_steps=8)
+    assert [pruned_at(eager, *pair, order) for pair, order in drawn] == [
+        10, None, 10, None, None, None, 20, 80, 20, 130, 30, 30,
+    ]  # fmt: skip
+    rng = np.random.default_rng(7)
+    shifts = (0.05, 0.02, 0, -0.02, -0.05, -0.1)
+    drawn = [(shifted(rng, by), rng.permutation(250)) for by in shifts for _ in range(3)]
+    assert [pruned_at(Futility(), *pair, order) for pair, order in drawn] == [
+        110, None, None, None, None, None, 150, 90, None, 40, 40, 40, 100, 60, 220, 80, 40, 40,
+    ]  # fmt: skip
+
+
 def loop(study: optuna.Study, scores: Array, order: Array) -> str:
     """Optuna's own loop over one trial's examples, each reported under its number."""
     trial = study.ask()
@@ -105,14 +131,26 @@ def test_it_prunes_in_any_study_of_optunas(direction: str) -> None:
     assert found == ["COMPLETE", "PRUNED", "COMPLETE", "PRUNED"]
 
 
-def test_examples_that_the_best_trial_does_not_have_are_not_counted() -> None:
-    pruner, best = Futility(), optuna.create_study(direction="maximize")
-    best.add_trial(optuna.trial.create_trial(value=1.0, intermediate_values=dict.fromkeys(range(100), 1.0)))
+def of(examples: Any, scores: Any, value: float | None = None) -> optuna.trial.FrozenTrial:
+    """A trial with these scores: running, or complete where it has a value."""
+    state = optuna.trial.TrialState.RUNNING if value is None else optuna.trial.TrialState.COMPLETE
+    values = dict(zip(examples, scores, strict=True))
+    return optuna.trial.create_trial(state=state, value=value, intermediate_values=values)
 
-    def running(examples: Any) -> optuna.trial.FrozenTrial:
-        values = dict.fromkeys(examples, 0.0)
-        return optuna.trial.create_trial(state=optuna.trial.TrialState.RUNNING, intermediate_values=values)
 
-    assert pruner.prune(best, running(range(40)))
-    assert not pruner.prune(best, running(range(80, 120)))  # twenty examples in common are too few
-    assert not pruner.prune(optuna.create_study(), running(range(40)))
+def best_of(count: int) -> optuna.Study:
+    study = optuna.create_study(direction="maximize")
+    study.add_trial(of(range(count), np.ones(count), 1.0))
+    return study
+
+
+def test_only_examples_that_both_trials_have_count_and_only_those_of_the_best_are_still_to_come() -> None:
+    pruner = Futility()
+    assert pruner.prune(best_of(100), of(range(40), np.zeros(40)))
+    assert not pruner.prune(best_of(100), of(range(80, 120), np.zeros(40)))  # twenty in common are too few
+    assert not pruner.prune(optuna.create_study(), of(range(40), np.zeros(40)))
+    behind = np.where(np.arange(60) % 2 == 0, 1.5, 0.5)
+    behind[:8:2] = 1.0
+    assert pruner.prune(best_of(70), of(range(60), behind))
+    assert not pruner.prune(best_of(100), of(range(60), behind))
+    assert not pruner.prune(best_of(100), of([*range(60), *range(100, 130)], [*behind, *np.zeros(30)]))
