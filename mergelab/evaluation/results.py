@@ -29,7 +29,7 @@ class ModelResult:
     on disk.
     ``p_value`` is that of the paired test against the best expert; ``average`` and ``normalised`` are means over a
     suite's primary metrics, the latter divided by each task's own expert's, and ``select_normalised`` is that of the
-    selecting examples.
+    selecting examples. ``logged`` has all numbers that are logged of it, by their names in the tracking store.
     """
 
     label: str
@@ -45,6 +45,7 @@ class ModelResult:
     average: float | None = None
     normalised: float | None = None
     select_normalised: float | None = None
+    logged: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def scored(self) -> dict[str, TaskResult]:

@@ -1,41 +1,107 @@
-"""Record an experiment in the tracking store: parameters, scores, tags, data, predictions, and the baseline runs."""
+"""Record runs in the tracking store: how one begins, what it used, what it found; for every kind of run alike."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from mergelab.evaluation.results import common_direction
-from mergelab.tracking import BASELINE_KEY, DIRECTION, PRIMARY
+from mergelab.evaluation.results import ExperimentResult, common_direction
+from mergelab.tracking import experiment_name, names
 
 if TYPE_CHECKING:
-    from mergelab.evaluation.results import ExperimentResult, ModelResult
+    from mergelab.evaluation.results import ModelResult
     from mergelab.experiment.calibration import Calibration
     from mergelab.experiment.evaluator import Evaluator
-    from mergelab.experiment.locate import LocatedModels
+    from mergelab.experiment.locate import LocatedModel
+    from mergelab.experiment.plan import Plan
     from mergelab.experiment.session import Session
     from mergelab.tasks.data import TaskData
     from mergelab.tracking import Run, Tracker
 
+# ------------------------------------------------------------------------------------------------------- how it begins
+
+
+def open_run(
+    tracker: Tracker,
+    kind: names.Kind,
+    plan: Plan,
+    source: str,
+    name: str,
+    *,
+    experiment: str | None = None,
+    parent: str | None = None,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    resumed: Mapping[str, str] | None = None,
+) -> Run:
+    """Open a run with the tags and parameters that runs of every kind have.
+
+    Args:
+        tracker: the store.
+        kind: what the run is of.
+        plan: the experiment; a sweep's is that of one point of its space.
+        source: where models and data come from.
+        name: the run's.
+        experiment: the MLflow experiment; None: that of the plan's task.
+        parent: id of the run that it is shown under.
+        params: what is recorded as parameters and hashed; None: the whole resolved configuration.
+        tags: those of this kind of run alone; None as a value leaves a tag out.
+        resumed: tags of an earlier run of the same thing: if there is such a run, it is opened again.
+    """
+    params = plan.resolved if params is None else params
+    experiment = experiment or experiment_name(plan.tracking, plan.task_name, mini=source == "mini")
+    if resumed is not None and (known := tracker.runs(resumed, experiment=experiment)):
+        run = tracker.resume_run(known[0].id)
+        if not known[0].params:  # its process died between creating the run and recording them
+            run.log_params(params)
+        return run
+    common = {
+        names.KIND: kind,
+        names.METHOD: plan.method.name,
+        names.TASK: ",".join(task.name for task in plan.tasks),
+        names.SOURCE: source,
+        names.SEED: plan.config.seed,
+        names.PROTOCOL: plan.config.eval.protocol,
+        names.CONFIG_HASH: config_hash(params),
+    }
+    return tracker.start_run(name, experiment=experiment, tags=common | dict(tags or {}), params=params, parent=parent)
+
 
 def config_hash(resolved: Mapping[str, Any]) -> str:
-    """Hash what determines a run's result: the resolved configuration but for where it is recorded and saved."""
-    kept = {key: value for key, value in resolved.items() if key not in ("tracking", "output")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """Hash what determines a run's result: the resolved configuration except where it is recorded and saved."""
+    hashed = {key: value for key, value in resolved.items() if key not in ("tracking", "output")}
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def model_tags(located: LocatedModels, session: Session) -> dict[str, str]:
-    """Name every model with its revision and the hash of its weights."""
-    tags = {"mergelab.models": located.name}
-    for model in (*([located.base] if located.base else []), *located.experts):
+# -------------------------------------------------------------------------------------------------------- what it used
+
+
+def record_inputs(run: Run, config: Mapping[str, Any], data: Iterable[TaskData]) -> None:
+    """Record a run's configuration as a file, and its data."""
+    run.log_dict(dict(config), names.CONFIG)
+    for one in data:
+        log_dataset(run, one)
+
+
+def record_models(run: Run, session: Session) -> None:
+    """Record the base and the experts."""
+    if run.id is not None:  # hashing the weights takes as long as reading them
+        run.set_tags(model_tags(session))
+
+
+def model_tags(session: Session, models: Sequence[LocatedModel] | None = None) -> dict[str, str]:
+    """Name models with their revisions and the hashes of their weights."""
+    located = session.located
+    tags = {names.MODELS: located.name if models is None else ",".join(model.label for model in models)}
+    for model in [*([located.base] if located.base else []), *located.experts] if models is None else models:
         revision = f"@{model.revision}" if model.revision and "@" not in model.label else ""
-        tags[f"model.{model.name}"] = f"{model.label}{revision}"
-        tags[f"model.{model.name}.sha256"] = session.content(model.name)
+        tags[names.model(model.name)] = f"{model.label}{revision}"
+        tags[names.model_hash(model.name)] = session.content(model.name)
     return tags
 
 
@@ -43,7 +109,7 @@ def calibration_tags(examples: Calibration | None) -> dict[str, str]:
     """Say which training examples the method learnt from, for each expert: how many, which, and if labelled."""
     drawn = {} if examples is None else examples.drawn
     return {
-        f"calibration.{name}": f"{one.count} of {one.data.spec.name}/{one.data.split}, sha256 {one.digest[:16]}, "
+        names.calibration(name): f"{one.count} of {one.data.spec.name}/{one.data.split}, sha256 {one.digest[:16]}, "
         f"{'with' if one.labelled else 'without'} labels"
         for name, one in drawn.items()
     }
@@ -53,8 +119,8 @@ def log_coefficients(run: Run, examples: Calibration | None) -> None:
     """Record the coefficients that the method has learnt: all of them in a file, each expert's mean as a metric."""
     learnt = {} if examples is None else {name: dict(values) for name, values in examples.learnt.items()}
     if learnt:
-        run.log_dict(learnt, "coefficients.json")
-        run.log_metrics({f"coefficient/{name}": fmean(values.values()) for name, values in learnt.items()})
+        run.log_dict(learnt, names.COEFFICIENTS)
+        run.log_metrics({names.coefficient(name): fmean(values.values()) for name, values in learnt.items()})
 
 
 def log_dataset(run: Run, data: TaskData) -> None:
@@ -63,7 +129,7 @@ def log_dataset(run: Run, data: TaskData) -> None:
     if not len(data):
         return
     run.log_dataset(
-        f"mini/{spec.name}" if data.origin == "mini" else spec.name,
+        names.labelled(spec.name, mini=data.origin == "mini"),
         origin=data.origin,
         location=data.location,
         fingerprint=data.fingerprint,
@@ -73,89 +139,87 @@ def log_dataset(run: Run, data: TaskData) -> None:
     )
 
 
-def result_metrics(model: ModelResult) -> dict[str, float]:
-    """Flatten a model's scores: ``report/accuracy`` with its bounds, ``select/accuracy``; in suites below the task."""
-    metrics: dict[str, float] = {}
-    for name, result in model.results.items():
-        below = f"{name}/" if len(model.results) > 1 else ""
-        for metric, score in result.report.items():
-            metrics[f"report/{below}{metric}"] = score.value
-            metrics[f"report/{below}{metric}_low"] = score.low
-            metrics[f"report/{below}{metric}_high"] = score.high
-        metrics |= {f"select/{below}{metric}": value for metric, value in result.select.items()}
-    others = {
-        "report/average": model.average,
-        "report/normalised_average": model.normalised,
-        "select/normalised_average": model.select_normalised,
-        "report/p_vs_best_expert": model.p_value,
-        "time/merge_s": model.merge_seconds,
-        "time/eval_s": model.eval_seconds,
-        "memory/peak_mb": model.peak_mb,
-    }
-    return metrics | {name: value for name, value in others.items() if value is not None}
+# ------------------------------------------------------------------------------------------------------- what it found
 
 
-def primary_metric(model: ModelResult) -> str:
-    """Name the metric that a run is judged by."""
-    if len(model.scored) > 1:
-        return "report/average" if model.average is not None else "report/normalised_average"
-    return f"report/{next(iter(model.scored.values())).primary}"
+def record_result(
+    run: Run,
+    result: ExperimentResult,
+    evaluator: Evaluator | None = None,
+    *,
+    tags: Mapping[str, Any] | None = None,
+    recorded: Collection[str] = (),
+) -> None:
+    """Record what was found of the last model of ``result``, and the table of all of them.
+
+    Args:
+        run: the run.
+        result: the model, after those that it is compared with, if any.
+        evaluator: has the examples of the predictions, which are recorded too; None: they are not.
+        tags: those of this kind of run alone, or in place of the common ones.
+        recorded: metrics that the run has already, and keeps: MLflow would keep both values.
+    """
+    if run.id is None:
+        return
+    model = result.models[-1]
+    run.log_metrics({name: value for name, value in model.logged.items() if name not in recorded})
+    run.set_tags({**reported_score(model), names.NOTE: result.note or None, **(tags or {})})
+    if len(result.models) > 1:
+        run.log_table([_row(one) for one in result.models], names.TABLE)
+    for task, rows in generations(result).items():
+        run.log_table(rows, names.generations(task))
+    if evaluator is not None:
+        _log_predictions(run, model, evaluator)
 
 
-def _judged_by(model: ModelResult) -> dict[str, str]:
-    """Say by which metric a run is judged, and which direction is better; nothing where there is no score."""
+def reported_score(model: ModelResult) -> dict[str, str]:
+    """Return the tags that say which metric a run is judged by and in which direction; none without a score."""
     if not model.scored:
         return {}
-    direction = common_direction(model.results.values()) or "maximize"
-    return {PRIMARY: primary_metric(model), DIRECTION: direction}
+    if len(model.scored) > 1:
+        primary = names.REPORT_AVERAGE if model.average is not None else names.REPORT_NORMALISED
+    else:
+        (task, result), *_ = model.scored.items()
+        primary = names.report_metric(result.primary, task if len(model.results) > 1 else None)
+    return {names.PRIMARY: primary, names.DIRECTION: common_direction(model.results.values()) or "maximize"}
 
 
-def record_result(run: Run, result: ExperimentResult, evaluator: Evaluator) -> None:
-    """Record the merged model's scores, the table, and the predictions of every example."""
-    merged = result.merged
-    run.log_metrics(result_metrics(merged))
-    run.set_tags({**_judged_by(merged), "mergelab.task": ",".join(result.tasks), "mergelab.note": result.note})
-    run.log_table([_row(model) for model in result.models], "table.csv")
-    for task, rows in generations(result).items():
-        run.log_table(rows, f"{task}.json")
-    _log_predictions(run, merged, evaluator)
-
-
-def record_baseline(tracker: Tracker, experiment: str, model: ModelResult, evaluator: Evaluator, source: str) -> None:
-    """Give the base or an expert a run of its own beside the merges, once for the same weights, data and protocol."""
-    key = _baseline_key(model, evaluator)
-    if not model.scored:
+def record_baseline(
+    tracker: Tracker, experiment: str, plan: Plan, source: str, model: ModelResult, evaluator: Evaluator
+) -> None:
+    """Record the base or an expert in its own run, once for the same weights, data and protocol."""
+    if not (tracker.enabled and model.scored):
         return
-    with tracker.exclusively():  # jobs side by side would all find that it is not there
-        if tracker.find_run({BASELINE_KEY: key}, experiment=experiment) is None:
-            _record_baseline(tracker, experiment, model, evaluator, source, key)
+    key = _baseline_key(model, evaluator)
+    with tracker.exclusively():  # parallel jobs would all find that it is not there
+        if tracker.find_run({names.BASELINE_KEY: key}, experiment=experiment) is None:
+            _record_baseline(tracker, experiment, plan, source, model, evaluator, key)
 
 
 def _record_baseline(
-    tracker: Tracker, experiment: str, model: ModelResult, evaluator: Evaluator, source: str, key: str
+    tracker: Tracker, experiment: str, plan: Plan, source: str, model: ModelResult, evaluator: Evaluator, key: str
 ) -> None:
-    name = f"{model.role} {model.label}"
-    task = ",".join(model.results)
-    tags = {
-        BASELINE_KEY: key,
-        "mergelab.kind": model.role,
-        "mergelab.source": source,
-        "mergelab.protocol": evaluator.config.eval.protocol,
-        "mergelab.seed": evaluator.config.seed,
-        "mergelab.task": task,
-        **_judged_by(model),
-    }
+    task, located = ",".join(model.results), _located(model, evaluator.session)
     params = {
-        "models.name": model.label,
-        "role": model.role,
-        "task.name": task,
-        "eval": evaluator.config.eval.model_dump(),
+        "models": {"name": model.label},
+        names.ROLE: model.role,
+        "task": {"name": task},
+        "eval": plan.config.eval.model_dump(),
+        "seed": plan.config.seed,
     }
-    with tracker.start_run(name, experiment=experiment, tags=tags, params=params) as run:
-        for task_name in model.results:
-            log_dataset(run, evaluator.data[task_name])
-        run.log_metrics(result_metrics(model))
-        _log_predictions(run, model, evaluator)
+    tags = {names.BASELINE_KEY: key, names.METHOD: None, names.TASK: task, **model_tags(evaluator.session, [located])}
+    kind: names.Kind = "base" if model.role == "base" else "expert"
+    name = names.baseline_run(model.role, model.label)
+    with open_run(tracker, kind, plan, source, name, experiment=experiment, params=params, tags=tags) as run:
+        record_inputs(run, params, [evaluator.data[one] for one in model.results])
+        record_result(run, ExperimentResult(model.label, evaluator.note, tuple(model.results), (model,)), evaluator)
+
+
+def _located(model: ModelResult, session: Session) -> LocatedModel:
+    if model.role == "base":
+        assert session.located.base is not None
+        return session.located.base
+    return next(expert for expert in session.located.experts if expert.label == model.label)
 
 
 def _baseline_key(model: ModelResult, evaluator: Evaluator) -> str:
@@ -176,11 +240,11 @@ def _baseline_key(model: ModelResult, evaluator: Evaluator) -> str:
 
 
 def _row(model: ModelResult) -> dict[str, Any]:
-    return {"model": model.label, "role": model.role, **result_metrics(model), "cached": model.cached}
+    return {"model": model.label, names.ROLE: model.role, **model.logged, "cached": model.cached}
 
 
 def generations(result: ExperimentResult) -> dict[str, list[dict[str, str]]]:
-    """Put side by side, for each task without metrics, what every model makes of each prompt."""
+    """Return, for each task without metrics, rows of a prompt and what every model wrote for it."""
     found: dict[str, list[dict[str, str]]] = {}
     for model in result.models:
         for name, own in model.results.items():
@@ -205,13 +269,13 @@ def _log_predictions(run: Run, model: ModelResult, evaluator: Evaluator) -> None
         columns["selects"] = np.isin(np.arange(len(data)), examples.select)
         columns["reports"] = np.isin(np.arange(len(data)), examples.report)
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / f"{name}.parquet"
+            file = Path(folder) / names.predictions(name)
             pq.write_table(pa.table(columns), file)
-            run.log_artifact(file, "predictions")
+            run.log_artifact(file, names.PREDICTIONS)
 
 
 def _prediction_columns(data: TaskData, outputs: Any) -> dict[str, Any]:
-    """Name what a model was given, what is right, and what it made of it."""
+    """Return the columns of a task's predictions: inputs or labels, references, outputs."""
     if data.spec.kind == "language_modelling":
         nll, tokens, words = outputs.T
         texts = [text for _, text in data.texts]

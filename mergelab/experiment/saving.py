@@ -195,7 +195,7 @@ def keep(
     saving: Saving, backbones: Mapping[str, Mapping[str, Tensor]], run: Run, output: str | None, *, log: bool
 ) -> None:
     """Write a merged model into the folder ``output``, if that is given, and with ``log`` among the run's artifacts."""
-    from mergelab.tracking.grid import MODEL
+    from mergelab.tracking.names import MODEL
 
     if output is not None:
         saving.save(backbones, Path(output).expanduser())

@@ -11,6 +11,7 @@ from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge
 from mergelab.errors import ConfigError
 from mergelab.evaluation.results import common_direction
+from mergelab.tracking import names
 
 if TYPE_CHECKING:
     from mergelab.experiment.evaluator import Evaluator
@@ -66,4 +67,4 @@ class EvaluatorSelection:
     def tags(self) -> dict[str, str]:
         """Say for the record what was tried and chosen."""
         tried = "; ".join(f"{'+'.join(experts)}: {score:.4f}" for experts, score in self.trials)
-        return {"greedy_soup.chosen": ", ".join(self.chosen), "greedy_soup.tried": tried}
+        return {names.CHOSEN_EXPERTS: ", ".join(self.chosen), names.TRIED_SOUPS: tried}

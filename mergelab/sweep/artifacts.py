@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergelab.report.plots import draw
 from mergelab.sweep.study import ERROR, OUTCOME
+from mergelab.tracking import names
 
 if TYPE_CHECKING:
     from mergelab.sweep.study import SweepStudy
@@ -22,13 +23,13 @@ def log_study(run: Run, study: SweepStudy, objectives: Sequence[str]) -> None:
     """Log the table of trials, plots, and the study in a file that Optuna and its dashboard open."""
     if run.id is None:
         return
-    run.log_table(trial_rows(study, objectives), "trials.csv")
+    run.log_table(trial_rows(study, objectives), names.TRIALS)
     with tempfile.TemporaryDirectory() as folder:
-        plots = Path(folder) / "plots"
+        plots = Path(folder) / names.PLOTS
         plots.mkdir()
         draw(study.study, len(study.space.distributions), objectives, plots)
-        run.log_artifacts(plots, "plots")
-        file = Path(folder) / "study.db"
+        run.log_artifacts(plots, names.PLOTS)
+        file = Path(folder) / names.STUDY_FILE
         copy_study(study, file)
         run.log_artifact(file)
 
@@ -55,7 +56,7 @@ def trial_rows(study: SweepStudy, objectives: Sequence[str]) -> list[dict[str, A
 
 
 def copy_study(study: SweepStudy, file: Path) -> None:
-    """Write the study to an SQLite file of its own."""
+    """Write the study to a new SQLite file."""
     import optuna
 
     from mergelab.sweep.storage import open_storage

@@ -1,4 +1,4 @@
-"""Which process has a trial: marks in the study's storage, so that no trial is done by two processes."""
+"""Which process runs a trial: marks in the study's storage, so that no trial is run by two processes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-# Attributes of a trial: who measures it, and how many of its beginnings were ended by the user.
+# Attributes of a trial: which process began it last, and how many of its attempts do not count against it.
 BEGUN, FORGIVEN = "mergelab:begun", "mergelab:forgiven"
-_COUNT = "count"  # in the mark of who measures it: how often it was begun
+_COUNT = "count"  # in the mark of the process: how often the trial was begun
 
 
 class Superseded(Exception):
-    """The trial was given to another process, or has its result."""
+    """Another process has begun the trial since, or the trial has its result."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One process's hold on a trial.
+    """A trial that this process has begun.
 
     Attributes:
-        again: the trial was begun before: there may be a run of it.
+        mark: identifies this attempt in the storage.
+        again: the trial was begun before, so that there may be a run of it.
     """
 
     storage: BaseStorage
@@ -37,10 +38,10 @@ class Attempt:
     again: bool
 
     def check(self) -> None:
-        """Make sure that the trial is still this process's.
+        """Check that no other process has begun the trial since.
 
         Raises:
-            Superseded: it is not.
+            Superseded: one has, or the trial has its result.
         """
         trial = self.storage.get_trial(self.trial_id)
         if trial.state.is_finished() or trial.user_attrs.get(BEGUN) != self.mark:
@@ -49,10 +50,10 @@ class Attempt:
 
 @contextlib.contextmanager
 def attempting(storage: BaseStorage, trial_id: int, attempt: int) -> Iterator[Attempt]:
-    """Mark a trial as this process's for as long as the block lasts.
+    """Mark a trial as this process's while the block runs.
 
-    A launcher may start a job again by itself (Ray does when a worker dies): the attempt has the same number then, and
-    the later process has the trial.
+    A launcher may itself restart a job (Ray does when a worker dies): the attempt has the same number then, and the
+    trial is the later process's.
 
     Raises:
         Superseded: a later attempt was begun, or the trial has its result.
@@ -65,17 +66,17 @@ def attempting(storage: BaseStorage, trial_id: int, attempt: int) -> Iterator[At
         raise Superseded
     mark = {"attempt": attempt, _COUNT: known[_COUNT] + 1 if known else 1, "by": process_tags()}
     storage.set_trial_user_attr(trial_id, BEGUN, mark)
-    held = Attempt(storage, trial_id, mark, known is not None)
+    begun = Attempt(storage, trial_id, mark, known is not None)
     try:
-        yield held
+        yield begun
     finally:
         with contextlib.suppress(Superseded):
-            held.check()
+            begun.check()
             storage.set_trial_user_attr(trial_id, BEGUN, {**mark, "by": None})
 
 
 def tries(trial: FrozenTrial) -> int:
-    """Count how often a trial was begun, without the times that the user ended it.
+    """Return how often a trial was begun, without the attempts that the user ended.
 
     An attempt that ended before it had begun, while the models were loaded, says nothing about the trial.
     """
@@ -91,11 +92,12 @@ def has_begun(trial: FrozenTrial) -> bool:
 
 def measured_by(trial: FrozenTrial) -> str | None:
     """Name the living process of this machine, other than this one, that measures the trial."""
-    from mergelab.tracking.processes import HOST, NAMESPACE, PID, has_ended, process_tags
+    from mergelab.tracking import names
+    from mergelab.tracking.processes import has_ended, process_tags
 
     own = process_tags()
     by = (trial.user_attrs.get(BEGUN) or {}).get("by") or {}
-    elsewhere = any(by.get(what) != own.get(what) for what in (HOST, NAMESPACE))
-    if elsewhere or by.get(PID) == str(os.getpid()) or has_ended(by):
+    elsewhere = any(by.get(what) != own.get(what) for what in (names.HOST, names.PID_NAMESPACE))
+    if elsewhere or by.get(names.PID) == str(os.getpid()) or has_ended(by):
         return None
-    return str(by[PID])
+    return str(by[names.PID])

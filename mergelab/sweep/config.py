@@ -1,4 +1,4 @@
-"""What a user sets about a sweep, and what a sweep tells each of its jobs."""
+"""The settings of a sweep, and those that a sweep gives each of its jobs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SweepConfig(Schema):
     """The ``hydra.sweeper`` node of ``hydra/sweeper=mergelab``; ``sweep.<key>`` sets the same keys."""
 
     n_trials: Annotated[int, Field(ge=1)] = 50
-    """In total: the same command again goes on to it."""
+    """In total: the same command again resumes the sweep up to it."""
     n_jobs: Annotated[int, Field(ge=1)] = 1
     """Trials that are started together, for launchers that run jobs side by side."""
     sampler: str | dict[str, Any] = "tpe"
@@ -45,7 +45,7 @@ class SweepConfig(Schema):
 
 
 class TrialJob(Schema):
-    """What a sweep tells a job: whose trial it is, and whether it measures that trial or reports the winner."""
+    """The settings of one job: its trial, and whether it measures that trial or reports the winner."""
 
     study: str
     number: int

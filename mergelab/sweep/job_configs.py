@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class JobConfigs:
     """Hydra's configuration loader, which takes a job's configuration from an earlier job's where only values differ.
 
-    Composing takes Hydra a tenth of a second, about a third of what a trial costs beside merging and evaluating.
+    Composing takes Hydra a tenth of a second, about a third of what a trial costs besides merging and evaluating.
 
     Args:
         loader: composes what is not known.
@@ -73,11 +73,11 @@ def _changed(config: DictConfig, overrides: Sequence[Override], changed: Sequenc
     hydra = config.hydra
     names = hydra.job.config.override_dirname
     own = [override for override in overrides if not override.is_hydra_override()]
-    told = sorted(str(override.input_line) for override in own if override.key_or_group not in names.exclude_keys)
+    named = sorted(str(override.input_line) for override in own if override.key_or_group not in names.exclude_keys)
     given = [override.input_line for override in overrides if override.is_hydra_override()]
     with open_dict(hydra):
         earlier = list(hydra.overrides.hydra)
         hydra.overrides.hydra = [*earlier[: len(earlier) - len(given)], *given]
         hydra.overrides.task = [override.input_line for override in own]
-        hydra.job.override_dirname = names.item_sep.join(told).replace("=", names.kv_sep)
+        hydra.job.override_dirname = names.item_sep.join(named).replace("=", names.kv_sep)
     return config

@@ -1,4 +1,4 @@
-"""A sweep's jobs in other processes and on other machines: what the sweeper sees to, and what each job sees to."""
+"""A sweep's jobs in other processes and on other machines: what the sweeper sets up, and what each job sets up."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 def fit_launcher(launcher: Launcher, retries: int) -> None:
-    """Give a launcher's settings that the user left open the values that a sweep needs.
+    """Give launcher settings that the user did not set the values that a sweep needs.
 
-    Ray starts a job whose worker died again by itself: as often as the sweep would. (Its launcher asks for a size of
-    the object store, which Ray refuses where it joins a running cluster.)
+    Ray itself restarts a job whose worker died: as often as the sweep would. (Its launcher asks for a size of the
+    object store, which Ray refuses where it joins a running cluster.)
     """
     settings = getattr(launcher, "ray_cfg", None)
     if settings is None:
@@ -49,11 +49,11 @@ def fit_launcher(launcher: Launcher, retries: int) -> None:
 
 
 def launch(launcher: Launcher, jobs: Sequence[Sequence[str]], first: int) -> list[Any]:
-    """Run jobs side by side and answer what each returned, or the exception that it raised.
+    """Run jobs in parallel and return what each returned, or the exception that it raised.
 
     Raises:
-        MergelabError: of a job: there is no use in others.
-        Exception: of the launcher, for all jobs: a worker died.
+        MergelabError: a job raised it: further jobs are of no use.
+        Exception: the launcher raised it, for all jobs: a worker died.
     """
     from hydra.core.utils import JobStatus
 
@@ -73,7 +73,7 @@ def launch(launcher: Launcher, jobs: Sequence[Sequence[str]], first: int) -> lis
 
 
 def end_workers() -> None:
-    """End what a failed or interrupted launch left running in Ray; joblib ends its own jobs."""
+    """End what a failed or interrupted launch still runs in Ray; joblib ends its jobs itself."""
     if (ray := sys.modules.get("ray")) is not None and ray.is_initialized():
         ray.shutdown()
 
@@ -83,9 +83,9 @@ def end_workers() -> None:
 
 @contextlib.contextmanager
 def worker_context(job: TrialJob) -> Iterator[None]:
-    """Make a worker's process like the sweeper's: in its folder, and left to the sweeper when the user interrupts.
+    """Make a worker's process like the sweeper's: in its folder, and deaf to Ctrl-C, which the sweeper handles.
 
-    Passwords are masked in what Hydra has written about the job.
+    Passwords are masked in the files that Hydra has written about the job.
 
     Raises:
         SweepError: the sweeper's folder is not on this machine.

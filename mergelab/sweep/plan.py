@@ -12,8 +12,8 @@ from mergelab.errors import SweepError
 from mergelab.experiment.plan import Plan, plan_experiment, warn_if_mini
 from mergelab.sweep.config import SweepConfig, sweep_config
 from mergelab.sweep.objective import Objective, objectives
-from mergelab.sweep.pruners import make_pruner
-from mergelab.sweep.samplers import make_sampler
+from mergelab.sweep.pruners import make_pruner, pruner_name
+from mergelab.sweep.samplers import make_sampler, sampler_name
 from mergelab.sweep.space import Space, described, space_from
 from mergelab.sweep.storage import storage_url
 
@@ -38,15 +38,10 @@ class Sweep:
 
     @property
     def trials(self) -> int:
-        """How many trials there are to be."""
-        if named_sampler(self.settings) == "grid":
+        """The number of trials in total."""
+        if sampler_name(self.settings.sampler) == "grid":
             return min(self.settings.n_trials, self.space.grid_size())
         return self.settings.n_trials
-
-
-def named_sampler(settings: SweepConfig) -> str:
-    """Return the sampler's name."""
-    return settings.sampler if isinstance(settings.sampler, str) else str(settings.sampler.get("name"))
 
 
 def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, overrides: Sequence[str]) -> Sweep:
@@ -56,7 +51,7 @@ def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, overrid
     plans = [plan_experiment(loader.load_sweep_config(config, space.overrides(edge))) for edge in space.edges()]
     plan = plans[0]
     if not plan.config.evaluate:
-        raise SweepError("evaluate=false: a sweep selects by scores; leave it out")
+        raise SweepError("evaluate=false: a sweep selects by scores; remove it")
     if plan.config.eval.protocol == "full":
         raise SweepError(
             "eval.protocol=full: what a sweep selects on must not be what it reports; eval.protocol=holdout sets "
@@ -65,10 +60,10 @@ def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, overrid
     if "selection" in plan.method.needs:
         raise SweepError(f"method={plan.method.name}: chooses by the selecting examples itself; it cannot be swept")
     wanted = objectives(settings.objective, settings.direction, plan.tasks)
-    make_sampler(settings.sampler, space, seed=0, number=0, objectives=len(wanted), side_by_side=False)
+    make_sampler(settings.sampler, space, seed=0, number=0, objectives=len(wanted), parallel=False)
     if make_pruner(settings.pruner) is not None and len(wanted) > 1 and settings.pruner != "futility":
         raise SweepError(f"sweep.pruner={settings.pruner}: trials are pruned by one objective, there are {len(wanted)}")
-    settings = replace_enqueued(settings, space, len(plan.config.models.experts))
+    settings = with_usable_points(settings, space, len(plan.config.models.experts))
     source = plan.source
     warn_if_mini(plan, source)
     url = storage_url(settings.storage, str(config.hydra.runtime.cwd))
@@ -76,32 +71,43 @@ def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, overrid
     return sweep if sweep.name else replace(sweep, name=_default_name(sweep))
 
 
-def replace_enqueued(settings: SweepConfig, space: Space, experts: int) -> SweepConfig:
-    """Work out the first points: ``1/experts`` is a number; what the user has fixed or narrowed is left out.
+def is_pruned(settings: SweepConfig, plan: Plan) -> bool:
+    """Return whether trials can be pruned: one objective, one task, examples in random order."""
+    several = isinstance(settings.objective, list) and len(settings.objective) > 1
+    return pruner_name(settings.pruner) != "none" and len(plan.tasks) == 1 and not several
+
+
+def expert_weights(plan: Plan) -> list[float]:
+    """Return the weight of each expert."""
+    return [expert.weight for expert in plan.config.models.experts.values()]
+
+
+def with_usable_points(settings: SweepConfig, space: Space, experts: int) -> SweepConfig:
+    """Resolve the points to enqueue: ``1/experts`` is a number; points outside of what the user narrowed are dropped.
 
     Raises:
-        SweepError: a point names what is not swept, or lacks what is.
+        SweepError: a point has a key that is not swept, or lacks one that is.
     """
-    kept = []
+    usable = []
     fixed = {override.lstrip("+~").partition("=")[0] for override in space.fixed}
     for point in settings.enqueue or []:
         values = {key: 1 / experts if value == "1/experts" else value for key, value in point.items()}
         values = {key: value for key, value in values.items() if key not in fixed}
         if values and (reason := space.check_point(values)) is None:
-            kept.append(values)
+            usable.append(values)
         elif values and "is outside of" not in str(reason):
             raise SweepError(f"sweep.enqueue: {point}: {reason}")
-    unique = [point for index, point in enumerate(kept) if point not in kept[:index]]
+    unique = [point for index, point in enumerate(usable) if point not in usable[:index]]
     return settings.model_copy(update={"enqueue": unique})
 
 
 def definition(sweep: Sweep) -> dict[str, str]:
-    """Say what makes the trials of a study comparable, key by key."""
+    """Return what all trials of a study must share to be comparable, key by key."""
     from mergelab.tracking.values import flatten
 
     resolved = dict(sweep.plan.resolved)
-    kept = {key: resolved[key] for key in ("models", "method", "task", "eval", "seed")}
-    flat = {key: value for key, value in flatten(kept).items() if key not in sweep.space.distributions}
+    compared = {key: resolved[key] for key in ("models", "method", "task", "eval", "seed")}
+    flat = {key: value for key, value in flatten(compared).items() if key not in sweep.space.distributions}
     for key in ("eval.cache", "eval.batch_tokens", "eval.bootstrap"):
         flat.pop(key, None)
     space = {f"search space of {key}": described(one) for key, one in sweep.space.distributions.items()}
@@ -114,4 +120,4 @@ def _default_name(sweep: Sweep) -> str:
     parts = [definition(sweep), settings.sampler, settings.pruner, settings.seed, settings.enqueue]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
     mini = "mini-" if sweep.source == "mini" else ""
-    return f"{sweep.plan.method.name}-{mini}{sweep.plan.task_name}-{named_sampler(settings)}-{digest}"
+    return f"{sweep.plan.method.name}-{mini}{sweep.plan.task_name}-{sampler_name(settings.sampler)}-{digest}"

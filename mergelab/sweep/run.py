@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -12,35 +12,35 @@ from uuid import uuid4
 from mergelab.console.progress import say, say_where
 from mergelab.console.tables import result_table
 from mergelab.errors import SweepError
+from mergelab.experiment.recording import open_run, record_result
 from mergelab.sweep.launcher import fit_launcher, mask_passwords
-from mergelab.sweep.plan import Sweep, definition, named_sampler, plan_sweep
-from mergelab.sweep.pruners import PRUNERS
-from mergelab.sweep.samplers import named
-from mergelab.sweep.scheduler import Jobs, point
+from mergelab.sweep.plan import Sweep, definition, is_pruned, plan_sweep
+from mergelab.sweep.pruners import pruner_name
+from mergelab.sweep.samplers import sampler_name
+from mergelab.sweep.scheduler import Scheduler, point
 from mergelab.sweep.space import described
 from mergelab.sweep.storage import redacted, storage_errors
 from mergelab.sweep.study import PARENT, SWEEPER, SweepStudy
-from mergelab.sweep.trial import STUDY, Report, prunes
+from mergelab.tracking import names
 
 if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
     from omegaconf import DictConfig
     from optuna.trial import FrozenTrial
 
+    from mergelab.sweep.winner import Report
     from mergelab.tracking import Run, Tracker
-
-_MARK = "mergelab.sweep"
 
 
 def run_sweep(
     node: Mapping[str, Any], config: DictConfig, launcher: Launcher, loader: Any, overrides: Sequence[str]
 ) -> None:
-    """Run what is left of a sweep, then measure and show its winner.
+    """Run the remaining trials of a sweep, then evaluate and show its winner.
 
     Args:
         node: the sweeper's settings.
         config: the composed configuration, Hydra's node included.
-        launcher: what runs the jobs.
+        launcher: runs the jobs.
         loader: Hydra's configuration loader.
         overrides: those of the command line.
 
@@ -71,39 +71,38 @@ def run_sweep(
     with (
         storage_errors(sweep.url),
         _only_sweeper(study),
-        _parent(sweep, study, tracker) as run,
-        _patience() as interrupted,
+        _parent(sweep, study, tracker, folder) as run,
+        _graceful_interrupts() as interrupted,
     ):
-        jobs = Jobs(sweep, study, launcher, run.id, tracker)
-        jobs.run_all(interrupted)
+        scheduler = Scheduler(sweep, study, launcher, run.id, tracker)
+        scheduler.run_all(interrupted)
         if interrupted():
-            left = sweep.trials - study.count + len(study.pending())
+            remaining = sweep.trials - study.count + len(study.pending())
             run.end("KILLED", "interrupted")
-            say(f"interrupted with {left} trials to go: the same command goes on")
+            say(f"interrupted with {remaining} trials to go: the same command goes on")
             raise SystemExit(130)
-        report = jobs.report()
-        _finish(sweep, study, run, tracker, report, folder)
+        _finish(sweep, study, run, tracker, scheduler.report(), folder)
 
 
 def _announce(sweep: Sweep, study: SweepStudy) -> None:
     plan, settings = sweep.plan, sweep.settings
-    mini = "mini/" if sweep.source == "mini" else ""
+    mini = sweep.source == "mini"
     space = ", ".join(f"{key}={described(one)}" for key, one in sweep.space.distributions.items())
     wanted = ", ".join(f"{objective.name} ({objective.direction})" for objective in sweep.objectives)
-    pruner = named(settings.pruner, "pruner", PRUNERS)[0]
+    pruner, prunes = pruner_name(settings.pruner), is_pruned(settings, plan)
     there = f", {study.count} of them there already" if study.count else ""
+    models = names.labelled(plan.task_name, mini=True) if mini else plan.config.models.name
+    tasks = ", ".join(names.labelled(task.name, mini=mini) for task in plan.tasks)
     lines = [
         f"sweep     {plan.method.name}: {space}",
-        f"models    {mini + plan.task_name if mini else plan.config.models.name}: {len(plan.config.models.experts)} "
-        f"experts, head {plan.config.models.head}",
-        f"evaluate  {', '.join(mini + task.name for task in plan.tasks)}: protocol {plan.config.eval.protocol}, "
-        f"selects {wanted}",
-        f"trials    {sweep.trials} in all{there}; sampler {named_sampler(settings)}, "
-        f"pruner {pruner if prunes(settings, plan) else 'none'}",
+        f"models    {models}: {len(plan.config.models.experts)} experts, head {plan.config.models.head}",
+        f"evaluate  {tasks}: protocol {plan.config.eval.protocol}, selects {wanted}",
+        f"trials    {sweep.trials} in all{there}; sampler {sampler_name(settings.sampler)}, "
+        f"pruner {pruner if prunes else 'none'}",
         f"study     {sweep.name} in {redacted(sweep.url)}",
         *_launcher_line(sweep),
     ]
-    if pruner != "none" and not prunes(settings, plan):
+    if pruner != "none" and not prunes:
         lines.append("          trials are not pruned: that takes one task and one objective")
     say("\n".join(lines))
 
@@ -123,14 +122,14 @@ def _launcher_line(sweep: Sweep) -> list[str]:
 @contextlib.contextmanager
 def _only_sweeper(study: SweepStudy) -> Iterator[None]:
     """Keep a second process from adding trials to the same study."""
-    from mergelab.tracking.processes import HOST, PID, has_ended, process_tags
+    from mergelab.tracking.processes import has_ended, process_tags
 
     own = process_tags()
     other = study.study.user_attrs.get(SWEEPER)
     if other and other != own and not has_ended(other):
         raise SweepError(
-            f"study {study.study.study_name}: process {other.get(PID)} on {other.get(HOST)} is sweeping it; "
-            "wait for its end, or choose another sweep.study_name"
+            f"study {study.study.study_name}: process {other.get(names.PID)} on {other.get(names.HOST)} is sweeping "
+            "it; wait for its end, or choose another sweep.study_name"
         )
     study.study.set_user_attr(SWEEPER, own)
     try:
@@ -140,65 +139,65 @@ def _only_sweeper(study: SweepStudy) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _parent(sweep: Sweep, study: SweepStudy, tracker: Tracker) -> Iterator[Run]:
-    """Open the sweep's run, or the one that it has, to go on under it."""
-    from mergelab.tracking import SOURCE, experiment_name
-    from mergelab.tracking.values import flatten
-
+def _parent(sweep: Sweep, study: SweepStudy, tracker: Tracker, folder: Path) -> Iterator[Run]:
+    """Open the sweep's run, or the one that it has, to continue it."""
     plan, settings = sweep.plan, sweep.settings
-    mini = sweep.source == "mini"
-    experiment = experiment_name(plan.tracking, plan.task_name, mini=mini)
-    params = {
-        **{key: value for key, value in flatten(plan.resolved).items() if key not in sweep.space.distributions},
-        "sampler": settings.sampler,
-        "pruner": settings.pruner,
-        "objective": ",".join(objective.name for objective in sweep.objectives),
-        "space": {key: described(one) for key, one in sweep.space.distributions.items()},
+    config = {
+        **_without(plan.resolved, sweep.space.distributions),
+        names.SAMPLER: settings.sampler,
+        names.PRUNER: settings.pruner,
+        names.OBJECTIVE: ",".join(objective.name for objective in sweep.objectives),
+        names.SPACE: {key: described(one) for key, one in sweep.space.distributions.items()},
     }
     # The study has the run's mark before there is a run: the process may die at any moment.
     if (mark := study.study.user_attrs.get(PARENT)) is None:
         mark = uuid4().hex
         study.study.set_user_attr(PARENT, mark)
-    if known := tracker.runs({_MARK: mark}, experiment=experiment):
-        run = tracker.resume_run(known[0].id)
-        if not known[0].params:
-            run.log_params(params)
-    else:
-        run = tracker.start_run(
-            f"sweep: {'mini/' if mini else ''}{plan.task_name} {plan.method.name} {named_sampler(settings)}",
-            experiment=experiment,
-            tags={
-                "mergelab.kind": "sweep",
-                _MARK: mark,
-                STUDY: sweep.name,
-                SOURCE: sweep.source,
-                "mergelab.seed": settings.seed,
-            },
-            params=params,
-        )
-    run.set_tags({"mergelab.n_trials": sweep.trials})
+    task = names.labelled(plan.task_name, mini=sweep.source == "mini")
+    run = open_run(
+        tracker,
+        "sweep",
+        plan,
+        sweep.source,
+        names.sweep_run(task, plan.method.name, sampler_name(settings.sampler)),
+        params=config,
+        tags={names.SWEEP: mark, names.STUDY: sweep.name, names.SEED: settings.seed},
+        resumed={names.SWEEP: mark},
+    )
+    run.set_tags({names.N_TRIALS: sweep.trials, names.RUN_FOLDER: folder})
     with run:
+        run.log_dict(config, names.CONFIG)
         yield run
 
 
-@contextlib.contextmanager
-def _patience() -> Iterator[Callable[[], bool]]:
-    """Let a first Ctrl-C end the sweep after the running trials, a second one at once."""
-    came: list[int] = []
+def _without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    """Return a nested configuration without the dotted keys that trials vary."""
+    found = {}
+    for key, value in config.items():
+        below = [name.removeprefix(f"{key}.") for name in keys if name.startswith(f"{key}.")]
+        if key not in keys:
+            found[key] = _without(value, below) if below and isinstance(value, Mapping) else value
+    return found
 
-    def note(number: int, frame: Any) -> None:
-        came.append(number)
-        if len(came) > 1:
+
+@contextlib.contextmanager
+def _graceful_interrupts() -> Iterator[Callable[[], bool]]:
+    """Let a first Ctrl-C end the sweep after the running trials, a second one at once."""
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        interrupts.append(number)
+        if len(interrupts) > 1:
             raise KeyboardInterrupt
         say("interrupted: the sweep ends after the running trials; once more to end it at once")
 
     try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not in the main thread: whoever has that decides
+        before = signal.signal(signal.SIGINT, interrupt)
+    except ValueError:  # not in the main thread, which alone may set handlers
         yield lambda: False
         return
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(interrupts)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -206,23 +205,21 @@ def _patience() -> Iterator[Callable[[], bool]]:
 def _finish(
     sweep: Sweep, study: SweepStudy, run: Run, tracker: Tracker, reports: Sequence[Report], folder: Path
 ) -> None:
+    """Record the study and the report on its winner with the sweep's run, and show them."""
     from mergelab.evaluation.results import RESULT, write_result
-    from mergelab.experiment.recording import result_metrics
     from mergelab.sweep.artifacts import log_study
-    from mergelab.tracking import PRIMARY
 
     best = study.best()
     if best is None:
         raise SweepError("no trial finished: there is nothing to report")
     log_study(run, study, [objective.name for objective in sweep.objectives])
-    run.log_metrics({f"best/select_{o.name}": v for o, v in zip(sweep.objectives, best.values, strict=True)})
-    run.set_tags({"mergelab.best_trial": best.number, **{f"best.{key}": value for key, value in best.params.items()}})
+    values = zip(sweep.objectives, best.values, strict=True)
+    run.log_metrics({names.best_of_trials(objective.name): value for objective, value in values})
+    parameters = {names.best_parameter(key): value for key, value in best.params.items()}
+    run.set_tags({names.BEST_TRIAL: best.number, **parameters})
     for report in reports:
-        run.log_metrics(result_metrics(report.result.merged))
-        run.log_metrics({f"report/p_vs_{name}": p for name, p in report.against.items()})
-        task = next(iter(report.result.merged.results.values()))
-        several = len(report.result.tasks) > 1
-        run.set_tags({PRIMARY: "report/average" if several else f"report/{task.primary}"})
+        run.set_tags(report.model_tags)
+        record_result(run, report.result)
         write_result(report.result, folder / RESULT)
         result_table(report.result)
     _say_end(sweep, study, best, reports)

@@ -1,4 +1,4 @@
-"""A sweep's trials handed to a launcher: run, tried again where their process died, told to the study once."""
+"""Runs a sweep's trials on a launcher, retries those whose process died, and gives each one result."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from mergelab.console.progress import say, warn
 from mergelab.errors import MergelabError, SweepError
 from mergelab.sweep.attempts import FORGIVEN, has_begun, measured_by, tries
 from mergelab.sweep.launcher import end_workers, launch
+from mergelab.sweep.outcome import TrialFailure, TrialOutcome
 from mergelab.sweep.plan import Sweep
 from mergelab.sweep.study import ERROR, OUTCOME, Proposal, SweepStudy
-from mergelab.sweep.trial import STUDY, TRIAL, Report, TrialFailure, TrialOutcome
+from mergelab.tracking import names
 from mergelab.tracking.values import one_line, without_password
 
 if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
 
+    from mergelab.sweep.winner import Report
     from mergelab.tracking import Tracker
     from mergelab.tracking.run import Status
 
@@ -29,37 +31,40 @@ _FEW_FAILURES = 3  # a sweep is not stopped for fewer
 _POLL_S = 0.2  # how often to look whether another process has finished a trial
 
 
-class Jobs:
-    """Hands trials to the launcher and tells the study what came back."""
+class Scheduler:
+    """Starts a sweep's jobs in batches and stores what they return in the study."""
 
     def __init__(
         self, sweep: Sweep, study: SweepStudy, launcher: Launcher, parent: str | None, tracker: Tracker
     ) -> None:
-        self.sweep, self.study, self.launcher, self.parent, self.tracker = sweep, study, launcher, parent, tracker
+        self.sweep, self.study, self.launcher, self.tracker = sweep, study, launcher, tracker
         self.folder = str(Path(sweep.config.hydra.sweep.dir).absolute())
         store = tracker.store.uri if tracker.store else None
-        self.place = {
+        self.job_settings = {
+            "study": sweep.name,
+            "parent": parent,
+            "source": sweep.source,
             "folder": str(sweep.config.hydra.runtime.cwd),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "tracking": store if store and without_password(store) == store else None,
         }
         self.interrupted: Callable[[], bool] = lambda: False
-        self.suspects: set[int] = set()
-        self.vain_launches = 0
+        self.suspects: set[int] = set()  # trials that may have killed their worker: each is retried alone
+        self.failed_launches = 0
 
     def run_all(self, interrupted: Callable[[], bool]) -> None:
-        """Run what a dead process left behind, then what is missing to the total."""
+        """Run the pending trials of a dead process, then new ones up to the total."""
         self.interrupted = interrupted
-        self._settle([trial.number for trial in self.study.pending()])
+        self._collect([trial.number for trial in self.study.pending()])
         while not interrupted():
-            batch = self._batch()
+            batch = self._next_batch()
             if not batch:
                 return
             self._run(batch)
             self._check_failures()
 
-    def _batch(self) -> list[Proposal]:
+    def _next_batch(self) -> list[Proposal]:
         settings, study = self.sweep.settings, self.study
         waiting = []
         for trial in study.pending():
@@ -67,62 +72,62 @@ class Jobs:
                 self._give_up(trial.number, f"its process died {count} times")
             else:
                 waiting.append(Proposal(trial.number, trial.params))
-        if alone := [asked for asked in waiting if asked.number in self.suspects]:
+        if alone := [proposal for proposal in waiting if proposal.number in self.suspects]:
             return alone[:1]
         if waiting:
             return waiting[: settings.n_jobs]
         count = min(settings.n_jobs, self.sweep.trials - study.count)
-        return [study.ask(side_by_side=settings.n_jobs > 1) for _ in range(count)]
+        return [study.ask(parallel=settings.n_jobs > 1) for _ in range(count)]
 
     def _run(self, batch: Sequence[Proposal]) -> None:
-        numbers = [asked.number for asked in batch]
+        numbers = [proposal.number for proposal in batch]
         jobs = [
             self._overrides(
-                asked.params,
-                subfolder=f"{asked.number}",
-                number=asked.number,
-                attempt=self.study.hand_out(asked.number),
+                proposal.params,
+                subfolder=f"{proposal.number}",
+                number=proposal.number,
+                attempt=self.study.new_attempt(proposal.number),
             )
-            for asked in batch
+            for proposal in batch
         ]
         try:
             returned = launch(self.launcher, jobs, batch[0].number)
         except (KeyboardInterrupt, SystemExit, MergelabError):
-            self._forgive(numbers)
+            self._discount_attempts(numbers)
             raise
-        except Exception as error:  # a launcher whose worker died answers nothing for the whole batch
-            self._mind_failed_launch(numbers, error)
+        except Exception as error:  # a launcher whose worker died returns nothing for the whole batch
+            self._handle_failed_launch(numbers, error)
             returned = [None] * len(jobs)
-        for number, found in zip(numbers, returned, strict=True):
-            if isinstance(found, Exception):
-                self._tell(number, TrialFailure(one_line(found)))
-            elif found is not None:
-                self._tell(number, found)
-        self._settle([number for number, found in zip(numbers, returned, strict=True) if found is None])
+        for number, result in zip(numbers, returned, strict=True):
+            if isinstance(result, Exception):
+                self._store(number, TrialFailure(one_line(result)))
+            elif result is not None:
+                self._store(number, result)
+        self._collect([number for number, result in zip(numbers, returned, strict=True) if result is None])
 
-    def _forgive(self, numbers: Sequence[int]) -> None:
-        """End what was begun for a reason that is not the trials'."""
+    def _discount_attempts(self, numbers: Sequence[int]) -> None:
+        """End attempts for a reason that is not the trials': these do not count against them."""
         end_workers()
         trials = self.study.trials
         for number in filter(lambda number: has_begun(trials[number]), numbers):
-            self.study.note(number, FORGIVEN, int(trials[number].user_attrs.get(FORGIVEN, 0)) + 1)
+            self.study.set_attribute(number, FORGIVEN, int(trials[number].user_attrs.get(FORGIVEN, 0)) + 1)
         if self.tracker.enabled:
             with contextlib.suppress(MergelabError):
                 self.tracker.reconcile()
 
-    def _mind_failed_launch(self, numbers: Sequence[int], error: Exception) -> None:
-        """Note whose worker may have died: each of these trials is tried again alone."""
+    def _handle_failed_launch(self, numbers: Sequence[int], error: Exception) -> None:
+        """Suspect the trials that had begun; give the sweep up where again and again none had."""
         end_workers()
         trials = self.study.trials
         self.suspects |= {number for number in numbers if has_begun(trials[number])}
-        self.vain_launches = 0 if self.suspects & set(numbers) else self.vain_launches + 1
-        if self.vain_launches > self.sweep.settings.retries:
-            self._forgive(numbers)
+        self.failed_launches = 0 if self.suspects & set(numbers) else self.failed_launches + 1
+        if self.failed_launches > self.sweep.settings.retries:
+            self._discount_attempts(numbers)
             raise SweepError(f"hydra/launcher: no job could be started: {one_line(error)}") from error
         warn(f"a worker died, or the launcher failed: {one_line(error)}")
 
-    def _settle(self, numbers: Sequence[int]) -> None:
-        """Wait for trials that other processes here still measure; take the results of those that have one."""
+    def _collect(self, numbers: Sequence[int]) -> None:
+        """Wait for trials that other processes of this machine run; store the results of those that have one."""
         announced: set[int] = set()
         for number in numbers:
             while (process := measured_by(trial := self.study.trials[number])) and not self.interrupted():
@@ -130,43 +135,44 @@ class Jobs:
                     say(f"trial {number}: process {process} measures it; waiting for that")
                     announced.add(number)
                 time.sleep(_POLL_S)
-            if (written := trial.user_attrs.get(OUTCOME)) is not None:
+            if (stored := trial.user_attrs.get(OUTCOME)) is not None:
                 self._end_run(number, "FINISHED")
-                self._tell(number, TrialOutcome.read(written))
+                self._store(number, TrialOutcome.read(stored))
 
     def _give_up(self, number: int, error: str) -> None:
         self._end_run(number, "FAILED", error)
-        self._tell(number, TrialFailure(error))
+        self._store(number, TrialFailure(error))
 
     def _end_run(self, number: int, status: Status, error: str | None = None) -> None:
         """Give the run of a trial its final status where its process could not."""
-        for known in self.tracker.runs({STUDY: self.sweep.name, TRIAL: str(number), "mergelab.kind": "trial"}):
+        tags = {names.STUDY: self.sweep.name, names.TRIAL: str(number), names.KIND: "trial"}
+        for known in self.tracker.runs(tags):
             if known.status != status and (run := self.tracker.reopened(known.id)):
                 run.end(status, error)
 
     def _overrides(self, params: Mapping[str, Any], *, subfolder: str, **job: Any) -> list[str]:
-        told = {"study": self.sweep.name, "parent": self.parent, "source": self.sweep.source, **self.place, **job}
-        spelled = ",".join(f"{key}:{_quoted(value)}" for key, value in told.items())
+        spelled = ",".join(f"{key}:{_quoted(value)}" for key, value in {**self.job_settings, **job}.items())
         folders = [f"hydra.sweep.dir={_quoted(self.folder)}", f"hydra.sweep.subdir={_quoted(subfolder)}"]
         return [*self.sweep.space.overrides(params), *folders, f"++sweep.job={{{spelled}}}"]
 
-    def _tell(self, number: int, found: TrialOutcome | TrialFailure) -> None:
+    def _store(self, number: int, result: TrialOutcome | TrialFailure) -> None:
+        """Give a trial its result in the study, and say so."""
         study = self.study
-        if isinstance(found, TrialFailure):
-            study.note(number, ERROR, found.error)
+        if isinstance(result, TrialFailure):
+            study.set_attribute(number, ERROR, result.error)
             study.tell(number, None)
-            say(f"trial {number}: {self._point(number)}: failed: {found.error}")
+            say(f"trial {number}: {self._point(number)}: failed: {result.error}")
             return
-        study.tell(number, found.values, pruned_at=found.pruned_at)
-        names = [objective.name for objective in self.sweep.objectives]
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in zip(names, found.values, strict=True))
+        study.tell(number, result.values, pruned_at=result.pruned_at)
+        objectives = [objective.name for objective in self.sweep.objectives]
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in zip(objectives, result.values, strict=True))
         best = study.best()
-        if found.pruned_at is not None:
-            what = f"pruned after {found.pruned_at} of {found.examples} examples, {scores}"
+        if result.pruned_at is not None:
+            what = f"pruned after {result.pruned_at} of {result.examples} examples, {scores}"
         else:
             what = f"select {scores}"
-        mark = f" (best {best.values[0]:.4f}, trial {best.number})" if best and len(names) == 1 else ""
-        times = f"merge {found.merge_seconds:.2f} s, evaluation {found.eval_seconds:.2f} s"
+        mark = f" (best {best.values[0]:.4f}, trial {best.number})" if best and len(objectives) == 1 else ""
+        times = f"merge {result.merge_seconds:.2f} s, evaluation {result.eval_seconds:.2f} s"
         say(f"trial {number}: {self._point(number)}: {what}{mark}, {times}")
 
     def _point(self, number: int) -> str:
@@ -183,7 +189,7 @@ class Jobs:
             )
 
     def report(self) -> list[Report]:
-        """Measure the winner (of several objectives: the best by the first) on the reporting examples."""
+        """Evaluate the winner (of several objectives: the best by the first) on the reporting examples."""
         best = self.study.best()
         if best is None:
             return []

@@ -1,4 +1,4 @@
-"""Where studies are kept: SQLite by default, any database that Optuna takes, or its journal in a file."""
+"""Where studies are stored: SQLite by default, any database that Optuna takes, or its journal in a file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def redacted(url: str) -> str:
 
 
 def silence(optuna: Any) -> None:
-    """Keep Optuna from telling on standard error what mergelab says itself, and what of it may change some day."""
+    """Silence Optuna on standard error: mergelab reports the same itself; and its warnings of experimental features."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
 

@@ -1,4 +1,4 @@
-"""A study that can be gone on with: every trial has one number, is handed out whole, and is told once."""
+"""A study that can be resumed: every trial has one number, is stored whole, and gets one result."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 # Attributes of a trial.
 ATTEMPTS, OUTCOME, ERROR, SCORES = "mergelab:attempts", "mergelab:outcome", "mergelab:error", "mergelab:scores"
-# What a sampler remembers of the whole study, kept with each trial so that both are written at once.
-_MEMORY = "mergelab:sampler"
+# The study attributes that samplers set, stored with each trial so that both are written at once.
+_SAMPLER_STATE = "mergelab:sampler"
 # Attributes of a study.
 _DEFINITION, SWEEPER, PARENT = "mergelab:definition", "mergelab:sweeper", "mergelab:parent"
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A trial that is to be run: its number and the point of the space."""
+    """A trial to run: its number, and its point of the space."""
 
     number: int
     params: Mapping[str, Any]
@@ -37,16 +37,16 @@ class Proposal:
 class SweepStudy:
     """An Optuna study, opened or created.
 
-    Points are drawn in a copy of the study in memory, each by a sampler of its own (see `make_sampler`), and a trial
-    reaches the storage whole. So a process that is killed at any moment leaves no half-drawn trial behind.
+    Points are drawn in a copy of the study in memory, each by a new sampler (see `make_sampler`), and a trial reaches
+    the storage whole. So a process that is killed at any moment leaves no half-drawn trial behind.
 
     Args:
         url: of the storage.
         name: of the study.
         space: what is searched.
-        config: sampler, seed and first points.
+        config: sampler, seed and points to enqueue.
         directions: one for each objective.
-        definition: what makes trials comparable (space, models, task, …); a study with another one is not gone on with.
+        definition: what all trials share (space, models, task, …); a study with another one is not resumed.
 
     Raises:
         SweepError: the storage cannot be used, or has a study of that name with another definition.
@@ -71,7 +71,7 @@ class SweepStudy:
         self._copy = optuna.create_study(storage=self._memory, directions=list(directions), study_name=name)
         for trial in self.study.get_trials(deepcopy=False):
             self._copy.add_trial(trial)
-            self._remember(trial.system_attrs.get(_MEMORY, {}))
+            self._restore(trial.system_attrs.get(_SAMPLER_STATE, {}))
 
     def _opened(self, url: str, name: str, definition: dict[str, str]) -> Study:
         import optuna
@@ -86,17 +86,17 @@ class SweepStudy:
             if known is None and study.get_trials(deepcopy=False):
                 raise SweepError(f"sweep.study_name={name}: is not a study of mergelab's; choose another name")
             for key in {**known, **definition} if known is not None else ():
-                told = (known or {}).get(key)
-                if told != definition.get(key):
-                    raise _other(name, key, told, definition.get(key))
+                stored = (known or {}).get(key)
+                if stored != definition.get(key):
+                    raise _other(name, key, stored, definition.get(key))
             if known is None:
                 study.set_user_attr(_DEFINITION, definition)
             return study
 
-    # ------------------------------------------------------------------------------------------------- handing out
+    # ------------------------------------------------------------------------------------------------------ trials
 
     def pending(self) -> list[FrozenTrial]:
-        """List the trials that were handed out and have no result: those of a process that died."""
+        """List the trials without a result: those of a process that died."""
         from optuna.trial import TrialState
 
         return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
@@ -108,11 +108,11 @@ class SweepStudy:
 
     @property
     def count(self) -> int:
-        """How many trials there are, whatever became of them."""
+        """The number of trials, finished or not."""
         return len(self.trials)
 
-    def ask(self, *, side_by_side: bool = False) -> Proposal:
-        """Draw the next trial's point and write the trial down."""
+    def ask(self, *, parallel: bool = False) -> Proposal:
+        """Draw the next trial's point and store the trial."""
         from optuna.trial import create_trial
 
         number = self.count
@@ -122,32 +122,32 @@ class SweepStudy:
             seed=self.config.seed,
             number=number,
             objectives=len(self.directions),
-            side_by_side=side_by_side,
+            parallel=parallel,
         )
         if number < len(self.enqueued):
             self._copy.enqueue_trial(self.enqueued[number])
         drawn = self._copy.ask(dict(self.space.distributions)).number
         frozen = self._copy.get_trials(deepcopy=False)[drawn]
-        memory = self._memory.get_study_system_attrs(self._id)
+        sampler_state = self._memory.get_study_system_attrs(self._id)
         whole = create_trial(
             state=frozen.state,
             params=frozen.params,
             distributions=frozen.distributions,
-            system_attrs={**frozen.system_attrs, _MEMORY: memory},
+            system_attrs={**frozen.system_attrs, _SAMPLER_STATE: sampler_state},
         )
         self.study.add_trial(whole)
         assert self.count == number + 1, "another process adds trials to this study"
         return Proposal(number, frozen.params)
 
-    def hand_out(self, number: int) -> int:
-        """Note that a trial is started; answer how often it has been."""
+    def new_attempt(self, number: int) -> int:
+        """Count a trial's start, and return how often it has been started."""
         trial = self.trials[number]
         attempts = int(trial.user_attrs.get(ATTEMPTS, 0)) + 1
         self.storage.set_trial_user_attr(trial._trial_id, ATTEMPTS, attempts)
         return attempts
 
     def tell(self, number: int, values: Sequence[float] | None, *, pruned_at: int | None = None) -> None:
-        """Write down a result: the values, or the value so far at ``pruned_at`` examples, or None for a failure."""
+        """Store a result: the values, or the value so far at ``pruned_at`` examples, or None for a failure."""
         from optuna.trial import TrialState
 
         if pruned_at is not None and values is not None:
@@ -156,13 +156,13 @@ class SweepStudy:
         else:
             state = TrialState.FAIL if values is None else TrialState.COMPLETE
         self.study.tell(number, list(values or ()) if state == TrialState.COMPLETE else None, state=state)
-        told = self.trials[number]
-        for step, value in told.intermediate_values.items():  # the job's own reports among them
+        stored = self.trials[number]
+        for step, value in stored.intermediate_values.items():  # the job's own reports among them
             self._memory.set_trial_intermediate_value(number, step, value)
-        self._memory.set_trial_state_values(number, state, told.values)
+        self._memory.set_trial_state_values(number, state, stored.values)
 
-    def note(self, number: int, key: str, value: Any) -> None:
-        """Keep an attribute with a trial."""
+    def set_attribute(self, number: int, key: str, value: Any) -> None:
+        """Store an attribute of a trial."""
         self.storage.set_trial_user_attr(self.trials[number]._trial_id, key, value)
 
     # ----------------------------------------------------------------------------------------------------- results
@@ -175,8 +175,8 @@ class SweepStudy:
         sign = -1 if self.directions[0] == "minimize" else 1
         return max(complete, key=lambda trial: (sign * trial.values[0], -trial.number), default=None)
 
-    def _remember(self, memory: Mapping[str, Any]) -> None:
-        for key, value in memory.items():
+    def _restore(self, sampler_state: Mapping[str, Any]) -> None:
+        for key, value in sampler_state.items():
             self._memory.set_study_system_attr(self._id, key, value)
 
     @property
@@ -185,16 +185,16 @@ class SweepStudy:
 
 
 def load(url: str, name: str) -> tuple[BaseStorage, Study]:
-    """Open a study that a sweeper has made, to report to it from a job."""
+    """Open a study that a sweeper has created, to report to it from a job."""
     import optuna
 
     storage = open_storage(url)
     return storage, optuna.load_study(storage=storage, study_name=name)
 
 
-def _other(name: str, what: str, known: object, asked: object) -> SweepError:
-    told = ",".join(asked) if isinstance(asked, tuple) else asked
+def _other(name: str, what: str, stored: object, wanted: object) -> SweepError:
+    wanted = ",".join(wanted) if isinstance(wanted, tuple) else wanted
     return SweepError(
-        f"sweep.study_name={name}: the study exists with another {what}: {known}, not {told}; "
+        f"sweep.study_name={name}: the study exists with another {what}: {stored}, not {wanted}; "
         f"choose a new name, such as sweep.study_name={name}-2"
     )

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from mergelab.tracking.config import TrackingConfig, experiment_name, tracking_config
-from mergelab.tracking.grid import DIRECTION, PRIMARY, GridCallback, close_open_parents
+from mergelab.tracking.grid import GridCallback, close_open_parents
 from mergelab.tracking.processes import environment_tags
 from mergelab.tracking.run import Run
-from mergelab.tracking.tracker import BASELINE_KEY, SOURCE, GridParent, RunRecord, Tracker, open_tracking
+from mergelab.tracking.tracker import GridParent, RunRecord, Tracker, open_tracking
 
 __all__ = [
-    "BASELINE_KEY",
-    "DIRECTION",
-    "PRIMARY",
-    "SOURCE",
     "GridCallback",
     "GridParent",
     "Run",

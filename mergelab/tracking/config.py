@@ -8,6 +8,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 
 from mergelab.config import Schema, check
+from mergelab.tracking import names
 
 
 class TrackingConfig(Schema):
@@ -32,4 +33,4 @@ def tracking_config(node: Mapping[str, Any] | DictConfig) -> TrackingConfig:
 
 def experiment_name(config: TrackingConfig, task: str, *, mini: bool) -> str:
     """Return the MLflow experiment that a run on ``task`` belongs to; the miniature's runs never mix with real ones."""
-    return config.experiment or (f"mini/{task}" if mini else task)
+    return config.experiment or names.labelled(task, mini=mini)

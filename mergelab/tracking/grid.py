@@ -19,18 +19,14 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from mergelab.errors import MergelabError
-from mergelab.tracking import interrupts
+from mergelab.tracking import interrupts, names
 from mergelab.tracking.config import experiment_name, tracking_config
+from mergelab.tracking.names import MODEL
 from mergelab.tracking.run import Run, Status
 from mergelab.tracking.store import mlflow_calls
-from mergelab.tracking.tracker import PARENT, SOURCE, SWEEP_DIR, RunRecord, Tracker, open_tracking
+from mergelab.tracking.tracker import RunRecord, Tracker, open_tracking
 
 log = logging.getLogger(__name__)
-
-PRIMARY = "mergelab.primary_metric"  # a child's tag: the metric that it is judged by, say report/accuracy
-DIRECTION = "mergelab.direction"  # a child's tag: "minimize" where less is better
-RUN_FOLDER = "mergelab.run_folder"  # a child's tag: where the job worked
-MODEL = "model"  # the merged model's folder in there, and among a run's artifacts
 
 BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _SETTLE_S = 3.0  # for killed workers to be gone
@@ -53,7 +49,7 @@ class GridCallback(Callback):
 
     Args:
         decide_source: dotted path of a function of the whole config that decides once, for all jobs, where models come
-            from (``hub`` or ``mini``); the parent's tag tells the jobs.
+            from (``hub`` or ``mini``); the jobs read it from the parent's tag.
     """
 
     def __init__(self, decide_source: str | None = None) -> None:
@@ -95,17 +91,18 @@ def open_grid(config: DictConfig, decide_source: Callable[[DictConfig], str | No
     source = decide_source(config)
     tasks = sweeps.get("task") or [str(OmegaConf.select(config, "task.name", default="default"))]
     varied = [f"{key}={','.join(values)}" for key, values in sweeps.items()]
-    name = " ".join(["grid:", *(varied or config.hydra.overrides.task)])
-    if source == "mini":
-        name += f" (mini/{','.join(tasks)})"
+    mini = source == "mini"
+    name = names.grid_run(
+        " ".join(varied or config.hydra.overrides.task), names.labelled(",".join(tasks), mini=True) if mini else None
+    )
     tracker = open_tracking(settings)
     jobs = math.prod(len(values) for values in sweeps.values())
     sweep_dir = os.path.abspath(config.hydra.sweep.dir)
     run = tracker.start_run(
         name,
-        experiment=experiment_name(settings, ",".join(tasks), mini=source == "mini"),
-        tags={"mergelab.kind": "grid", SWEEP_DIR: sweep_dir, SOURCE: source},
-        params={"overrides": " ".join(config.hydra.overrides.task), "jobs": jobs},
+        experiment=experiment_name(settings, ",".join(tasks), mini=mini),
+        tags={names.KIND: "grid", names.SWEEP_DIR: sweep_dir, names.SOURCE: source},
+        params={names.OVERRIDES: " ".join(config.hydra.overrides.task), names.JOBS: jobs},
     )
     if not _open_grids:
         atexit.register(close_open_parents)
@@ -127,8 +124,8 @@ def _sweeps(config: DictConfig) -> dict[str, list[str]]:
 def close_open_parents(status: Status | None = None) -> None:
     """Close every parent run that this process has open, with the summary of its jobs.
 
-    Hydra does not tell callbacks of a failure: whoever catches what a multirun raises calls this, and the process's
-    exit does. ``FINISHED`` becomes ``FAILED`` where a job did not finish; without ``status`` it is found from what
+    Hydra calls no callback after a failure: the caller that catches what a multirun raises calls this, and so does the
+    process's exit. ``FINISHED`` becomes ``FAILED`` where a job did not finish; without ``status`` it follows from what
     ended the process.
     """
     while _open_grids:
@@ -159,7 +156,7 @@ def _close(grid: _Grid, status: Status) -> None:
 
 def _failure(grid: _Grid, children: Sequence[RunRecord]) -> str:
     finished = sum(child.status == "FINISHED" for child in children)
-    errors = [f"; {child.name}: {child.tags['error']}" for child in children if "error" in child.tags]
+    errors = [f"; {child.name}: {child.tags[names.ERROR]}" for child in children if names.ERROR in child.tags]
     return f"{finished} of {grid.jobs} jobs finished" + "".join(errors[:1])
 
 
@@ -168,7 +165,7 @@ def _settled_children(grid: _Grid, *, wait: bool) -> list[RunRecord]:
     deadline = time.monotonic() + _SETTLE_S
     while True:
         grid.tracker.reconcile()
-        children = grid.tracker.runs({PARENT: str(grid.run.id)}, experiment=grid.run.experiment)
+        children = grid.tracker.runs({names.PARENT: str(grid.run.id)}, experiment=grid.run.experiment)
         if not wait or time.monotonic() > deadline or all(child.status != "RUNNING" for child in children):
             return children[::-1]
         time.sleep(0.1)
@@ -178,20 +175,39 @@ def _summarise(grid: _Grid, children: Sequence[RunRecord]) -> None:
     best = best_child(children)
     rows = [_row(child, grid.swept, best is not None and child.id == best.id) for child in children]
     if rows:
-        grid.run.log_table(rows, "summary.csv")
-        grid.run.log_table(rows, "summary.json")
+        grid.run.log_table(rows, names.SUMMARY)
+        grid.run.log_table(rows, names.SUMMARY_JSON)
+    grid.run.set_tags(shared_tags(children, grid.jobs))
     if best is not None:
-        name = best.tags[PRIMARY]
-        chosen = {key: best.metrics[key] for key in (name, f"{name}_low", f"{name}_high") if key in best.metrics}
-        # Under their own name: the best of several is not one more measurement to be compared with them.
-        grid.run.log_metrics({f"best/{key}": value for key, value in chosen.items()})
-        grid.run.set_tags({"mergelab.best_run_id": best.id, "mergelab.best_run_name": best.name})
-        _keep_best_model(grid, children, best)
+        primary = best.tags[names.PRIMARY]
+        grid.run.log_metrics({names.best_of_jobs(key): value for key, value in _primary_metrics(best).items()})
+        grid.run.set_tags(
+            {
+                names.BEST_RUN_ID: best.id,
+                names.BEST_RUN_NAME: best.name,
+                names.PRIMARY: names.best_of_jobs(primary),
+                names.DIRECTION: best.tags.get(names.DIRECTION),
+            }
+        )
+        _log_best_model(grid, children, best)
 
 
-def _keep_best_model(grid: _Grid, children: Sequence[RunRecord], best: RunRecord) -> None:
+def shared_tags(children: Sequence[RunRecord], jobs: int) -> dict[str, str]:
+    """Return what all jobs have in common of the tags that describe a result; nothing where a job has no run."""
+    if len(children) != jobs:
+        return {}
+    first, *others = (child.tags for child in children)
+    return {
+        tag: value
+        for tag, value in first.items()
+        if names.describes_result(tag) and all(other.get(tag) == value for other in others)
+    }
+
+
+def _log_best_model(grid: _Grid, children: Sequence[RunRecord], best: RunRecord) -> None:
     """Log the best job's merged model where the jobs saved theirs (``tracking.log_model=best``); drop all of them."""
-    saved = {child.id: Path(child.tags[RUN_FOLDER]) / MODEL for child in children if RUN_FOLDER in child.tags}
+    folders = {child.id: child.tags.get(names.RUN_FOLDER) for child in children}
+    saved = {run: Path(folder) / MODEL for run, folder in folders.items() if folder}
     if best.id not in saved or not saved[best.id].is_dir():
         return
     with mlflow_calls(f"log the model of run {best.name}"):
@@ -202,17 +218,24 @@ def _keep_best_model(grid: _Grid, children: Sequence[RunRecord], best: RunRecord
 
 def best_child(children: Sequence[RunRecord]) -> RunRecord | None:
     """Return the finished run that is best by the metric that all of them are judged by; None without a common one."""
-    judged = [child for child in children if child.status == "FINISHED" and child.tags.get(PRIMARY) in child.metrics]
-    if len({(child.tags[PRIMARY], child.tags.get("mergelab.task")) for child in judged}) != 1:
+    finished = [child for child in children if child.status == "FINISHED"]
+    judged = [child for child in finished if child.tags.get(names.PRIMARY) in child.metrics]
+    if len({(child.tags[names.PRIMARY], child.tags.get(names.TASK)) for child in judged}) != 1:
         return None
-    sign = -1.0 if judged[0].tags.get(DIRECTION) == "minimize" else 1.0
-    return max(judged, key=lambda child: sign * child.metrics[child.tags[PRIMARY]])
+    sign = -1.0 if judged[0].tags.get(names.DIRECTION) == "minimize" else 1.0
+    return max(judged, key=lambda child: sign * child.metrics[child.tags[names.PRIMARY]])
+
+
+def _primary_metrics(child: RunRecord) -> dict[str, float]:
+    """Return the metric that a run is judged by, with its interval."""
+    primary = child.tags.get(names.PRIMARY, "")
+    wanted = (primary, names.low(primary), names.high(primary))
+    return {key: child.metrics[key] for key in wanted if key in child.metrics}
 
 
 def _row(child: RunRecord, swept: Sequence[str], best: bool) -> Mapping[str, Any]:
     values = {key: child.params.get(key, child.params.get(f"{key}.name", "")) for key in swept}
-    primary = child.tags.get(PRIMARY, "")
-    first = {key: child.metrics[key] for key in (primary, f"{primary}_low", f"{primary}_high") if key in child.metrics}
+    first = _primary_metrics(child)
     rest = {key: child.metrics[key] for key in sorted(child.metrics) if key not in first}
-    ending = {"error": child.tags.get("error", ""), "run_id": child.id}
+    ending = {"error": child.tags.get(names.ERROR, ""), "run_id": child.id}
     return {"run": child.name, **values, "status": child.status, "best": "*" if best else "", **first, **rest, **ending}

@@ -14,10 +14,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-HOST = "mergelab.host"
-PID = "mergelab.pid"
-STARTED = "mergelab.process_start"
-NAMESPACE = "mergelab.pid_namespace"
+from mergelab.tracking import names
 
 _LIBRARIES = ("mergelab", "torch", "transformers", "datasets", "evaluate", "mlflow")
 # A process's start is computed from the boot time, which moves a little when the clock is set.
@@ -25,25 +22,25 @@ _START_TOLERANCE_S = 10.0
 
 
 def process_tags() -> dict[str, str]:
-    """Name this process so that another can later tell whether it still lives: host, pid, when it started."""
+    """Name this process so that another can later find out whether it still lives: host, pid, when it started."""
     import psutil
 
     tags = {
-        HOST: socket.gethostname(),
-        PID: str(os.getpid()),
-        STARTED: f"{psutil.Process().create_time():.2f}",
+        names.HOST: socket.gethostname(),
+        names.PID: str(os.getpid()),
+        names.STARTED: f"{psutil.Process().create_time():.2f}",
     }
-    return tags | ({NAMESPACE: namespace} if (namespace := _pid_namespace()) else {})
+    return tags | ({names.PID_NAMESPACE: namespace} if (namespace := _pid_namespace()) else {})
 
 
 def has_ended(tags: Mapping[str, str]) -> bool:
     """Return whether the process that ``tags`` name ran here and is no more; False when that cannot be known."""
     import psutil
 
-    if tags.get(HOST) != socket.gethostname() or tags.get(NAMESPACE, "") != _pid_namespace():
+    if tags.get(names.HOST) != socket.gethostname() or tags.get(names.PID_NAMESPACE, "") != _pid_namespace():
         return False
     try:
-        pid, started = int(tags[PID]), float(tags[STARTED])
+        pid, started = int(tags[names.PID]), float(tags[names.STARTED])
     except (KeyError, ValueError):
         return False
     try:
@@ -66,27 +63,27 @@ def _pid_namespace() -> str:
 
 
 def environment_tags() -> dict[str, str]:
-    """Describe what a result depends on beside its config: code version, libraries, Python, machine, user, command."""
+    """Describe what a result depends on besides its config: code version, libraries, Python, machine, user, command."""
     return _fixed_tags(os.getcwd()) | process_tags()
 
 
 @functools.lru_cache(maxsize=8)
 def _fixed_tags(folder: str) -> dict[str, str]:
     tags = {
-        "mlflow.user": _user(),
-        "mlflow.source.name": _command(),
-        "mlflow.source.type": "LOCAL",
-        "python": platform.python_version(),
-        "platform": platform.platform(),
+        names.USER: _user(),
+        names.COMMAND: _command(),
+        names.COMMAND_TYPE: "LOCAL",
+        names.PYTHON: platform.python_version(),
+        names.PLATFORM: platform.platform(),
     }
     for library in _LIBRARIES:
         try:
-            tags[f"version.{library}"] = importlib.metadata.version(library)
+            tags[names.version(library)] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
             continue
     if commit := _git_commit(folder):
-        tags["mlflow.source.git.commit"] = commit.removesuffix("-dirty")
-        tags["mlflow.source.git.dirty"] = "true" if commit.endswith("-dirty") else "false"
+        tags[names.GIT_COMMIT] = commit.removesuffix("-dirty")
+        tags[names.GIT_DIRTY] = "true" if commit.endswith("-dirty") else "false"
     return tags
 
 
@@ -108,9 +105,9 @@ def _command() -> str:
 def _git_commit(folder: str) -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        answer = subprocess.run(
+        done = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, timeout=5, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip() or None if answer.returncode == 0 else None
+    return done.stdout.strip() or None if done.returncode == 0 else None

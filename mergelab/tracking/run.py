@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from omegaconf import OmegaConf
 
 from mergelab.errors import TrackingError
-from mergelab.tracking import interrupts
+from mergelab.tracking import interrupts, names
 from mergelab.tracking.store import mlflow_calls
 from mergelab.tracking.values import MAX_TAG, flatten, one_line, shortened, tidy_name, without_password
 
@@ -28,11 +28,14 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 class Run:
     """A run being recorded; as a context manager it ends ``FINISHED``, ``FAILED`` with its error, or ``KILLED``.
 
-    Opened by ``Tracker.start_run``. Where tracking is off, ``id`` is None and nothing is recorded.
+    Opened by ``Tracker.start_run``. Where tracking is off, ``id`` is None and nothing is recorded. ``recorded`` has the
+    names of the metrics that a resumed run had before.
     """
 
-    def __init__(self, client: Any, run_id: str | None, name: str, experiment: str) -> None:
-        self.id, self.name, self.experiment = run_id, name, experiment
+    def __init__(
+        self, client: Any, run_id: str | None, name: str, experiment: str, recorded: frozenset[str] = frozenset()
+    ) -> None:
+        self.id, self.name, self.experiment, self.recorded = run_id, name, experiment, recorded
         self._client = client
         self._open = client is not None
         if self._open:
@@ -61,7 +64,7 @@ class Run:
         try:
             with mlflow_calls(f"close run {self.name}"):
                 if error:
-                    self._client.set_tag(self.id, "error", error)
+                    self._client.set_tag(self.id, names.ERROR, error)
                 self._client.set_terminated(self.id, status)
         finally:
             interrupts.release()
@@ -145,7 +148,7 @@ class Run:
             profile=json.dumps({"num_rows": rows, "fingerprint": fingerprint}),
         )
         with mlflow_calls(f"log the dataset of run {self.name}"):
-            inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
+            inputs = [DatasetInput(dataset, [InputTag(names.DATASET_CONTEXT, context)])]
             try:
                 self._client.log_inputs(self.id, inputs)
             except MlflowException:

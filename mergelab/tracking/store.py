@@ -1,4 +1,4 @@
-"""Where runs are kept: the default SQLite file, a database or a server; reached quickly or refused in one line."""
+"""Where runs are stored: the default SQLite file, a database or a server; reached quickly or refused in one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mergelab.tracking.values import one_line, without_password
 log = logging.getLogger(__name__)
 
 _PROBE_S = 3.0  # to connect
-_ANSWER_S = 5.0  # to answer once connected
+_RESPONSE_S = 5.0  # to respond once connected
 _LOCK_S = 120.0  # longer than creating the tables takes on a slow disk
 _LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
 _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -95,7 +95,7 @@ def connect(store: Store) -> Any:
     with mlflow_calls(f"open the tracking store {store.shown}"):
         from mlflow import MlflowClient
 
-        _hush_mlflow()
+        _silence_mlflow()
         _create_file(store)
         client = MlflowClient(tracking_uri=store.uri)
         client.search_experiments(max_results=1)
@@ -183,12 +183,12 @@ def _probe_server(uri: str) -> None:
     import requests
 
     try:
-        # Any answer will do: a proxy may well hide /health.
-        requests.get(f"{uri}/health", timeout=(_PROBE_S, _ANSWER_S))
+        # Any response will do: a proxy may well hide /health.
+        requests.get(f"{uri}/health", timeout=(_PROBE_S, _RESPONSE_S))
     except requests.exceptions.SSLError:
         return  # reached; whether the certificate is good enough is for MLflow's own settings to say
     except requests.exceptions.Timeout as error:
-        raise TimeoutError(f"no answer within {_ANSWER_S:.0f} seconds") from error
+        raise TimeoutError(f"no answer within {_RESPONSE_S:.0f} seconds") from error
     except requests.exceptions.RequestException as error:
         raise ConnectionError("connection refused or host unknown") from error
 
@@ -206,15 +206,15 @@ def _probe_database(uri: str, host: str, port: int) -> None:
 _quiet = threading.local()
 
 
-class _Hush(logging.Filter):
+class _Silence(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return not getattr(_quiet, "depth", 0)
 
 
-def _hush_mlflow() -> None:
+def _silence_mlflow() -> None:
     for handler in logging.getLogger("mlflow").handlers:
-        if not any(isinstance(present, _Hush) for present in handler.filters):
-            handler.addFilter(_Hush())
+        if not any(isinstance(present, _Silence) for present in handler.filters):
+            handler.addFilter(_Silence())
 
 
 @contextmanager
@@ -269,10 +269,10 @@ def _relative_sqlite(uri: str) -> str:
 
 def _mlflow() -> str:
     """Return the ``mlflow`` of this Python: by name where the shell finds the same one."""
-    beside = Path(sys.executable).with_name("mlflow")
-    if not beside.exists():
+    own = Path(sys.executable).with_name("mlflow")
+    if not own.exists():
         return f"{shlex.quote(sys.executable)} -m mlflow"
     found = shutil.which("mlflow")
-    if found is not None and Path(found) == beside:
+    if found is not None and Path(found) == own:
         return "mlflow"
-    return shlex.quote(str(beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside))
+    return shlex.quote(str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own))

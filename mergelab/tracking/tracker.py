@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergelab.errors import TrackingError
-from mergelab.tracking import processes
+from mergelab.tracking import names, processes
 from mergelab.tracking.config import TrackingConfig
 from mergelab.tracking.run import Run, Status, outcome, tag_values
 from mergelab.tracking.store import (
@@ -23,13 +23,8 @@ from mergelab.tracking.store import (
     ui_page,
 )
 
-BASELINE_KEY = "mergelab.baseline_key"
-PARENT = "mlflow.parentRunId"
-SOURCE = "mergelab.source"
-SWEEP_DIR = "mergelab.sweep_dir"
-_OURS = "mergelab"  # tags the experiments that mergelab writes to: no others are searched
 # An experiment of models, not of language-model applications: it changes what the UI shows first.
-_MODEL_VIEW = {"mlflow.experimentKind": "custom_model_development"}
+_MODEL_VIEW = {names.EXPERIMENT_KIND: "custom_model_development"}
 
 _PAGE = 1000
 
@@ -88,9 +83,9 @@ class Tracker:
                 raise TrackingError(
                     f"experiment {name} was deleted; restore it with `{restore}` or set tracking.experiment"
                 )
-            if _OURS not in found.tags:
+            if names.OURS not in found.tags:
                 with mlflow_calls(f"tag experiment {name}"):
-                    self.client.set_experiment_tag(found.experiment_id, _OURS, "true")
+                    self.client.set_experiment_tag(found.experiment_id, names.OURS, "true")
             self._experiments[name] = found.experiment_id
         return self._experiments[name]
 
@@ -101,7 +96,7 @@ class Tracker:
         folder = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
         location = (root / folder).as_uri() if root else None
         try:
-            self.client.create_experiment(name, artifact_location=location, tags={_OURS: "true", **_MODEL_VIEW})
+            self.client.create_experiment(name, artifact_location=location, tags={names.OURS: "true", **_MODEL_VIEW})
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -124,7 +119,7 @@ class Tracker:
         if self.client is None:
             return Run(None, None, name, experiment)
         experiment_id = self.experiment(experiment)
-        all_tags = processes.environment_tags() | tag_values(tags or {}) | ({PARENT: parent} if parent else {})
+        all_tags = processes.environment_tags() | tag_values(tags or {}) | ({names.PARENT: parent} if parent else {})
         with mlflow_calls(f"start run {name}"):
             created = self.client.create_run(experiment_id, tags=all_tags, run_name=name)
         run = Run(self.client, created.info.run_id, name, experiment)
@@ -143,12 +138,13 @@ class Tracker:
         with mlflow_calls(f"resume run {run_id}"):
             found = self.client.get_run(run_id)
             info = found.info
-            if "error" in found.data.tags:  # of what ended it before
-                self.client.delete_tag(run_id, "error")
+            if names.ERROR in found.data.tags:  # of what ended it before
+                self.client.delete_tag(run_id, names.ERROR)
             for name, value in processes.process_tags().items():
                 self.client.set_tag(run_id, name, value)
             self.client.update_run(run_id, status="RUNNING")
-            return Run(self.client, run_id, info.run_name, self.client.get_experiment(info.experiment_id).name)
+            experiment = self.client.get_experiment(info.experiment_id).name
+            return Run(self.client, run_id, info.run_name, experiment, frozenset(found.data.metrics))
 
     def reopened(self, run_id: str) -> Run | None:
         """Open again a run that may be gone; None when this store does not have it, or only among the deleted."""
@@ -174,7 +170,7 @@ class Tracker:
         with mlflow_calls("search runs"):
             experiments = {
                 found.experiment_id: found.name
-                for found in _pages(self.client.search_experiments, f"tags.{_OURS} = 'true'")
+                for found in _pages(self.client.search_experiments, f"tags.{names.OURS} = 'true'")
             }
             ids = [key for key, name in experiments.items() if experiment in (None, name)]
             if not ids:
@@ -209,22 +205,22 @@ class Tracker:
         """Find the grid that a job of the sweep folder ``sweep_dir`` belongs to; None when there is none."""
         folder = os.path.abspath(sweep_dir)
         if folder not in self._parents:
-            found = self.runs({SWEEP_DIR: folder, "mergelab.kind": "grid"})
+            found = self.runs({names.SWEEP_DIR: folder, names.KIND: "grid"})
             if not found:
                 return None
-            self._parents[folder] = GridParent(found[0].id, found[0].experiment, found[0].tags.get(SOURCE))
+            self._parents[folder] = GridParent(found[0].id, found[0].experiment, found[0].tags.get(names.SOURCE))
         return self._parents[folder]
 
     def reconcile(self) -> list[str]:
-        """Close as killed the runs whose process ended here without closing them; answer their ids.
+        """Close as killed the runs whose process ended here without closing them; return their ids.
 
         Runs of other hosts and of living processes are left alone.
         """
         ended = [
-            run for run in self.runs({processes.HOST: _this_host()}, status="RUNNING") if processes.has_ended(run.tags)
+            run for run in self.runs({names.HOST: _this_host()}, status="RUNNING") if processes.has_ended(run.tags)
         ]
         for run in ended:
-            self.close(run.id, "KILLED", f"process {run.tags[processes.PID]} ended without closing the run")
+            self.close(run.id, "KILLED", f"process {run.tags[names.PID]} ended without closing the run")
         return [run.id for run in ended]
 
     def close(self, run_id: str, status: Status, error: str | None = None) -> None:
@@ -234,12 +230,12 @@ class Tracker:
             # Its last sign of life, so that a run that died last week does not seem to have taken a week.
             last = max([run.info.start_time, *self._metric_times(run)])
             if error:
-                self.client.set_tag(run_id, "error", error)
+                self.client.set_tag(run_id, names.ERROR, error)
             self.client.set_terminated(run_id, status, end_time=last)
 
     def _metric_times(self, run: Any) -> list[int]:
-        names = list(run.data.metrics)[:1]
-        return [metric.timestamp for name in names for metric in self.client.get_metric_history(run.info.run_id, name)]
+        one = list(run.data.metrics)[:1]
+        return [metric.timestamp for name in one for metric in self.client.get_metric_history(run.info.run_id, name)]
 
     def ui_command(self) -> str:
         """Return the command that opens the UI, to be typed in the working folder; for a server its address."""
@@ -251,7 +247,7 @@ class Tracker:
 
 
 def _this_host() -> str:
-    return processes.process_tags()[processes.HOST]
+    return processes.process_tags()[names.HOST]
 
 
 def _filter(tags: Mapping[str, str], status: str | None) -> str:

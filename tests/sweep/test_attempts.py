@@ -30,12 +30,12 @@ def trial(storage: optuna.storages.BaseStorage) -> FrozenTrial:
     return storage.get_trial(0)
 
 
-def hand_out(storage: optuna.storages.BaseStorage) -> None:
+def new_attempt(storage: optuna.storages.BaseStorage) -> None:
     storage.set_trial_user_attr(0, ATTEMPTS, int(trial(storage).user_attrs.get(ATTEMPTS, 0)) + 1)
 
 
 def test_the_first_attempt_is_not_again_and_leaves_no_process_behind(storage: optuna.storages.BaseStorage) -> None:
-    hand_out(storage)
+    new_attempt(storage)
     assert not has_begun(trial(storage))
     with attempting(storage, 0, 1) as held:
         assert not held.again
@@ -80,7 +80,7 @@ def test_what_another_process_has_written_is_seen(url: str, tmp_path: Path) -> N
 def test_a_job_that_the_launcher_starts_again_takes_the_trial_over_and_counts(
     storage: optuna.storages.BaseStorage,
 ) -> None:
-    hand_out(storage)
+    new_attempt(storage)
     with attempting(storage, 0, 1) as first, attempting(storage, 0, 1) as second:
         assert second.again
         with pytest.raises(Superseded):
@@ -98,12 +98,12 @@ def test_a_trial_with_a_result_belongs_to_nobody(storage: optuna.storages.BaseSt
 
 
 def test_what_the_user_ended_does_not_count(storage: optuna.storages.BaseStorage) -> None:
-    hand_out(storage)
+    new_attempt(storage)
     with attempting(storage, 0, 1):
         pass
     storage.set_trial_user_attr(0, FORGIVEN, 1)
     assert tries(trial(storage)) == 0
-    hand_out(storage)
+    new_attempt(storage)
     assert tries(trial(storage)) == 0  # it has not begun: its models are being loaded
     with attempting(storage, 0, 2):
         assert tries(trial(storage)) == 1

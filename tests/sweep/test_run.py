@@ -19,7 +19,7 @@ from mlflow.tracking import MlflowClient
 from mergelab.engine import warm_session
 from mergelab.sweep.attempts import attempting
 from mergelab.sweep.config import SweepConfig
-from mergelab.sweep.pruners import unpacked
+from mergelab.sweep.reporting import unpacked
 from mergelab.sweep.space import space_from
 from mergelab.sweep.storage import open_storage
 from mergelab.sweep.study import ERROR, OUTCOME, SCORES, SweepStudy
@@ -334,7 +334,7 @@ def test_a_trial_whose_process_died_is_tried_once_more(sweep: Callable[..., Outc
         asked = left.ask()
         trial_id = left.trials[asked.number]._trial_id
         for begun in deaths:
-            attempt = left.hand_out(asked.number)
+            attempt = left.new_attempt(asked.number)
             with attempting(left.storage, trial_id, attempt) if begun else nullcontext():
                 pass
         sweep("task_arithmetic", f"sweep.n_trials={number + 2}")
@@ -373,6 +373,34 @@ def test_a_hopeless_trial_is_pruned_and_never_the_first(
     assert run.data.metrics["select/examples"] == seen
     if pruner in ("futility", "wilcoxon"):
         assert unpacked(good.user_attrs[SCORES]).mean() == pytest.approx(good.value)
+
+
+MINE = """
+import optuna
+class Draw(optuna.samplers.RandomSampler):
+    pass
+class Stop(optuna.pruners.BasePruner):
+    def __init__(self, after):
+        self.after = after
+    def prune(self, study, trial):
+        return trial.number > 0 and trial.last_step >= self.after
+"""
+
+
+def test_a_users_own_sampler_and_pruner_are_named_by_the_dotted_paths_of_their_classes(
+    sweep: Callable[..., Outcome], workplace: Path
+) -> None:
+    pq.write_table(glue_table("rte", 400, 1), workplace / "data" / "validation.parquet")
+    (workplace / "my_classes.py").write_text(MINE)
+    sys.modules.pop("my_classes", None)
+    own = ["sweep.sampler=my_classes.Draw", "sweep.pruner={name: my_classes.Stop, after: 4}", "eval.batch_tokens=256"]
+    outcome = sweep("task_arithmetic", *own, "sweep.n_trials=4")
+    assert "sampler my_classes.Draw, pruner my_classes.Stop" in outcome.out
+    assert states(workplace) == ["COMPLETE"] + ["PRUNED"] * 3
+    assert all(50 <= trial.user_attrs[OUTCOME]["pruned_at"] < 80 for trial in trials(workplace)[1:])
+    sweep("task_arithmetic", "sweep.sampler=random", "sweep.n_trials=4", "sweep.study_name=plain")
+    drawn, expected = ([trial.params for trial in trials(workplace, name)] for name in ("s", "plain"))
+    assert drawn == expected
 
 
 # ---------------------------------------------------------------------------------------------------- recorded

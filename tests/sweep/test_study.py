@@ -101,12 +101,12 @@ def test_the_trials_of_a_sequence_fill_the_space_evenly(opened: Open) -> None:
 def test_a_dead_process_leaves_trials_that_are_whole(opened: Open) -> None:
     study = opened()
     asked = study.ask()
-    assert study.hand_out(0) == 1
+    assert study.new_attempt(0) == 1
     found = opened()
     (pending,) = found.pending()
     assert pending.params == asked.params
     assert pending.user_attrs[ATTEMPTS] == 1
-    assert found.hand_out(0) == 2
+    assert found.new_attempt(0) == 2
     assert found.ask().number == 1
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mergelab.tracking import RunRecord, Tracker
-from mergelab.tracking.grid import best_child
+from mergelab.tracking.grid import best_child, shared_tags
 from tests.tracking.conftest import APP
 
 JOB = str(APP / "grid_job.py")
@@ -175,3 +175,14 @@ def test_where_less_is_better_the_best_child_has_the_least() -> None:
     more = [child(value) for value in (9.0, 7.0)]
     assert [best.id for best in (best_child(less), best_child(more)) if best] == ["7.0", "9.0"]
     assert best_child([]) is None
+
+
+def test_a_grid_has_the_tags_that_all_of_its_jobs_share() -> None:
+    def job(method: str, **more: str) -> RunRecord:
+        tags = {"mergelab.method": method, "mergelab.task": "rte", "model.a.sha256": "12", "mergelab.pid": "1"} | more
+        return RunRecord(method, method, "e", "FINISHED", 0, 1, {}, {}, tags)
+
+    jobs = [job("ties"), job("soup"), job("dare", **{"mergelab.protocol": "full"})]
+    assert shared_tags(jobs, 3) == {"mergelab.task": "rte", "model.a.sha256": "12"}
+    assert shared_tags(jobs[:1], 3) == {}  # the others never began: they may have been of anything
+    assert shared_tags([], 3) == {}

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from mergelab.errors import TrackingError
-from mergelab.tracking import BASELINE_KEY, Tracker, TrackingConfig, environment_tags, open_tracking
+from mergelab.tracking import Tracker, TrackingConfig, environment_tags, open_tracking
+from mergelab.tracking.names import BASELINE_KEY
 
 
 def test_a_run_records_parameters_metrics_and_tags_under_their_names(tracker: Tracker, mlflow_client: Any) -> None:
@@ -157,6 +158,8 @@ def test_a_resumed_run_takes_more_and_ends_anew(tracker: Tracker, mlflow_client:
         run.log_metrics({"best": 1.0})
     assert (run.id, run.name, run.experiment) == (first.id, "sweep", "rte")
     assert mlflow_client.get_run(first.id).info.status == "FINISHED"
+    with tracker.resume_run(str(first.id)) as again:
+        assert (first.recorded, run.recorded, again.recorded) == (set(), set(), {"best"})
 
 
 def test_with_tracking_off_everything_is_accepted_and_nothing_is_written(

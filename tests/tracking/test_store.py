@@ -17,7 +17,8 @@ from mergelab.tracking import TrackingConfig, open_tracking
 
 RECORD_FIVE = """
 import sys, time
-from mergelab.tracking import BASELINE_KEY, TrackingConfig, open_tracking
+from mergelab.tracking import TrackingConfig, open_tracking
+from mergelab.tracking.names import BASELINE_KEY
 tracker = open_tracking(TrackingConfig())
 for key in "abc":
     with tracker.exclusively():

@@ -9,12 +9,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from mergelab.tracking import (
-    PRIMARY,
-    experiment_name,
-    open_tracking,
-    tracking_config,
-)
+from mergelab.tracking import experiment_name, open_tracking, tracking_config
+from mergelab.tracking.names import PRIMARY
 
 
 def decide_source(config: DictConfig) -> str:

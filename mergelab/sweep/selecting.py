@@ -1,0 +1,96 @@
+"""A merged model evaluated on the selecting examples alone, its scores known after every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mergelab.evaluation.metrics import example_statistics, score, value_of_rows
+from mergelab.evaluation.scoring import TaskResult
+
+if TYPE_CHECKING:
+    from mergelab.experiment.evaluator import Evaluator
+    from mergelab.experiment.loaded import Backbones
+    from mergelab.tasks.spec import TaskSpec
+
+Array = np.ndarray[Any, Any]
+
+
+class SelectingEvaluation:
+    """The outputs of one merged model on the selecting examples, collected batch by batch.
+
+    Args:
+        evaluator: has the examples.
+        backbones: the merged tensors for each task.
+        label: names the model where progress is shown.
+        seed: draws the order of the batches.
+    """
+
+    def __init__(self, evaluator: Evaluator, backbones: Backbones, label: str, seed: int) -> None:
+        self.evaluator, self.backbones, self.label, self.seed = evaluator, backbones, label, seed
+        self._batches: dict[str, list[tuple[Array, Array]]] = {name: [] for name in evaluator.data}
+
+    @property
+    def count(self) -> int:
+        """Number of selecting examples of all tasks."""
+        return sum(len(examples.select) for examples in self.evaluator.examples.values())
+
+    def run(self, report: Callable[[Array, Array], None]) -> None:
+        """Predict task by task.
+
+        Args:
+            report: called after every batch with its examples' positions (b,) among the selecting examples of all
+                tasks, and their scores (b,), the better the higher. What it raises ends the evaluation.
+        """
+        first = 0
+        for name, data in self.evaluator.data.items():
+            select = self.evaluator.examples[name].select
+            self.evaluator.session.predict(
+                data,
+                partial(self.backbones.__getitem__, name),
+                self.evaluator.session.heads[name],
+                self.label,
+                progress=self.evaluator.progress,
+                members=select,
+                watch=partial(self._collect, report, name, first),
+                seed=self.seed,
+            )
+            first += len(select)
+
+    def _collect(
+        self, report: Callable[[Array, Array], None], name: str, first: int, members: Array, outputs: Array
+    ) -> None:
+        data, select = self.evaluator.data[name], self.evaluator.examples[name].select
+        self._batches[name].append((members, outputs))
+        report(first + members, example_scores(data.spec, outputs, data.truth[select[members]]))
+
+    def results(self) -> dict[str, TaskResult]:
+        """Score the outputs so far; tasks without any are absent."""
+        found = {}
+        for name, batches in self._batches.items():
+            if batches:
+                data = self.evaluator.data[name]
+                seen = self.evaluator.examples[name].select[np.concatenate([members for members, _ in batches])]
+                outputs = np.concatenate([outputs for _, outputs in batches])
+                scores = score(data.spec, outputs, data.truth[seen], parts=data.parts[seen])
+                less = (data.spec.primary,) if data.spec.direction == "minimize" else ()
+                found[name] = TaskResult(name, data.spec.primary, scores, {}, len(seen), 0, less)
+        return found
+
+
+def example_scores(spec: TaskSpec, outputs: Array, truth: Array) -> Array:
+    """Score single examples (n,), the better the higher.
+
+    Right or wrong for classification, the negative squared error for regression, the primary metric of each text
+    alone for the others.
+    """
+    if spec.kind == "regression":
+        return np.asarray(-((outputs[:, 0].astype(np.float64) - truth) ** 2))
+    if spec.kind == "classification":
+        return np.asarray(outputs.argmax(axis=1) == truth, dtype=np.float64)
+    rows = example_statistics(spec, outputs, truth)[spec.primary]
+    sign = -1.0 if spec.direction == "minimize" else 1.0
+    return np.array([sign * value_of_rows(spec, spec.primary, row[None]) for row in rows])
