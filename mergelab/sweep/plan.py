@@ -86,6 +86,8 @@ def expert_weights(plan: Plan) -> list[float]:
 def with_usable_points(settings: SweepConfig, space: Space, experts: int) -> SweepConfig:
     """Resolve the points to enqueue: ``1/experts`` is a number; points outside of what the user narrowed are dropped.
 
+    With a grid there are none: it has every point once.
+
     Raises:
         SweepError: a point has a key that is not swept, or lacks one that is.
     """
@@ -99,6 +101,8 @@ def with_usable_points(settings: SweepConfig, space: Space, experts: int) -> Swe
         elif values and "is outside of" not in str(reason):
             raise SweepError(f"sweep.enqueue: {point}: {reason}")
     unique = [point for index, point in enumerate(usable) if point not in usable[:index]]
+    if sampler_name(settings.sampler) == "grid":
+        unique = []  # the grid has them; Optuna's would draw them again, and for each of them omit another point
     return settings.model_copy(update={"enqueue": unique})
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from mergelab.errors import SweepError
 from mergelab.sweep.config import SweepConfig
+from mergelab.sweep.plan import with_usable_points
 from mergelab.sweep.space import Space, space_from
 from mergelab.sweep.storage import open_storage, storage_url
 from mergelab.sweep.study import ATTEMPTS, SweepStudy
@@ -64,6 +65,13 @@ def drive(study: SweepStudy, again: Callable[[], SweepStudy] | None, trials: int
             study.tell(number, [value, x][: len(study.directions)])
         points.append((x, y))
     return points
+
+
+def test_a_grid_has_every_point_once_whatever_is_enqueued(opened: Open) -> None:
+    settings = with_usable_points(SweepConfig(sampler="grid", enqueue=[FIRST]), GRID, 2)
+    study = opened(space=GRID, **settings.model_dump())
+    points = [tuple(study.ask().params.values()) for _ in range(GRID.grid_size())]
+    assert len(set(points)) == GRID.grid_size() == 25
 
 
 SAMPLERS: list[tuple[Any, int]] = [
