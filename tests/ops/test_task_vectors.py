@@ -16,8 +16,10 @@ from mergelab.ops.task_vectors import (
     disjoint_reduce,
     elect,
     factors,
+    just_below,
     resolve_zeros,
     task_vectors,
+    trim,
     trim_,
     weighted_sum,
 )
@@ -44,6 +46,15 @@ def test_trim_keeps_entries_equal_to_the_threshold(dtype: torch.dtype) -> None:
     assert torch.equal(trim_(vector.clone(), 0.0), vector)
     kept = trim_(vector.clone(), abs(vector[5].item())) != 0
     assert kept.tolist() == [True, True, True, True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threshold", [0.25, 0.3, 0.0, 1e-42])
+def test_in_place_and_by_a_bound_the_same_entries_stay(threshold: float, dtype: torch.dtype) -> None:
+    bound = just_below(threshold, dtype)
+    vector = torch.tensor([bound, -bound, threshold, -threshold, 0.0, 2 * threshold, 1.0, -1e-30], dtype=dtype)
+    assert trim(vector, bound).tolist()[:2] == [0.0, 0.0] or threshold == 0
+    assert torch.equal(trim(vector, bound), trim_(vector.clone(), threshold))
 
 
 def test_trim_of_float32_by_a_float64_threshold_between_two_numbers() -> None:
