@@ -132,9 +132,9 @@ def mean_of(sources: Sequence[TensorSource], name: str, dtype: torch.dtype | Non
     for source, tensor in zip(sources, tensors, strict=True):
         check_finite(source, name, tensor)
         if tensor.shape != first.shape or tensor.is_floating_point() != first.is_floating_point():
+            own, other = (dtype_and_shape(one.shape, one.dtype) for one in (first, tensor))
             raise ShapeMismatch(
-                f"{name} cannot be averaged: it is {dtype_and_shape(first.shape, first.dtype)} in {sources[0].name}, "
-                f"and {dtype_and_shape(tensor.shape, tensor.dtype)} in {source.name}"
+                f"{name} cannot be averaged: it is {own} in {sources[0].name} and {other} in {source.name}"
             )
         if not first.is_floating_point() and not torch.equal(tensor, first):
             raise ModelError(

@@ -85,7 +85,7 @@ def test_hydras_own_ways_to_add_and_remove_an_expert_are_as_they_were(mergelab_c
     assert experts(mergelab_command, two, "~models.experts.b") == {"a": "./a"}
     assert list(experts(mergelab_command, two, "+models.experts.c=./c")) == ["a", "b", "c"]
     assert list(experts(mergelab_command, two, "models.experts.c=./c", "models.experts.b=null")) == ["a", "c"]
-    assert experts(mergelab_command, two, "models.experts.a.labels=null")["a"] == {"labels": None}
+    assert experts(mergelab_command, two, "models.experts.a.labels=null")["a"]["labels"] is None
     assert refusal(mergelab_command, two, "~models.experts.c") == "~models.experts.c: no expert 'c' (there are a, b)"
 
 

@@ -30,7 +30,7 @@ def preflight(right: int, role: Any = "expert") -> None:
     outputs = np.eye(2)[np.where(np.arange(10) < right, labels, 1 - labels)]
     model = ModelResult("a", role, {}, {"rte": Prediction(outputs, 0.0, False)})
     nothing: Any = None
-    Evaluator(nothing, nothing, {"rte": data}, nothing).preflight([model])
+    Evaluator(nothing, {"rte": data}, nothing, 0, nothing).preflight([model])
 
 
 def test_an_expert_must_be_better_than_a_constant_answer() -> None:

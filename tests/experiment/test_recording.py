@@ -88,9 +88,9 @@ def size(measured: Measured) -> dict[str, float]:
 
 def norm(measured: Measured) -> dict[str, float]:
     """A number of the weights: the norm of the task vector, where there are merged weights in memory."""
-    base, found = measured.session.aligned.base, 0.0
+    base, found = measured.session.opened.aligned.base, 0.0
     for tensors in list(measured.backbones.values())[:1]:
-        for name in measured.session.aligned.names:
+        for name in measured.session.opened.aligned.names:
             found += float((tensors[name] - base.get(name)).square().sum())
     return {"norm/task_vector": found**0.5} if measured.backbones else {}
 

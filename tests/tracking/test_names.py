@@ -19,7 +19,8 @@ PREFIX = re.compile(r"(report|select|time|memory|coefficient|best)/|(calibration
 RECORDING = {"log_dict": 1, "log_table": 1, "log_text": 1, "log_artifact": 1, "log_artifacts": 1}
 NAMED_KEYS = {"log_metrics", "set_tags", "runs", "find_run"}
 # Not a tag: what an unfinished model folder is marked with.
-ELSEWHERE = {("weights/writer.py", "mergelab.key")}
+# A key of a file that merges write, and the composed configuration of the same name as an artifact.
+ELSEWHERE = {("weights/writer.py", "mergelab.key"), ("cli/help.py", "config.yaml")}
 
 
 def sources() -> Iterator[tuple[str, ast.AST]]:
