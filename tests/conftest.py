@@ -20,7 +20,14 @@ ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
 
 # The tests of these files take longest, first those that do most; others fill the time beside them.
-LONG = ("test_real_data.py", "test_launchers.py", "test_killed.py", "test_readme.py", "test_hub_experiment.py")
+LONG = (
+    "test_real_data.py",
+    "test_adding.py",
+    "test_launchers.py",
+    "test_readme.py",
+    "test_killed.py",
+    "test_hub_experiment.py",
+)
 
 # Tests share the cores: operations split over them wait for each other. The tests never ask the public hub; those that
 # need one start it on loopback.

@@ -13,6 +13,8 @@ import torch
 from tests.hub_server import HubServer
 from tests.standins import GPT2_BASE
 
+pytestmark = pytest.mark.slow
+
 LEGAL, RECIPES = "umarbutler/open-australian-legal-gpt2", "mrm8488/gpt2-finetuned-recipes-cooking"
 
 MODELS = """

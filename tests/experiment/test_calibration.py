@@ -20,6 +20,8 @@ from mergelab.errors import MergeWarning
 from tests.conftest import Outcome
 from tests.standins import glue_table
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., Outcome]
 
 

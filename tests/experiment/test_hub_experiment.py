@@ -16,6 +16,8 @@ from mlflow.tracking import MlflowClient
 from tests.hub_server import HubServer
 from tests.standins import BERT_RTE_EXPERTS
 
+pytestmark = pytest.mark.slow
+
 
 def command(folder: Path, environment: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **environment, "MERGELAB_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}

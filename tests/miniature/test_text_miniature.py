@@ -14,6 +14,8 @@ from mergelab.miniature import text
 from mergelab.miniature.text.recipe import COLUMNS, SETS, Base, LanguageModels, Summarisers, TextExpert, TextRecipe
 from tests.conftest import Outcome
 
+pytestmark = pytest.mark.slow
+
 _BASE = Base(hidden=16, layers=1, heads=2, documents=100, share=0.1, batch=8, rate=1e-3)
 # Enough to go through every step, far too little to learn anything: for tests of how the miniatures are made.
 SKETCH = TextRecipe(
@@ -240,7 +242,6 @@ def test_what_the_miniature_does_not_have_is_one_line(
 # ------------------------------------------------------------------------------------------------ what it is made for
 
 
-@pytest.mark.slow
 def test_a_merge_of_the_language_models_has_both_skills() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -271,7 +272,6 @@ def test_a_merge_of_the_language_models_has_both_skills() -> None:
         assert math.log(base / both) > 0.6 * math.log(base / expert), own
 
 
-@pytest.mark.slow
 def test_summarisers_beat_their_base_on_their_own_kind_of_text_only() -> None:
     import torch
     from transformers import AutoTokenizer, EncoderDecoderModel

@@ -25,6 +25,8 @@ from tests.standins import BERT_BASE, BERT_RTE_EXPERTS, glue_table
 from tests.sweep.servers import PASSWORD, end, mlflow_server, postgres, ray_cluster, short_folder
 from tests.tracking.conftest import empty_store
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["empty_store", "mlflow_server", "postgres", "ray_cluster", "short_folder"]
 
 _METHOD = '''

@@ -26,6 +26,8 @@ from mergelab.sweep.study import ERROR, OUTCOME, SCORES, SweepStudy
 from tests.conftest import Outcome
 from tests.standins import GPT2_BASE, glue_table
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., Outcome]
 PULL = """
 import os, signal

@@ -15,6 +15,8 @@ from mergelab.tracking import RunRecord, Tracker
 from mergelab.tracking.grid import best_child, shared_tags
 from tests.tracking.conftest import APP
 
+pytestmark = pytest.mark.slow
+
 JOB = str(APP / "grid_job.py")
 JOBLIB = pytest.param(
     ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),

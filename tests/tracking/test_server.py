@@ -18,6 +18,8 @@ import pytest
 from mergelab.errors import TrackingError
 from mergelab.tracking import Tracker, TrackingConfig, open_tracking
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Server:
