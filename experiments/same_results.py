@@ -77,8 +77,9 @@ def results(checkout: Path, folder: Path, methods: list[str], options: list[str]
     for file in sorted(folder.glob("saved/**/" + WEIGHTS)) + sorted(folder.glob("streamed/**/" + WEIGHTS)):
         found[str(file.relative_to(folder))] = hashlib.sha256(tensors(file)).hexdigest()
     for file in sorted(folder.glob("grid-*/*/result.json")) + sorted(folder.glob("text/*/result.json")):
+        where = file.parent.relative_to(folder).as_posix().rstrip("0123456789/")  # without the job's number
         for model in json.loads(file.read_text())["models"]:
-            found[f"{file.parent.relative_to(folder)} {model['label']}"] = json.dumps(scores(model), sort_keys=True)
+            found[f"{where} {model['label']}"] = json.dumps(scores(model), sort_keys=True)
     return found
 
 
