@@ -85,6 +85,12 @@ class MergeMethod:
     paper: str = ""
 
     @property
+    def documentation(self) -> str:
+        """The function's docstring, then those of the dataclasses whose fields are its parameters."""
+        described = (self.function, *self.parameters.groups.values())
+        return "\n\n".join(inspect.cleandoc(each.__doc__) for each in described if each.__doc__)
+
+    @property
     def takes_weights(self) -> bool:
         """Whether the experts can be weighted."""
         return "weights" in self.parameters.model_fields

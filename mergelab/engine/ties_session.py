@@ -93,7 +93,7 @@ class SessionRequest:
     scope: Scope
     thresholds: Mapping[str, Thresholds]
 
-    @property
+    @cached_property
     def weights(self) -> tuple[float, ...]:
         """The experts' weights."""
         return self.consensus.shares(len(self.job.models.experts))

@@ -21,7 +21,6 @@ from mergelab.ops.task_vectors import (
     difference_into,
     disjoint_reduce,
     elect,
-    resolve_zeros,
     trim,
     trim_,
 )
@@ -160,7 +159,8 @@ def merge_whole(
     trimmed = [trim(end.float() - start, bound) for end, bound in zip(ends, bounds.unbind(), strict=True)]
     shares = weights.unbind() if weighted else None
     signs = elect(trimmed, shares if weights_stage == "elect" else None, majority_sign)
-    merged = disjoint_reduce(trimmed, resolve_zeros(signs, tie_sign), shares, reduce)
+    resolved = torch.where(signs == 0, tie_sign, signs)  # what resolve_zeros returns, in fewer vector instructions
+    merged = disjoint_reduce(trimmed, resolved, shares, reduce)
     if vector is not None:
         vector.copy_(merged)
     target.copy_(merged * scale + start)
