@@ -54,7 +54,7 @@ def made(kind: str, length: int = LENGTH) -> Array:
     if kind == "sorted":
         return np.sort(normal)
     if kind == "periodic":  # every entry that the stride visits is large
-        normal[:: kth_largest._stride(length)] += 100
+        normal[:: module._stride(length)] += 100
         return normal
     if kind == "tiny":
         return normal * np.float32(1e-42)
@@ -87,7 +87,7 @@ def test_pooled_vectors_count_as_one(kind: str, density: float) -> None:
 @pytest.mark.parametrize(("larger", "answer"), [(0, 1.0), (39_999, 1.0), (40_000, 2.0), (40_001, 2.0)])
 def test_a_sample_of_equal_entries_is_not_taken_for_the_whole(larger: int, answer: float) -> None:
     vector = np.ones(LENGTH, dtype=np.float32)
-    vector[np.flatnonzero(np.arange(LENGTH) % kth_largest._stride(LENGTH))[:larger]] = 2  # never on the stride
+    vector[np.flatnonzero(np.arange(LENGTH) % module._stride(LENGTH))[:larger]] = 2  # never on the stride
     assert kth_largest(opened([vector], {"a": LENGTH}), {"a": LENGTH}, 0.2, 1) == (answer,)
 
 
