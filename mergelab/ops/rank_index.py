@@ -1,9 +1,13 @@
-"""Every order statistic of long vectors: magnitudes grouped by their leading bits, kept in half the space.
+"""An index in which any order statistic of long vectors is looked up: magnitudes grouped by their leading bits.
 
 Non-negative floats order as their bit patterns do. A vector is cut into runs that a core's cache holds; the entries of
 each run are grouped by the upper 16 bits of their pattern, and how many there are in each group is summed over the
 runs. So the group that has the k-th largest entry is looked up, and the entry is selected within it, which holds about
 a hundredth of the vector. Grouping takes a fraction of the time that sorting does.
+
+It pays in a sweep over TIES' density. On five BERT-base experts the index takes 3 to 8 s to make, in half the memory of
+the task vectors; after that a step with another density takes 0.11 to 0.48 s, search and merge together
+(``experiments/benchmarks/README.md``).
 """
 
 from __future__ import annotations
