@@ -25,7 +25,7 @@ def keep_middle(
     Args:
         vectors: whole tensors; written into.
         density: fraction of a row's entries to keep, at least one of them; of all experts or of each.
-        gamma: fraction of a row's entries to drop from the top; fewer where ``density`` leaves less room; likewise.
+        gamma: fraction of a row's entries to drop from the top; fewer where ``density`` leaves fewer; likewise.
         scope: whether the whole tensor counts as one row.
 
     Returns:

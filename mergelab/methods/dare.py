@@ -20,7 +20,7 @@ from mergelab.ops.task_vectors import (
 
 
 def drop_(vectors: Sequence[Tensor], site: Site, density: float | Sequence[float], rescale: bool) -> list[Tensor]:
-    """Keep each entry with probability ``density``, and divide what is kept by it when ``rescale``: in place.
+    """Keep each entry with probability ``density``, else set it to zero; with ``rescale``, divide by it: in place.
 
     Whether an entry is kept depends on the seed, the expert's name, the tensor's name and the entry's place in the
     whole tensor, and on nothing else.
@@ -31,15 +31,15 @@ def drop_(vectors: Sequence[Tensor], site: Site, density: float | Sequence[float
         density: probability of keeping an entry, of all experts or of each.
         rescale: divide by ``density``, so that the expected value stays.
     """
-    kept = []
+    sparse = []
     for vector, expert, share in zip(vectors, site.experts, of_each(density, len(vectors)), strict=True):
         if share >= 1:
-            kept.append(vector)
+            sparse.append(vector)
             continue
         mask = bernoulli(stream_key(site.seed, expert, site.name), site.offset, vector.numel(), share)
         factor = torch.from_numpy(mask.astype(np.float32)).to(vector.device, vector.dtype).view(vector.shape)
-        kept.append(vector.mul_(factor).div_(share) if rescale else vector.mul_(factor))
-    return kept
+        sparse.append(vector.mul_(factor).div_(share) if rescale else vector.mul_(factor))
+    return sparse
 
 
 @merge_method(
