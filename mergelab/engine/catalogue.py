@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergelab.engine.method import MergeMethod
-from mergelab.engine.parameters import allowed_values, key_of, range_of
+from mergelab.engine.parameters import key_of
 from mergelab.engine.registry import get_method, method_names
+from mergelab.engine.value_ranges import allowed_values, range_of
 from mergelab.ops.layout import inputs_first
 
 COLUMNS = ("method", "family", "needs", "cost", "what it does", "parameters", "paper")

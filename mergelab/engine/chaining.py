@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from mergelab.engine.method import MergeMethod
-from mergelab.engine.parameters import Parameters
-from mergelab.engine.registry import check_parameters, get_method
+from mergelab.engine.parameters import Parameters, Weights
+from mergelab.engine.registry import check_parameters, get_method, resolve_weights
 from mergelab.errors import ConfigError
 from mergelab.weights.align import AlignedModels
+
+
+@dataclass(frozen=True)
+class ForChained:
+    """Marks weights that the method named by the parameter ``then`` takes."""
+
+    def check(self, key: str, weights: Sequence[float], settings: Mapping[str, Any], experts: Sequence[str]) -> None:
+        """Raise `ConfigError` for weights that it cannot take."""
+        method, parameters = chained(settings["then"])
+        resolve_weights(method, parameters, experts, weights, key)
+
+
+ChainedWeights = Annotated[Weights, ForChained()]
 
 
 def chained(then: str | Mapping[str, Any]) -> tuple[MergeMethod, Parameters]:

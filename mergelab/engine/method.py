@@ -28,7 +28,7 @@ class MergeMethod:
         function: what computes one tensor (or, for kind "model", a whole state dict).
         parameters: the pydantic model of its parameters.
         kind: "tensor": called with ``base`` and ``experts``; "list": with one list of tensors; "model": with one list
-            of state dicts; "models": called once with ``models``, it answers a `Substitute`.
+            of state dicts; "models": called once with ``models``, it returns a `Substitute`.
         injected: names of the arguments that the engine supplies.
         needs_base: whether there must be a base model.
         returns_task_vector: the function returns a merged task vector, and the engine adds it to the base, times the
@@ -41,10 +41,13 @@ class MergeMethod:
         max_experts: most experts it merges; None for no limit.
         elementwise: an entry of the result depends on the same entry of the inputs alone (and on ``prepared``), so that
             the engine may call the function with parts of a tensor, flattened.
-        prepare: called once with ``models``, ``seed`` and any parameters it names, before the first tensor; its result
-            is the function's ``prepared``. Where the method needs data it can name ``examples`` too.
-        check: called with ``models`` and any parameters it names (``weights`` resolved) before a tensor is read; reads
-            none, and raises ConfigError.
+        prepare: called once with ``models``, ``seed`` and any of the function's parameters that it names, before the
+            first tensor; its result is the function's ``prepared``. Where the method needs data it can name
+            ``examples`` too.
+        check: called with ``models`` and any of the function's parameters that it names, one number per expert where
+            there may be several, before a tensor is read; reads none, and raises ConfigError. What a parameter's type
+            can check is not its business: what weights a method can take is declared by their type
+            (`mergelab.ops.expert_values`).
         unsupported_for_generation: called with any parameters it names; returns why models that generate text cannot
             be merged with them, None where they can.
         session: called with ``compiling``, as `mergelab.engine.warm_session.MergeSession` takes it; makes what merges
@@ -80,6 +83,12 @@ class MergeMethod:
     family: str = ""
     work: str = ""
     paper: str = ""
+
+    @property
+    def documentation(self) -> str:
+        """The function's docstring, then those of the dataclasses whose fields are its parameters."""
+        described = (self.function, *self.parameters.groups.values())
+        return "\n\n".join(inspect.cleandoc(each.__doc__) for each in described if each.__doc__)
 
     @property
     def takes_weights(self) -> bool:
@@ -123,17 +132,19 @@ def merge_method(
 
     The function takes ``base`` and/or ``experts`` (tensors of one shape; parts of them, flattened and in float32 or
     float64, when ``elementwise``, else whole tensors in their stored dtypes), ``site`` and ``prepared`` if it names
-    them, and its parameters by keyword. It answers a tensor of the inputs' shape in the dtype it computed in: the
-    engine rounds it once to the stored dtype. It must not write into its inputs.
+    them, and its parameters by keyword. It returns a tensor of the inputs' shape in the dtype it computed in: the
+    engine rounds it once to the stored dtype. It must not write into its inputs. A parameter without default that is
+    annotated with a dataclass (`mergelab.ops.sign_consensus.SignConsensus`) stands for the dataclass's fields: they are
+    what configs set, and the function, ``prepare`` and ``check`` get the object.
 
-    A function that takes ``vectors``, the experts' task vectors τ_t = θ_t − θ0 in float32 or float64, answers the
-    merged task vector τ_m, and the engine answers θ0 + λ·τ_m, with λ the parameter ``lambda``, whose default is
-    ``lambda_`` (None: there is no such parameter, and λ is 1). It may write into the vectors, and must not keep them.
+    A function that takes ``vectors``, the experts' task vectors τ_t = θ_t − θ0 in float32 or float64, returns the
+    merged task vector τ_m, and the result is θ0 + λ·τ_m, with λ the parameter ``lambda``, whose default is ``lambda_``
+    (None: there is no such parameter, and λ is 1). It may write into the vectors, which are overwritten later.
     Where ``elementwise`` it may take the `mergelab.ops.workspace.Workspace` that they lie in as ``workspace``, and work
     in it.
-    In a session that keeps τ_m, a change of λ alone costs one scaled addition.
+    In a session, a change of λ alone costs one scaled addition.
 
-    A function that takes ``models`` (and ``seed``) works on all of them before another method merges: it answers a
+    A function that takes ``models`` (and ``seed``) works on all of them before another method merges: it returns a
     `Substitute`, once, before the first tensor.
 
     The other arguments here are described at `MergeMethod`.

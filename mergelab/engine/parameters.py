@@ -1,14 +1,13 @@
-"""What a method can be told: parameter types, the checked models made from signatures, and the messages they give."""
+"""A method's parameters: their types, the checked models made from signatures, and the messages they give."""
 
 from __future__ import annotations
 
 import inspect
-import math
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -23,49 +22,39 @@ from pydantic import (
 
 from mergelab.engine import per_tensor
 from mergelab.engine.per_tensor import Varied
+from mergelab.engine.value_ranges import allowed_values, mark_of_experts, ranges
 from mergelab.errors import ConfigError, did_you_mean, listed
+from mergelab.ops.expert_values import MeanWeights as MeanWeights
+from mergelab.ops.expert_values import NormalizedWeights as NormalizedWeights
+from mergelab.ops.expert_values import OfExperts as OfExperts
+from mergelab.ops.expert_values import Weights as Weights
 
 # Arguments that the engine supplies; no parameter of a method can have these names.
 INJECTED = ("base", "experts", "vectors", "site", "prepared", "output")
 
 
-def _weights(value: object) -> object:
-    """Take one finite number per expert, in a list or by name; a tuple or a dict comes out."""
-    numbers = value.values() if isinstance(value, Mapping) else value
-    if value is None:
-        return None
-    if isinstance(numbers, str) or not isinstance(numbers, typing.Iterable):
-        raise ValueError
-    taken = list(numbers)
-    if not all(is_number(number) and math.isfinite(number) for number in taken):
-        raise ValueError
-    if isinstance(value, Mapping):
-        return {str(name): float(number) for name, number in value.items()}
-    return tuple(float(number) for number in taken)
-
-
-@dataclass(frozen=True)
-class OfExperts:
-    """Marks a parameter that may be given for each expert, by name; the function gets a tuple in their order then.
-
-    Attributes:
-        number: the type of each.
-    """
-
-    number: Any
-
-
 Density = Annotated[float, Field(gt=0, le=1)]
 Densities = Annotated[float | Sequence[float], OfExperts(Density)]
-OptionalDensities = Annotated[float | Sequence[float] | None, OfExperts(Density | None)]
+# Fractions of entries that are ranked, with a parameter ``scope`` that says among which others.
+TrimDensities = Annotated[float | Sequence[float], OfExperts(Density, one_where=("scope", "pooled"))]
+OptionalTrimDensities = Annotated[
+    float | Sequence[float] | None, OfExperts(Density | None, one_where=("scope", "pooled"))
+]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Fractions = Annotated[float | Sequence[float], OfExperts(Fraction)]
 Lambda = Annotated[float, Field()]
-Weights = Annotated[Sequence[float] | Mapping[str, float] | None, PlainValidator(_weights)]
+Positive = Annotated[float, Field(gt=0)]
+Samples = Annotated[int, Field(ge=1)]
 
 
 class Parameters(BaseModel):
-    """The checked, frozen parameters of one method; fields are made from its signature."""
+    """The checked, frozen parameters of one method; fields are made from its signature.
+
+    Attributes:
+        groups: the dataclasses that the function takes, by the argument's name; their fields are parameters as well.
+    """
+
+    groups: ClassVar[Mapping[str, type[Any]]] = {}
 
     model_config = ConfigDict(
         extra="forbid",
@@ -85,10 +74,18 @@ class Parameters(BaseModel):
         """Return the values by the names that the function's signature uses (``lambda_``)."""
         return {name: getattr(self, name) for name in type(self).model_fields} | dict(self.model_extra or {})
 
+    @classmethod
+    def grouped(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values as the function takes them: those of a dataclass's fields as one object of it."""
+        grouped, own = dict(values), {}
+        for name, group in cls.groups.items():
+            own[name] = group(**{field.name: grouped.pop(field.name) for field in fields(group)})
+        return grouped | own
+
     def of_rules(self) -> list[dict[str, Any]]:
         """Return, for each rule by tensor name, the values that hold where it fits, by the function's names."""
         rules = () if self._varied is None else self._varied.rules
-        plain = self.arguments()
+        plain = {name: self._each.get(key_of(name), value) for name, value in self.arguments().items()}
         return [{name: rule.values.get(key_of(name), value) for name, value in plain.items()} for rule in rules]
 
     def by_key(self) -> dict[str, Any]:
@@ -117,7 +114,7 @@ class Parameters(BaseModel):
 
     @classmethod
     def _is_of_experts(cls, key: str) -> bool:
-        return any(key_of(name) == key and _mark(field.metadata) for name, field in cls.model_fields.items())
+        return any(key_of(name) == key and mark_of_experts(field.metadata) for name, field in cls.model_fields.items())
 
     def by_tensor(self, names: Sequence[str]) -> list[tuple[Parameters, list[str]]]:
         """Return the parameters that hold for tensors, each with the names of those that they hold for.
@@ -166,32 +163,46 @@ def check_experts(each: Mapping[str, Mapping[str, float]], names: Sequence[str],
             )
 
 
-def is_number(value: object) -> bool:
-    """Return whether ``value`` is an int or a float; a bool is neither."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def parameters_of(
     function: Callable[..., Any], skip: Sequence[str] = INJECTED, *, lambda_: float | None = None
 ) -> type[Parameters]:
     """Make the parameter model of ``function`` from its signature, leaving out the parameters named in ``skip``.
 
-    An annotation that cannot be resolved or checked counts as "anything". With ``lambda_`` there is a parameter of that
-    default in addition, which the engine applies and the function does not see.
+    A parameter without default that is annotated with a dataclass stands for the dataclass's fields. An annotation that
+    cannot be resolved or checked counts as "anything". With ``lambda_`` there is a parameter of that default in
+    addition, which the engine applies and the function does not see.
+
+    Raises:
+        TypeError: a field has the name of another parameter.
     """
-    fields: dict[str, Any] = {}
+    made: dict[str, Any] = {}
     if lambda_ is not None:
-        fields["lambda_"] = (Lambda, Field(lambda_, alias=key_of("lambda_")))
-    extra = False
+        made["lambda_"] = (Lambda, Field(lambda_, alias=key_of("lambda_")))
+    extra, groups = False, {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
             extra = True
         elif parameter.name not in skip and parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            default = ... if parameter.default is parameter.empty else parameter.default
-            annotation = _checkable(_of_one(_resolved(parameter.annotation, function)))
-            fields[parameter.name] = (annotation, Field(default, alias=key_of(parameter.name)))
-    name = "".join(word.title() for word in getattr(function, "__name__", "custom").split("_"))
-    return create_model(f"{name}Parameters", __base__=OpenParameters if extra else Parameters, **fields)
+            annotation = _resolved(parameter.annotation, function)
+            own = [(parameter.name, annotation, ... if parameter.default is parameter.empty else parameter.default)]
+            if isinstance(annotation, type) and is_dataclass(annotation) and parameter.default is parameter.empty:
+                groups[parameter.name] = annotation
+                own = list(_fields_of(annotation))
+            for name, one, default in own:
+                if name in made:
+                    raise TypeError(f"{getattr(function, '__name__', 'custom')} takes two parameters called {name}")
+                made[name] = (_checkable(_of_one(one)), Field(default, alias=key_of(name)))
+    title = "".join(word.title() for word in getattr(function, "__name__", "custom").split("_"))
+    model = create_model(f"{title}Parameters", __base__=OpenParameters if extra else Parameters, **made)
+    model.groups = groups
+    return model
+
+
+def _fields_of(group: type[Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Return the name, the annotation and the default of each field of a dataclass."""
+    hints = typing.get_type_hints(group, include_extras=True)
+    for field in fields(group):
+        yield field.name, hints[field.name], ... if field.default is MISSING else field.default
 
 
 def _resolved(annotation: Any, function: Callable[..., Any]) -> Any:
@@ -206,14 +217,10 @@ def _resolved(annotation: Any, function: Callable[..., Any]) -> Any:
         return Any
 
 
-def _mark(metadata: Sequence[Any]) -> OfExperts | None:
-    return next((mark for mark in metadata if isinstance(mark, OfExperts)), None)
-
-
 def _of_one(annotation: Any) -> Any:
     """Return what is checked of one number, where a parameter may be given for each expert."""
-    mark = _mark(get_args(annotation)[1:]) if get_origin(annotation) is Annotated else None
-    return annotation if mark is None else Annotated[mark.number, mark]
+    mark = mark_of_experts(get_args(annotation)[1:]) if get_origin(annotation) is Annotated else None
+    return annotation if mark is None else Annotated[mark.number, *get_args(annotation)[1:]]
 
 
 def _checkable(annotation: Any) -> Any:
@@ -339,56 +346,7 @@ def _message(model: type[Parameters], given: Mapping[str, Any], problem: str, ke
     if problem == "missing":
         return f"method.{key}: {method} needs it" + (f"; {allowed}" if allowed else "")
     if problem.startswith(("greater_than", "less_than")):
-        allowed = _ranges(field.metadata) or allowed
+        allowed = ranges(field.metadata) or allowed
     alike = isinstance(given[key], Mapping) and given[key] and _takes_numbers(field.annotation)
-    same = ", the same for all experts" if alike and _mark(field.metadata) is None else ""
+    same = ", the same for all experts" if alike and mark_of_experts(field.metadata) is None else ""
     return f"method.{key}={given[key]!r}: must be {allowed or 'another value'}{same}"
-
-
-def allowed_values(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """Say in words which values a parameter takes: ``a number greater than 0 and at most 1``."""
-    if any(isinstance(mark, PlainValidator) and mark.func is _weights for mark in metadata):
-        return "one number per expert, as a list or by the expert's name"
-    if _mark(metadata) is not None:
-        others = [mark for mark in metadata if not isinstance(mark, OfExperts)]
-        return f"{allowed_values(annotation, others)}, or one for each expert by name"
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return allowed_values(arguments[0], [*arguments[1:], *metadata])
-    if origin is Literal:
-        *others, last = (repr(choice) for choice in arguments)
-        return f"{', '.join(others)} or {last}" if others else last
-    if origin in (Union, types.UnionType):
-        words = (("null" if each is type(None) else allowed_values(each, metadata)) for each in arguments)
-        return " or ".join(word for word in words if word)
-    noun = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}.get(annotation, "")
-    return " ".join(part for part in (noun, _ranges(metadata)) if part)
-
-
-def range_of(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """Say in short which values a parameter takes: ``> 0, ≤ 1``, or its choices; nothing where any is taken."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return range_of(arguments[0], [*arguments[1:], *metadata])
-    if origin is Literal:
-        return " | ".join(map(str, arguments))
-    if origin in (Union, types.UnionType):
-        return next((found for each in arguments if (found := range_of(each, metadata))), "")
-    return ", ".join(f"{sign} {limit:g}" for sign, limit in _limits(metadata, (">", "≥", "<", "≤")))
-
-
-def _ranges(metadata: Sequence[Any]) -> str:
-    found = _limits(metadata, ("greater than", "at least", "less than", "at most"))
-    return " and ".join(f"{words} {limit:g}" for words, limit in found)
-
-
-def _limits(metadata: Sequence[Any], words: Sequence[str]) -> list[tuple[str, float]]:
-    flat = [inner for mark in metadata for inner in (getattr(mark, "metadata", None) or [mark])]
-    names = zip(("gt", "ge", "lt", "le"), words, strict=True)
-    return [(word, getattr(mark, name)) for name, word in names for mark in flat if hasattr(mark, name)]
-
-
-Samples = Annotated[int, Field(ge=1)]
-
-
-Positive = Annotated[float, Field(gt=0)]

@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 
 from mergelab.config import CONF_DIR
 from mergelab.engine.method import MISSING, MergeMethod
-from mergelab.engine.parameters import Parameters, is_number, parameters_from
+from mergelab.engine.parameters import Parameters, key_of, parameters_from
 from mergelab.errors import ConfigError, did_you_mean, listed
+from mergelab.ops.expert_values import is_number
 
 
 def method_names() -> tuple[str, ...]:
@@ -113,19 +114,31 @@ def unsupported_for_generation(method: MergeMethod, parameters: Parameters) -> s
 
 
 def resolve_weights(
-    method: MergeMethod, parameters: Parameters, names: Sequence[str], weights: Sequence[float] | None
+    method: MergeMethod,
+    parameters: Parameters,
+    names: Sequence[str],
+    weights: Sequence[float] | None,
+    key: str = "models.experts.*.weight",
 ) -> tuple[float, ...]:
-    """Return one weight per expert: the ``weights`` parameter where it is given, else the models' own, else ones.
+    """Check parameters against the experts and against each other; return one weight per expert.
+
+    Every merge goes through here, and every run when it is planned, before its models are looked for. A rule by tensor
+    name is checked among the values that the other tensors have.
 
     Args:
         method: the method they are for.
         parameters: its checked parameters.
         names: the experts' names; a mapping by name gives those it leaves out the models' own weight.
-        weights: the models' own weights (``models.experts.<name>.weight``), one per expert.
+        weights: the models' own weights, one per expert.
+        key: where these are configured.
+
+    Returns:
+        The ``weights`` parameter where it is given, else the models' own, else ones.
 
     Raises:
-        ConfigError: wrong length, unknown name, not finite numbers, or weights for a method that has none; or other
-            parameters are given for other experts than these.
+        ConfigError: weights of a wrong length, of an unknown expert, not finite, or such as the method cannot take;
+            weights for a method that has none; other parameters that are given for other experts, or that exclude
+            each other.
     """
     parameters.check_experts(names)
     own = tuple(weights) if weights is not None else (1.0,) * len(names)
@@ -133,11 +146,36 @@ def resolve_weights(
         raise ConfigError(f"models: {len(own)} weights are given for {len(names)} experts")
     if bad := [f"{name}={weight!r}" for name, weight in zip(names, own, strict=True) if not _finite(weight)]:
         raise ConfigError(f"models: expert weights must be finite numbers: {listed(bad)}")
-    if not method.takes_weights:
-        if any(weight != 1 for weight in own):
-            raise ConfigError(f"method={method.name}: takes no weights, and models give the experts {list(own)}")
-        return own
-    given = parameters.arguments()["weights"]
+    if not method.takes_weights and any(weight != 1 for weight in own):
+        raise ConfigError(f"method={method.name}: takes no weights, and models give the experts {list(own)}")
+    plain = _checked_together(method, parameters.arguments() | parameters.of_experts(names), names, own, key)
+    for index, values in enumerate(parameters.of_rules()):
+        try:
+            _checked_together(method, values, names, own, key)
+        except ConfigError as error:
+            where, line = f"method.rules[{index}]", str(error)
+            named = line.replace("method.", f"{where}.", 1) if line.startswith("method.") else f"{where}: {line}"
+            raise ConfigError(named) from None
+    return plain
+
+
+def _checked_together(
+    method: MergeMethod, values: Mapping[str, Any], names: Sequence[str], own: Sequence[float], key: str
+) -> tuple[float, ...]:
+    """Check each of the values, by the function's names, among the others; return one weight per expert."""
+    given = values.get("weights")
+    weights = _each(given, names, own) if method.takes_weights else tuple(float(weight) for weight in own)
+    for name, field in method.parameters.model_fields.items():
+        at = key if name == "weights" and given is None else f"method.{key_of(name)}"
+        value = weights if name == "weights" else values[name]
+        for mark in field.metadata:
+            if (check := getattr(mark, "check", None)) is not None:
+                check(at, value, values, names)
+    return weights
+
+
+def _each(given: Any, names: Sequence[str], own: Sequence[float]) -> tuple[float, ...]:
+    """Return the ``weights`` parameter as one number for each expert, the models' own where it has none."""
     if given is None:
         return tuple(float(weight) for weight in own)
     if isinstance(given, Mapping):

@@ -30,7 +30,7 @@ ACCELERATOR_BLOCK = 1 << 23  # entries; an accelerator wants more work at once t
 
 @dataclass(frozen=True, eq=False)
 class Same:
-    """An object as a key: equal to nothing but itself, and kept as long as the key is."""
+    """An object as a key: equal to nothing but itself, and alive as long as the key is."""
 
     value: object
 
@@ -47,10 +47,10 @@ class MergeRequest:
 
     Attributes:
         method: what computes.
-        arguments: the parameters by Python name, for each tensor; tensors without parameters of their own share them.
+        arguments: the function's parameters by name, for each tensor; tensors without their own share them.
         models: the models, looked through for NaN and infinity when they are read; experts in the method's order.
         prepared: by tensor, what the method's preparing pass made for it.
-        rooms: where blocks of task vectors are made.
+        workspaces: memory for blocks of task vectors.
         seed, dtype, device, block, output, examples: as for `mergelab.engine.run.merge`.
     """
 
@@ -64,7 +64,7 @@ class MergeRequest:
     output: int = 0
     examples: Any = None
     prepared: Mapping[str, Any] = field(default_factory=dict)
-    rooms: WorkspacePool = field(default_factory=WorkspacePool)
+    workspaces: WorkspacePool = field(default_factory=WorkspacePool)
 
     @property
     def threads(self) -> int:
@@ -86,7 +86,7 @@ class MergeRequest:
         return self.dtype or self.reference.dtype(name)
 
     def empty(self, name: str) -> Tensor:
-        """Make room for a merged tensor."""
+        """Return a new tensor for a merged one, its entries not set."""
         return torch.empty(tuple(self.reference.shape(name)), dtype=self.stored_dtype(name))
 
     def open(self, name: str) -> tuple[Tensor | None, list[Tensor]]:
@@ -100,10 +100,14 @@ class MergeRequest:
         """The number of entries of the longest block."""
         return min(self.block, max(torch.Size(self.reference.shape(name)).numel() for name in self.models.names))
 
-    def room(self, base: Tensor, ends: Sequence[Tensor]) -> AbstractContextManager[WorkspaceMemory]:
-        """Lend room for blocks of a tensor."""
+    def workspace_memory(
+        self, base: Tensor | None, ends: Sequence[Tensor]
+    ) -> AbstractContextManager[WorkspaceMemory | None]:
+        """Lend memory for blocks of a tensor's task vectors; None where the method takes none."""
+        if base is None or not self.method.returns_task_vector:
+            return nullcontext()
         double = any(tensor.dtype == torch.float64 for tensor in (base, *ends))
-        return self.rooms.take(len(ends), self.longest, torch.float64 if double else torch.float32, self.device)
+        return self.workspaces.take(len(ends), self.longest, torch.float64 if double else torch.float32, self.device)
 
     def prefetch(self, name: str) -> None:
         """Let the models' data of a tensor be fetched in the background."""
@@ -135,6 +139,7 @@ def checked_job(
     if method.one_model_per_expert and output not in names:
         raise ConfigError(f"method={method.name}: makes one model for each expert; say for which: {listed(names)}")
     order = list(range(len(names)) if method.order_matters else sorted(range(len(names)), key=names.__getitem__))
+    resolve_weights(method, parameters, names, weights)  # as when a run is planned, so that an error names the rule
     arguments: dict[str, Mapping[str, Any]] = {}
     groups = parameters.by_tensor(models.names)
     if method.kind == "models" and len(groups) > 1:
@@ -143,14 +148,12 @@ def checked_job(
         )
     for own, tensors in groups:
         shares = resolve_weights(method, own, names, weights)
-        each: dict[str, tuple[float, ...]] = own.of_experts(names) | (
-            {"weights": shares} if method.takes_weights else {}
-        )
+        each = own.of_experts(names) | ({"weights": shares} if method.takes_weights else {})
         settings = own.arguments() | each
         if method.check is not None:
-            call_with(method.check, {**settings, "models": models})
+            call_with(method.check, {**own.grouped(settings), "models": models})
         settings |= {key: tuple(numbers[i] for i in order) for key, numbers in each.items()}
-        arguments.update(dict.fromkeys(tensors, settings))
+        arguments.update(dict.fromkeys(tensors, own.grouped(settings)))
     if method.needs and examples is None:
         needed = "scores on selecting" if "selection" in method.needs else "the experts' training"
         raise ConfigError(f"method={method.name}: needs {needed} examples, and there are none here")
@@ -174,11 +177,11 @@ def checked_job(
 
 @torch.no_grad()
 def prepared_job(job: MergeRequest, known: dict[Any, Any] | None = None) -> MergeRequest:
-    """Run the method's preparing pass on the whole models, once for each set of the parameters that it looks at.
+    """Run the method's preparing pass on the whole models, once for each set of the parameters that it takes.
 
     Args:
         job: a checked request.
-        known: results of earlier passes over the same models, by what they were for; new ones are added.
+        known: results of earlier passes over the same models, by their arguments; new ones are added.
     """
     known = {} if known is None else known
     if job.method.kind == "models":
@@ -228,26 +231,26 @@ def merge_into(job: MergeRequest, name: str, into: Tensor, chunk: slice, vector:
         name: the tensor.
         into: flat, as long as ``chunk``: takes the result.
         chunk: the part of the flattened tensor.
-        vector: flat, of that length, float32 or float64: takes the merged task vector, where the method answers one.
+        vector: flat, of that length, float32 or float64: takes the merged task vector, where the method returns one.
     """
     if not into.numel():
         return
     base, experts = job.open(name)
     site = job.site(name)
     if not job.method.elementwise:
-        whole, kept = into.view(site.shape), None if vector is None else vector.view(site.shape)
-        result = _call(job, site, base, experts, kept)
+        whole, whole_vector = into.view(site.shape), None if vector is None else vector.view(site.shape)
+        result = _call(job, site, base, experts, whole_vector)
         whole.copy_(rounded(job, name, result, whole))
         return
     start = None if base is None else base.reshape(-1)[chunk]
     ends = [expert.reshape(-1)[chunk] for expert in experts]
-    with job.room(start, ends) if job.method.returns_task_vector and start is not None else nullcontext() as room:
+    with job.workspace_memory(start, ends) as memory:
         for part in blocks(into.numel(), job.block):
             first = None if start is None else start[part]
             here = replace(site, offset=chunk.start + part.start)
-            kept = None if vector is None else vector[part]
-            rows = None if room is None else room.rows(part.stop - part.start)
-            result = _call(job, here, first, [end[part] for end in ends], kept, rows)
+            vector_part = None if vector is None else vector[part]
+            workspace = None if memory is None else memory.workspace(part.stop - part.start)
+            result = _call(job, here, first, [end[part] for end in ends], vector_part, workspace)
             into[part] = rounded(job, name, result, into[part])
 
 
@@ -283,7 +286,7 @@ def _call(
     vector: Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> object:
-    """Call the method's function with tensors as it wants them, and add what it answers to the base if it adds."""
+    """Call the method's function with tensors as it takes them; add a task vector that it returns to the base."""
     method = job.method
     base = None if stored is None else placed(job, stored)
     # Where the task vectors are all that is wanted, no expert is widened but for the moment.
@@ -309,19 +312,19 @@ def _call(
         if "base_index" in method.injected and base is not None:
             experts.insert(0, base)
         return run(job, site.name, lambda: method.function(experts, **keywords))
-    answer = run(job, site.name, lambda: method.function(**keywords))
+    result = run(job, site.name, lambda: method.function(**keywords))
     if not method.returns_task_vector or base is None:
-        return answer
-    if vector is not None and isinstance(answer, Tensor):
-        vector.copy_(answer)
-    return _added(base, answer, scale)
+        return result
+    if vector is not None and isinstance(result, Tensor):
+        vector.copy_(result)
+    return _added(base, result, scale)
 
 
 def _vectors(job: MergeRequest, start: Tensor, ends: Sequence[Tensor], workspace: Workspace | None) -> list[Tensor]:
     """Return the task vectors, in ``workspace`` if given, else in the experts' widened copies or in new tensors."""
     if workspace is not None:
         pairs = zip(workspace.vectors, ends, strict=True)
-        return [difference_into(row, end.to(job.device), start) for row, end in pairs]
+        return [difference_into(vector, end.to(job.device), start) for vector, end in pairs]
     found = []
     for end in ends:
         wide = working(placed(job, end))
@@ -333,7 +336,7 @@ def _vectors(job: MergeRequest, start: Tensor, ends: Sequence[Tensor], workspace
 def _added(base: Tensor, vector: object, scale: float) -> object:
     """Return θ0 + λ·τ_m, product and sum each rounded (a fused multiply-add would differ between machines)."""
     if not isinstance(vector, Tensor) or vector.shape != base.shape or not vector.is_floating_point():
-        return vector  # refused where every answer is looked at
+        return vector  # refused by `rounded`
     start = working(base)
     if scale == 1 or vector.dtype != torch.result_type(vector, start):
         return (vector * scale if scale != 1 else vector) + start
@@ -349,7 +352,7 @@ def placed(job: MergeRequest, tensor: Tensor) -> Tensor:
 
 
 def run(job: MergeRequest, name: str, call: Callable[[], object]) -> object:
-    """Call a function; say of a user's own on which tensor it failed."""
+    """Call a function; an error of a user's own function names the tensor."""
     if not job.method.custom:
         return call()
     try:
@@ -361,14 +364,14 @@ def run(job: MergeRequest, name: str, call: Callable[[], object]) -> object:
 
 
 def rounded(job: MergeRequest, name: str, result: object, like: Tensor) -> Tensor:
-    """Check what a function answered for (a part of) a tensor, and round it once to the stored dtype."""
+    """Check what a function returned for (a part of) a tensor, and round it once to the stored dtype."""
     label = f"method.function={job.method.name}" if job.method.custom else f"method={job.method.name}"
     if not isinstance(result, Tensor):
-        raise ConfigError(f"{label}: answered a {type(result).__name__} for tensor {name}, not a tensor")
+        raise ConfigError(f"{label}: returned a {type(result).__name__} for tensor {name}, not a tensor")
     if result.shape != like.shape:
-        raise ConfigError(f"{label}: answered shape {list(result.shape)} for tensor {name}, not {list(like.shape)}")
+        raise ConfigError(f"{label}: returned shape {list(result.shape)} for tensor {name}, not {list(like.shape)}")
     if result.is_complex() or not result.is_floating_point():
-        raise ConfigError(f"{label}: answered {_short(result.dtype)} for tensor {name}, not floating-point numbers")
+        raise ConfigError(f"{label}: returned {_short(result.dtype)} for tensor {name}, not floating-point numbers")
     stored = result.detach().to(like.device, job.stored_dtype(name))
     flat = stored.reshape(-1)
     if not all(all_finite(flat[part]) or _is_finite(flat[part]) for part in blocks(flat.numel())):

@@ -22,15 +22,15 @@ from mergelab.engine.parameters import Parameters
 from mergelab.engine.registry import check_parameters
 from mergelab.engine.request import MergeRequest, Same, add_scaled, checked_job, merge_into, prepared_job
 from mergelab.engine.run import chunks_of, merge_models
-from mergelab.engine.ties_session import Path, largest
 from mergelab.errors import InsufficientMemoryError, KeyMismatch, ShapeMismatch, listed
-from mergelab.ops.blocks import blocks
+from mergelab.ops.blocks import blocks, largest
 from mergelab.ops.threads import pool
 from mergelab.ops.workspace import WorkspacePool
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.source import DictSource, TensorSource
 
 Mode = Literal["merged", "scaled"]
+Path = Literal["plain", "compiled"]
 SCALED_BLOCK = 1 << 20  # entries of one scaled addition
 HEADROOM = 1 << 29  # bytes of an accelerator's memory that are left to the computing itself
 
@@ -39,8 +39,9 @@ class MergeSession:
     """Models held in memory, for any number of merges into the same tensors.
 
     Every merge gives the bits that `mergelab.engine.run.merge` gives; a compiled one gives them but for float32
-    rounding. What a method's preparing pass found is kept and found again for the same parameters; grouped magnitudes
-    answer any density. Where λ alone has changed since the last merge, the result is one scaled addition to the base.
+    rounding. What a method's preparing pass finds is used again for the same parameters, and any density of TIES is
+    looked up in an index of the magnitudes. Where λ alone has changed since the last merge, the result is one scaled
+    addition to the base.
 
     Args:
         models: base and experts under common names; they are copied into memory.
@@ -88,7 +89,7 @@ class MergeSession:
             memo={},
         )
         self._known: dict[Any, Any] = {}
-        self._rooms = WorkspacePool()
+        self._workspaces = WorkspacePool()
         self._compiling = compiling
         self._sessions: dict[str, Any] = {}
         self._vectors: dict[str, Tensor] = {}
@@ -155,8 +156,7 @@ class MergeSession:
             self._sessions[method.name] = method.session(self._compiling)
         session = self._sessions.get(method.name)
         path = None if session is None else session.path(job, self._targets)
-        # Where a merge reads and writes little else, it takes half as long again if its task vector is kept: not before
-        # it is asked for twice.
+        # A session's merge takes half as long again if it writes its task vector too: only once it is asked for twice.
         keep = method.returns_task_vector and (again or path is None)
         if keep and not self._vectors:
             self._vectors = {name: self._space(name) for name in self.models.names}
@@ -165,7 +165,7 @@ class MergeSession:
             self.path = session.merge(job, path, self._targets, vectors)
         else:
             self.path = "plain"
-            job = prepared_job(replace(job, rooms=self._rooms), self._known)
+            job = prepared_job(replace(job, workspaces=self._workspaces), self._known)
             with pool(job.threads) as workers:
                 for finished in _spread(workers, job, self._targets, vectors):
                     finished()
@@ -193,7 +193,7 @@ class MergeSession:
         return found
 
     def _space(self, name: str) -> Tensor:
-        """Make room for a merged task vector."""
+        """Return a new tensor for a merged task vector."""
         sources = [source for source in (self.models.base, *self.models.experts) if source is not None]
         double = any(source.dtype(name) == torch.float64 for source in sources)
         dtype = torch.float64 if double else torch.float32
@@ -201,7 +201,7 @@ class MergeSession:
 
 
 def residence(models: AlignedModels, device: torch.device, memory: int | None = None) -> dict[str, torch.device]:
-    """Say where each tensor of the models, and of their merged task vector, is held: on ``device`` while there is room.
+    """Return where each tensor of the models, and of their merged task vector, is held: on ``device`` while it fits.
 
     Args:
         models: what is to be held.
@@ -222,18 +222,18 @@ def residence(models: AlignedModels, device: torch.device, memory: int | None = 
 
 
 def check_memory(models: AlignedModels, memory: int | None = None) -> None:
-    """Raise `InsufficientMemoryError` when the main memory has no room for the models; it says what would fit."""
+    """Raise `InsufficientMemoryError` when the models do not fit into the main memory; it says what would fit."""
     import psutil
 
-    room = psutil.virtual_memory().available if memory is None else memory
+    free = psutil.virtual_memory().available if memory is None else memory
     needed = sum(_bytes_held(models, name) for name in models.names)
-    if needed <= room:
+    if needed <= free:
         return
     count = len(models.experts)
     each = sum(_bytes_of(expert, models.names) for expert in models.experts) / count
-    fitting = max(0, int(count - (needed - room) / each))
+    fitting = max(0, int(count - (needed - free) / each))
     raise InsufficientMemoryError(
-        f"keeping {count} experts in memory takes {needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free: "
+        f"keeping {count} experts in memory takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
         f"{f'{fitting} of them would fit' if fitting else 'not even one of them fits'}; "
         "a merge to disk (evaluate=false output=...) holds only a few tensors at a time"
     )

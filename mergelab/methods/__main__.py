@@ -9,7 +9,6 @@ Usage:
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
 
 from mergelab.engine.catalogue import COLUMNS, Entry, entries, entry, markdown
@@ -63,7 +62,7 @@ def _print_all(found: list[Entry]) -> None:
 
 def _print_one(found: Entry) -> None:
     sys.stdout.write(f"{found.name}  ({found.family or 'your own'}; needs {found.needs or 'experts only'})\n\n")
-    sys.stdout.write(inspect.cleandoc(found.method.function.__doc__ or "No description.") + "\n\n")
+    sys.stdout.write((found.method.documentation or "No description.") + "\n\n")
     sys.stdout.write("Parameters (method.<name>=...)\n")
     width = max((len(name) for name, *_ in found.parameters), default=0)
     for name, default, allowed in found.parameters:

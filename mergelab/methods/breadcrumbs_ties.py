@@ -7,42 +7,28 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import Densities, Fractions, Weights
+from mergelab.engine.parameters import Densities, Fractions
 from mergelab.methods.breadcrumbs import RowScope, keep_middle
-from mergelab.ops.sign_consensus import TieBreak, WeightsStage, check_weights
-from mergelab.ops.sparsify import agreed, sign_of_ties
-from mergelab.ops.task_vectors import MajoritySign, Reduce, factors
+from mergelab.ops.sign_consensus import SignConsensus, find_tie_sign
 from mergelab.weights.align import AlignedModels
 
 
-def breadcrumbs_sign(
+def prepare_breadcrumbs_ties(
     models: AlignedModels,
     *,
     seed: int,
-    weights: Sequence[float],
     density: float | Sequence[float],
     gamma: float | Sequence[float],
     scope: RowScope,
-    majority_sign: MajoritySign,
-    tie_break: TieBreak,
-    weights_stage: WeightsStage,
+    consensus: SignConsensus,
 ) -> float:
     """Find the sign of entries whose votes cancel."""
-    return sign_of_ties(
-        models,
-        lambda vectors, _: keep_middle(vectors, density, gamma, scope),
-        seed=seed,
-        weights=weights,
-        majority_sign=majority_sign,
-        tie_break=tie_break,
-        weights_stage=weights_stage,
-    )
+    return find_tie_sign(models, lambda vectors, _: keep_middle(vectors, density, gamma, scope), consensus, seed=seed)
 
 
 @merge_method(
     lambda_=1.0,
-    prepare=breadcrumbs_sign,
-    check=check_weights,
+    prepare=prepare_breadcrumbs_ties,
     identical_at={"density": 1.0},
     family="task vectors",
     paper="Davari & Belilovsky 2023, arXiv:2312.06795, with Yadav et al. 2023, arXiv:2306.01708",
@@ -53,12 +39,8 @@ def breadcrumbs_ties(
     prepared: float,
     density: Densities = 0.1,
     gamma: Fractions = 0.01,
-    weights: Weights = None,
     scope: RowScope = "row",
-    majority_sign: MajoritySign = "total",
-    reduce: Reduce = "mean",
-    tie_break: TieBreak = "majority",
-    weights_stage: WeightsStage = "reduce",
+    consensus: SignConsensus,
 ) -> Tensor:
     """Drop outliers and small entries as Breadcrumbs does, then elect signs and merge what agrees as TIES does.
 
@@ -70,12 +52,12 @@ def breadcrumbs_ties(
     Args:
         vectors: T task vectors, float32 or float64; whole tensors, not parts.
         prepared: the sign of entries whose votes cancel.
-        density: fraction of a row's entries kept; may be given for each expert.
+        density: fraction of a row's entries that stay; may be given for each expert.
         gamma: fraction of a row's entries dropped as outliers; may be given for each expert.
         lambda_: scale of the merged task vector; the engine applies it.
-        weights: per expert, at least 0; default 1.
         scope: what the fractions are of: each row, or the whole tensor.
-        majority_sign, reduce, tie_break, weights_stage: as in `ties`; the majority is over the whole model.
+        consensus: weights, majority_sign, reduce, tie_break, weights_stage: as in `ties`; the majority is over the
+            whole model.
 
     Returns:
         τ_m, of the vectors' shape and dtype.
@@ -83,6 +65,4 @@ def breadcrumbs_ties(
     Raises:
         ConfigError: a weight is negative, or none is above 0.
     """
-    sparse = keep_middle(vectors, density, gamma, scope)
-    shares = factors(weights, len(vectors))
-    return agreed(sparse, shares, prepared, majority_sign=majority_sign, reduce=reduce, weights_stage=weights_stage)
+    return consensus.merge(keep_middle(vectors, density, gamma, scope), prepared)

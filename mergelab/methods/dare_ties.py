@@ -8,39 +8,27 @@ from dataclasses import replace
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import Densities, OptionalDensities, Weights
+from mergelab.engine.parameters import Densities, OptionalTrimDensities
 from mergelab.methods.dare import drop_
-from mergelab.ops.sign_consensus import (
-    Consensus,
-    Scope,
-    TieBreak,
-    Vectors,
-    WeightsStage,
-    check_pooled,
-    check_weights,
-    election_factors,
-    open_task_vectors,
-    prepare_consensus,
-)
+from mergelab.ops.sign_consensus import SignConsensus, TensorConsensus, prepare_consensus
 from mergelab.ops.site import Site
-from mergelab.ops.task_vectors import MajoritySign, Reduce, agree_, elect_in, factors, of_each, resolve_zeros_, trim_
+from mergelab.ops.task_vectors import Vectors, of_each, open_task_vectors
+from mergelab.ops.thresholds import Scope
+from mergelab.ops.ties_kernels import merge_in
 from mergelab.ops.workspace import Workspace
 from mergelab.weights.align import AlignedModels
 
 
-def dare_consensus(
+def prepare_dare_ties(
     models: AlignedModels,
     *,
     seed: int,
-    weights: Sequence[float],
     density: float | Sequence[float],
     trim_density: float | Sequence[float] | None,
     rescale: bool,
     scope: Scope,
-    majority_sign: MajoritySign,
-    tie_break: TieBreak,
-    weights_stage: WeightsStage,
-) -> Mapping[str, Consensus]:
+    consensus: SignConsensus,
+) -> Mapping[str, TensorConsensus]:
     """Find thresholds (where a second trim is asked for) and majority signs of the dropped and rescaled vectors."""
     experts = tuple(expert.name for expert in models.experts)
 
@@ -53,33 +41,17 @@ def dare_consensus(
         def read(part: slice) -> list[Tensor]:
             # The masks of a strided sample are drawn for all that the stride passes over.
             dense = whole(slice(part.start, part.stop))
-            return [kept[:: part.step] for kept in drop_(dense, replace(site, offset=part.start), shares, rescale)]
+            return [vector[:: part.step] for vector in drop_(dense, replace(site, offset=part.start), shares, rescale)]
 
         return read
 
-    return prepare_consensus(
-        models,
-        open_vectors,
-        weights=weights,
-        density=trim_density,
-        scope=scope,
-        majority_sign=majority_sign,
-        tie_break=tie_break,
-        weights_stage=weights_stage,
-    )
-
-
-def check_dare_ties(weights: Sequence[float], trim_density: float | Sequence[float] | None, scope: Scope) -> None:
-    """Raise `ConfigError` for weights that no mean can take, and for each expert's own share of what is pooled."""
-    check_weights(weights)
-    check_pooled("trim_density", trim_density, scope)
+    return prepare_consensus(models, open_vectors, consensus, density=trim_density, scope=scope)
 
 
 @merge_method(
     lambda_=1.0,
     elementwise=True,
-    prepare=dare_consensus,
-    check=check_dare_ties,
+    prepare=prepare_dare_ties,
     identical_at={"density": 1.0},
     family="task vectors",
     paper="Yu et al. 2024, arXiv:2311.03099, with Yadav et al. 2023, arXiv:2306.01708",
@@ -88,17 +60,13 @@ def dare_ties(
     vectors: Sequence[Tensor],
     *,
     site: Site,
-    prepared: Mapping[str, Consensus],
+    prepared: Mapping[str, TensorConsensus],
     workspace: Workspace,
     density: Densities = 0.5,
-    trim_density: OptionalDensities = None,
-    weights: Weights = None,
+    trim_density: OptionalTrimDensities = None,
     rescale: bool = True,
     scope: Scope = "model",
-    majority_sign: MajoritySign = "total",
-    reduce: Reduce = "mean",
-    tie_break: TieBreak = "majority",
-    weights_stage: WeightsStage = "reduce",
+    consensus: SignConsensus,
 ) -> Tensor:
     """Drop and rescale task vectors as DARE does, then elect signs and merge what agrees as TIES does.
 
@@ -113,12 +81,12 @@ def dare_ties(
         prepared: thresholds and tie sign by tensor name.
         workspace: the memory of the vectors and of intermediates.
         density: probability of keeping an entry; may be given for each expert.
-        trim_density: fraction of entries kept by the second trim; None for no such trim; may be given for each expert.
+        trim_density: fraction of entries kept by the second trim; None for no such trim; may be given for each expert,
+            except with ``scope="pooled"``.
         lambda_: scale of the merged task vector; the engine applies it.
-        weights: per expert, at least 0; default 1.
-        rescale: divide the kept entries by the density.
-        scope, majority_sign, reduce, tie_break, weights_stage: as in `ties`; ``scope`` is that of the second trim and
-            of the majority.
+        rescale: divide the remaining entries by the density.
+        scope: of the second trim and of the majority, as in `ties`.
+        consensus: weights, majority_sign, reduce, tie_break, weights_stage: as in `ties`.
 
     Returns:
         τ_m, of the vectors' shape and dtype.
@@ -126,9 +94,5 @@ def dare_ties(
     Raises:
         ConfigError: a weight is negative, or none is above 0; a ``trim_density`` for each expert where they are pooled.
     """
-    shares = factors(weights, len(vectors))
-    here = prepared[site.name]
-    for vector, threshold in zip(drop_(vectors, site, density, rescale), here.thresholds, strict=True):
-        trim_(vector, threshold)
-    signs = resolve_zeros_(elect_in(workspace, election_factors(shares, weights_stage), majority_sign), here.tie_sign)
-    return agree_(workspace, signs, shares, reduce).mul_(signs)
+    drop_(vectors, site, density, rescale)
+    return merge_in(workspace, consensus, prepared[site.name])

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import Densities, Fractions, Weights
+from mergelab.engine.parameters import Densities, Fractions
 from mergelab.errors import ConfigError
 from mergelab.ops.philox import stream_key, words
-from mergelab.ops.sign_consensus import TieBreak, WeightsStage, check_weights
+from mergelab.ops.sign_consensus import SignConsensus, find_tie_sign
 from mergelab.ops.site import Site
-from mergelab.ops.sparsify import agreed, row_blocks, rows, sign_of_ties
-from mergelab.ops.task_vectors import MajoritySign, Reduce, factors, of_each
+from mergelab.ops.sparsify import row_blocks, rows
+from mergelab.ops.task_vectors import of_each
 from mergelab.weights.align import AlignedModels
 
 
@@ -32,17 +32,6 @@ def check_probabilities(
             )
 
 
-def check_della(
-    models: AlignedModels,
-    weights: Sequence[float],
-    density: float | Sequence[float],
-    epsilon: float | Sequence[float],
-) -> None:
-    """Raise `ConfigError` for weights that no mean can take, and for density ± epsilon that are no probabilities."""
-    check_weights(weights)
-    check_probabilities(models, density, epsilon)
-
-
 def keep_probabilities(length: int, density: float, epsilon: float) -> Tensor:
     """Return the probabilities by rank, the smallest entry of a row of ``length`` first, in float64."""
     if length == 1:
@@ -54,7 +43,7 @@ def keep_probabilities(length: int, density: float, epsilon: float) -> Tensor:
 def drop_by_rank(
     vectors: Sequence[Tensor], site: Site, density: float | Sequence[float], epsilon: float | Sequence[float]
 ) -> list[Tensor]:
-    """Keep each entry with a probability by the rank of its magnitude in its row, and divide what is kept by it.
+    """Keep each entry with a probability by the rank of its magnitude in its row, and divide it by that; else 0.
 
     Whether an entry is kept depends on the seed, the expert's name, the tensor's name, the entry's place and its rank,
     and on nothing else. Of equal magnitudes the earlier ranks lower.
@@ -65,11 +54,11 @@ def drop_by_rank(
         density: mean probability in a row, of all experts or of each.
         epsilon: how much lower and higher it is for the smallest and the largest entry; likewise.
     """
-    count, kept = len(vectors), []
+    count, sparse = len(vectors), []
     settings = zip(of_each(density, count), of_each(epsilon, count), strict=True)
     for vector, expert, (share, spread) in zip(vectors, site.experts, settings, strict=True):
         if share >= 1:
-            kept.append(vector)
+            sparse.append(vector)
             continue
         whole = vector.contiguous()
         lines = rows(whole)
@@ -84,37 +73,28 @@ def drop_by_rank(
             numbers = torch.from_numpy(drawn).to(whole.device).view(entries.shape)
             dropped = numbers >= (probability * 2.0**32).round_()
             entries.div_(probability.to(whole.dtype)).masked_fill_(dropped, 0)
-        kept.append(whole)
-    return kept
+        sparse.append(whole)
+    return sparse
 
 
-def della_sign(
+def prepare_della(
     models: AlignedModels,
     *,
     seed: int,
-    weights: Sequence[float],
     density: float | Sequence[float],
     epsilon: float | Sequence[float],
-    majority_sign: MajoritySign,
-    tie_break: TieBreak,
-    weights_stage: WeightsStage,
+    consensus: SignConsensus,
 ) -> float:
     """Find the sign of entries whose votes cancel."""
-    return sign_of_ties(
-        models,
-        lambda vectors, site: drop_by_rank(vectors, site, density, epsilon),
-        seed=seed,
-        weights=weights,
-        majority_sign=majority_sign,
-        tie_break=tie_break,
-        weights_stage=weights_stage,
+    return find_tie_sign(
+        models, lambda vectors, site: drop_by_rank(vectors, site, density, epsilon), consensus, seed=seed
     )
 
 
 @merge_method(
     lambda_=1.0,
-    prepare=della_sign,
-    check=check_della,
+    prepare=prepare_della,
+    check=check_probabilities,
     identical_at={"density": 1.0},
     family="task vectors",
     paper="Deep et al. 2024, arXiv:2406.11617",
@@ -126,11 +106,7 @@ def della(
     prepared: float,
     density: Densities = 0.5,
     epsilon: Fractions = 0.15,
-    weights: Weights = None,
-    majority_sign: MajoritySign = "total",
-    reduce: Reduce = "mean",
-    tie_break: TieBreak = "majority",
-    weights_stage: WeightsStage = "reduce",
+    consensus: SignConsensus,
 ) -> Tensor:
     """Drop and rescale task vectors by rank as `della_linear` does, then elect signs and merge what agrees.
 
@@ -145,8 +121,8 @@ def della(
         density: mean probability of keeping an entry; may be given for each expert.
         epsilon: how much the probability departs from it at either end of a row; may be given for each expert.
         lambda_: scale of the merged task vector; the engine applies it.
-        weights: per expert, at least 0; default 1.
-        majority_sign, reduce, tie_break, weights_stage: as in `ties`; the majority is over the whole model.
+        consensus: weights, majority_sign, reduce, tie_break, weights_stage: as in `ties`; the majority is over the
+            whole model.
 
     Returns:
         τ_m, of the vectors' shape and dtype.
@@ -154,6 +130,4 @@ def della(
     Raises:
         ConfigError: a weight is negative, or none is above 0; density ± epsilon are not above 0 and at most 1.
     """
-    sparse = drop_by_rank(vectors, site, density, epsilon)
-    shares = factors(weights, len(vectors))
-    return agreed(sparse, shares, prepared, majority_sign=majority_sign, reduce=reduce, weights_stage=weights_stage)
+    return consensus.merge(drop_by_rank(vectors, site, density, epsilon), prepared)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.ops.blocks import blocks
-from mergelab.ops.sign_consensus import open_task_vectors
-from mergelab.ops.task_vectors import disjoint_reduce, elect
+from mergelab.ops.task_vectors import disjoint_reduce, elect, open_task_vectors
 from mergelab.ops.threads import in_order
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.numerics import total
@@ -18,7 +17,7 @@ from mergelab.weights.numerics import total
 
 def unify(vectors: Sequence[Tensor]) -> Tensor:
     """Return the unified task vector: at each entry the elected sign and the largest magnitude that has it."""
-    return disjoint_reduce(vectors, elect(vectors), (1.0,) * len(vectors), "max")
+    return disjoint_reduce(vectors, elect(vectors), reduce="max")
 
 
 def masked(unified: Tensor, vector: Tensor) -> Tensor:
@@ -39,18 +38,18 @@ def rescalers(models: AlignedModels) -> tuple[float, ...]:
         for part in blocks(math.prod(models.base.shape(name))):
             vectors = read(part)
             unified = unify(vectors)
-            for (own, kept), vector in zip(summands, vectors, strict=True):
-                own.append(total(vector.abs()))
-                kept.append(total(masked(unified, vector).abs_()))
+            for (of_whole, of_masked), vector in zip(summands, vectors, strict=True):
+                of_whole.append(total(vector.abs()))
+                of_masked.append(total(masked(unified, vector).abs_()))
         return summands
 
-    own: list[list[float]] = [[] for _ in models.experts]
-    kept: list[list[float]] = [[] for _ in models.experts]
+    whole: list[list[float]] = [[] for _ in models.experts]
+    remaining: list[list[float]] = [[] for _ in models.experts]
     for summands in in_order(magnitudes, models.names):
-        for i, (of_own, of_kept) in enumerate(summands):
-            own[i].extend(of_own)
-            kept[i].extend(of_kept)
-    pairs = [(math.fsum(a), math.fsum(b)) for a, b in zip(own, kept, strict=True)]
+        for i, (of_whole, of_masked) in enumerate(summands):
+            whole[i].extend(of_whole)
+            remaining[i].extend(of_masked)
+    pairs = [(math.fsum(a), math.fsum(b)) for a, b in zip(whole, remaining, strict=True)]
     return tuple(a / b if b else 1.0 for a, b in pairs)
 
 

@@ -9,22 +9,13 @@ import torch
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import Positive, Samples, Weights
-from mergelab.errors import ConfigError, listed
+from mergelab.engine.parameters import MeanWeights, Positive, Samples
 from mergelab.estimation.examples import Examples
 from mergelab.estimation.fisher import Diagonal, Estimator, diagonals, of_writers
 from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import factors
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.numerics import norm
-
-
-def check_shares(weights: Sequence[float]) -> None:
-    """Raise `ConfigError` for weights that a weighted mean of information cannot take."""
-    if negative := [f"{weight:g}" for weight in weights if weight < 0]:
-        raise ConfigError(f"method.weights: must be at least 0 for a mean by importance, not {listed(negative)}")
-    if not any(weights):
-        raise ConfigError("method.weights: at least one must be above 0")
 
 
 def prepare_fisher(
@@ -49,7 +40,6 @@ def _unit_scale(diagonal: Diagonal, names: Sequence[str], size: int) -> float:
     needs=("data", "gradients"),
     elementwise=True,
     prepare=prepare_fisher,
-    check=check_shares,
     unsupported_for_generation=of_writers,
     family="data",
     paper="Matena & Raffel 2022, arXiv:2111.09832",
@@ -59,7 +49,7 @@ def fisher(
     *,
     prepared: Sequence[Diagonal],
     site: Site,
-    weights: Weights = None,
+    weights: MeanWeights = None,
     samples: Samples = 4096,
     normalize: bool = True,
     floor: Positive = 1e-6,

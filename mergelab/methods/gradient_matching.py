@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import Positive, Samples, Weights
+from mergelab.engine.parameters import MeanWeights, Positive, Samples
 from mergelab.estimation.examples import Examples
 from mergelab.estimation.fisher import Diagonal, Estimator, diagonals, of_writers
-from mergelab.methods.fisher import check_shares
 from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import factors
 from mergelab.weights.align import AlignedModels
@@ -28,7 +27,6 @@ def prepare_hessians(
     needs=("data", "gradients"),
     elementwise=True,
     prepare=prepare_hessians,
-    check=check_shares,
     unsupported_for_generation=of_writers,
     identical_at=None,
     family="data",
@@ -39,7 +37,7 @@ def gradient_matching(
     *,
     prepared: Sequence[Diagonal],
     site: Site,
-    weights: Weights = None,
+    weights: MeanWeights = None,
     samples: Samples = 4096,
     delta0: Positive = 1e-12,
     estimator: Estimator = "auto",

@@ -12,23 +12,17 @@ from pydantic import Field
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import Densities, Weights
+from mergelab.engine.parameters import Densities, MeanWeights
 from mergelab.ops.blocks import blocks
 from mergelab.ops.kth_largest import rank_of
 from mergelab.ops.layout import inputs_first, is_matrix
-from mergelab.ops.sign_consensus import (
-    Consensus,
-    Vectors,
-    check_weights,
-    find_thresholds,
-    open_task_vectors,
-    prepare_consensus,
-)
+from mergelab.ops.sign_consensus import SignConsensus, TensorConsensus, prepare_consensus
 from mergelab.ops.site import Site
-from mergelab.ops.sparsify import agreed, ranked_magnitudes
+from mergelab.ops.sparsify import ranked_magnitudes
 from mergelab.ops.svd import TallMatrix, assembled, decompose_leading
-from mergelab.ops.task_vectors import factors, of_each, task_vectors, trim_
+from mergelab.ops.task_vectors import Vectors, of_each, open_task_vectors, task_vectors, trim_
 from mergelab.ops.threads import in_order
+from mergelab.ops.thresholds import find_thresholds
 from mergelab.weights.align import AlignedModels
 
 KnotsScope = Literal["model", "tensor"]
@@ -107,8 +101,8 @@ def common_basis(matrices: Sequence[Tensor], tolerance: float) -> Basis:
     is_left = rows < columns * len(matrices)
     matrix = stacked(matrices) if is_left else side_by_side(matrices)
     found = decompose_leading(matrix, matrix.columns)
-    kept = found.leading(int((found.values > tolerance).sum()))
-    return Basis(kept.values, kept.right.contiguous(), is_left)
+    leading = found.leading(int((found.values > tolerance).sum()))
+    return Basis(leading.values, leading.right.contiguous(), is_left)
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ class Knots:
     """
 
     turned: frozenset[str] = frozenset()
-    others: Mapping[str, Consensus] = field(default_factory=dict)
+    others: Mapping[str, TensorConsensus] = field(default_factory=dict)
     bases: Mapping[str, Basis] = field(default_factory=dict)
     thresholds: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
@@ -137,16 +131,8 @@ def prepare_knots(
     shapes = {name: tuple(models.base.shape(name)) for name in models.names}
     matrices = [name for name, shape in shapes.items() if len(shape) == 2 and all(shape)]
     others = replace(models, names=tuple(name for name in shapes if name not in set(matrices)))
-    consensus = prepare_consensus(
-        others,
-        partial(open_task_vectors, others),
-        weights=(1.0,) * len(models.experts),
-        density=density,
-        scope=scope,
-        majority_sign="total",
-        tie_break="majority",
-        weights_stage="reduce",
-    )
+    open_others = partial(open_task_vectors, others)
+    consensus = prepare_consensus(others, open_others, SignConsensus(), density=density, scope=scope)
     if scope == "tensor":
         return Knots(turned, consensus)
     known: dict[Any, Basis] = {} if models.memo is None else models.memo.setdefault("bases", {})
@@ -185,7 +171,6 @@ def _matrices(models: AlignedModels, name: str, turned: frozenset[str]) -> list[
 @merge_method(
     lambda_=0.6,
     prepare=prepare_knots,
-    check=check_weights,
     identical_at=None,
     family="spectral",
     work="decomposes every matrix of all experts side by side",
@@ -197,7 +182,7 @@ def knots(
     site: Site,
     prepared: Knots,
     density: Densities = 0.2,
-    weights: Weights = None,
+    weights: MeanWeights = None,
     scope: KnotsScope = "model",
     tolerance: Tolerance = 1e-5,
 ) -> Tensor:
@@ -235,7 +220,7 @@ def knots(
         ConfigError: a weight is negative, or none is above 0.
     """
     if not is_matrix(vectors[0]):
-        return _trimmed_and_agreed(vectors, prepared.others[site.name], weights)
+        return _ties(vectors, prepared.others[site.name], weights)
     turned = site.name in prepared.turned
     matrices = [vector.T for vector in vectors] if turned else list(vectors)
     basis = prepared.bases[site.name] if scope == "model" else common_basis(matrices, tolerance)
@@ -244,16 +229,15 @@ def knots(
         thresholds = prepared.thresholds[site.name]
     else:
         thresholds = tuple(map(_smallest_kept, parts, of_each(density, len(parts))))
-    merged = _trimmed_and_agreed(parts, Consensus(thresholds), weights)
+    merged = _ties(parts, TensorConsensus(thresholds), weights)
     result = basis.mapped_back(merged, matrices)
     return result.T if turned else result
 
 
-def _trimmed_and_agreed(vectors: Sequence[Tensor], consensus: Consensus, weights: Weights) -> Tensor:
-    """Merge whole tensors as `ties` does."""
-    trimmed = [trim_(vector, threshold) for vector, threshold in zip(vectors, consensus.thresholds, strict=True)]
-    shares = factors(weights, len(vectors))
-    return agreed(trimmed, shares, consensus.tie_sign, majority_sign="total", reduce="mean", weights_stage="reduce")
+def _ties(vectors: Sequence[Tensor], found: TensorConsensus, weights: MeanWeights) -> Tensor:
+    """Merge whole tensors as `ties` does; they are trimmed in place."""
+    trimmed = [trim_(vector, threshold) for vector, threshold in zip(vectors, found.thresholds, strict=True)]
+    return SignConsensus(weights).merge(trimmed, found.tie_sign)
 
 
 def _smallest_kept(part: Tensor, density: float) -> float:

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from mergelab.engine.chaining import chained, check_then
+from mergelab.engine.chaining import ChainedWeights, chained, check_then
 from mergelab.engine.method import Substitute, merge_method
-from mergelab.engine.parameters import Weights
 from mergelab.engine.registry import check_parameters
 from mergelab.errors import ConfigError
 from mergelab.weights.align import AlignedModels
@@ -40,7 +39,7 @@ def lines(
     then: str | Mapping[str, Any] = "task_arithmetic",
     alpha: Annotated[float, Field()] | None = None,
     beta: Annotated[float, Field()] = 0.5,
-    weights: Weights = None,
+    weights: ChainedWeights = None,
 ) -> Substitute:
     """Merge by another method on task vectors, with a λ that grows linearly with the depth of the layer.
 

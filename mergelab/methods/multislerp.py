@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import Weights
+from mergelab.engine.parameters import NormalizedWeights
 from mergelab.ops.gram import RESOLUTION, combined, gram, length
 from mergelab.ops.spherical import MERGEKIT, check_spherical, origin
 from mergelab.ops.task_vectors import factors
@@ -22,7 +22,7 @@ def multislerp(
     experts: Sequence[Tensor],
     *,
     base: Tensor | None = None,
-    weights: Weights = None,
+    weights: NormalizedWeights = None,
     eps: Annotated[float, Field(gt=0, lt=1)] = 1e-8,
     task_vectors: bool | None = None,
 ) -> Tensor:
@@ -50,7 +50,7 @@ def multislerp(
         Tensor of that shape, float32 (float64 for float64 inputs).
 
     Raises:
-        ConfigError: the weights add up to 0, or there is no base for the task vectors.
+        ConfigError: the weights cancel, or there is no base for the task vectors.
     """
     start = origin(base, task_vectors)
     shares = np.array(factors(weights, len(experts)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import Weights
+from mergelab.engine.parameters import NormalizedWeights
 from mergelab.methods.slerp import arc, slerp
 from mergelab.ops.blocks import BLOCK, blocks, blockwise, working
 from mergelab.ops.spherical import MERGEKIT, check_spherical, origin
@@ -20,7 +20,7 @@ def nuslerp(
     experts: Sequence[Tensor],
     *,
     base: Tensor | None = None,
-    weights: Weights = None,
+    weights: NormalizedWeights = None,
     flatten: bool = True,
     row_wise: bool = False,
     task_vectors: bool | None = None,
@@ -48,7 +48,7 @@ def nuslerp(
         Tensor of that shape, float32 (float64 for float64 inputs).
 
     Raises:
-        ConfigError: the weights add up to 0, or there is no base for the task vectors.
+        ConfigError: the weights cancel, or there is no base for the task vectors.
     """
     of_a, of_b = factors(weights, len(experts))
     t = of_b / (of_a + of_b)

@@ -13,8 +13,7 @@ from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Density
 from mergelab.ops.blocks import blocks
 from mergelab.ops.kth_largest import Array, Open, kth_largest
-from mergelab.ops.sign_consensus import Vectors, open_task_vectors
-from mergelab.ops.task_vectors import weighted_sum
+from mergelab.ops.task_vectors import Vectors, open_task_vectors, weighted_sum
 from mergelab.ops.threads import chunks, in_order
 from mergelab.weights.align import AlignedModels
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from mergelab.engine.method import merge_method
 from mergelab.methods.ram import NotNegative, changed
 from mergelab.ops.blocks import blocks
-from mergelab.ops.sign_consensus import open_task_vectors
-from mergelab.ops.task_vectors import weighted_sum
+from mergelab.ops.task_vectors import open_task_vectors, weighted_sum
 from mergelab.ops.threads import in_order
 from mergelab.weights.align import AlignedModels
 

@@ -14,9 +14,8 @@ from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mergelab.engine.chaining import chained, check_then
+from mergelab.engine.chaining import ChainedWeights, chained, check_then
 from mergelab.engine.method import Substitute, merge_method
-from mergelab.engine.parameters import Weights
 from mergelab.errors import ConfigError, MergeWarning
 from mergelab.ops.blocks import blocks
 from mergelab.ops.permutations import Permutation, Slot, find_permutations
@@ -41,7 +40,7 @@ def rebasin(
     *,
     seed: int = 0,
     then: str | Mapping[str, Any] = "soup",
-    weights: Weights = None,
+    weights: ChainedWeights = None,
     max_sweeps: Annotated[int, Field(ge=1)] = 100,
     heads: Annotated[int, Field(ge=1)] | None = None,
     kv_heads: Annotated[int, Field(ge=1)] | None = None,

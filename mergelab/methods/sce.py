@@ -12,8 +12,9 @@ from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Density
 from mergelab.ops.blocks import blocks, blockwise
 from mergelab.ops.kth_largest import rank_of
+from mergelab.ops.sign_consensus import SignConsensus
 from mergelab.ops.sparsify import ranked_magnitudes
-from mergelab.ops.task_vectors import disjoint_reduce, elect, resolve_zeros_, weighted_sum
+from mergelab.ops.task_vectors import weighted_sum
 from mergelab.weights.numerics import dot
 
 
@@ -74,7 +75,4 @@ def sce(vectors: Sequence[Tensor], *, select_topk: Density = 1.0) -> Tensor:
     if not whole:
         return torch.zeros_like(vectors[0])
     shares = [of_one / whole for of_one in energy]
-    combined = blockwise(
-        lambda *parts: disjoint_reduce(parts, resolve_zeros_(elect(parts), 1.0), shares, "mean"), *selected
-    )
-    return combined.view(vectors[0].shape)
+    return SignConsensus(shares).merge(selected, tie_sign=1.0).view(vectors[0].shape)

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Weights
-from mergelab.errors import ConfigError
 from mergelab.ops.blocks import working
+from mergelab.ops.expert_values import DividedBySum
 from mergelab.ops.task_vectors import factors, weighted_sum
 
 
-def check_sum(weights: Sequence[float], normalize: bool) -> None:
-    """Raise `ConfigError` when a normalised average would divide by zero."""
-    if normalize and sum(weights) == 0:
-        raise ConfigError(
-            f"method.weights: {list(weights)} add up to 0; a normalised average (normalize=true) needs more"
-        )
-
-
-@merge_method(elementwise=True, check=check_sum, family="averages", paper="Wortsman et al. 2022, arXiv:2203.05482")
-def soup(experts: Sequence[Tensor], *, weights: Weights = None, normalize: bool = True) -> Tensor:
+@merge_method(elementwise=True, family="averages", paper="Wortsman et al. 2022, arXiv:2203.05482")
+def soup(
+    experts: Sequence[Tensor],
+    *,
+    weights: Annotated[Weights, DividedBySum(when="normalize")] = None,
+    normalize: bool = True,
+) -> Tensor:
     """Average the experts' weights.
 
     Σ w_t θ_t / Σ w_t (Wortsman et al. 2022, arXiv:2203.05482); with ``normalize=False`` the sum alone. Departure: the
@@ -37,7 +35,7 @@ def soup(experts: Sequence[Tensor], *, weights: Weights = None, normalize: bool 
         Tensor of that shape, float32 (float64 for float64 inputs).
 
     Raises:
-        ConfigError: the weights add up to 0 and ``normalize`` is set.
+        ConfigError: the weights cancel and ``normalize`` is set.
     """
     shares = factors(weights, len(experts))
     total = weighted_sum([working(expert) for expert in experts], shares)

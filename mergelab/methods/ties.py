@@ -8,60 +8,29 @@ from functools import partial
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import Densities, Weights
+from mergelab.engine.parameters import TrimDensities
 from mergelab.engine.ties_session import TiesSession
-from mergelab.ops.sign_consensus import (
-    Consensus,
-    Scope,
-    TieBreak,
-    WeightsStage,
-    check_pooled,
-    check_weights,
-    election_factors,
-    open_task_vectors,
-    prepare_consensus,
-)
+from mergelab.ops.sign_consensus import SignConsensus, TensorConsensus, prepare_consensus
 from mergelab.ops.site import Site
-from mergelab.ops.task_vectors import MajoritySign, Reduce, agree_, elect_in, factors, resolve_zeros_, trim_
+from mergelab.ops.task_vectors import open_task_vectors
+from mergelab.ops.thresholds import Scope
+from mergelab.ops.ties_kernels import merge_in
 from mergelab.ops.workspace import Workspace
 from mergelab.weights.align import AlignedModels
 
 
-def ties_consensus(
-    models: AlignedModels,
-    *,
-    weights: Sequence[float],
-    density: float | Sequence[float],
-    scope: Scope,
-    majority_sign: MajoritySign,
-    tie_break: TieBreak,
-    weights_stage: WeightsStage,
-) -> Mapping[str, Consensus]:
+def prepare_ties(
+    models: AlignedModels, *, density: float | Sequence[float], scope: Scope, consensus: SignConsensus
+) -> Mapping[str, TensorConsensus]:
     """Find thresholds and majority signs of the plain task vectors."""
-    return prepare_consensus(
-        models,
-        partial(open_task_vectors, models),
-        weights=weights,
-        density=density,
-        scope=scope,
-        majority_sign=majority_sign,
-        tie_break=tie_break,
-        weights_stage=weights_stage,
-        memo=models.memo,
-    )
-
-
-def check_ties(weights: Sequence[float], density: float | Sequence[float], scope: Scope) -> None:
-    """Raise `ConfigError` for weights that no mean can take, and for each expert's own share of what is pooled."""
-    check_weights(weights)
-    check_pooled("density", density, scope)
+    open_vectors = partial(open_task_vectors, models)
+    return prepare_consensus(models, open_vectors, consensus, density=density, scope=scope, memo=models.memo)
 
 
 @merge_method(
     lambda_=1.0,
     elementwise=True,
-    prepare=ties_consensus,
-    check=check_ties,
+    prepare=prepare_ties,
     session=TiesSession,
     identical_at={"density": 1.0},
     family="task vectors",
@@ -71,15 +40,11 @@ def ties(
     vectors: Sequence[Tensor],
     *,
     site: Site,
-    prepared: Mapping[str, Consensus],
+    prepared: Mapping[str, TensorConsensus],
     workspace: Workspace,
-    density: Densities = 0.2,
-    weights: Weights = None,
+    density: TrimDensities = 0.2,
     scope: Scope = "model",
-    majority_sign: MajoritySign = "total",
-    reduce: Reduce = "mean",
-    tie_break: TieBreak = "majority",
-    weights_stage: WeightsStage = "reduce",
+    consensus: SignConsensus,
 ) -> Tensor:
     """Merge task vectors after trimming small entries and resolving sign conflicts.
 
@@ -98,14 +63,12 @@ def ties(
         site: whose ``name`` is looked up in ``prepared``.
         prepared: thresholds and tie sign by tensor name.
         workspace: the memory of the vectors and of intermediates.
-        density: fraction of entries kept; may be given for each expert, but where they are pooled.
+        density: fraction of entries kept; may be given for each expert, except with ``scope="pooled"``.
         lambda_: scale of the merged task vector; the engine applies it.
-        weights: per expert, at least 0; default 1.
-        scope: what the fraction is of: an expert's whole task vector, each tensor of it, or all experts' together.
-        majority_sign: by total magnitude or by number of entries.
-        reduce: what is made of the entries that agree: weighted mean, weighted sum, or the largest w·τ̂.
-        tie_break: the sign of entries whose votes cancel.
-        weights_stage: whether weights count from the mean on, or multiply the task vectors before they vote.
+        scope: what the fraction is of, and over what the majority for ``tie_break`` is counted: an expert's whole task
+            vector, each tensor of it, or all experts' together.
+        consensus: weights, majority_sign, reduce, tie_break, weights_stage: see
+            `mergelab.ops.sign_consensus.SignConsensus`.
 
     Returns:
         τ_m, of the vectors' shape and dtype.
@@ -113,9 +76,4 @@ def ties(
     Raises:
         ConfigError: a weight is negative, or none is above 0; a density for each expert where they are pooled.
     """
-    shares = factors(weights, len(vectors))
-    here = prepared[site.name]
-    for vector, threshold in zip(vectors, here.thresholds, strict=True):
-        trim_(vector, threshold)
-    signs = resolve_zeros_(elect_in(workspace, election_factors(shares, weights_stage), majority_sign), here.tie_sign)
-    return agree_(workspace, signs, shares, reduce).mul_(signs)
+    return merge_in(workspace, consensus, prepared[site.name])

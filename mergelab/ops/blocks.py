@@ -29,7 +29,7 @@ def blockwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Apply an elementwise function to tensors of one shape, block by block.
 
     Args:
-        function: receives one flat block of each tensor, in float32 or float64, and answers a block.
+        function: receives one flat block of each tensor, in float32 or float64, and returns a block.
         tensors: at least one, of one shape.
 
     Returns:
@@ -43,6 +43,14 @@ def blockwise(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     for part in blocks(first.numel()):
         into[part] = function(*(working(tensor[part]) for tensor in flat))
     return result
+
+
+def largest(tensor: Tensor) -> float:
+    """Return the largest magnitude; 0 of an empty tensor."""
+    if not tensor.numel():
+        return 0.0
+    ends = torch.aminmax(tensor)
+    return max(-float(ends.min), float(ends.max))
 
 
 def all_finite(tensor: Tensor) -> bool:

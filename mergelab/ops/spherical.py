@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from mergelab.errors import ConfigError
@@ -13,10 +10,8 @@ from mergelab.weights.align import AlignedModels
 MERGEKIT = "mergekit: Goddard et al. 2024, arXiv:2403.13257"
 
 
-def check_spherical(models: AlignedModels, weights: Sequence[float], task_vectors: bool | None) -> None:
-    """Raise `ConfigError` for weights that cannot be normalised, and for task vectors without a base."""
-    if math.fsum(weights) == 0:
-        raise ConfigError(f"method.weights: {list(weights)} add up to 0; they are divided by their sum")
+def check_spherical(models: AlignedModels, task_vectors: bool | None) -> None:
+    """Raise `ConfigError` for task vectors without a base."""
     if task_vectors and models.base is None:
         raise ConfigError("method.task_vectors=True: needs a base model, and none is given (models.base)")
 

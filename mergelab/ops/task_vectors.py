@@ -1,24 +1,29 @@
-"""What methods on task vectors are composed of: difference, trim, elect, disjoint reduce.
+"""Task vectors and what is made of them: TIES' trim, elect and disjoint reduce; sums and means.
 
-Each is a pure function of flat blocks in float32 or float64. Signs, comparisons and products with ±1 are exact, and
-sums go expert by expert, so that a value does not depend on the block it is computed in.
+Each is a pure function of blocks in float32 or float64; those whose name ends in ``_`` or ``_into`` write into an
+argument. Signs, comparisons and products with ±1 are exact, and sums go expert by expert, so that a value does not
+depend on the block it is computed in. `mergelab.ops.ties_kernels` has faster forms of TIES.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mergelab.ops.blocks import working
-from mergelab.ops.workspace import INTERMEDIATE, Workspace
+from mergelab.ops.workspace import mapped
+from mergelab.weights.align import AlignedModels
 
 MajoritySign = Literal["total", "frequency"]
 Reduce = Literal["mean", "sum", "max"]
+# Returns the T task vectors' entries in a slice of a flattened tensor: differences, or what a method makes of them
+# first. They may be written into, and are overwritten by the next call.
+Vectors = Callable[[slice], list[Tensor]]
 
 
 def task_vectors(base: Tensor, experts: Sequence[Tensor]) -> list[Tensor]:
@@ -27,19 +32,40 @@ def task_vectors(base: Tensor, experts: Sequence[Tensor]) -> list[Tensor]:
     return [working(expert) - start for expert in experts]
 
 
-def difference_into(row: Tensor, expert: Tensor, start: Tensor) -> Tensor:
-    """Write a task vector, as `task_vectors` answers it, into ``row``.
+def difference_into(out: Tensor, expert: Tensor, start: Tensor) -> Tensor:
+    """Write a task vector, as `task_vectors` returns it, into ``out``.
 
     Args:
-        row: float32, or float64 where a tensor is.
+        out: float32, or float64 where a tensor is.
         expert: of any dtype.
         start: the base, float32 or float64.
     """
     if expert.dtype in (torch.float32, torch.float64):
-        return torch.sub(expert, start, out=row)
-    if row.dtype == start.dtype:
-        return torch.sub(row.copy_(expert), start, out=row)  # widening does not round
-    return torch.sub(expert.float(), start, out=row)
+        return torch.sub(expert, start, out=out)
+    if out.dtype == start.dtype:
+        return torch.sub(out.copy_(expert), start, out=out)  # widening does not round
+    return torch.sub(expert.float(), start, out=out)
+
+
+def open_task_vectors(models: AlignedModels, name: str, *, only: slice = slice(None)) -> Vectors:
+    """Return access to the experts' task vectors in tensor ``name``, or to those of some of them, on the CPU."""
+    assert models.base is not None
+    base = models.base.get(name).reshape(-1)
+    experts = [expert.get(name).reshape(-1) for expert in models.experts[only]]
+    wide = [working(tensor[:0]).dtype for tensor in (base, *experts)]
+    buffers = [torch.empty(0, dtype=torch.promote_types(wide[0], dtype)) for dtype in wide]
+
+    def read(part: slice) -> list[Tensor]:
+        start = base[part].cpu()
+        length = len(start)
+        if len(buffers[0]) < length:
+            buffers[:] = [mapped(length, buffer.dtype) for buffer in buffers]
+        widened, *vectors = (buffer[:length] for buffer in buffers)
+        start = start if start.dtype == widened.dtype else widened.copy_(start)
+        pairs = zip(vectors, experts, strict=True)
+        return [difference_into(vector, expert[part].cpu(), start) for vector, expert in pairs]
+
+    return read
 
 
 def factors(weights: Sequence[float] | Mapping[str, float] | None, count: int) -> tuple[float, ...]:
@@ -67,9 +93,9 @@ def of_each(number: float | Sequence[float], count: int) -> tuple[float, ...]:
     return numbers
 
 
-def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """Multiply by ``factor``; the tensor itself when that is 1."""
-    return tensor if factor == 1 else tensor * factor
+def scaled(tensor: Tensor, factor: float | Tensor) -> Tensor:
+    """Multiply by ``factor``; return the tensor itself when that is the number 1."""
+    return tensor if isinstance(factor, int | float) and factor == 1 else tensor * factor
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -80,16 +106,32 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
+def mean(vectors: Sequence[Tensor]) -> Tensor:
+    """Return the mean task vector, which is what tensors other than matrices get."""
+    return weighted_sum(vectors, (1.0,) * len(vectors)) / len(vectors)
+
+
+# ------------------------------------------------------------------------------------- trim, elect and disjoint reduce
+
+
+def trim(task_vector: Tensor, bound: float | Tensor) -> Tensor:
+    """Set entries whose magnitude is not above ``bound`` to zero; `just_below` makes a bound of a threshold."""
+    return torch.where(task_vector.abs() > bound, task_vector, 0.0)
+
+
 def trim_(task_vector: Tensor, threshold: float) -> Tensor:
-    """Set entries of magnitude below ``threshold`` to zero, in place; those equal to it stay."""
+    """Set entries of magnitude below ``threshold`` to zero, in place; those equal to it stay.
+
+    One operation, where `trim` takes three and a new tensor.
+    """
     if threshold <= 0:
         return task_vector
     return torch.hardshrink(task_vector, just_below(threshold, task_vector.dtype), out=task_vector)
 
 
-@lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)
 def just_below(threshold: float, dtype: torch.dtype) -> float:
-    """Return the largest number of ``dtype`` under ``threshold``: hardshrink keeps what is larger than its bound."""
+    """Return the largest number of ``dtype`` under ``threshold``."""
     bound = torch.tensor(threshold, dtype=dtype)
     if bound.item() >= threshold:
         bound = torch.nextafter(bound, torch.tensor(-math.inf, dtype=dtype))
@@ -98,96 +140,55 @@ def just_below(threshold: float, dtype: torch.dtype) -> float:
 
 def elect(
     task_vectors: Sequence[Tensor],
-    weights: Sequence[float] | Mapping[str, float] | None = None,
+    weights: Sequence[float | Tensor] | None = None,
     majority_sign: MajoritySign = "total",
 ) -> Tensor:
-    """Return the sign (−1, 0 or 1) that has the larger total magnitude w τ, or the larger total weight."""
-    signs, spare = torch.empty_like(task_vectors[0]), torch.empty_like(task_vectors[0])
-    _combine(task_vectors, factors(weights, len(task_vectors)), signs, spare, counting=majority_sign == "frequency")
-    return signs.sign_()
+    """Return the sign (−1, 0 or 1) that has the larger total magnitude of w τ, or that more of the w τ have.
+
+    Args:
+        task_vectors: T blocks.
+        weights: T factors that the task vectors are multiplied by before they vote; default 1.
+        majority_sign: "total": sgn(Σ w τ); "frequency": sgn(Σ sgn(w τ)).
+    """
+    votes = _weighted(task_vectors, weights)
+    if majority_sign == "frequency":
+        votes = (vote.sign() for vote in votes)
+    return functools.reduce(torch.add, votes).sign()
 
 
-def elect_in(workspace: Workspace, weights: Sequence[float], majority_sign: MajoritySign) -> Tensor:
-    """Return what `elect` answers in ``workspace.signs``, of the task vectors that ``workspace`` holds."""
-    _combine(workspace.vectors, weights, workspace.signs, workspace.spare, counting=majority_sign == "frequency")
-    return workspace.signs.sign_()
-
-
-def resolve_zeros_(signs: Tensor, sign: float) -> Tensor:
-    """Replace every 0 by ``sign``, in place."""
-    return signs if sign == 0 else signs.add_(sign / 2).sign_()
+def resolve_zeros(signs: Tensor, sign: float | Tensor) -> Tensor:
+    """Replace every 0 of elected signs by ``sign``."""
+    return (signs + sign / 2).sign()
 
 
 def disjoint_reduce(
-    task_vectors: Sequence[Tensor], signs: Tensor, weights: Sequence[float], reduce: Reduce = "mean"
+    task_vectors: Sequence[Tensor],
+    signs: Tensor,
+    weights: Sequence[float | Tensor] | None = None,
+    reduce: Reduce = "mean",
 ) -> Tensor:
     """Combine, at each entry, the task vectors whose sign there is the elected one.
 
     Args:
         task_vectors: T blocks.
         signs: elected signs in {−1, 0, 1}; where 0, nothing agrees.
-        weights: T factors, none negative.
+        weights: T factors, none negative; default 1.
         reduce: mean: Σ w τ / Σ w over those that agree; sum: Σ w τ; max: the w τ of largest magnitude.
 
     Returns:
         A block; 0 where no task vector agrees.
     """
-    flat = [vector.reshape(-1) for vector in task_vectors]
-    workspace = Workspace.of(signs.new_empty(len(flat) + INTERMEDIATE, signs.numel()))
-    torch.stack(flat, out=workspace.whole)
-    return agree_(workspace, signs.reshape(-1), weights, reduce).mul(signs.reshape(-1)).view(signs.shape)
-
-
-def agree_(workspace: Workspace, signs: Tensor, weights: Sequence[float], reduce: Reduce) -> Tensor:
-    """Do what `disjoint_reduce` does in given room, with few operations: threads share one lock.
-
-    Args:
-        rows: holds the task vectors; all of it but ``start`` and ``signs`` is written over.
-        signs, weights, reduce: as for `disjoint_reduce`.
-
-    Returns:
-        The result's magnitudes, in ``workspace``.
-    """
-    workspace.whole.mul_(signs).relu_()  # magnitudes of what agrees
-    _combine(
-        workspace.vectors,
-        weights,
-        workspace.result,
-        workspace.spare,
-        operation=torch.maximum if reduce == "max" else torch.add,
-    )
+    agreeing = [torch.relu(vector * signs) for vector in task_vectors]  # magnitudes
+    merged = functools.reduce(torch.maximum if reduce == "max" else torch.add, _weighted(agreeing, weights))
     if reduce == "mean":
-        workspace.whole.sign_()
-        _combine(workspace.vectors, weights, workspace.shares, workspace.spare)
-        workspace.result.div_(workspace.shares.clamp_min_(torch.finfo(workspace.shares.dtype).tiny))
-    return workspace.result
+        ones = (torch.gt(vector, 0, out=torch.empty_like(vector)) for vector in agreeing)  # 1 where it agrees, else 0
+        shares = functools.reduce(torch.add, _weighted(ones, weights))
+        merged = merged / shares.clamp_min(torch.finfo(shares.dtype).tiny)
+    return merged * signs
 
 
-def _combine(
-    vectors: Sequence[Tensor],
-    weights: Sequence[float],
-    into: Tensor,
-    spare: Tensor,
-    *,
-    operation: Callable[..., Tensor] = torch.add,
-    counting: bool = False,
-) -> None:
-    """Write w_1 x_1 ∘ w_2 x_2 ∘ …, from the left, or the same of the products' signs."""
-
-    def piece(at: int) -> Tensor:
-        vector = vectors[at] if weights[at] == 1 else torch.mul(vectors[at], weights[at], out=spare)
-        return torch.sign(vector, out=spare) if counting else vector
-
-    done = 1
-    if len(vectors) > 1 and not counting and weights[0] == 1:
-        operation(vectors[0], piece(1), out=into)
-        done = 2
-    else:
-        into.copy_(piece(0))
-    for at in range(done, len(vectors)):
-        operation(into, piece(at), out=into)
-
-
-def mean(vectors: Sequence[Tensor]) -> Tensor:
-    """Return the mean task vector, which is what tensors other than matrices get."""
-    return weighted_sum(vectors, (1.0,) * len(vectors)) / len(vectors)
+def _weighted(tensors: Iterable[Tensor], weights: Sequence[float | Tensor] | None) -> Iterable[Tensor]:
+    """Return the w_t x_t, each computed when it is needed, so that few are in memory."""
+    if weights is None:
+        return tensors
+    return (scaled(tensor, weight) for tensor, weight in zip(tensors, weights, strict=True))

@@ -1,4 +1,4 @@
-"""Workspaces for blocks: allocated once for many blocks, outside what the allocator keeps for each thread."""
+"""Memory for merging block by block: allocated once for many blocks, and outside the allocator's pools for threads."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from queue import Empty, SimpleQueue
 import torch
 from torch import Tensor
 
-INTERMEDIATE = 5  # rows beside the experts'
+INTERMEDIATE = 5  # rows in addition to one for each expert
 
 
 def mapped(count: int, dtype: torch.dtype) -> Tensor:
-    """Return a new flat tensor in main memory of its own, which goes back to the system when the tensor goes."""
+    """Return a new flat tensor in main memory that goes back to the system when the tensor is deleted."""
     size = count * dtype.itemsize
     if not size or not hasattr(mmap, "MAP_ANONYMOUS"):
         return torch.empty(count, dtype=dtype)
@@ -26,10 +26,10 @@ def mapped(count: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Views of a workspace's memory, cut to the length of a block.
+    """Tensors of a block's length, for the experts' task vectors and for intermediates.
 
     Attributes:
-        whole: the experts' rows in one piece, so that one call works on all of them.
+        whole: (T, length) the task vectors in one piece, so that one operation works on all of them.
         vectors: each of them.
         start, signs, result, shares, spare: flat, for intermediates.
     """
@@ -43,43 +43,43 @@ class Workspace:
     spare: Tensor
 
     @classmethod
-    def of(cls, room: Tensor) -> Workspace:
-        """Divide a matrix of `INTERMEDIATE` rows and one for each expert."""
-        vectors, others = room[:-INTERMEDIATE], room[-INTERMEDIATE:]
+    def of(cls, memory: Tensor) -> Workspace:
+        """Divide a matrix of one row for each expert and `INTERMEDIATE` further ones."""
+        vectors, others = memory[:-INTERMEDIATE], memory[-INTERMEDIATE:]
         return cls(vectors, list(vectors.unbind()), *others.unbind())
 
 
 class WorkspaceMemory:
-    """Memory for merging blocks of up to ``length`` entries: a row for each expert and each intermediate."""
+    """The memory of workspaces for blocks of up to ``length`` entries."""
 
     def __init__(self, experts: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
         count = (experts + INTERMEDIATE) * length
         flat = mapped(count, dtype) if device.type == "cpu" else torch.empty(count, dtype=dtype, device=device)
         self._whole = flat.view(experts + INTERMEDIATE, length)
-        self._rows: dict[int, Workspace] = {}  # to cut them takes as long as an operation
+        self._workspaces: dict[int, Workspace] = {}  # to make one takes as long as an operation
 
-    def rows(self, length: int) -> Workspace:
-        """Return the rows, cut to ``length``."""
-        if length not in self._rows:
-            self._rows[length] = Workspace.of(self._whole[:, :length])
-        return self._rows[length]
+    def workspace(self, length: int) -> Workspace:
+        """Return the workspace for blocks of ``length`` entries; all of them share the memory."""
+        if length not in self._workspaces:
+            self._workspaces[length] = Workspace.of(self._whole[:, :length])
+        return self._workspaces[length]
 
 
 class WorkspacePool:
-    """As many rooms as there are threads that ask at the same time; each stays for the next who asks."""
+    """As many workspaces' memories as threads use at the same time; each is used again."""
 
     def __init__(self) -> None:
         self._free: dict[object, SimpleQueue[WorkspaceMemory]] = defaultdict(SimpleQueue)
 
     @contextmanager
     def take(self, experts: int, length: int, dtype: torch.dtype, device: torch.device) -> Iterator[WorkspaceMemory]:
-        """Lend a room; the arguments are those of `WorkspaceMemory`."""
+        """Lend a memory; the arguments are those of `WorkspaceMemory`."""
         free = self._free[experts, length, dtype, device]
         try:
-            room = free.get_nowait()
+            memory = free.get_nowait()
         except Empty:
-            room = WorkspaceMemory(experts, length, dtype, device)
+            memory = WorkspaceMemory(experts, length, dtype, device)
         try:
-            yield room
+            yield memory
         finally:
-            free.put(room)
+            free.put(memory)

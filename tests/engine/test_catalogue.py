@@ -49,7 +49,8 @@ def test_one_method_is_shown_in_full(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["ties"]) == 0
     shown = capsys.readouterr().out
     assert "Departures from the paper" in shown
-    assert "density            0.2  a number greater than 0 and at most 1" in shown
+    assert "density               0.2  a number greater than 0 and at most 1" in shown
+    assert "majority_sign: whether the sign of larger total magnitude is elected" in shown
     assert shown.rstrip().endswith("Yadav et al. 2023, arXiv:2306.01708")
 
 

@@ -95,12 +95,12 @@ def of_vectors(base, vectors):
 def of_prepared(base, prepared):
     return base
 
-def of_rows(base, experts, rows=2):
-    return base + rows
+def of_workspace(base, experts, workspace=2):
+    return base + workspace
 
 @merge_method(elementwise=True)
-def halves(vectors, *, rows):
-    rows.whole.mul_(0.5)
+def halves(vectors, *, workspace):
+    workspace.whole.mul_(0.5)
     return sum(vectors[1:], vectors[0])
 """
 
@@ -189,9 +189,9 @@ def test_functions_of_dictionaries_are_used_tensor_by_tensor_or_whole(module: st
     ("name", "message"),
     [
         ("raises", r"method\.function=users_own\.raises: failed on tensor x: ValueError: too odd$"),
-        ("wrong_shape", r"users_own\.wrong_shape: answered shape \[1\] for tensor x, not \[2\]"),
-        ("wrong_kind", r"users_own\.wrong_kind: answered a int for tensor x, not a tensor"),
-        ("integers", r"users_own\.integers: answered int64 for tensor x, not floating-point numbers"),
+        ("wrong_shape", r"users_own\.wrong_shape: returned shape \[1\] for tensor x, not \[2\]"),
+        ("wrong_kind", r"users_own\.wrong_kind: returned a int for tensor x, not a tensor"),
+        ("integers", r"users_own\.integers: returned int64 for tensor x, not floating-point numbers"),
     ],
 )
 def test_a_function_that_fails_is_named_with_the_tensor(module: str, name: str, message: str) -> None:
@@ -263,9 +263,11 @@ def test_modules_in_the_working_folder_are_found(tmp_path: Path, monkeypatch: py
     monkeypatch.delitem(sys.modules, "lying_here")
 
 
-def test_rows_is_what_task_vectors_lie_in_for_a_declared_function_and_else_a_parameter_like_others(module: str) -> None:
+def test_workspace_is_the_vectors_memory_for_a_declared_function_and_else_a_parameter_like_others(
+    module: str,
+) -> None:
     models = one_tensor([1.0, 2.0], [2.0, 2.0], [3.0, -2.0])
-    assert merged(get_method(f"{module}.of_rows"), models, rows=3.0)["x"].tolist() == [4.0, 5.0]
+    assert merged(get_method(f"{module}.of_workspace"), models, workspace=3.0)["x"].tolist() == [4.0, 5.0]
     assert merged(get_method(f"{module}.halves"), models)["x"].tolist() == [2.5, 0.0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -244,9 +245,22 @@ def test_numbers_must_be_those_of_the_experts_before_a_tensor_is_read(density: d
 
 
 @pytest.mark.parametrize(("name", "key"), [("ties", "density"), ("dare_ties", "trim_density")])
-def test_what_is_ranked_together_has_one_number(name: str, key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^method\.{key}: must be one number for all experts where scope=pooled"):
-        merge(get_method(name), {key: DENSITY, "scope": "pooled"}, toy_models(3))
+def test_what_is_ranked_together_has_one_number_wherever_it_is_given(name: str, key: str) -> None:
+    method, models = get_method(name), toy_models(3)
+    pooled: list[tuple[str, dict[str, Any]]] = [
+        ("method", {key: DENSITY, "scope": "pooled"}),
+        ("method.rules[0]", {key: DENSITY, "rules": [{"match": "head", "scope": "pooled"}]}),
+        ("method.rules[0]", {"scope": "pooled", "rules": [{"match": "head", key: DENSITY}]}),
+        ("method.rules[0]", {"rules": [{"match": "head", key: DENSITY, "scope": "pooled"}]}),
+        ("method", {key: DENSITY, "scope": "pooled", "lambda": [0.2, 0.9]}),
+    ]
+    for where, values in pooled:
+        said = rf"^{re.escape(where)}\.{key}: must be one number for all experts where scope=pooled"
+        with pytest.raises(ConfigError, match=said):
+            merge(method, values, models)
+        with pytest.raises(ConfigError, match=said):  # where a run is planned
+            resolve_weights(method, check_parameters(method, values), THREE, None)
+    merge(method, {key: [0.2, 0.9], "scope": "pooled"}, models)  # over the layers: one number for all experts
 
 
 def test_dellas_probabilities_are_checked_for_each_expert() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import pytest
+import torch
+from pydantic import Field
 from torch import Tensor
 
 from mergelab.engine.method import MergeMethod, merge_method
-from mergelab.engine.parameters import Density, Lambda, Weights
+from mergelab.engine.parameters import Density, Lambda, MeanWeights, Weights
 from mergelab.engine.registry import (
     check_capabilities,
     check_parameters,
@@ -18,7 +21,10 @@ from mergelab.engine.registry import (
     method_names,
     resolve_weights,
 )
+from mergelab.engine.run import merge
 from mergelab.errors import ConfigError
+from mergelab.weights.align import AlignedModels
+from tests.methods.toy import merged_x, one_tensor
 
 
 @merge_method(needs_base=True, experts=(2, 4), paper="Someone 2020", family="tests")
@@ -179,3 +185,49 @@ def test_a_composed_config_group_is_a_method_with_parameters() -> None:
     assert parameters.by_key()["density"] == 0.3
     with pytest.raises(ConfigError, match=r"method\.function: must be the dotted path"):
         method_from_config({"name": "custom", "function": "???"})
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Parameters that several functions take."""
+
+    weights: MeanWeights = None
+    power: Annotated[float, Field(gt=0)] = 2.0
+
+
+def seen_before(models: AlignedModels, grouped: Grouped) -> Grouped:
+    return grouped
+
+
+SEEN: list[Grouped] = []
+
+
+@merge_method(prepare=seen_before, check=lambda grouped: SEEN.append(grouped))
+def of_group(experts: Sequence[Tensor], *, steps: int = 1, prepared: Grouped, grouped: Grouped) -> Tensor:
+    assert prepared == grouped
+    assert isinstance(grouped.weights, tuple)
+    return torch.tensor(grouped.weights) * grouped.power * steps
+
+
+def test_a_dataclass_stands_for_its_fields_and_function_prepare_and_check_get_the_object() -> None:
+    method: MergeMethod = of_group.merge_method  # type: ignore[attr-defined]
+    assert check_parameters(method, {"power": 3}).by_key() == {"steps": 1, "weights": None, "power": 3}
+    with pytest.raises(ConfigError, match=r"^method\.power=0: must be greater than 0$"):
+        check_parameters(method, {"power": 0})
+    with pytest.raises(ConfigError, match=r"^method\.grouped: of_group has no such parameter; .*steps, weights, power"):
+        check_parameters(method, {"grouped": Grouped()})
+    SEEN.clear()
+    models = one_tensor(None, [0.0, 0.0], [0.0, 0.0])  # called pear and apple: the function gets apple first
+    assert merged_x(method, models, weights={"pear": 0.5, "apple": 3}, power=4.0).tolist() == [12.0, 2.0]  # type: ignore[arg-type]
+    assert Grouped((0.5, 3.0), 4.0) in SEEN
+    rules: list[Mapping[str, Any]] = [{"match": "x", "power": 10.0}]
+    assert merged_x(method, models, rules=rules).tolist() == [10.0, 10.0]  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^method\.weights: must be at least 0"):
+        merge(method, {"weights": [1, -1]}, models)
+
+
+def test_a_field_with_the_name_of_another_parameter_is_an_error_where_the_method_is_declared() -> None:
+    def twice(experts: Sequence[Tensor], *, power: float = 1.0, grouped: Grouped) -> Tensor: ...
+
+    with pytest.raises(TypeError, match="twice takes two parameters called power"):
+        merge_method()(twice)

@@ -16,7 +16,7 @@ from mergelab.engine.registry import get_method
 from mergelab.engine.ties_session import TiesSession
 from mergelab.engine.warm_session import MergeSession
 from mergelab.errors import ConfigError, MergeWarning, NonFinite
-from mergelab.ops.ties_kernels import _whole
+from mergelab.ops.ties_kernels import merge_whole
 from mergelab.weights.align import AlignedModels
 from tests.methods.test_ties import OPTIONS
 from tests.methods.toy import SHAPES, aligned, merged, one_tensor, tensors, toy_models
@@ -51,9 +51,11 @@ def same(targets: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return all(torch.equal(targets[name], expected[name].float()) for name in targets)
 
 
-def uncompiled(majority_sign: Any, reduce: Any, before: bool, weighted: bool) -> Any:
+def uncompiled(majority_sign: Any, reduce: Any, weights_stage: Any, weighted: bool) -> Any:
     """The function that is compiled, as Python runs it."""
-    return partial(_whole, majority_sign=majority_sign, reduce=reduce, before=before, weighted=weighted)
+    return partial(
+        merge_whole, majority_sign=majority_sign, reduce=reduce, weights_stage=weights_stage, weighted=weighted
+    )
 
 
 @pytest.mark.parametrize("compiling", [False, True])

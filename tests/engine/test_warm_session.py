@@ -92,14 +92,14 @@ def test_thresholds_of_any_density_are_looked_up(scope: str, monkeypatch: pytest
     session = MergeSession(models, targets)
     for density in (0.3, 0.4):
         session.merge(get_method("ties"), {"scope": scope, "density": density})
-    monkeypatch.setattr("mergelab.ops.sign_consensus.rank_each", None)
+    monkeypatch.setattr("mergelab.ops.thresholds.rank_each", None)
     for density in (0.9, 0.01, 0.5):
         parameters = {"density": density, "scope": scope}
         session.merge(get_method("ties"), parameters)
         expected = {name: session._targets[name].clone() for name in SHAPES}
         monkeypatch.undo()
         assert same(expected, merged("ties", models, **parameters))
-        monkeypatch.setattr("mergelab.ops.sign_consensus.rank_each", None)
+        monkeypatch.setattr("mergelab.ops.thresholds.rank_each", None)
 
 
 @pytest.mark.parametrize("name", ["fisher", "regmean"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from mergelab.engine.method import MergeMethod
 from mergelab.engine.parameters import key_of
-from mergelab.engine.registry import get_method, method_config, method_names
+from mergelab.engine.registry import check_parameters, get_method, method_config, method_names, resolve_weights
 from mergelab.engine.run import merge
 from mergelab.errors import ConfigError, NonFinite
 from mergelab.weights.align import AlignedModels
+from mergelab.weights.source import DictSource
 from tests.methods.toy import SHAPES, aligned, merged, output_of, streamed, tensors, toy_models
 
 METHODS = method_names()
@@ -276,3 +278,97 @@ def test_chunks_that_several_threads_work_on_change_no_bit(name: str, monkeypatc
     monkeypatch.setattr("mergelab.ops.threads.CHUNK", 7001)
     torch.set_num_threads(3)
     assert_same_bits(whole, merged(name, models))
+
+
+class Unreadable(DictSource):
+    """A model of which no tensor may be read."""
+
+    def get(self, key: str) -> Tensor:
+        raise AssertionError(f"{self.name}: {key} is read")
+
+
+def unreadable(models: AlignedModels) -> AlignedModels:
+    def closed(source: Any) -> Any:
+        return Unreadable(source.name, {key: source.get(key) for key in (*SHAPES, "ids", "tied")})
+
+    experts = tuple(map(closed, models.experts))
+    return dataclasses.replace(models, base=closed(models.base), experts=experts)
+
+
+WEIGHTED = [name for name in METHODS if get_method(name).takes_weights]
+WEIGHTS = [
+    [1.0, -1.0, 0.5],
+    [-1.0, -2.0, -0.5],
+    [1.0, -0.999, 0.0],
+    [0.0, 1.0, 1.0],
+    [1.0, -1.0, 0.0],
+    [0.1, 0.2, -0.3],  # 2.8e-17 in float64
+    [0.1 + 2e-9, -0.1, 0.0],  # 0 in float32
+    [0.0, 0.0, 0.0],
+    [1e-40, 2e-40, 0.0],  # float32 has no such normal numbers
+]
+
+
+def for_count(weights: list[float], count: int) -> list[float]:
+    return [math.fsum(weights[1:]), weights[0]] if count == 2 else weights
+
+
+def routes(names: list[str], weights: list[float]) -> list[tuple[str, dict[str, Any], list[float] | None]]:
+    """Ways to give weights: the key that an error names, parameters, and the models' own weights."""
+    named = dict(zip(names, weights, strict=True))
+    return [
+        ("method.weights", {"weights": weights}, None),
+        ("method.weights", {"weights": named}, None),
+        ("models.experts.*.weight", {}, weights),
+        ("method.rules[0].weights", {"rules": [{"match": "*", "weights": weights}]}, None),
+    ]
+
+
+def refused(ask: Callable[[], object]) -> str:
+    """Return the message of the `ConfigError` that is raised, or nothing."""
+    try:
+        ask()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_weights_give_a_result_of_the_formulas_scale_or_are_refused_before_a_tensor_is_read(
+    name: str, weights: list[float]
+) -> None:
+    method, models = get_method(name), models_for(name)
+    closed, names = unreadable(models), [expert.name for expert in models.experts]
+    weights = for_count(weights, len(names))
+    planned = refused(lambda: resolve_weights(method, check_parameters(method, {}), names, weights))
+    for key, parameters, own in routes(names, weights):
+        line = refused(lambda p=parameters, w=own: merge(method, p, closed, weights=w, examples=object()))  # type: ignore[misc]
+        assert line == refused(
+            lambda p=parameters, w=own: resolve_weights(method, check_parameters(method, p), names, w)  # type: ignore[misc]
+        )
+        assert bool(line) == bool(planned)
+        assert not line or line.startswith(f"{key}: ")
+        assert "\n" not in line
+    if not planned:
+        result = merged(name, models, weights=weights)
+        largest = max(float(source.get(key).abs().max()) for source in models.experts for key in SHAPES)
+        assert all(float(result[key].abs().max()) < 5000 * largest for key in SHAPES)
+
+
+MEANS = ("ties", "dare_ties", "breadcrumbs_ties", "della", "knots", "fisher", "gradient_matching")
+QUOTIENTS = ("soup", "nuslerp", "multislerp", "rebasin")  # the last hands them on to soup
+SUMS = ("task_arithmetic", "dare", "breadcrumbs", "della_linear", "consensus", "lines")
+
+
+@pytest.mark.parametrize("name", [*MEANS, *QUOTIENTS, *SUMS])
+@pytest.mark.parametrize(("index", "weights"), enumerate(WEIGHTS))
+def test_a_mean_takes_no_negative_weights_and_a_quotient_none_that_cancel(
+    name: str, index: int, weights: list[float]
+) -> None:
+    method = get_method(name)
+    names = [f"expert {i}" for i in range(count_for(method))]
+    numbers = for_count(weights, len(names))
+    line = refused(lambda: resolve_weights(method, check_parameters(method, {"weights": numbers}), names, None))
+    allowed = {3} if name in MEANS else {0, 1, 2, 3} if name in QUOTIENTS else set(range(len(WEIGHTS)))
+    assert (line == "") == (index in allowed), line

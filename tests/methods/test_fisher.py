@@ -65,7 +65,7 @@ def test_a_part_of_a_tensor_takes_its_own_part_of_the_information() -> None:
 
 
 def test_normalising_makes_the_scale_of_an_experts_information_irrelevant(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mergelab.methods import fisher as module
+    from mergelab.estimation import fisher as module
 
     models, original = toy_models(2), module.diagonal_fisher
     whole = merged("fisher", models)
@@ -200,7 +200,7 @@ def test_labels_are_asked_for_only_where_they_count(berts: tuple[AlignedModels, 
 def test_bad_requests_are_refused_before_anything_runs(method: str) -> None:
     models = toy_models(2)
     examples = ToyExamples(models)
-    with pytest.raises(ConfigError, match=r"method\.weights: must be at least 0 .* not -1"):
+    with pytest.raises(ConfigError, match=r"method\.weights: must be at least 0 .* apple is -1"):
         merge(get_method(method), {"weights": [1.0, -1.0]}, models, examples=examples)
     with pytest.raises(ConfigError, match=r"method\.weights: at least one must be above 0"):
         merge(get_method(method), {"weights": [0.0, 0.0]}, models, examples=examples)

@@ -118,13 +118,13 @@ def test_pooled_one_threshold_holds_for_all_experts(density: float) -> None:
 
 @pytest.mark.parametrize("majority_sign", ["total", "frequency"])
 @pytest.mark.parametrize("density", [0.3, 0.8])
-def test_per_tensor_it_is_pefts_ties(density: float, majority_sign: str, theirs: str) -> None:
+def test_per_tensor_it_is_pefts_ties(density: float, majority_sign: str) -> None:
     models = toy_models(3)
     result = merged("ties", models, density=density, scope="tensor", majority_sign=majority_sign, tie_break="positive")
     assert models.base is not None
     for key in [key for key in SHAPES if key != "gate"]:  # PEFT keeps no entry of a scalar
         vectors = [task_vector(models, i, key).float() for i in range(3)]
-        expected = merge_utils.ties(vectors, torch.ones(3), density, theirs)
+        expected = merge_utils.ties(vectors, torch.ones(3), density, majority_sign)
         options = f"scope=tensor, tie_break=positive, majority_sign={majority_sign}"
         note = "PEFT keeps no entry of a scalar"
         compared("ties", "PEFT's ties", result[key], models.base.get(key) + expected, options=options, note=note)
@@ -228,9 +228,10 @@ def test_a_tied_embedding_counts_once_in_the_threshold() -> None:
     ("weights", "said"), [([1, -1], "must be at least 0"), ([0, 0], "at least one must be above 0")]
 )
 def test_weights_that_no_mean_can_take_are_refused(weights: list[float], said: str) -> None:
-    for given in ({"parameters": {"weights": weights}}, {"parameters": {}, "weights": weights}):
-        with pytest.raises(ConfigError, match=rf"method\.weights: {said}"):
-            merge(get_method("ties"), models=toy_models(2), **given)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=rf"^method\.weights: {said}"):
+        merge(get_method("ties"), {"weights": weights}, toy_models(2))
+    with pytest.raises(ConfigError, match=rf"^models\.experts\.\*\.weight: {said}"):
+        merge(get_method("ties"), {}, toy_models(2), weights=weights)
 
 
 @pytest.mark.parametrize("name", ["ties", "dare_ties"])
@@ -240,6 +241,6 @@ def test_experts_that_are_searched_in_groups_have_the_same_thresholds(
     models = toy_models(5)
     options = {"trim_density": 0.3} if name == "dare_ties" else {"density": 0.3}
     together = merged(name, models, **options)
-    monkeypatch.setattr("mergelab.ops.sign_consensus.HELD", 200_000)  # two toy experts
+    monkeypatch.setattr("mergelab.ops.thresholds.HELD", 200_000)  # two toy experts
     apart = merged(name, models, **options)
     assert all(torch.equal(together[key], apart[key]) for key in together)

@@ -16,8 +16,10 @@ from mergelab.ops.task_vectors import (
     disjoint_reduce,
     elect,
     factors,
-    resolve_zeros_,
+    just_below,
+    resolve_zeros,
     task_vectors,
+    trim,
     trim_,
     weighted_sum,
 )
@@ -46,6 +48,15 @@ def test_trim_keeps_entries_equal_to_the_threshold(dtype: torch.dtype) -> None:
     assert kept.tolist() == [True, True, True, True, False, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threshold", [0.25, 0.3, 0.0, 1e-42])
+def test_in_place_and_by_a_bound_the_same_entries_stay(threshold: float, dtype: torch.dtype) -> None:
+    bound = just_below(threshold, dtype)
+    vector = torch.tensor([bound, -bound, threshold, -threshold, 0.0, 2 * threshold, 1.0, -1e-30], dtype=dtype)
+    assert trim(vector, bound).tolist()[:2] == [0.0, 0.0] or threshold == 0
+    assert torch.equal(trim(vector, bound), trim_(vector.clone(), threshold))
+
+
 def test_trim_of_float32_by_a_float64_threshold_between_two_numbers() -> None:
     one = np.float32(1)
     above = np.nextafter(one, np.float32(2))
@@ -54,13 +65,11 @@ def test_trim_of_float32_by_a_float64_threshold_between_two_numbers() -> None:
 
 
 @pytest.mark.parametrize("majority_sign", ["total", "frequency"])
-def test_elected_signs_and_disjoint_mean_are_pefts(
-    vectors: list[Tensor], majority_sign: MajoritySign, theirs: str
-) -> None:
+def test_elected_signs_and_disjoint_mean_are_pefts(vectors: list[Tensor], majority_sign: MajoritySign) -> None:
     trimmed = [merge_utils.magnitude_based_pruning(vector, 0.4) for vector in vectors]
-    mask = merge_utils.calculate_majority_sign_mask(torch.stack(trimmed), method=theirs)
+    mask = merge_utils.calculate_majority_sign_mask(torch.stack(trimmed), method=majority_sign)
     expected = merge_utils.disjoint_merge(torch.stack(trimmed), mask)
-    signs = resolve_zeros_(elect(trimmed, majority_sign=majority_sign), 1.0)
+    signs = resolve_zeros(elect(trimmed, majority_sign=majority_sign), 1.0)
     ours = disjoint_reduce(trimmed, signs, (1.0,) * 5)
     note = "election and mean of what PEFT trimmed"
     compared("ties", "PEFT's disjoint_merge", ours, expected, options=f"majority_sign={majority_sign}", note=note)
@@ -99,7 +108,7 @@ def test_an_agreeing_expert_of_weight_zero_gives_zero_not_nan() -> None:
 
 @pytest.mark.parametrize(("sign", "expected"), [(1.0, [1, 1, -1]), (-1.0, [-1, 1, -1]), (0.0, [0, 1, -1])])
 def test_zero_signs_take_the_given_one(sign: float, expected: list[float]) -> None:
-    assert resolve_zeros_(torch.tensor([0.0, 1.0, -1.0]), sign).tolist() == expected
+    assert resolve_zeros(torch.tensor([0.0, 1.0, -1.0]), sign).tolist() == expected
 
 
 def test_task_vectors_of_half_precision_are_differences_in_float32() -> None:
