@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,8 +22,20 @@ from pydantic import (
 from mergelab.errors import ConfigError, did_you_mean, listed
 
 _PACKAGE = Path(__file__).resolve().parent
-# A wheel carries the configs inside the package; in a checkout they stand beside it.
+# A wheel carries the configs inside the package; in a checkout they are next to it.
 CONF_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+
+# Earlier names of keys, and of their values, with the names of today.
+RENAMED: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "method.election": ("majority_sign", {"mass": "total", "count": "frequency"}),
+    "method.zero_sign": ("tie_break", {}),
+    "method.weights_at": ("weights_stage", {"after": "reduce", "before": "elect"}),
+    "sweep.first": ("enqueue", {}),
+    "task.shots": ("num_fewshot", {}),
+    "task.examples": ("fewshot_examples", {}),
+    "task.worked_examples": ("fewshot_examples", {}),
+    "task.label_words": ("verbalizer", {}),
+}
 
 HEAD_POLICIES = ("average", "base", "per_task", "expert:<name>")
 
@@ -33,6 +45,27 @@ def cache_dir() -> Path:
     if folder := os.environ.get("MERGELAB_CACHE"):
         return Path(folder).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "mergelab"
+
+
+def renamed(key: str, value: object, known: Iterable[str]) -> str | None:
+    """Return one line that gives today's name of an old ``key``, or of an old ``value`` of a key; None without one.
+
+    Args:
+        key: with its group, as in ``method.election``.
+        value: what it was given.
+        known: the keys that exist there, with or without their group; a new name that is not among them is no help.
+    """
+    group = key.partition(".")[0]
+    if key in RENAMED:
+        name, values = RENAMED[key]
+        if not {name, f"{group}.{name}"}.isdisjoint(known):
+            example = f"; write {name}={values[value]}" if isinstance(value, str) and value in values else ""
+            return f"{key}: is called {name} now{example}"
+        return None
+    for old, (name, values) in RENAMED.items():
+        if key == f"{old.partition('.')[0]}.{name}" and isinstance(value, str) and value in values:
+            return f"{key}={value!r}: is called {values[value]} now"
+    return None
 
 
 # What a pattern asks for, in words.
@@ -132,6 +165,11 @@ class ModelsConfig(Schema):
             }
         return experts
 
+    @field_validator("leave_out", mode="before")
+    @classmethod
+    def _none_left_out(cls, leave_out: object) -> object:
+        return [] if leave_out is None else leave_out
+
     @field_validator("experts")
     @classmethod
     def _parts_have_a_base(cls, experts: dict[str, ExpertConfig], info: ValidationInfo) -> dict[str, ExpertConfig]:
@@ -144,7 +182,7 @@ class ModelsConfig(Schema):
     @classmethod
     def _leaves_the_bases(cls, leave_out: LeaveOut, info: ValidationInfo) -> LeaveOut:
         if leave_out and info.data.get("base", "") is None:
-            raise ValueError("there is no base model (models.base is null) whose layers are kept")
+            raise ValueError("there is no base model (models.base is null) whose layers would stay")
         return leave_out
 
     @field_validator("head")
@@ -262,7 +300,8 @@ def _line(schema: type[BaseModel], where: str, problem: Any) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         known = [field.alias or name for name, field in _schema_at(schema, problem["loc"][:-1]).model_fields.items()]
-        return f"{path}: no such key{did_you_mean(problem['loc'][-1], known)} (there are {listed(known, 20)})"
+        unknown = f"{path}: no such key{did_you_mean(problem['loc'][-1], known)} (there are {listed(known, 20)})"
+        return renamed(path, problem["input"], known) or unknown
     if kind == "missing":
         return f"{path}: needs a value"
     value = problem["input"]

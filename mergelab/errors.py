@@ -54,10 +54,15 @@ class MergeWarning(UserWarning):
     """Something about a merge that its user should know; the command line prints the message."""
 
 
+def nearest(name: str, options: Iterable[str]) -> str | None:
+    """Return the option that is spelled most like ``name``; None where none is near."""
+    return next(iter(difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=0.6)), None)
+
+
 def did_you_mean(name: str, options: Iterable[str]) -> str:
     """Return ``"; did you mean 'ties'?"`` for the option nearest to ``name``, or an empty string when none is near."""
-    near = difflib.get_close_matches(str(name), [str(option) for option in options], n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, options)
+    return f"; did you mean {near!r}?" if near else ""
 
 
 def listed(names: Iterable[str], limit: int = 8) -> str:

@@ -21,6 +21,7 @@ from pydantic import (
     create_model,
 )
 
+from mergelab.config import renamed
 from mergelab.engine import per_tensor
 from mergelab.engine.per_tensor import Varied
 from mergelab.errors import ConfigError, did_you_mean, listed
@@ -331,6 +332,8 @@ def validated(model: type[Parameters], values: Mapping[str, Any], method: str) -
 
 def _message(model: type[Parameters], given: Mapping[str, Any], problem: str, key: str, method: str) -> str:
     fields = {key_of(name): field for name, field in model.model_fields.items()}
+    if (line := renamed(f"method.{key}", given.get(key), fields)) is not None:
+        return line
     if problem == "extra_forbidden":
         hint = did_you_mean(key, fields) or f"; it has {listed(fields)}"
         return f"method.{key}: {method} has no such parameter{hint if fields else '; it has none'}"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from mergelab.config import Schema, check
+from mergelab.config import Schema, check, renamed
+from mergelab.errors import ConfigError, did_you_mean, listed
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 Direction = Literal["maximize", "minimize"]
 # Steps of pydantic's paths that are no keys of the configuration are in brackets.
@@ -60,6 +65,23 @@ class TrialJob(Schema):
     parent: str | None = None
     attempt: int = 1
     stage: Literal["trial", "report"] = "trial"
+
+
+def check_own_keys(config: DictConfig) -> None:
+    """Check the keys of a sweep's file: the settings of a sweep, and those that the rest of ``config`` refers to.
+
+    Raises:
+        ConfigError: a key has no effect.
+    """
+    from omegaconf import OmegaConf
+
+    own = config.get("sweep") or {}
+    text = OmegaConf.to_yaml(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    for key in own:
+        if key not in SweepConfig.model_fields and not re.search(rf"\bsweep\.{re.escape(key)}\b", text):
+            hint = did_you_mean(key, SweepConfig.model_fields) or f" (there are {listed(SweepConfig.model_fields, 20)})"
+            unknown = f"sweep.{key}: no such key, and nothing refers to it{hint}"
+            raise ConfigError(renamed(f"sweep.{key}", own[key], SweepConfig.model_fields) or unknown)
 
 
 def sweep_config(node: Mapping[str, Any]) -> SweepConfig:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergelab.errors import SweepError
 from mergelab.experiment.plan import Plan, plan_experiment, warn_if_mini
-from mergelab.sweep.config import SweepConfig, sweep_config
+from mergelab.sweep.config import SweepConfig, check_own_keys, sweep_config
 from mergelab.sweep.objective import Objective, objectives
 from mergelab.sweep.pruners import make_pruner
 from mergelab.sweep.samplers import make_sampler
@@ -51,6 +51,7 @@ def named_sampler(settings: SweepConfig) -> str:
 
 def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, overrides: Sequence[str]) -> Sweep:
     """Check a sweep's settings, and that every edge of its space is a possible experiment."""
+    check_own_keys(config)
     settings = sweep_config(node)
     space = space_from(settings.params or {}, overrides, loader)
     plans = [plan_experiment(loader.load_sweep_config(config, space.overrides(edge))) for edge in space.edges()]

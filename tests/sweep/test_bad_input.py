@@ -127,7 +127,7 @@ def test_every_ready_sweep_composes_and_starts_from_points_of_its_space(workplac
     }
     sweep = planned(workplace, f"sweep={name}", "source=mini", *own.get(name, []))
     given = sweep.config.sweep.enqueue
-    assert len(sweep.settings.first or []) == len(given)
-    assert all(sweep.space.check_point(point) is None for point in sweep.settings.first or [])
+    assert len(sweep.settings.enqueue or []) == len(given)
+    assert all(sweep.space.check_point(point) is None for point in sweep.settings.enqueue or [])
     assert sweep.plan.config.eval.protocol == "holdout"
     assert name == "custom" or given
