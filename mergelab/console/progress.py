@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float], None]
 
 
+QUIET = "MERGELAB_QUIET"
+"""The environment variable that ``--quiet`` sets: only results are written to standard output."""
+
 _SHOWN_WARNINGS = 6
 
 
@@ -30,9 +34,17 @@ def console(*, error: bool = False) -> Console:
     return Console(file=stream, width=None if stream.isatty() else 200, highlight=False, soft_wrap=not stream.isatty())
 
 
-def say(text: str) -> None:
-    """Write a line."""
-    console().print(text, markup=False)
+def say(text: str, *, result: bool = False, failure: bool = False) -> None:
+    """Write a line to standard output.
+
+    With ``--quiet`` only what is part of the ``result`` is written there; a ``failure`` goes to standard error.
+    """
+    if result or failure or not _quiet():
+        console(error=failure and _quiet()).print(text, markup=False)
+
+
+def _quiet() -> bool:
+    return os.environ.get(QUIET, "0") not in ("", "0")
 
 
 def say_where(tracker: Tracker, experiment: str) -> None:
@@ -76,7 +88,10 @@ def gathered_warnings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Show a bar that the yielded function moves, ``advance("reading", 0.3)``; nothing where there is no terminal."""
+    """Show a bar that the yielded function moves, ``advance("reading", 0.3)``.
+
+    Nothing is shown where there is no terminal, or with ``--quiet``.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     shown = console(error=True)
@@ -88,7 +103,7 @@ def progress_bar() -> Iterator[Progress]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bars:
+    with Progress(*columns, console=shown, transient=True, disable=_quiet() or not shown.is_terminal) as bars:
         task = bars.add_task("", total=1.0)
 
         def advance(message: str, done: float) -> None:

@@ -23,7 +23,7 @@ def result_table(result: ExperimentResult) -> None:
 
     _texts_tables(result)
     if not any(model.scored for model in result.models):
-        say(result.note)
+        say(result.note, result=True)
         return
     table = Table(title=f"{result.title}", title_justify="left", title_style="bold", caption=_caption(result))
     table.caption_justify = "left"

@@ -79,7 +79,7 @@ def run_sweep(
         if interrupted():
             left = sweep.trials - study.count + len(study.pending())
             run.end("KILLED", "interrupted")
-            say(f"interrupted with {left} trials to go: the same command goes on")
+            say(f"interrupted with {left} trials to go: the same command goes on", failure=True)
             raise SystemExit(130)
         report = jobs.report()
         _finish(sweep, study, run, tracker, report, folder)
@@ -190,7 +190,7 @@ def _patience() -> Iterator[Callable[[], bool]]:
         came.append(number)
         if len(came) > 1:
             raise KeyboardInterrupt
-        say("interrupted: the sweep ends after the running trials; once more to end it at once")
+        say("interrupted: the sweep ends after the running trials; once more to end it at once", failure=True)
 
     try:
         before = signal.signal(signal.SIGINT, note)
@@ -241,11 +241,11 @@ def _say_end(sweep: Sweep, study: SweepStudy, best: FrozenTrial, reports: Sequen
     values = ", ".join(f"{o.name} {v:.4f}" for o, v in zip(sweep.objectives, best.values, strict=True))
     say(f"{len(states)} trials: {counts}")
     by_first = f" by {sweep.objectives[0].name}" if len(sweep.objectives) > 1 else ""
-    say(f"best{by_first}: trial {best.number}, {point(best.params)}: select {values}")
+    say(f"best{by_first}: trial {best.number}, {point(best.params)}: select {values}", result=True)
     if len(sweep.objectives) > 1:
         for trial in study.study.best_trials:
             named_values = ", ".join(f"{o.name} {v:.4f}" for o, v in zip(sweep.objectives, trial.values, strict=True))
-            say(f"Pareto front: trial {trial.number}, {point(trial.params)}: select {named_values}")
+            say(f"Pareto front: trial {trial.number}, {point(trial.params)}: select {named_values}", result=True)
     for report in reports:
         tests = ", ".join(f"{p:.3f} against {name.replace('_', ' ')}" for name, p in report.against.items())
         if tests:

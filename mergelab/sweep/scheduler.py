@@ -155,7 +155,7 @@ class Jobs:
         if isinstance(found, TrialFailure):
             study.note(number, ERROR, found.error)
             study.tell(number, None)
-            say(f"trial {number}: {self._point(number)}: failed: {found.error}")
+            say(f"trial {number}: {self._point(number)}: failed: {found.error}", failure=True)
             return
         study.tell(number, found.values, pruned_at=found.pruned_at)
         names = [objective.name for objective in self.sweep.objectives]
