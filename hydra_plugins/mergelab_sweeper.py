@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 
+from mergelab.cli import schema
+
 if TYPE_CHECKING:
+    from hydra.core.config_search_path import ConfigSearchPath
     from hydra.types import HydraContext, TaskFunction
     from omegaconf import DictConfig
+
+
+class MergelabSchema(SearchPathPlugin):
+    """Bring the structure that overrides are held to: Hydra calls this before it composes anything."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Leave the search path as it is; other plugins have stored their configurations by now."""
+        schema.register()
+        schema.open_launchers()
 
 
 class MergelabSweeper(Sweeper):

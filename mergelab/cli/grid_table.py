@@ -1,4 +1,4 @@
-"""A grid's one table: base and experts once, then what every job made of them."""
+"""The table of a grid: base and experts once, then each job's merged model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class GridTable(Callback):
 
 
 def show_open_grids() -> None:
-    """Show the table of every grid that this process has open; Hydra does not tell callbacks of a failed job."""
+    """Show the table of every grid that this process has open; Hydra calls no callback after a failed job."""
     while _open:
         folder, tracking = _open.pop()
         _show(folder)
@@ -48,12 +48,12 @@ def _show(folder: Path) -> None:
     from mergelab.evaluation.results import RESULT, ExperimentResult, ModelResult, read_result
 
     files = sorted(folder.glob(f"*/{RESULT}"), key=_job_number)
-    told = {file: _overrides(file.parent) for file in files}
-    common = set.intersection(*map(set, told.values())) if len(files) > 1 else set()
+    overrides = {file: _overrides(file.parent) for file in files}
+    common = set.intersection(*map(set, overrides.values())) if len(files) > 1 else set()
     groups: dict[tuple[str, ...], list[ExperimentResult]] = {}
     for file in files:
         result = read_result(file)
-        name = " ".join(override for override in told[file] if override not in common) or result.merged.label
+        name = " ".join(override for override in overrides[file] if override not in common) or result.merged.label
         models = (*result.models[:-1], replace(result.merged, label=name))
         groups.setdefault(result.tasks, []).append(replace(result, models=models))
     for results in groups.values():
@@ -69,6 +69,6 @@ def _job_number(file: Path) -> int:
 
 
 def _overrides(folder: Path) -> list[str]:
-    """List what a job was told."""
-    overrides: Iterable[Any] = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
-    return [str(override).lstrip("+") for override in overrides]
+    """List a job's overrides."""
+    recorded: Iterable[Any] = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+    return [str(override).lstrip("+") for override in recorded]

@@ -1,70 +1,184 @@
-"""``models.experts.NAME=null``: an expert of a ready set is left out, and there has to be one of that name."""
+"""Overrides that Hydra refuses, in one line each; and experts that a sweep's jobs leave out."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Sweep
+from hydra.errors import HydraException, MissingConfigException
 from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from mergelab.errors import ConfigError, did_you_mean, listed
+from mergelab.cli.schema import EXPERTS, no_expert
+from mergelab.config import renamed
+from mergelab.errors import did_you_mean, listed, nearest
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
+    from hydra.core.override_parser.types import Override
 
-_LEFT_OUT = re.compile(r"^(\+\+)?(?P<rest>models\.experts\.(?P<name>[\w\-]+)=\s*null\s*)$", re.IGNORECASE)
-# A sweep over other groups than `method`, which a sweep's or an experiment's own file may ask for too, may bring each
-# job other experts than the sweep itself is composed with.
-_MAY_SWEEP_EXPERTS = re.compile(r"^\+*((?!method=)[\w/]+=.*[,(*]|(sweep|experiment)=)")
-_WHOLE, _LIST = "models.experts=", re.compile(r"^models\.experts=\s*\[")
-_NAMED = re.compile(r"^[+~]*(models\.experts\.[^\W\d][\w\-]*)")
+_NO_GROUP = re.compile(r"Could not override '([^']+)'\.\s+No match in the defaults list")
 
 
-def spelled(argument: str, arguments: Sequence[str], *, multirun: bool) -> str | None:
-    """Spell an argument that leaves an expert out so that Hydra checks that it is there; None for other arguments.
+def refusal(error: BaseException) -> str | None:
+    """Return one line about an error of Hydra's composition; None for an error of another kind."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        options = [option for option in error.options if not option.startswith("_")]
+        return f"{group}={name}: no such option{did_you_mean(name, options)} (there are {', '.join(options)})"
+    composing = _variables(error, "_load_configuration_impl")
+    applying = _variables(error, "_apply_overrides_to_config")
+    if composing and applying:
+        groups = composing["defaults_list"].overrides.known_choices
+        return _refused(applying["override"], applying["cfg"], groups, error)
+    if composing and (unknown := _NO_GROUP.match(str(error))):
+        parent = unknown[1].rpartition("/")[0]
+        known = [f"{parent}/{group}".lstrip("/") for group in composing["self"].list_groups(parent)]
+        return f"{unknown[1]}: no such group{did_you_mean(unknown[1], known)} (there are {listed(known, 20)})"
+    of_flags = _frames(error)[-1].f_code.co_name == "_run_hydra" and isinstance(error, ValueError)
+    known_kind = of_flags or isinstance(error, HydraException | OmegaConfBaseException)
+    return " ".join(str(error).split()) if known_kind else None
 
-    Where a sweep's jobs have other experts than the sweep itself, only the jobs are to check it: see `CheckedInJobs`.
+
+def _frames(error: BaseException) -> list[FrameType]:
+    """List the calls that ``error`` passed through, the outermost first."""
+    return [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+
+def _variables(error: BaseException, function: str) -> Mapping[str, Any] | None:
+    """Return the variables of the innermost call of ``function`` that ``error`` passed through.
+
+    Hydra's errors do not carry what was composed when an override was refused.
+    """
+    calls = [frame for frame in _frames(error) if frame.f_code.co_name == function]
+    return calls[-1].f_locals if calls else None
+
+
+def _refused(override: Override, config: DictConfig, groups: Mapping[str, str | None], error: BaseException) -> str:
+    """Explain why ``override`` does not apply to ``config``, which is composed up to there from ``groups``."""
+    key, line = str(override.key_or_group), str(override.input_line)
+    parent, _, name = key.rpartition(".")
+    for above in _parents(key):
+        if OmegaConf.is_list(OmegaConf.select(config, above, throw_on_missing=False)):
+            entry = ".".join(key.split(".")[: above.count(".") + 2])
+            how = f"write {EXPERTS}={{NAME: REFERENCE, ...}}" if above == EXPERTS else "write the whole list"
+            return f"{entry}: {above} is a list here, whose entries cannot be set by name; {how}"
+    value = override.value()
+    if isinstance(value, dict) and (ranges := [str(name) for name, one in value.items() if isinstance(one, Sweep)]):
+        return f"{line}: a range within braces is text, {{{ranges[0]}: '...'}}; or write {ranges[0]}=... by itself"
+    cause = error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and cause.full_key:
+        unknown = str(cause.full_key)  # may be above the override's key, or below it
+        return _unknown(key if key.startswith(f"{unknown}.") else unknown, value, config, groups)
+    if override.is_delete() and OmegaConf.select(config, key, throw_on_missing=False) is None:
+        missing = f"{key}: {no_expert(name, config.models.experts)}" if parent == EXPERTS else None
+        return f"~{missing or _unknown(key, None, config, groups)}"
+    said = " ".join(str(error).split()) if cause is None else str(cause).splitlines()[0]
+    return said if isinstance(error, HydraException) and cause is None else f"{line}: {said}"
+
+
+def _unknown(key: str, value: object, config: DictConfig, groups: Mapping[str, str | None]) -> str:
+    """Say that ``config`` has no ``key``, and what it has that is like it."""
+    known = list(_keys(config))
+    sweeper = "hydra.sweeper."  # takes the same keys as sweep
+    as_sweep = [name.replace(sweeper, "sweep.", 1) for name in known]
+    if (line := renamed(key.replace(sweeper, "sweep.", 1), value, as_sweep)) is not None:
+        return line
+    group = key.partition(".")[0]
+    if groups.get(group, "") is None:
+        return f"{key}: no {group} is chosen; {group}=NAME chooses one (--help lists them)"
+    parent = next((name for name in reversed(_parents(key)) if name in known), "")
+    siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    hint = f"; did you mean {near!r}?" if (near := _nearest_key(key, known, groups)) else ""
+    return f"{key}: no such key{hint or f' (there are {listed(siblings, 20)})'}"
+
+
+def _nearest_key(key: str, known: Sequence[str], groups: Iterable[str]) -> str | None:
+    """Return the key most like one that does not exist: a sibling, a key of its name elsewhere, or any."""
+    parent, _, name = key.rpartition(".")
+    if parent and parent not in known:
+        return nearest(key, known)
+    siblings = {each.rpartition(".")[2]: each for each in known if each.rpartition(".")[0] == parent}
+    if not parent:
+        siblings |= {group: group for group in groups}
+    if near := nearest(name, siblings):
+        return siblings[near]
+    return next((each for each in known if each.rpartition(".")[2] == name and not each.startswith("hydra.")), None)
+
+
+def _parents(key: str) -> list[str]:
+    """List the keys above ``key``, the outermost first."""
+    return [key[:at] for at, letter in enumerate(key) if letter == "."]
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Yield every key below ``node``, as an override names it."""
+    if isinstance(node, DictConfig) and not (node._is_none() or node._is_missing() or node._is_interpolation()):
+        keys: list[Any] = list(node)
+        for key in keys:
+            yield f"{prefix}{key}"
+            yield from _keys(node._get_node(key), f"{prefix}{key}.")
+
+
+# --------------------------------------------------------------------------------- experts that a sweep's jobs omit
+
+
+def in_jobs(arguments: Sequence[str]) -> list[str]:
+    """Take from a sweep's ``arguments`` what leaves experts out, where its jobs may have other experts than itself.
+
+    Hydra composes the sweep itself with the default choice of a group that the sweep varies, and applies every override
+    of one value to that. What is taken here is given to `LeftOut`.
+    """
+    parsed = [(argument, override) for argument in arguments if (override := _parsed(argument)) is not None]
+    left = {argument for argument, override in parsed if _leaves_out(override)}
+    if not left or not any(_brings_experts(override) for _, override in parsed):
+        return list(arguments)
+    own = [argument for argument, override in parsed if not override.is_hydra_override()]
+    moved = ",".join(f"[{at},'{argument}']" for at, argument in enumerate(own) if argument in left)
+    return [argument for argument in arguments if argument not in left] + [f"hydra.callbacks.left_out.given=[{moved}]"]
+
+
+def _parsed(argument: str) -> Override | None:
+    """Parse an override; None for a flag, and for what Hydra is going to refuse."""
+    if argument.startswith("-") or not ("=" in argument or argument.startswith("~")):
+        return None
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return None
+
+
+def _brings_experts(override: Override) -> bool:
+    """Return whether an override may give each job another set of experts; a sweep's own file may vary groups too."""
+    key = str(override.key_or_group)
+    varies_set = key == EXPERTS or ("." not in key and key != "method")
+    return key in ("sweep", "experiment") or (override.is_sweep_override() and varies_set)
+
+
+def _leaves_out(override: Override) -> bool:
+    parent, _, name = str(override.key_or_group).rpartition(".")
+    return parent == EXPERTS and bool(name) and override.value() is None
+
+
+class LeftOut(Callback):
+    """Hydra callback that hands to a sweep's jobs the overrides that `in_jobs` took.
 
     Args:
-        argument: one of the command line's.
-        arguments: all of them.
-        multirun: whether they are a sweep's.
+        given: the position of each among the sweep's overrides, and the override.
     """
-    if (found := _LEFT_OUT.match(argument)) is None:
-        return None
-    return f"++{found['rest']}" if multirun and any(map(_MAY_SWEEP_EXPERTS.match, arguments)) else found["rest"]
 
-
-def check_named(arguments: Sequence[str]) -> None:
-    """Raise `ConfigError` where experts are given as a list and one of them is then set, or left out, by name."""
-    whole = ""
-    for argument in arguments:
-        if argument.startswith(_WHOLE):
-            whole = argument
-        elif _LIST.match(whole) and (found := _NAMED.match(argument)):
-            raise ConfigError(
-                f"{found[1]}: models.experts is a list here, whose entries cannot be set by name; "
-                "write models.experts={NAME: REFERENCE, ...}"
-            )
-
-
-def refusal(argument: str, error: BaseException) -> str | None:
-    """Say which experts there are, where Hydra refused ``argument``; None for one that leaves no expert out."""
-    if (found := _LEFT_OUT.match(argument)) is None:
-        return None
-    experts: Any = getattr(error.__cause__, "parent_node", None) or {}
-    names = [str(name) for name, expert in experts.items() if expert is not None]
-    hint = did_you_mean(found["name"], names)
-    return f"{found['rest']}: no expert {found['name']!r}{hint} (there are {listed(names)})"
-
-
-class CheckedInJobs(Callback):
-    """Hydra callback: in every job of a sweep the experts that are left out have to be there."""
+    def __init__(self, given: Sequence[tuple[int, str]] = ()) -> None:
+        self.given = given
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Take the spelling for the sweep itself from what its jobs are told."""
-        told = config.hydra.overrides.task
-        for at, override in enumerate(told):
-            if found := _LEFT_OUT.match(override):
-                told[at] = found["rest"]
+        """Add them to the jobs' overrides, and apply them to the sweep's own experts where it has these."""
+        for at, argument in self.given:
+            config.hydra.overrides.task.insert(at, argument)
+            override = _parsed(argument)
+            if override is not None and isinstance(config.models.experts, DictConfig):
+                config.models.experts.pop(str(override.key_or_group).rpartition(".")[2], None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import Outcome
+from tests.conftest import ROOT, Outcome
 from tests.standins import BERT_BASE, BERT_RTE_EXPERTS, glue_table
 
 Command = Callable[..., Outcome]
@@ -59,6 +61,27 @@ def test_a_wrong_setting_is_one_line_before_anything_is_loaded(
     outcome = mergelab_command(*arguments)
     assert_one_line(outcome, *named)
     assert not list(workplace.rglob("*.safetensors"))
+
+
+def test_a_wrong_setting_leaves_nothing_behind(mergelab_command: Command, workplace: Path) -> None:
+    for arguments in (("method.density=7",), ("task.limit=0",), ("models.head=mean",), ("sweep=ties",), ("seed=x",)):
+        assert_one_line(mergelab_command(*arguments, "source=mini"))
+        assert not list(workplace.iterdir()), arguments
+
+
+def test_the_traceback_of_an_error_can_be_asked_for(workplace: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HYDRA_FULL_ERROR": "1"}
+    for override in ("method.density=7", "sede=1", "~models.experts.x"):
+        command = [sys.executable, "-m", "mergelab", override]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1
+        assert "Traceback (most recent call last):" in done.stderr
+
+
+def test_a_setting_may_refer_to_the_runs_folder(mergelab_command: Command, models: Path) -> None:
+    outcome = mergelab_command(*LOCAL, "output='${hydra:runtime.output_dir}/merged'", "evaluate=false")
+    assert outcome.code == 0, outcome.err
+    assert len(list(models.glob("outputs/runs/*/*/merged/model.safetensors"))) == 1
 
 
 def assert_one_line(outcome: Outcome, *named: str) -> None:

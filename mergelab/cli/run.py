@@ -1,0 +1,103 @@
+"""What the command line starts through Hydra: an experiment, a grid of them, or a sweep."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from hydra.experimental.callback import Callback
+
+from mergelab.cli.overrides import in_jobs
+from mergelab.config import CONF_DIR
+from mergelab.console.progress import QUIET
+from mergelab.errors import ConfigError, MergelabError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_MULTIRUN = frozenset({"-m", "--multirun"})
+_QUIET = frozenset({"-q", "--quiet"})
+
+
+class _Refused(SystemExit):
+    """Carries an error out of a callback: Hydra turns other exceptions there into warnings."""
+
+    def __init__(self, error: MergelabError) -> None:
+        super().__init__(2)
+        self.error = error
+
+
+def run(arguments: list[str]) -> None:
+    """Compose the configuration and run its experiment, or the jobs of its grid or sweep.
+
+    Raises:
+        MergelabError: something in the configuration, the models or the data is not usable.
+        hydra.errors.HydraException: the configuration cannot be composed.
+    """
+    import hydra
+
+    failures: list[MergelabError] = []
+
+    def job(config: Any) -> Any:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+        from omegaconf import OmegaConf
+
+        if OmegaConf.select(config, "sweep.job") is not None:
+            from mergelab.sweep.trial import run_job
+
+            return run_job(config)
+        from mergelab.experiment.run import run_experiment
+
+        try:
+            return run_experiment(config)
+        except MergelabError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # Hydra says which job it was, and goes on with the next
+            failures.append(error)
+            return None
+
+    before = os.environ.get(QUIET)
+    if not _QUIET.isdisjoint(arguments):
+        os.environ[QUIET] = "1"  # for the jobs in other processes too
+    sys.argv = ["mergelab", *_for_hydra([argument for argument in arguments if argument not in _QUIET])]
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
+    except _Refused as stop:
+        raise stop.error from None
+    finally:
+        if before is None:
+            os.environ.pop(QUIET, None)
+    if failures:
+        raise failures[0]
+
+
+def _for_hydra(arguments: list[str]) -> list[str]:
+    """Put the flag of a grid or a sweep first, since Hydra's parser takes flags only before the overrides."""
+    flags = [argument for argument in arguments if argument in _MULTIRUN]
+    overrides = [argument for argument in arguments if argument not in _MULTIRUN]
+    return [*flags, *(in_jobs(overrides) if flags else overrides)]
+
+
+class CheckedFirst(Callback):
+    """Hydra callback that checks every setting of a single experiment before there is a folder for it."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Stop the run where a setting is not usable."""
+        from omegaconf.errors import OmegaConfBaseException
+
+        from mergelab.experiment.plan import plan_experiment
+
+        try:
+            if config.get("sweep") is not None:
+                chosen = config.hydra.runtime.choices.get("sweep")
+                raise ConfigError(
+                    f"sweep={chosen}: a sweep is started with -m: python -m mergelab -m sweep={chosen} ...; "
+                    "without -m this is one experiment: leave sweep out"
+                )
+            plan_experiment(config)
+        except MergelabError as error:
+            raise _Refused(error) from None
+        except OmegaConfBaseException:  # a value refers to the folder, and is checked when there is one
+            return
