@@ -27,15 +27,25 @@ _EXPORTS = {
 }
 
 
+# Functions of the library that mergelab grew from, with the methods that they are.
+SEED_FUNCTIONS = {"task": "task_arithmetic", "stock": "model_stock"}
+
+
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name]), name)
-    if not name.startswith("_"):
-        library = import_module("mergelab.api")
-        if name in library.function_names():
-            return library.method_function(name)
+    if not name.startswith("_") and name in _function_names():
+        return import_module("mergelab.api").method_function(name)
     raise AttributeError(f"module 'mergelab' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS, *import_module("mergelab.api").function_names()])
+    return sorted([*globals(), *_EXPORTS, *_function_names()])
+
+
+def _function_names() -> list[str]:
+    """List the functions that are merge methods; Python asks for every submodule too, so nothing is imported for it."""
+    from mergelab.config import CONF_DIR
+
+    names = (path.stem for path in (CONF_DIR / "method").glob("*.yaml"))
+    return [*(name for name in names if name != "custom"), *SEED_FUNCTIONS]

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor, nn
 
+from mergelab import SEED_FUNCTIONS
 from mergelab.config import LayersConfig, LeaveOut, PairConfig, ReferenceConfig, Schema, check
-from mergelab.engine.registry import check_parameters, get_method, method_names
+from mergelab.engine.registry import check_parameters, get_method
 from mergelab.engine.run import merge
 from mergelab.errors import ConfigError, ModelError, did_you_mean, listed
 from mergelab.models.architecture import Architecture, architecture, architecture_of, head_names, quiet_transformers
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from mergelab.engine.method import MergeMethod
 
 # Names of the library that mergelab grew from.
-_OLD_FUNCTIONS = {"task": "task_arithmetic", "stock": "model_stock"}
 _OLD_PARAMETERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "k": ("density", lambda k: k),
     "p": ("density", lambda p: 1 - p),
@@ -71,15 +71,10 @@ class _Opened:
     folder: Path | None = None
 
 
-def function_names() -> list[str]:
-    """List the functions that ``mergelab.<name>`` answers: the methods, and their names in the seed library."""
-    return [*(name for name in method_names() if name != "custom"), *_OLD_FUNCTIONS]
-
-
 @functools.cache
 def method_function(name: str) -> Callable[..., Any]:
     """Make a method's function: ``ties(models, *, task, base_index, passthrough, seed, **parameters)``."""
-    method = get_method(_OLD_FUNCTIONS.get(name, name))
+    method = get_method(SEED_FUNCTIONS.get(name, name))
 
     def merged(
         models: Sequence[Any],

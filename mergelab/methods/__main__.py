@@ -1,9 +1,11 @@
 """The catalogue of merge methods, made from the methods themselves.
 
 Usage:
-    python -m mergelab.methods                    # all methods: what they need and do, parameters, paper
-    python -m mergelab.methods ties               # one in full: formula, departures, parameters with their ranges
-    python -m mergelab.methods --format markdown  # the table for a page
+    mergelab methods                    # all methods: what they need and do, parameters, paper
+    mergelab methods ties               # one in full: formula, departures, parameters with their ranges
+    mergelab methods --format markdown  # the table for a page
+
+``python -m mergelab.methods`` is the same command.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from mergelab.errors import MergelabError
 LEGEND = (
     "B: a base model, D: the experts' training examples, G: gradients, S: examples that select, 2: exactly two "
     "experts\nevery number may also be given by layer or by tensor name, and many for each expert; "
-    "python -m mergelab.methods NAME tells all about one"
+    "mergelab methods NAME describes one"
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print what was asked for; answer the exit code."""
+    """Print what was asked for and return the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m mergelab.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="mergelab methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", nargs="?", help="a method, or the dotted path of a function")
     parser.add_argument("--format", choices=["table", "markdown"], default="table")
@@ -38,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             _print_all(entries())
     except MergelabError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"error: {error}\n")
         return 2
     return 0
 

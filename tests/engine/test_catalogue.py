@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from mergelab.engine.catalogue import entries, entry, markdown
@@ -49,13 +51,13 @@ def test_one_method_is_shown_in_full(capsys: pytest.CaptureFixture[str]) -> None
     assert main(["ties"]) == 0
     shown = capsys.readouterr().out
     assert "Departures from the paper" in shown
-    assert "density            0.2  a number greater than 0 and at most 1" in shown
+    assert re.search(r"\n  density +0\.2  a number greater than 0 and at most 1", shown)
     assert shown.rstrip().endswith("Yadav et al. 2023, arXiv:2306.01708")
 
 
 def test_an_unknown_name_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tis"]) == 2
-    assert capsys.readouterr().err == "method=tis: no such method; did you mean 'ties'?\n"
+    assert capsys.readouterr().err == "error: method=tis: no such method; did you mean 'ties'?\n"
 
 
 def test_the_page_has_a_row_for_each_method() -> None:
