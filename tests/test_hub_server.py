@@ -15,6 +15,8 @@ from tests.hub_fixtures import GPT2_TASKS
 from tests.hub_server import HubServer
 from tests.standins import BERT_BASE, BERT_RTE_EXPERTS, BIN_ONLY, GLUE, GPT2_BASE, OTHER_LABEL_ORDER, glue_table
 
+pytestmark = pytest.mark.slow
+
 Client = Callable[..., Any]
 
 

@@ -11,6 +11,8 @@ import pytest
 from mergelab.console.progress import QUIET, say
 from tests.conftest import Outcome
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., Outcome]
 MEASURED = ("task.limit=20", "eval.preflight=false", "eval.bootstrap=10", "method=soup")
 FEW = ("sweep.n_trials=2", "sweep.study_name=s")

@@ -20,6 +20,8 @@ from mergelab.tracking import names
 from tests.conftest import Outcome
 from tests.standins import GPT2_BASE, glue_table
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., Outcome]
 COMPARED = {names.TASK, names.SOURCE, names.SEED, names.PROTOCOL, names.CONFIG_HASH, names.MODELS, names.NOTE,
             names.PRIMARY, names.DIRECTION, "version.torch", "mlflow.user"}  # fmt: skip

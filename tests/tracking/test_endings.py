@@ -14,6 +14,8 @@ import pytest
 from mergelab.errors import ModelError
 from mergelab.tracking import Tracker, TrackingConfig, open_tracking
 
+pytestmark = pytest.mark.slow
+
 OPEN_A_RUN = """
 import time
 from mergelab.tracking import TrackingConfig, open_tracking
