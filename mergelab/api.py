@@ -16,7 +16,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ def method_function(name: str) -> Callable[..., Any]:
         passthrough: Sequence[str] = (),
         leave_out: Sequence[int] | Mapping[str, Sequence[int]] = (),
         vocab: Policy | None = None,
+        config: Literal["last"] | None = None,
         seed: int = 0,
         **parameters: Any,
     ) -> Any:
@@ -79,13 +80,13 @@ def method_function(name: str) -> Callable[..., Any]:
             return dict(merge(method, checked, aligned, seed=seed, output=output))
 
         if not method.one_model_per_expert:
-            return _merge_models(models, combine, task, base_index, passthrough, leave_out, vocab)
+            return _merge_models(models, combine, task, base_index, passthrough, leave_out, vocab, config)
 
         def for_expert(index: int) -> Any:
             def own(aligned: AlignedModels) -> dict[str, Tensor]:
                 return combine(aligned, aligned.experts[index].name)
 
-            return _merge_models(models, own, task, base_index, passthrough, leave_out, vocab)
+            return _merge_models(models, own, task, base_index, passthrough, leave_out, vocab, config)
 
         return [for_expert(index) for index in range(len(models) - (base_index is not None))]
 
@@ -105,8 +106,9 @@ def _usage(method: MergeMethod) -> str:
         "Tensors that match ``passthrough`` skip the merge: the experts' mean is taken. The layers ``leave_out``\n"
         "(``[0, 1]``: of the encoder and of the decoder, or ``{'encoder': [0], 'decoder': [1]}``) stay the base's.\n"
         "Ids and folders whose tokens differ are merged by token with ``vocab='base'`` (the base's tokens) or\n"
-        "``vocab='union'`` (those of all); the pipeline then has the tokenizer that belongs to the merged model."
-        + (" The result is a list of models, one for each expert." if method.one_model_per_expert else "")
+        "``vocab='union'`` (those of all); the pipeline then has the tokenizer that belongs to the merged model.\n"
+        "Models whose configs differ in what their weights mean are merged only with ``config='last'``: under the last\n"
+        "one's." + (" The result is a list of models, one for each expert." if method.one_model_per_expert else "")
     )
 
 
@@ -142,6 +144,7 @@ def model_merge(function: Callable[..., Mapping[str, Tensor]]) -> Callable[..., 
         base_index: int | None = None,
         passthrough_layers: Sequence[str] = (),
         vocab: Policy | None = None,
+        config: Literal["last"] | None = None,
         **parameters: Any,
     ) -> Any:
         if base_index is not None and _accepts(function, "base_index"):
@@ -156,7 +159,9 @@ def model_merge(function: Callable[..., Mapping[str, Tensor]]) -> Callable[..., 
                 check_finite(result, name, tensor)
             return dict(result.tensors)
 
-        return _merge_models(models, combine, task, base_index, [*passthrough, *passthrough_layers], vocab=vocab)
+        return _merge_models(
+            models, combine, task, base_index, [*passthrough, *passthrough_layers], vocab=vocab, config=config
+        )
 
     merged.model_function = function  # type: ignore[attr-defined]
     return merged
@@ -190,6 +195,7 @@ def _merge_models(
     passthrough: Sequence[str],
     leave_out: Sequence[int] | Mapping[str, Sequence[int]] = (),
     vocab: Policy | None = None,
+    config: Literal["last"] | None = None,
 ) -> Any:
     """Open ``models``, combine what they share, average what skips the merge, and return the last one's kind."""
     if not models:
@@ -202,9 +208,19 @@ def _merge_models(
         raise ConfigError(
             "vocab='base': there is no base model (base_index); vocab='union' starts from the first model"
         )
+    if config not in (None, "last"):
+        raise ConfigError(f"config={config!r}: must be 'last', or None")
     experts = from_list(models, base_index)
     base = None if base_index is None else experts.pop(base_index)
-    scope = MergeScope(passthrough, _layers(leave_out), vocab=vocab, separate_heads=False, key="")
+    scope = MergeScope(
+        passthrough,
+        _layers(leave_out),
+        vocab=vocab,
+        separate_heads=False,
+        owner=-1,
+        any_config=config is not None,
+        key="",
+    )
     with torch.no_grad():
         opened = open_models(base, experts, scope)
         aligned = opened.aligned

@@ -149,6 +149,8 @@ class ModelsConfig(Schema):
     """Whether weights that no checkpoint had, such as a warm start's cross-attention, are merged like any other."""
     vocab: Literal["base", "union"] | None = None
     """Whose tokens the merged model has, where the models' differ: the base's, or those of all; None: they do not."""
+    config: str | None = None
+    """Whose config the merged model has, ``base`` or an expert's name, where the models' differ; None: they do not."""
     mini: Literal["law_recipes", "summaries"] | None = None
     """The embedded miniature that takes the models' place without a hub; None: that of the measured GLUE tasks."""
 
@@ -194,6 +196,14 @@ class ModelsConfig(Schema):
         if head not in HEAD_POLICIES[:3] and not head.startswith("expert:"):
             raise ValueError(f"must be one of {', '.join(HEAD_POLICIES)}")
         return head
+
+    @field_validator("config")
+    @classmethod
+    def _is_a_models(cls, config: str | None, info: ValidationInfo) -> str | None:
+        names = [*(["base"] if info.data.get("base", "") is not None else []), *info.data.get("experts", {})]
+        if config is not None and config not in names:
+            raise ValueError(f"must be one of {listed(names)}{did_you_mean(config, names)}")
+        return config
 
     @field_validator("vocab")
     @classmethod
@@ -251,9 +261,9 @@ class SaveConfig(Schema):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?[kMGT]B$")] = "5GB"
     tokenizer: str | None = None
-    """Whose tokenizer, generation config and chat template are copied: ``base``, or an expert's name.
+    """Whose tokenizer, generation config and chat template the merged model has: ``base``, or an expert's name.
 
-    With ``models.vocab`` the tokenizer is the merged vocabulary's.
+    It is measured with them too. With ``models.vocab`` the tokenizer is the merged vocabulary's.
     """
 
     @property

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from mergelab.evaluation.classification import Encoded
     from mergelab.evaluation.training_batches import TeacherForced
+    from mergelab.experiment.description import Description
     from mergelab.experiment.session import Session
     from mergelab.tasks.data import TaskData
     from mergelab.tasks.spec import TaskSpec
@@ -56,7 +57,7 @@ class TrainingExamples:
         expert = self.session.located.experts[self.index]
         head = self.session.heads.of_expert(self.index, self.data.spec)
         content = [self.session.opened.content(expert.name), head.digest, self.data.spec.name, self.digest]
-        return self.session.data_key(self.data, [*content, str(self._batch_tokens)])
+        return self.session.data_key(self.data, [*content, str(self._batch_tokens)], self._described)
 
     @property
     def digest(self) -> str:
@@ -72,8 +73,9 @@ class TrainingExamples:
     def module(self) -> nn.Module:
         """Load the expert's weights and its own head into the session's module."""
         head = self.session.heads.of_expert(self.index, self.data.spec)
-        module = self.session.module(head.outputs)
-        return load_into(module, {**self.session.opened.expert_backbone(self.index), **head.tensors})
+        module = self.session.module(head.outputs, self._described)
+        backbone = self.session.opened.expert_backbone(self.index, in_merged_rows=True)
+        return load_into(module, {**backbone, **head.tensors})
 
     def batches(self) -> Iterator[Batch]:
         """Yield all examples as inputs, those of like length together."""
@@ -81,7 +83,7 @@ class TrainingExamples:
 
         from mergelab.evaluation.classification import agree_on_padding, check_lengths, input_batches
 
-        module = self.session.module(self.data.spec.outputs)
+        module = self.session.module(self.data.spec.outputs, self._described)
         if self.data.spec.outputs:
             check_lengths(module, self._encoded)
             pad_id = agree_on_padding(module, self._encoded.pad_id)
@@ -100,19 +102,20 @@ class TrainingExamples:
     def _encoded(self) -> Encoded:
         from mergelab.evaluation.classification import encode, max_input_length
 
-        tokenizer = self.session.tokenizer
-        config = self.session.module(self.data.spec.outputs).config
+        tokenizer, _ = self.session.tokenizers(self._described)
+        config = self.session.module(self.data.spec.outputs, self._described).config
         return encode(self.data, tokenizer, max_input_length(config, tokenizer, self.session.options.max_length))
 
     @cached_property
     def _texts(self) -> TeacherForced:
         from mergelab.evaluation.training_batches import teacher_forced
 
+        reads, writes = self.session.tokenizers(self._described)
         found = teacher_forced(
             self.data,
-            self.session.module(self.data.spec.outputs).config,
-            self.session.tokenizer,
-            writes_with=self.session.decoder_tokenizer,
+            self.session.module(self.data.spec.outputs, self._described).config,
+            reads,
+            writes_with=writes,
             max_length=self.session.options.max_length,
         )
         if not len(found):
@@ -120,6 +123,11 @@ class TrainingExamples:
                 f"the training split of {self.data.spec.name} has no example that is long enough to learn from"
             )
         return found
+
+    @property
+    def _described(self) -> Description:
+        """What the expert is run with: its own config and tokenizer, over the tokens that the merged model has."""
+        return self.session.described(self.index, in_merged_rows=True)
 
     @property
     def _batch_tokens(self) -> int:

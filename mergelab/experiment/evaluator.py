@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergelab.evaluation.scoring import Prediction, TaskResult
+    from mergelab.experiment.description import Description
     from mergelab.experiment.session import Session
     from mergelab.models.heads import Head
     from mergelab.tasks.data import TaskData
@@ -83,12 +84,13 @@ class Evaluator:
         if base is not None:
             heads = {name: session.heads[name] for name in self.data}
             key = (opened.content("base"), *self._expert_contents())
-            found.append(self._baseline(base.label, "base", opened.base_backbone, heads, key))
+            of = {name: session.descriptions.of_base(data.spec.outputs) for name, data in self.data.items()}
+            found.append(self._baseline(base.label, "base", opened.base_backbone, heads, key, of))
         for index, expert in enumerate(session.located.experts):
             specs = {name: data.spec for name, data in self.data.items() if session.heads.serves(expert, data.spec)}
             heads = {name: session.heads.of_expert(index, spec) for name, spec in specs.items()}
-            backbone = partial(opened.expert_backbone, index)
-            found.append(self._baseline(expert.label, "expert", backbone, heads, (opened.content(expert.name),)))
+            backbone, of = partial(opened.expert_backbone, index), dict.fromkeys(specs, session.described(index))
+            found.append(self._baseline(expert.label, "expert", backbone, heads, (opened.content(expert.name),), of))
         return self._with_averages(found)
 
     def _baseline(
@@ -98,13 +100,20 @@ class Evaluator:
         backbone: Callable[[], Mapping[str, Tensor]],
         heads: Mapping[str, Head],
         key: tuple[str, ...],
+        of: Mapping[str, Description],
     ) -> ModelResult:
-        """Measure a model with these heads, by task; ``key`` names the content of its backbone."""
+        """Measure a model with these heads, by task.
+
+        ``key`` names the content of its backbone; ``of`` is what it is measured with, by task.
+        """
         predictions = {
-            name: self.session.predict(self.data[name], backbone, head, label, key=key, progress=self.progress)
+            name: self.session.predict(
+                self.data[name], backbone, head, label, of=of[name], key=key, progress=self.progress
+            )
             for name, head in heads.items()
         }
-        contents = (*key, self.session.config_digest, *(head.digest for head in heads.values()))
+        settings = [digest for each in of.values() for digest in (each.config_digest, each.tokenizer_digest)]
+        contents = (*key, *settings, *(head.digest for head in heads.values()))
         return self._result(label, role, predictions, contents)
 
     def preflight(self, baselines: Sequence[ModelResult]) -> None:

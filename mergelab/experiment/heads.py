@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mergelab.errors import ConfigError, listed
+from mergelab.errors import ConfigError, DataError, listed
+from mergelab.experiment.label_orders import Labels, label_orders
 from mergelab.models.heads import Head, mean_head, read_head
 from mergelab.tasks.labels import label_order
 
@@ -18,13 +19,15 @@ if TYPE_CHECKING:
 class Heads:
     """The merged model's head for each task, ``heads[task.name]``, and those of the models that it comes from.
 
-    A task without classifier outputs has an empty head.
+    A task without classifier outputs has an empty head. Heads that no task here knows (token classification, question
+    answering, labels of the user's own) are kept with the experts' own labels, in `to_save`.
 
     Args:
         opened: the models.
         located: what is known of them besides: the experts' tasks and label names.
         tasks: what is measured.
         policy: ``average``, ``base``, ``per_task`` or ``expert:<name>``.
+        measured: whether models are measured on the tasks, which all heads then must be for.
 
     Attributes:
         policy: as given.
@@ -35,14 +38,36 @@ class Heads:
         KeyMismatch, ShapeMismatch: heads that are to be averaged differ. NonFinite: a head holds NaN or infinity.
     """
 
-    def __init__(self, opened: OpenedModels, located: LocatedModels, tasks: Sequence[TaskSpec], policy: str) -> None:
+    def __init__(
+        self,
+        opened: OpenedModels,
+        located: LocatedModels,
+        tasks: Sequence[TaskSpec],
+        policy: str,
+        *,
+        measured: bool = True,
+    ) -> None:
         self.policy = policy
         self._opened, self._located, self._tasks = opened, located, tuple(tasks)
         self._averaged = frozenset(expert.name for expert in located.experts)
-        self._merged = self._choose()
+        self._own = not any(task.outputs for task in tasks) or not (measured or policy == "per_task" or self._match())
+        self._merged = {} if self._own and opened.head_names else self._choose()
 
     def __getitem__(self, task: str) -> Head:
-        return self._merged[task]
+        return self._merged.get(task) or Head({}, "none")
+
+    def to_save(self, task: TaskSpec) -> tuple[Head, dict[str, Any]]:
+        """Return the head that is saved for ``task``, and the keys of ``config.json`` that say what its outputs mean.
+
+        Raises:
+            ConfigError, ModelError, KeyMismatch, ShapeMismatch, NonFinite: the experts' heads do not make one.
+        """
+        if not self._opened.head_names:
+            return Head({}, "none"), {}
+        if not self._own:
+            return self._merged[task.name], label_config(task.labels or ["LABEL_0"])
+        head, labels = self._own_head()
+        return head, label_config(labels) if labels else {}
 
     def serves(self, expert: LocatedExpert, task: TaskSpec) -> bool:
         """Return whether an expert's own head is for ``task``."""
@@ -102,3 +127,53 @@ class Heads:
         if lacking := sorted(set(opened.head_names) - set(opened.aligned.base.keys())):
             raise ConfigError(f"models.head=base: the base {label} has no {listed(lacking)}")
         return read_head(opened.aligned.base, opened.head_names, label_order(task, kind.id2label, model=label))
+
+    def _match(self) -> bool:
+        """Return whether every expert's head is for every task, by its class and the names of its labels."""
+        for expert, model in zip(self._located.experts, self._opened.experts, strict=True):
+            kind = model.architecture
+            if kind is None or not kind.is_classifier:
+                continue
+            if not kind.is_sequence_classifier:
+                return False
+            try:
+                for task in self._tasks:
+                    if task.outputs:
+                        label_order(task, kind.id2label, model=expert.label, override=expert.labels)
+            except DataError:
+                return False
+        return True
+
+    def _own_head(self) -> tuple[Head, tuple[str, ...]]:
+        """Make the merged model's head from the experts', by their own labels; return it with these."""
+        opened, names, policy = self._opened, self._opened.head_names, self.policy
+        labels = [
+            Labels(expert.label, expert.labels or model.labels)
+            for expert, model in zip(self._located.experts, opened.experts, strict=True)
+        ]
+        if policy.startswith("expert:"):
+            at = [expert.name for expert in self._located.experts].index(policy.removeprefix("expert:"))
+            return read_head(opened.aligned.experts[at], names, None), labels[at].labels
+        if policy == "per_task":
+            raise ConfigError(
+                f"models.head=per_task: the task {listed(task.name for task in self._tasks)} has no labels, and the "
+                "experts have heads; models.head=average merges these by their own labels, models.head=expert:<name> "
+                "keeps one"
+            )
+        if policy == "base":
+            base, source = opened.base, opened.aligned.base
+            if base is None or source is None or (lacking := sorted(set(names) - {*source.keys()})):
+                raise ConfigError(f"models.head=base: the base has no {listed(lacking if base else names)}")
+            return read_head(source, names, None), base.labels
+        found = label_orders(labels)
+        heads = [read_head(s, names, order) for s, order in zip(opened.aligned.experts, found.orders, strict=True)]
+        return mean_head(heads, opened.dtype), found.labels
+
+
+def label_config(labels: Sequence[str]) -> dict[str, Any]:
+    """Return the keys of ``config.json`` that name a head's outputs, in their order."""
+    return {
+        "id2label": {str(index): name for index, name in enumerate(labels)},
+        "label2id": {name: index for index, name in enumerate(labels)},
+        "num_labels": len(labels),
+    }

@@ -5,11 +5,11 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from mergelab.errors import MergeWarning, ModelError, listed
 from mergelab.models.architecture import head_names
-from mergelab.models.heads import ReorderedSource
+from mergelab.models.heads import ReorderedSource, output_names
 from mergelab.tasks.labels import matched_order, numbered_order
 
 if TYPE_CHECKING:
@@ -19,7 +19,21 @@ if TYPE_CHECKING:
 Order = tuple[int, ...]
 
 
-def label_orders(models: Sequence[ModelSource]) -> list[Order | None]:
+class Labels(NamedTuple):
+    """A classifier's name and its labels in the order of its outputs; no labels for other models."""
+
+    name: str
+    labels: tuple[str, ...]
+
+
+class LabelOrders(NamedTuple):
+    """For each model the outputs to read, or None: as they stand; and the labels that these then stand for."""
+
+    orders: list[Order | None]
+    labels: tuple[str, ...]
+
+
+def label_orders(models: Sequence[Labels]) -> LabelOrders:
     """Find, for each classifier, the output that stands for each label of the last one.
 
     Names are matched as those of tasks are: case and separators aside, or by a known synonym. Labels that are only
@@ -27,8 +41,8 @@ def label_orders(models: Sequence[ModelSource]) -> list[Order | None]:
     that name them have (the first model's, where orders are equally frequent), and a `MergeWarning` says so.
 
     Returns:
-        For each model the outputs to read, in the order of the last classifier's labels; None where they are read as
-        they stand: in that order already, of another number, or of no classifier.
+        The outputs in the order of the last classifier's labels; they are read as they stand where they are in that
+        order already, of another number, or of no classifier.
 
     Raises:
         ModelError: the names of two models cannot be matched one to one.
@@ -48,7 +62,7 @@ def label_orders(models: Sequence[ModelSource]) -> list[Order | None]:
                 "that their heads cannot be merged; merge the models without heads, or give both the same id2label"
             )
         orders.append(None if order == tuple(range(len(order))) else order)
-    return orders
+    return LabelOrders(orders, wanted)
 
 
 def in_order(model: ModelSource, order: Order | None) -> TensorSource:
@@ -62,10 +76,11 @@ def in_order(model: ModelSource, order: Order | None) -> TensorSource:
     kind = model.architecture
     if kind is None or not kind.prefix:
         raise ModelError(f"{model.name}: its labels are in another order, and its tensors' names do not show its head")
-    return ReorderedSource(model.tensors, frozenset(head_names(model.tensors.keys(), kind)), order)
+    names = output_names(model.tensors, head_names(model.tensors.keys(), kind), len(order))
+    return ReorderedSource(model.tensors, names, order)
 
 
-def _with_names(models: Sequence[ModelSource]) -> list[tuple[str, ...]]:
+def _with_names(models: Sequence[Labels]) -> list[tuple[str, ...]]:
     """Return the labels of models with several, numbered ones by the names that they are taken to stand for."""
     labels = [model.labels if len(model.labels) > 1 else () for model in models]
     numbers = {at: order for at, own in enumerate(labels) if own and (order := numbered_order(own))}

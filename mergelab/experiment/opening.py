@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergelab.errors import ConfigError, ModelError, did_you_mean, listed
-from mergelab.experiment.label_orders import Order, in_order, label_orders
+from mergelab.experiment.agreement import check_configs, say_whose
+from mergelab.experiment.label_orders import Labels, Order, in_order, label_orders
 from mergelab.models.architecture import Architecture, head_names
 from mergelab.models.encoder_decoder import PAIRED
 from mergelab.models.heads import mean_of
+from mergelab.models.rows import in_own_rows
 from mergelab.models.skipping import left_out, set_aside
 from mergelab.models.vocabulary import MergedVocabulary, check_vocabularies, merged_vocabulary
 from mergelab.weights.align import AlignedModels, align, check_finite
@@ -42,6 +44,10 @@ class MergeScope:
         vocab: whose tokens the merged model has, where the models' differ; None: they must not differ.
         separate_heads: whether classifiers' heads are no part of the merge; else they are merged like the backbone,
             their outputs in the order of the last expert's labels.
+        config: whose config the merged model has, where the models' differ; None: they must not differ.
+        tokenizer: whose tokenizer it has; None: that of the model whose config it has.
+        owner: the expert whose config and tokenizer it has where nothing is said, by its position.
+        any_config: whether configs may differ without a ``config``.
         dtype: what merged tensors are rounded to, once; None: the models' own.
         key: what the configuration's keys begin with in messages.
     """
@@ -51,6 +57,10 @@ class MergeScope:
     merge_new: bool = False
     vocab: Policy | None = None
     separate_heads: bool = True
+    config: str | None = None
+    tokenizer: str | None = None
+    owner: int = 0
+    any_config: bool = False
     dtype: torch.dtype | None = None
     key: str = "models."
 
@@ -97,14 +107,18 @@ class OpenedModels:
         return next(model.checkpoint.content_hash() for model in self.models if model.name == name and model.checkpoint)
 
     def base_backbone(self) -> dict[str, Tensor]:
-        """Read the base's tensors; what it does not have is the experts' mean, as in the merged model."""
+        """Read the base's own tensors; what it does not have is the experts' mean, as in the merged model."""
         base = self.aligned.base
         assert base is not None
-        return {**self.passed_through, **self._read(base)}
+        return {**self.passed_through, **self._read(in_own_rows(base))}
 
-    def expert_backbone(self, index: int) -> dict[str, Tensor]:
-        """Read an expert's own tensors without its head."""
-        return self._read(self.aligned.experts[index])
+    def expert_backbone(self, index: int, *, in_merged_rows: bool = False) -> dict[str, Tensor]:
+        """Read an expert's own tensors without its head.
+
+        ``in_merged_rows``: with a row for each of the merged model's tokens, not of its own.
+        """
+        expert = self.aligned.experts[index]
+        return self._read(expert if in_merged_rows else in_own_rows(expert))
 
     def _read(self, source: TensorSource) -> dict[str, Tensor]:
         """Read what a model has of the backbone, checked for NaN and infinity."""
@@ -130,6 +144,7 @@ def open_models(base: ModelSource | None, experts: Sequence[ModelSource], scope:
         raise ConfigError(f"{scope.key}leave_out: there is no base model whose layers the merged model could have")
     models = [*([base] if base is not None else []), *experts]
     kind = _common_architecture(base, experts, scope)
+    _check_agreement(base, experts, scope)
     vocabulary = _merged_vocabulary(base, experts, scope)
     heads = next((head_names(e.tensors.keys(), e.architecture) for e in experts if e.architecture), ())
     orders: list[Order | None] = [None] * len(models) if scope.separate_heads else _label_orders(base, experts, scope)
@@ -180,6 +195,21 @@ def _common_architecture(
     return first
 
 
+def _check_agreement(base: ModelSource | None, experts: Sequence[ModelSource], scope: MergeScope) -> None:
+    """Check that the configs agree, or that it is known whose counts; warn where tokenizers do not.
+
+    Raises:
+        ModelError: the configs differ.
+    """
+    models = [*([base] if base is not None else []), *experts]
+    by_name = {model.name: model for model in models}
+    owner = by_name.get(scope.config or "", experts[scope.owner])
+    if scope.config is None and not scope.any_config:
+        choice = "config='last'" if scope.owner == -1 else f"{scope.key}config={owner.name}"
+        check_configs(base, experts, way_out=f"{choice} merges them all the same, under that model's config")
+    say_whose(models, owner, tokenizer=by_name.get(scope.tokenizer or ""))
+
+
 def _merged_vocabulary(
     base: ModelSource | None, experts: Sequence[ModelSource], scope: MergeScope
 ) -> MergedVocabulary | None:
@@ -202,12 +232,13 @@ def _merged_vocabulary(
 
 def _label_orders(base: ModelSource | None, experts: Sequence[ModelSource], scope: MergeScope) -> list[Order | None]:
     """Find the order in which each model's outputs are read; the base's head counts where it is merged."""
+    labels = [Labels(expert.name, expert.labels) for expert in experts]
     if base is None:
-        return label_orders(experts)
+        return label_orders(labels).orders
     heads = () if base.architecture is None else head_names(base.tensors.keys(), base.architecture)
     if all(matches_any(name, scope.passthrough) for name in heads):
-        return [None, *label_orders(experts)]
-    return label_orders([base, *experts])
+        return [None, *label_orders(labels).orders]
+    return label_orders([Labels(base.name, base.labels), *labels]).orders
 
 
 def _means(aligned: AlignedModels, heads: Sequence[str], scope: MergeScope) -> dict[str, Tensor]:

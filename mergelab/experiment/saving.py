@@ -12,9 +12,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.errors import ConfigError, did_you_mean, listed
-from mergelab.models.architecture import tokenizer_folder
-from mergelab.models.encoder_decoder import PAIRED, companions
+from mergelab.errors import listed
+from mergelab.models.encoder_decoder import PAIRED
 from mergelab.weights.source import TensorInfo, TensorPart, layout_of
 from mergelab.weights.writer import complete_files, is_unfinished, making_of, stay, writing_folder
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from mergelab.config import SaveConfig
     from mergelab.experiment.plan import Plan
     from mergelab.experiment.session import Session
-    from mergelab.tasks.spec import TaskSpec
     from mergelab.tracking import Run
 
 
@@ -38,7 +36,7 @@ class Saving:
 
     def __init__(self, session: Session, settings: SaveConfig) -> None:
         self._opened, self._heads, self._tasks = session.opened, session.heads, session.tasks
-        self._located, self._settings = session.located, settings
+        self._description, self._settings = session.descriptions.merged, settings
 
     def save(self, backbones: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
         """Write merged weights as a model folder; with a head per task, as a folder for each task below it.
@@ -49,7 +47,6 @@ class Saving:
 
         Raises:
             ModelError: the folder is in use or cannot be written.
-            ConfigError: there is no such model to take the tokenizer from.
         """
         distinct = {id(backbone): (backbone, task) for task, backbone in backbones.items()}
         for backbone, task in distinct.values():
@@ -118,7 +115,8 @@ class Saving:
         shared = [info for info in layout if info.name not in self._opened.head_names]
         folders = self._model_folders(folder, task)
         with noted(folder, [place for place, _, _ in folders], key), ExitStack() as stack:
-            like = stack.enter_context(self._companions())
+            template = self._description.tokenizer if self._settings.tokenizer else None
+            like = stack.enter_context(self._description.files(self._opened.folders, template=template))
             writers = []
             for place, head, updates in folders:
                 heads = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in head.items()]
@@ -127,7 +125,7 @@ class Saving:
                         place,
                         layout=[*shared, *heads],
                         like=like,
-                        config_updates=updates,
+                        config_updates={**self._class(), **updates},
                         dtype=self._opened.dtype,
                         max_shard_bytes=self._settings.max_shard_bytes,
                         aliases={a: n for a, n in self._opened.aligned.aliases.items() if a not in self._copies},
@@ -147,35 +145,17 @@ class Saving:
 
     def _model_folders(self, folder: Path, only: str | None) -> list[tuple[Path, Mapping[str, Tensor], dict[str, Any]]]:
         """Return the folders to write, each with its head and what its configuration says of the labels."""
-        if not self._opened.head_names:
-            return [(folder, {}, {})]
-        if self._heads.policy != "per_task" or len(self._tasks) == 1:
-            return [(folder, self._heads[self._tasks[0].name].tensors, label_config(self._tasks[0]))]
+        if self._heads.policy != "per_task" or len(self._tasks) == 1 or not self._opened.head_names:
+            head, updates = self._heads.to_save(self._tasks[0])
+            return [(folder, head.tensors, updates)]
         tasks = [task for task in self._tasks if only in (None, task.name)]
-        return [(folder / task.name, self._heads[task.name].tensors, label_config(task)) for task in tasks]
+        saved = [(task, *self._heads.to_save(task)) for task in tasks]
+        return [(folder / task.name, head.tensors, updates) for task, head, updates in saved]
 
-    def _companions(self) -> contextlib.AbstractContextManager[Path]:
-        """Return a folder whose config, tokenizer, generation config and chat template are copied."""
-        chosen = self._companions_of()
-        if self._is_pair:
-            return companions(chosen, [folder for folder in self._opened.folders if folder != chosen])
-        if self._opened.vocabulary is None:
-            return contextlib.nullcontext(chosen)
-        return self._opened.vocabulary.companions(chosen, template=chosen if self._settings.tokenizer else None)
-
-    def _companions_of(self) -> Path:
-        if (chosen := self._settings.tokenizer) is None:
-            folders = [expert.folder for expert in self._located.experts]
-            return tokenizer_folder(folders) or folders[0]
-        folders_by_name = {expert.name: expert.folder for expert in self._located.experts}
-        if self._located.base is not None:
-            folders_by_name["base"] = self._located.base.folder
-        if chosen not in folders_by_name:
-            raise ConfigError(
-                f"save.tokenizer={chosen}: must be base or an expert{did_you_mean(chosen, folders_by_name)} "
-                f"(there are {listed(folders_by_name)})"
-            )
-        return folders_by_name[chosen]
+    def _class(self) -> dict[str, Any]:
+        """Return the key of ``config.json`` that names the merged model's class: the experts', whosever the rest is."""
+        kind = self._opened.architecture
+        return {} if kind is None else {"architectures": [kind.name]}
 
 
 def merge_key(plan: Plan, session: Session) -> str:
@@ -242,13 +222,3 @@ def _part(name: str) -> str:
 
 def _parts_of(tensors: Mapping[str, Tensor], names: frozenset[str]) -> Iterator[TensorPart]:
     return (TensorPart(name, 0, tensor.reshape(-1)) for name, tensor in tensors.items() if name in names)
-
-
-def label_config(task: TaskSpec) -> dict[str, Any]:
-    """Return the keys of ``config.json`` that say what a head's outputs mean, in the task's order."""
-    names = list(task.labels) if task.labels else ["LABEL_0"]
-    return {
-        "id2label": {str(index): name for index, name in enumerate(names)},
-        "label2id": {name: index for index, name in enumerate(names)},
-        "num_labels": len(names),
-    }

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergelab.errors import ModelError
 from mergelab.evaluation.options import options_from_config
 from mergelab.evaluation.scoring import Prediction, PredictionCache, prediction_key
+from mergelab.experiment.description import describe
 from mergelab.experiment.heads import Heads
 from mergelab.experiment.opening import MergeScope, open_models
 from mergelab.experiment.sources import from_folder
-from mergelab.models.architecture import open_classifier, open_generator, tokenizer_folder
-from mergelab.models.tokens import decoder_tokenizer, load_tokenizer
 from mergelab.weights.module import load_into
 
 if TYPE_CHECKING:
@@ -31,6 +27,7 @@ if TYPE_CHECKING:
     from mergelab.evaluation.dispatch import Inputs
     from mergelab.evaluation.options import EvaluationOptions
     from mergelab.evaluation.scoring import Array
+    from mergelab.experiment.description import Description, Descriptions
     from mergelab.experiment.locate import LocatedModels
     from mergelab.experiment.opening import OpenedModels
     from mergelab.models.heads import Head
@@ -56,6 +53,8 @@ def open_session(located: LocatedModels, tasks: Sequence[TaskSpec], config: Expe
         leave_out=models.leave_out,
         merge_new=models.merge_new,
         vocab=models.vocab,
+        config=models.config,
+        tokenizer=config.save.tokenizer,
         dtype=None if config.save.dtype is None else getattr(torch, config.save.dtype),
     )
     base = located.base
@@ -64,8 +63,10 @@ def open_session(located: LocatedModels, tasks: Sequence[TaskSpec], config: Expe
         [from_folder(expert.folder, expert.name, label=expert.label) for expert in located.experts],
         scope,
     )
-    heads = Heads(opened, located, tasks, models.head)
-    return Session(located, tasks, opened, heads, options, PredictionCache() if config.eval.cache else None)
+    descriptions = describe(opened, located, config=models.config, tokenizer=config.save.tokenizer)
+    heads = Heads(opened, located, tasks, models.head, measured=config.evaluate)
+    cache = PredictionCache() if config.eval.cache else None
+    return Session(located, tasks, opened, heads, descriptions, options, cache)
 
 
 class Session:
@@ -76,6 +77,7 @@ class Session:
         tasks: what is measured.
         opened: the models' tensors under common names.
         heads: the merged model's head for each task, and the experts'.
+        descriptions: the config and tokenizer that each model is measured with, and the merged one saved with.
         options: how models are run.
     """
 
@@ -85,15 +87,16 @@ class Session:
         tasks: Sequence[TaskSpec],
         opened: OpenedModels,
         heads: Heads,
+        descriptions: Descriptions,
         options: EvaluationOptions,
         cache: PredictionCache | None = None,
     ) -> None:
         self.located, self.tasks, self.opened = located, tuple(tasks), opened
-        self.heads, self.options = heads, options
+        self.heads, self.descriptions, self.options = heads, descriptions, options
         self._cache = cache
-        self._tokenizer: Any = None
-        self._modules: dict[int, nn.Module] = {}
-        self._inputs: dict[str, Inputs] = {}
+        self._tokenizers: dict[str, tuple[Any, Any]] = {}
+        self._modules: dict[tuple[str, int], nn.Module] = {}
+        self._inputs: dict[tuple[str, str, str], Inputs] = {}
 
     @property
     def device(self) -> torch.device:
@@ -102,45 +105,38 @@ class Session:
 
         return torch.device(self.options.device or "cpu")
 
-    @property
-    def tokenizer(self) -> Any:
-        """The one tokenizer that all models are measured with: the base's, or the first expert's that has one."""
-        if self._tokenizer is None:
-            own = self.opened.vocabulary and self.opened.vocabulary.tokenizer()
-            self._tokenizer = own or load_tokenizer(self.opened.folders, self.located.name)
-        return self._tokenizer
+    def described(self, index: int, *, in_merged_rows: bool = False) -> Description:
+        """Return an expert's description; ``in_merged_rows``: the merged model's, where its tokens are others."""
+        descriptions = self.descriptions
+        return descriptions.merged if in_merged_rows and self.opened.vocabulary else descriptions.experts[index]
 
-    @property
-    def decoder_tokenizer(self) -> Any:
-        """The tokenizer of what encoder-decoders write, where it is another than that of what they read."""
-        folder = tokenizer_folder(self.opened.folders)
-        if folder is None or (own := decoder_tokenizer(folder)) == folder:
-            return None
-        return load_tokenizer([own], self.located.name)
+    def tokenizers(self, of: Description | None = None) -> tuple[Any, Any]:
+        """Return a model's tokenizer, the merged one's by default, and the one of what it writes if that is another."""
+        of = of or self.descriptions.merged
+        if of.tokenizer_digest not in self._tokenizers:
+            self._tokenizers[of.tokenizer_digest] = of.load_tokenizer(), of.load_decoder_tokenizer()
+        return self._tokenizers[of.tokenizer_digest]
 
-    def module(self, outputs: int) -> nn.Module:
-        """Return the module with ``outputs`` outputs, or with 0 the one that writes texts; opened at first use.
+    def module(self, outputs: int, of: Description | None = None) -> nn.Module:
+        """Return a module with ``outputs`` outputs, or with 0 one that writes texts; opened at first use.
 
-        All weights are measured in it, one after the other.
+        All weights of models whose config, settings of generation and number of tokens are the same are measured in
+        one, one after the other. Of those of other models than the merged one the last is kept.
+
+        Args:
+            outputs: the number of outputs.
+            of: the model that is measured; None: the merged one.
 
         Raises:
-            ModelError: the models are of another kind.
+            ModelError: it is of another kind.
         """
-        if outputs not in self._modules:
-            kind = self.opened.architecture
-            assert kind is not None
-            if not (kind.is_classifier if outputs else kind.is_generator):
-                asked = "classification" if outputs else "generation or language modelling"
-                raise ModelError(f"{self.located.name}: a {kind.name} cannot be measured on a {asked} task")
-            expert = self.located.experts[0]
-            if outputs:
-                module = open_classifier(expert.folder, expert.label, outputs)
-            else:
-                module = open_generator(expert.folder, expert.label)
-            if self.opened.vocabulary is not None:
-                module = self.opened.vocabulary.fit(module, expert.folder)
-            self._modules[outputs] = module.to(self.device)
-        return self._modules[outputs]
+        merged = self.descriptions.merged
+        key = ((of or merged).module_key, outputs)
+        if key not in self._modules:
+            for other in [other for other in self._modules if other[0] != merged.module_key]:
+                del self._modules[other]
+            self._modules[key] = (of or merged).open(outputs).to(self.device)
+        return self._modules[key]
 
     def predict(
         self,
@@ -149,6 +145,7 @@ class Session:
         head: Head,
         model: str,
         *,
+        of: Description | None = None,
         key: Sequence[str] | None = None,
         progress: Progress = lambda _message, _done: None,
         members: Array | None = None,
@@ -162,6 +159,7 @@ class Session:
             backbone: makes the weights; called only where the predictions are not in the cache.
             head: the head to measure them with.
             model: what progress messages call the model.
+            of: whose config and tokenizer it is measured with; None: the merged model's.
             key: names the content of the backbone; without it nothing is cached.
             progress: called with a message and the fraction done.
             members: (m,) positions of the examples that are measured, in the order of which the outputs come; None:
@@ -169,10 +167,10 @@ class Session:
             watch: as `mergelab.evaluation.classification.predict`'s.
             seed: as `EvaluationOptions.seed`.
         """
-        name = None if key is None or self._cache is None else self.data_key(data, [*key, head.digest])
+        name = None if key is None or self._cache is None else self.data_key(data, [*key, head.digest], of)
         if name is not None and self._cache is not None and (known := self._cache.get(name)) is not None:
             return Prediction(*known, cached=True)
-        module, inputs = self.module(data.spec.outputs), self._inputs_of(data)
+        module, inputs = self.module(data.spec.outputs, of), self.inputs(data, of)
         load_into(module, {**backbone(), **head.tensors})
         title = f"evaluating {model} on {data.spec.name}"
         options = replace(self.options, seed=seed, progress=lambda done: progress(title, done))
@@ -183,37 +181,28 @@ class Session:
             self._cache.put(name, outputs, seconds)
         return Prediction(outputs, seconds, cached=False)
 
-    @cached_property
-    def config_digest(self) -> str:
-        """A hash of the configs of the module that weights are measured in."""
-        folder = self.located.experts[0].folder
-        files = [folder / name for name in ("config.json", "generation_config.json")]
-        return _digest(file for file in files if file.is_file())
-
-    def _inputs_of(self, data: TaskData) -> Inputs:
-        """Tokenise a task's examples, once."""
+    def inputs(self, data: TaskData, of: Description | None = None) -> Inputs:
+        """Tokenise a task's examples for a model, by default the merged one, once."""
         from mergelab.evaluation.dispatch import prepare
 
-        if data.spec.name not in self._inputs:
-            config: Any = self.module(data.spec.outputs).config
-            self._inputs[data.spec.name] = prepare(
-                data, config, self.tokenizer, self.options, writes_with=self.decoder_tokenizer
-            )
-        return self._inputs[data.spec.name]
+        of = of or self.descriptions.merged
+        key = (data.spec.name, of.module_key, of.tokenizer_digest)
+        if key not in self._inputs:
+            config: Any = self.module(data.spec.outputs, of).config
+            reads, writes = self.tokenizers(of)
+            self._inputs[key] = prepare(data, config, reads, self.options, writes_with=writes)
+        return self._inputs[key]
 
-    def data_key(self, data: TaskData, content: Sequence[str]) -> str:
+    def data_key(self, data: TaskData, content: Sequence[str], of: Description | None = None) -> str:
         """Name all that the outputs of a model of this content for these examples depend on."""
         from importlib.metadata import version
 
-        folder = tokenizer_folder(self.opened.folders)
-        assert folder is not None
-        named = ("token", "vocab", "merges", ".model", ".spm")
-        files = sorted(file for file in folder.rglob("*") if file.is_file() and any(n in file.name for n in named))
+        of = of or self.descriptions.merged
         parts: dict[str, Any] = {
             "weights": list(content),
-            "config": self.config_digest,
+            "config": of.config_digest,
             "data": data.fingerprint,
-            "tokenizer": _digest(files),
+            "tokenizer": of.tokenizer_digest,
             "max_length": self.options.max_length,
             "dtype": self.options.dtype,
             "device": self.device.type,
@@ -222,11 +211,6 @@ class Session:
         if not data.spec.outputs:
             numbers = hashlib.sha256(np.stack([data.parts, data.idx]).astype("<i8").tobytes()).hexdigest()
             parts["task"] = [repr(data.spec), numbers]  # sampled texts depend on an example's number
-        if (vocabulary := self.opened.vocabulary) is not None:  # what a model lacks is read from the others
-            contents = [self.opened.content(model.name) for model in self.opened.models]
-            parts["vocabulary"] = [vocabulary.digest, contents]
+        if of.vocabulary is not None:  # what a model lacks is read from the others
+            parts["vocabulary"] = [self.opened.content(model.name) for model in self.opened.models]
         return prediction_key(parts)
-
-
-def _digest(files: Iterable[Path]) -> str:
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

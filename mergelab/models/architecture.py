@@ -37,6 +37,11 @@ class Architecture:
     id2label: Mapping[int, str]
 
     @property
+    def is_sequence_classifier(self) -> bool:
+        """Whether it gives a text, or a pair of texts, one score for each label."""
+        return self.name.endswith("ForSequenceClassification")
+
+    @property
     def is_generator(self) -> bool:
         """Whether it writes texts."""
         return self.name.endswith(_GENERATORS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -42,24 +42,40 @@ class Head:
         return next(iter(self.tensors.values())).shape[0] if self.tensors else 0
 
 
-def read_head(source: TensorSource, names: Sequence[str], order: Sequence[int]) -> Head:
-    """Read a head and put its output rows into the task's order: row ``order[j]`` becomes row ``j``.
+def read_head(source: TensorSource, names: Sequence[str], order: Sequence[int] | None) -> Head:
+    """Read a head and put its output rows into an order: row ``order[j]`` becomes row ``j``; None: as they stand.
 
     Raises:
         KeyMismatch: the source lacks one of the tensors. NonFinite: one holds NaN or infinity.
+        ModelError: it cannot be told which layer makes the outputs.
     """
     tensors = {name: source.get(name) for name in names}
     for name, tensor in tensors.items():
         check_finite(source, name, tensor)
-    if list(order) != list(range(len(order))):
+    if order is not None and list(order) != list(range(len(order))):
         index = torch.tensor(list(order))
-        tensors = {n: t.index_select(0, index) if t.shape[:1] == (len(order),) else t for n, t in tensors.items()}
+        tensors |= {name: tensors[name].index_select(0, index) for name in output_names(source, names, len(order))}
     return Head(tensors, source.name)
+
+
+def output_names(source: TensorSource, names: Iterable[str], outputs: int) -> frozenset[str]:
+    """Find the tensors of a head that have a row for each output.
+
+    Raises:
+        ModelError: two layers have as many rows, as where a model is as wide as it has labels.
+    """
+    found = frozenset(name for name in names if source.shape(name)[:1] == (outputs,))
+    if len(layers := sorted({name.rpartition(".")[0] for name in found})) > 1:
+        raise ModelError(
+            f"{source.name}: its labels are in another order, and both {listed(layers)} have {outputs} rows, so that "
+            "it is not known which makes the outputs; give all models the same id2label order"
+        )
+    return found
 
 
 @dataclass(frozen=True)
 class ReorderedSource:
-    """A source whose head has its output rows in another order: row ``order[j]`` is read as row ``j``."""
+    """A source whose tensors ``names`` have their rows in another order: row ``order[j]`` is read as row ``j``."""
 
     source: TensorSource
     names: frozenset[str]
@@ -92,7 +108,8 @@ class ReorderedSource:
 
     def get(self, key: str) -> Tensor:
         """Read ``key``."""
-        return read_head(self.source, [key], self.order).tensors[key] if key in self.names else self.source.get(key)
+        tensor = self.source.get(key)
+        return tensor.index_select(0, torch.tensor(self.order)) if key in self.names else tensor
 
 
 def mean_head(heads: Sequence[Head], dtype: torch.dtype | None = None) -> Head:

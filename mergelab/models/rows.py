@@ -23,6 +23,12 @@ class Reader:
     rows: Tensor
 
 
+def in_own_rows(source: TensorSource) -> TensorSource:
+    """Return a model as it is read without a merged vocabulary."""
+    inner = getattr(source, "source", None)
+    return inner.source if isinstance(inner, RowSource) else source
+
+
 @dataclass(frozen=True, eq=False)
 class RowSource:
     """A source whose ``vocabulary`` tensors are read in the merged model's rows.

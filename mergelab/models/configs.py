@@ -1,0 +1,181 @@
+"""Which settings of models' configurations differ, and which of these change the function that the weights mean.
+
+Weights alone do not say what a model computes: the number of attention heads, the activation or the rotary base stand
+in ``config.json``. Models are compared in everything that it says, except what this file lists as harmless.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from mergelab.errors import ModelError
+
+# What does not change the outputs of a trained model: where it comes from, how it is stored and run, training alone.
+# Head and labels, vocabulary, ties and quantisation are compared by the parts of mergelab that handle them.
+_HARMLESS = (
+    *("_name_or_path", "_commit_hash", "transformers_version", "architectures", "auto_map", "custom_pipelines"),
+    *("dtype", "torch_dtype", "use_bfloat16", "torchscript", "quantization_config", "tie_word_embeddings"),
+    *(
+        "id2label",
+        "label2id",
+        "num_labels",
+        "_num_labels",
+        "finetuning_task",
+        "vocab_size",
+        "vocab_size_or_config_json_file",
+    ),
+    *("use_cache", "output_attentions", "output_hidden_states", "output_past", "return_dict", "output_router_logits"),
+    *("gradient_checkpointing", "*attn_implementation*", "*experts_implementation*", "chunk_size_feed_forward"),
+    *("*dropout*", "*_pdrop", "*drop_path*", "*layerdrop*", "initializer_*", "init_std", "*_initializer_range"),
+    *(
+        "router_aux_loss_coef",
+        "router_z_loss_coef",
+        "router_jitter_noise",
+        "*_loss_coef",
+        "label_smoothing",
+        "mask_*_prob",
+    ),
+    *("mask_*_length", "apply_spec_augment", "unsloth_*", "pretraining_tp"),
+)
+# What says which token is which: the tokenizer's business. Each model is measured with its own.
+_TOKENS = ("*_token_id", "*_token_ids", "*_token_index")
+# How text is written: each model is measured with its own settings.
+_GENERATION = (
+    *("max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams", "num_beam_groups"),
+    *("diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "prefix"),
+    *("output_scores", "return_dict_in_generate", "remove_invalid_values", "exponential_decay_length_penalty"),
+    *("suppress_tokens", "begin_suppress_tokens", "task_specific_params", "renormalize_logits"),
+)
+# What only a head reads; a base of another class does not need to agree.
+OF_HEADS = ("problem_type", "classifier_*", "summary_*", "score_*", "cls_*")
+
+
+class Named(NamedTuple):
+    """A model's name in messages and its configuration, as ``config.json`` has it."""
+
+    name: str
+    config: Mapping[str, Any]
+
+
+class Difference(NamedTuple):
+    """A setting, dotted where it is nested, and its value in two models that differ in it."""
+
+    key: str
+    first: str
+    value: Any
+    second: str
+    other: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} is {_short(self.value)} in {self.first} and {_short(self.other)} in {self.second}"
+
+
+def differences(models: Sequence[Named], *, ignore: Iterable[str] = ()) -> list[Difference]:
+    """List the settings in which models differ from the first one and that change what their weights compute.
+
+    Defaults count as if they were written, as transformers fills them in. A setting that the model's class does not
+    know, and that only one of two models has, is not compared.
+
+    Args:
+        models: at least one.
+        ignore: patterns of further keys that need not agree.
+    """
+    skipped = (*_HARMLESS, *_TOKENS, *_GENERATION, *ignore)
+    return _differences(models, lambda key: not _matches(key, skipped))
+
+
+def writing_differences(models: Sequence[Named]) -> list[Difference]:
+    """List the settings in which models differ that say which token is which and how text is written."""
+    return _differences(models, lambda key: _matches(key, (*_TOKENS, *_GENERATION)))
+
+
+def module_settings(config: Mapping[str, Any]) -> str:
+    """Return all settings that a module's outputs depend on, as text that is equal where these are."""
+    flat = _flat(config)
+    return json.dumps({key: flat[key] for key in sorted(flat) if not _matches(key, _HARMLESS)}, default=str)
+
+
+def _differences(models: Sequence[Named], counts: Callable[[str], bool]) -> list[Difference]:
+    first, *others = models
+    found: dict[str, Difference] = {}
+    for other in others:
+        written = [_flat(_with_problem_type(model.config)) for model in (first, other)]
+        if {k: v for k, v in written[0].items() if counts(k)} == {k: v for k, v in written[1].items() if counts(k)}:
+            continue
+        known, (own, its) = (
+            _declared(first.config),
+            [_flat(_with_problem_type(_complete(model))) for model in (first, other)],
+        )
+        for key in sorted({**own, **its}):
+            if not counts(key) or own.get(key) == its.get(key):
+                continue
+            if (key in own) != (key in its) and key not in known:
+                continue
+            found.setdefault(key, Difference(key, first.name, own.get(key), other.name, its.get(key)))
+    return list(found.values())
+
+
+def _with_problem_type(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a configuration with the kind of its outputs that transformers takes where none is said."""
+    labels = config.get("id2label")
+    count = len(labels) if isinstance(labels, Mapping) else config.get("num_labels", 2)
+    usual = "regression" if count == 1 else "single_label_classification"
+    return {**config, "problem_type": config.get("problem_type") or usual}
+
+
+def _complete(model: Named) -> Mapping[str, Any]:
+    """Return a configuration with the defaults that transformers fills in; as it is where it knows no such model."""
+    cls = _config_class(model.config)
+    if cls is None:
+        return model.config
+    try:
+        content: Mapping[str, Any] = cls.from_dict(dict(model.config)).to_dict()
+    except Exception as error:  # whatever a class raises about its settings
+        raise ModelError(
+            f"{model.name}: transformers cannot read its config.json: {' '.join(str(error).split())[:200]}"
+        ) from error
+    return content
+
+
+def _declared(config: Mapping[str, Any]) -> set[str]:
+    """Return the keys that a model's class knows, of its parts too."""
+    cls = _config_class(config)
+    if cls is None:
+        return set(_flat(config))
+    parts = {key: value for key, value in config.items() if isinstance(value, Mapping) and "model_type" in value}
+    own = set(_flat(cls.from_dict({"model_type": config["model_type"], **parts}).to_dict()))
+    return own | {f"{key}.{inner}" for key, part in parts.items() for inner in _declared(part)}
+
+
+def _config_class(config: Mapping[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[config.get("model_type", "")]
+    except KeyError:
+        return None
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings under dotted keys, without those that say nothing."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value and not _matches(key, ("id2label", "label2id")):
+            found |= _flat(value, f"{prefix}{key}.")
+        elif value is not None and value != {}:
+            found[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    """Return whether a dotted key, or a part that it is nested in, is one of ``patterns``."""
+    return any(fnmatchcase(part, pattern) for part in key.split(".") for pattern in patterns)
+
+
+def _short(value: Any) -> str:
+    text = "not set" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
