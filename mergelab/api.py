@@ -107,8 +107,8 @@ def _usage(method: MergeMethod) -> str:
         "(``[0, 1]``: of the encoder and of the decoder, or ``{'encoder': [0], 'decoder': [1]}``) stay the base's.\n"
         "Ids and folders whose tokens differ are merged by token with ``vocab='base'`` (the base's tokens) or\n"
         "``vocab='union'`` (those of all); the pipeline then has the tokenizer that belongs to the merged model.\n"
-        "Models whose configs differ in what their weights mean are merged only with ``config='last'``: under the last\n"
-        "one's." + (" The result is a list of models, one for each expert." if method.one_model_per_expert else "")
+        "Models whose configs differ in what their weights mean are merged only with ``config='last'``, under the\n"
+        "last one's." + (" The result is a list of models, one for each expert." if method.one_model_per_expert else "")
     )
 
 
@@ -217,7 +217,6 @@ def _merge_models(
         _layers(leave_out),
         vocab=vocab,
         separate_heads=False,
-        owner=-1,
         any_config=config is not None,
         key="",
     )

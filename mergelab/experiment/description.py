@@ -7,14 +7,14 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.errors import ConfigError, ModelError, did_you_mean, listed
+from mergelab.errors import ModelError
 from mergelab.models.architecture import (
     Architecture,
     open_classifier,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from mergelab.experiment.locate import LocatedModels
     from mergelab.experiment.opening import OpenedModels
+    from mergelab.experiment.sources import ModelSource
     from mergelab.models.vocabulary import MergedVocabulary
 
 GENERATION = "generation_config.json"
@@ -69,8 +70,8 @@ class Description:
 
     @cached_property
     def config_digest(self) -> str:
-        """A hash of the config and of the settings of generation."""
-        return _digest([self.config / CONFIG, self.generation / GENERATION])
+        """A hash of the config and of the settings of generation; what heads and labels are has a digest of its own."""
+        return hashlib.sha256(self.module_key.encode()).hexdigest()
 
     @cached_property
     def tokenizer_digest(self) -> str:
@@ -185,11 +186,9 @@ def describe(
     Args:
         opened: the models.
         located: their folders.
-        config: the name of the model whose config the merged one has; None: the first expert.
+        config: the name of the model whose config the merged one has; None: the one whose tokenizer it has, if that is
+            of the experts' class, or else the first expert.
         tokenizer: the name of the model whose tokenizer and settings of generation it has; None: the same model.
-
-    Raises:
-        ConfigError: there is no such model.
     """
     models = [*([located.base] if located.base is not None else []), *located.experts]
     fallback = tokenizer_folder(model.folder for model in models)
@@ -204,12 +203,8 @@ def describe(
         )
         for model in models
     }
-    for key, name in (("models.config", config), ("save.tokenizer", tokenizer)):
-        if name is not None and name not in own:
-            raise ConfigError(
-                f"{key}={name}: must be base or an expert{did_you_mean(name, own)} (there are {listed(own)})"
-            )
-    merged = replace(own[config or located.experts[0].name], label=located.name, architecture=opened.architecture)
+    owner = config_owner(opened.base, opened.experts, config, tokenizer)
+    merged = replace(own[owner.name], label=located.name, architecture=opened.architecture)
     if tokenizer is not None:
         chosen = own[tokenizer]
         has_settings = (chosen.generation / GENERATION).is_file()
@@ -220,6 +215,17 @@ def describe(
         )
     merged = replace(merged, vocabulary=opened.vocabulary)
     return Descriptions(merged, tuple(own[expert.name] for expert in located.experts), own.get("base"))
+
+
+def config_owner(
+    base: ModelSource | None, experts: Sequence[ModelSource], config: str | None, tokenizer: str | None
+) -> ModelSource:
+    """Return the model whose config the merged one has; see `describe`."""
+    by_name = {model.name: model for model in (*([base] if base is not None else []), *experts)}
+    if config is not None:
+        return by_name[config]
+    other = by_name.get(tokenizer or "")
+    return other if other is not None and other.class_names == experts[0].class_names else experts[0]
 
 
 def _digest(files: Iterable[Path]) -> str:

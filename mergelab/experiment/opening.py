@@ -44,10 +44,9 @@ class MergeScope:
         vocab: whose tokens the merged model has, where the models' differ; None: they must not differ.
         separate_heads: whether classifiers' heads are no part of the merge; else they are merged like the backbone,
             their outputs in the order of the last expert's labels.
-        config: whose config the merged model has, where the models' differ; None: they must not differ.
-        tokenizer: whose tokenizer it has; None: that of the model whose config it has.
-        owner: the expert whose config and tokenizer it has where nothing is said, by its position.
-        any_config: whether configs may differ without a ``config``.
+        any_config: whether the configs may differ.
+        owner: the model whose config the merged one has; None: the last expert.
+        tokenizer: the model whose tokenizer it has; None: the same.
         dtype: what merged tensors are rounded to, once; None: the models' own.
         key: what the configuration's keys begin with in messages.
     """
@@ -57,10 +56,9 @@ class MergeScope:
     merge_new: bool = False
     vocab: Policy | None = None
     separate_heads: bool = True
-    config: str | None = None
-    tokenizer: str | None = None
-    owner: int = 0
     any_config: bool = False
+    owner: ModelSource | None = None
+    tokenizer: ModelSource | None = None
     dtype: torch.dtype | None = None
     key: str = "models."
 
@@ -144,7 +142,10 @@ def open_models(base: ModelSource | None, experts: Sequence[ModelSource], scope:
         raise ConfigError(f"{scope.key}leave_out: there is no base model whose layers the merged model could have")
     models = [*([base] if base is not None else []), *experts]
     kind = _common_architecture(base, experts, scope)
-    _check_agreement(base, experts, scope)
+    owner = scope.owner or experts[-1]
+    if not scope.any_config:
+        choice = f"{scope.key}config={owner.name}" if scope.owner else "config='last'"
+        check_configs(base, experts, way_out=f"{choice} merges them all the same, under that model's config")
     vocabulary = _merged_vocabulary(base, experts, scope)
     heads = next((head_names(e.tensors.keys(), e.architecture) for e in experts if e.architecture), ())
     orders: list[Order | None] = [None] * len(models) if scope.separate_heads else _label_orders(base, experts, scope)
@@ -160,6 +161,7 @@ def open_models(base: ModelSource | None, experts: Sequence[ModelSource], scope:
     new = [] if scope.merge_new else [model.new_names for model in models]
     layers = left_out(aligned.names, scope.leave_out, key=f"{scope.key}leave_out")
     aligned, others = set_aside(aligned, layers, new, scope.dtype)
+    say_whose(models, owner, tokenizer=scope.tokenizer)
     return OpenedModels(
         base=base,
         experts=tuple(experts),
@@ -193,21 +195,6 @@ def _common_architecture(
             "give a pair {encoder: …, decoder: …} or a saved encoder-decoder"
         )
     return first
-
-
-def _check_agreement(base: ModelSource | None, experts: Sequence[ModelSource], scope: MergeScope) -> None:
-    """Check that the configs agree, or that it is known whose counts; warn where tokenizers do not.
-
-    Raises:
-        ModelError: the configs differ.
-    """
-    models = [*([base] if base is not None else []), *experts]
-    by_name = {model.name: model for model in models}
-    owner = by_name.get(scope.config or "", experts[scope.owner])
-    if scope.config is None and not scope.any_config:
-        choice = "config='last'" if scope.owner == -1 else f"{scope.key}config={owner.name}"
-        check_configs(base, experts, way_out=f"{choice} merges them all the same, under that model's config")
-    say_whose(models, owner, tokenizer=by_name.get(scope.tokenizer or ""))
 
 
 def _merged_vocabulary(

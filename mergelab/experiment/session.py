@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.evaluation.options import options_from_config
 from mergelab.evaluation.scoring import Prediction, PredictionCache, prediction_key
-from mergelab.experiment.description import describe
+from mergelab.experiment.description import config_owner, describe
 from mergelab.experiment.heads import Heads
 from mergelab.experiment.opening import MergeScope, open_models
 from mergelab.experiment.sources import from_folder
@@ -48,21 +49,25 @@ def open_session(located: LocatedModels, tasks: Sequence[TaskSpec], config: Expe
     import torch
 
     options, models = options_from_config(config.eval, config.device), config.models
+    base = located.base
+    source = None if base is None else from_folder(base.folder, base.name, label=base.label)
+    experts = [from_folder(expert.folder, expert.name, label=expert.label) for expert in located.experts]
+    chosen = next((model for model in (source, *experts) if model and model.name == config.save.tokenizer), None)
+    if config.save.tokenizer is not None and chosen is None:
+        names = [model.name for model in (source, *experts) if model]
+        near = did_you_mean(config.save.tokenizer, names)
+        raise ConfigError(f"save.tokenizer={config.save.tokenizer}: must be one of {listed(names)}{near}")
     scope = MergeScope(
         passthrough=models.passthrough,
         leave_out=models.leave_out,
         merge_new=models.merge_new,
         vocab=models.vocab,
-        config=models.config,
-        tokenizer=config.save.tokenizer,
+        any_config=models.config is not None,
+        owner=config_owner(source, experts, models.config, config.save.tokenizer),
+        tokenizer=chosen,
         dtype=None if config.save.dtype is None else getattr(torch, config.save.dtype),
     )
-    base = located.base
-    opened = open_models(
-        None if base is None else from_folder(base.folder, base.name, label=base.label),
-        [from_folder(expert.folder, expert.name, label=expert.label) for expert in located.experts],
-        scope,
-    )
+    opened = open_models(source, experts, scope)
     descriptions = describe(opened, located, config=models.config, tokenizer=config.save.tokenizer)
     heads = Heads(opened, located, tasks, models.head, measured=config.evaluate)
     cache = PredictionCache() if config.eval.cache else None

@@ -24,7 +24,8 @@ from transformers import (
 
 import mergelab as ml
 from mergelab.errors import ConfigError, KeyMismatch, MergeWarning, ModelError, NonFinite, ShapeMismatch
-from mergelab.experiment.label_orders import label_orders
+from mergelab.experiment.label_orders import Labels
+from mergelab.experiment.label_orders import label_orders as orders_and_labels
 from mergelab.experiment.opening import MergeScope, open_models
 from mergelab.experiment.sources import ModelSource, from_given
 from mergelab.weights.source import DictSource
@@ -45,6 +46,10 @@ def classifier(seed: int, *labels: str, kind: type = BertForSequenceClassificati
 
 def sources(*models: Any) -> list[ModelSource]:
     return [from_given(model, f"models[{index}]") for index, model in enumerate(models)]
+
+
+def label_orders(models: list[ModelSource]) -> list[Any]:
+    return orders_and_labels([Labels(model.name, model.labels) for model in models]).orders
 
 
 def without_warnings(models: list[ModelSource]) -> list[Any]:

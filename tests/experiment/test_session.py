@@ -58,7 +58,8 @@ def test_a_corrected_label_map_is_a_new_measurement(
 
 def test_another_config_is_a_new_measurement(mergelab_command: Command, arguments: list[str], workplace: Path) -> None:
     _, before = measured(mergelab_command, workplace, *arguments)
-    change(workplace / "a" / "config.json", hidden_act="relu", layer_norm_eps=0.1)
+    for name in ("base", "a", "b"):
+        change(workplace / name / "config.json", hidden_act="relu", layer_norm_eps=0.1)
     cached, after = measured(mergelab_command, workplace, *arguments)
     assert cached == [False] * 4
     assert after != before
