@@ -82,6 +82,7 @@ def register() -> None:
         "head": "average",
         "passthrough": [],
         "vocab": None,
+        "config": None,
         "leave_out": None,
         "merge_new": False,
     }

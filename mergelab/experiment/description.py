@@ -159,21 +159,24 @@ class Descriptions:
         merged: the merged model's.
         experts: in the order of the experts.
         base: None without a base.
+        configs_agree: whether the configs differ at most in what only heads read.
     """
 
     merged: Description
     experts: tuple[Description, ...]
     base: Description | None
+    configs_agree: bool = True
 
     def of_base(self, outputs: int) -> Description:
-        """Return what the base is measured with: behind the merged model's head, under the config that this head needs.
+        """Return what the base is measured with.
 
-        The configs differ in heads alone, unless the user chose whose config counts.
+        On a task with outputs it has the merged model's head, and where the configs agree the config that belongs to it.
         """
         assert self.base is not None
-        if not outputs or self.base.architecture is None or self.base.architecture.is_sequence_classifier:
+        if not outputs:
             return self.base
-        return replace(self.base, config=self.merged.config, architecture=self.merged.architecture)
+        config = self.merged.config if self.configs_agree else self.base.config
+        return replace(self.base, config=config, architecture=self.merged.architecture)
 
 
 def describe(
@@ -214,7 +217,8 @@ def describe(
             generation=chosen.generation if has_settings and opened.vocabulary is None else merged.generation,
         )
     merged = replace(merged, vocabulary=opened.vocabulary)
-    return Descriptions(merged, tuple(own[expert.name] for expert in located.experts), own.get("base"))
+    experts = tuple(own[expert.name] for expert in located.experts)
+    return Descriptions(merged, experts, own.get("base"), configs_agree=config is None)
 
 
 def config_owner(

@@ -6,6 +6,7 @@ in ``config.json``. Models are compared in everything that it says, except what 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -83,14 +84,29 @@ def differences(models: Sequence[Named], *, ignore: Iterable[str] = ()) -> list[
     Args:
         models: at least one.
         ignore: patterns of further keys that need not agree.
+
+    Raises:
+        ModelError: transformers cannot read a configuration.
     """
     skipped = (*_HARMLESS, *_TOKENS, *_GENERATION, *ignore)
-    return _differences(models, lambda key: not _matches(key, skipped))
+
+    def read(model: Named) -> dict[str, Any]:
+        return _flat(_with_problem_type(_complete(model)))
+
+    return _differences(models, lambda key: not _matches(key, skipped), read)
 
 
 def writing_differences(models: Sequence[Named]) -> list[Difference]:
-    """List the settings in which models differ that say which token is which and how text is written."""
-    return _differences(models, lambda key: _matches(key, (*_TOKENS, *_GENERATION)))
+    """List the settings in which models differ that say which token is which and how text is written.
+
+    Those of generation count where both models have them.
+    """
+
+    def read(model: Named) -> dict[str, Any]:
+        return _flat(model.config) | _flat(_complete(model))
+
+    found = _differences(models, lambda key: _matches(key, (*_TOKENS, *_GENERATION)), read)
+    return [each for each in found if _matches(each.key, _TOKENS) or None not in (each.value, each.other)]
 
 
 def module_settings(config: Mapping[str, Any]) -> str:
@@ -99,21 +115,19 @@ def module_settings(config: Mapping[str, Any]) -> str:
     return json.dumps({key: flat[key] for key in sorted(flat) if not _matches(key, _HARMLESS)}, default=str)
 
 
-def _differences(models: Sequence[Named], counts: Callable[[str], bool]) -> list[Difference]:
+def _differences(
+    models: Sequence[Named], counts: Callable[[str], bool], read: Callable[[Named], dict[str, Any]]
+) -> list[Difference]:
     first, *others = models
     found: dict[str, Difference] = {}
     for other in others:
         written = [_flat(_with_problem_type(model.config)) for model in (first, other)]
         if {k: v for k, v in written[0].items() if counts(k)} == {k: v for k, v in written[1].items() if counts(k)}:
             continue
-        known, (own, its) = (
-            _declared(first.config),
-            [_flat(_with_problem_type(_complete(model))) for model in (first, other)],
-        )
+        known, own, its = _declared(first.config), read(first), read(other)
         for key in sorted({**own, **its}):
-            if not counts(key) or own.get(key) == its.get(key):
-                continue
-            if (key in own) != (key in its) and key not in known:
+            alone = (key in own) != (key in its)
+            if not counts(key) or own.get(key) == its.get(key) or (alone and not _is_known(key, known)):
                 continue
             found.setdefault(key, Difference(key, first.name, own.get(key), other.name, its.get(key)))
     return list(found.values())
@@ -133,7 +147,7 @@ def _complete(model: Named) -> Mapping[str, Any]:
     if cls is None:
         return model.config
     try:
-        content: Mapping[str, Any] = cls.from_dict(dict(model.config)).to_dict()
+        content: Mapping[str, Any] = cls.from_dict(copy.deepcopy(dict(model.config))).to_dict()
     except Exception as error:  # whatever a class raises about its settings
         raise ModelError(
             f"{model.name}: transformers cannot read its config.json: {' '.join(str(error).split())[:200]}"
@@ -142,13 +156,19 @@ def _complete(model: Named) -> Mapping[str, Any]:
 
 
 def _declared(config: Mapping[str, Any]) -> set[str]:
-    """Return the keys that a model's class knows, of its parts too."""
+    """Return the keys that a model's class knows, and those of its parts behind the part's name and a dot."""
     cls = _config_class(config)
     if cls is None:
-        return set(_flat(config))
+        return set(config)
     parts = {key: value for key, value in config.items() if isinstance(value, Mapping) and "model_type" in value}
-    own = set(_flat(cls.from_dict({"model_type": config["model_type"], **parts}).to_dict()))
+    own = set(cls.from_dict(copy.deepcopy({"model_type": config["model_type"], **parts})).to_dict()) - parts.keys()
     return own | {f"{key}.{inner}" for key, part in parts.items() for inner in _declared(part)}
+
+
+def _is_known(key: str, declared: set[str]) -> bool:
+    """Return whether a dotted key, or a setting that it is nested in, is among ``declared``."""
+    steps = key.split(".")
+    return any(".".join(steps[:count]) in declared for count in range(1, len(steps) + 1))
 
 
 def _config_class(config: Mapping[str, Any]) -> Any:
