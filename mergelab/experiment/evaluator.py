@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
 from mergelab.config import EvalConfig
-from mergelab.errors import DataError
+from mergelab.errors import DataError, listed
 from mergelab.evaluation.averages import average, normalised_average
 from mergelab.evaluation.bootstrap import chance_level
+from mergelab.evaluation.label_check import better_order
 from mergelab.evaluation.metrics import score
 from mergelab.evaluation.results import ModelResult, Role, common_direction
 from mergelab.evaluation.scoring import Examples, compare, measure, split_examples
@@ -18,7 +21,7 @@ from mergelab.evaluation.scoring import Examples, compare, measure, split_exampl
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergelab.evaluation.scoring import Prediction, TaskResult
+    from mergelab.evaluation.scoring import Array, Prediction, TaskResult
     from mergelab.experiment.description import Description
     from mergelab.experiment.session import Session
     from mergelab.models.heads import Head
@@ -117,28 +120,38 @@ class Evaluator:
         return self._result(label, role, predictions, contents)
 
     def preflight(self, baselines: Sequence[ModelResult]) -> None:
-        """Check that every expert is better than chance on its own task, all examples counted.
+        """Check that every expert is better than chance on its own task, and than in another order of its labels.
+
+        All examples count.
 
         Raises:
             DataError: one is not; most often its labels are in another order than its configuration says.
         """
         for model in baselines:
             for name, prediction in model.predictions.items() if model.role == "expert" else ():
-                data = self.data[name]
-                if (chance := chance_level(data.spec, data.truth)) is None:
-                    continue
-                value = score(data.spec, prediction.outputs, data.truth)[data.spec.primary]
-                sign = -1 if data.spec.direction == "minimize" else 1
-                if not sign * value > sign * chance:
-                    hint = "are its labels in another order (models.experts.<name>.labels=[...])?"
-                    if data.spec.kind == "generation":
-                        hint = (
-                            f"does it write what task.prompt asks for? Its first text is {prediction.outputs[0]!r:.60}."
-                        )
-                    raise DataError(
-                        f"expert {model.label} is at chance on its own task {name}: {data.spec.primary} {value:.4f}, "
-                        f"a constant answer gets {chance:.4f}; {hint} eval.preflight=false goes on without this check"
-                    )
+                self._check_expert(model.label, self.data[name], prediction.outputs)
+
+    def _check_expert(self, label: str, data: TaskData, outputs: Array) -> None:
+        spec, without = data.spec, "eval.preflight=false goes on without this check"
+        if (chance := chance_level(spec, data.truth)) is None:
+            return
+        value = score(spec, outputs, data.truth)[spec.primary]
+        sign = -1 if spec.direction == "minimize" else 1
+        better = better_order(outputs, data.truth) if spec.kind == "classification" and spec.labels else None
+        names = "..." if better is None else listed((spec.labels or ())[row] for row in np.argsort(better.order))
+        hint = f"are its labels in another order (models.experts.<name>.labels=[{names}])?"
+        if spec.kind == "generation":
+            hint = f"does it write what task.prompt asks for? Its first text is {outputs[0]!r:.60}."
+        if not sign * value > sign * chance:
+            raise DataError(
+                f"expert {label} is at chance on its own task {spec.name}: {spec.primary} {value:.4f}, "
+                f"a constant answer gets {chance:.4f}; {hint} {without}"
+            )
+        if better is not None:
+            raise DataError(
+                f"expert {label} is right on {better.given:.1%} of {spec.name} with its labels as they are read, and on "
+                f"{better.accuracy:.1%} in another order: {hint} {without}"
+            )
 
     def merged(
         self, backbones: Mapping[str, Mapping[str, Tensor]], label: str, baselines: Sequence[ModelResult]

@@ -22,7 +22,10 @@ from mergelab.errors import ModelError
 from tests.conftest import Outcome
 
 Command = Callable[..., Outcome]
-WORDS = "the a cat dog bird house river sun tree runs sleeps eats sees likes hates big small red blue green".split()
+WORDS = [
+    *("the", "a", "cat", "dog", "bird", "house", "river", "sun", "tree", "runs", "sleeps", "eats", "sees", "likes"),
+    *("hates", "big", "small", "red", "blue", "green"),
+]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 48}
 
@@ -133,7 +136,7 @@ def test_each_expert_is_measured_under_its_own_config(
         assert recorded(workplace) == [accuracy(each, texts) for each in (a, b, workplace / f"under-{whose}")]
         saved = json.loads((workplace / f"under-{whose}" / "config.json").read_text())
         assert saved["num_attention_heads"] == {"a": 4, "b": 8}[whose]
-    with pytest.raises(ModelError, match="num_attention_heads is 4 in .*config='last'"):
+    with pytest.raises(ModelError, match=r"num_attention_heads is 4 in .*config='last'"):
         ml.soup([str(a), str(b)], task="text-classification")
     assert ml.soup([str(a), str(b)], task="text-classification", config="last").model.config.num_attention_heads == 8
     assert mergelab_command(*MEASURED, *models, "models.config=c").code == 2

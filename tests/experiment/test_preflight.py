@@ -52,3 +52,33 @@ def test_where_less_is_better_an_expert_must_be_below_chance(monkeypatch: pytest
 def test_a_metric_that_declares_no_chance_level_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(get_metric("accuracy")), "chance", None)
     preflight(0)
+
+
+SHARES = {(0, 1, 2): (0.4, 0.3, 0.3), (0, 2, 1): (0.5, 0.3, 0.2), (2, 1, 0): (0.3, 0.5, 0.2)}
+
+
+def answering(order: tuple[int, ...], share: float, count: int = 300) -> None:
+    """Check a three-label model whose outputs are in ``order`` and that is right on this share of the examples."""
+    draw = np.random.default_rng(0)
+    labels = draw.choice(3, size=count, p=SHARES[order])
+    answers = np.where(draw.random(count) < share, labels, draw.integers(0, 3, count))
+    data = TaskData(
+        load_task("mnli"), (("a", "b"),) * count, labels, np.arange(count), labels * 0, "validation", "folder", "", ""
+    )
+    model = ModelResult("a", "expert", {}, {"mnli": Prediction(np.eye(3)[np.asarray(order)[answers]], 0.0, False)})
+    nothing: Any = None
+    Evaluator(nothing, {"mnli": data}, nothing, 0, nothing).preflight([model])
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1), (2, 1, 0)])
+def test_a_model_that_is_better_in_another_order_of_its_labels_is_refused(order: tuple[int, ...]) -> None:
+    """One label is where it should be, so that a good model is still above chance."""
+    names = load_task("mnli").labels or ()
+    said = ", ".join(names[order.index(output)] for output in range(3))
+    with pytest.raises(DataError, match=rf"% in another order: .*labels=\[{said}\]"):
+        answering(order, 0.95)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_a_weak_model_in_the_right_order_passes(share: float) -> None:
+    answering((0, 1, 2), share)
