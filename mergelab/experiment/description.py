@@ -170,7 +170,7 @@ class Descriptions:
     def of_base(self, outputs: int) -> Description:
         """Return what the base is measured with.
 
-        On a task with outputs it has the merged model's head, and where the configs agree the config that belongs to it.
+        On a task with outputs it has the merged model's head, and where the configs agree that head's config.
         """
         assert self.base is not None
         if not outputs:

@@ -149,7 +149,7 @@ class Evaluator:
             )
         if better is not None:
             raise DataError(
-                f"expert {label} is right on {better.given:.1%} of {spec.name} with its labels as they are read, and on "
+                f"expert {label} is right on {better.given:.1%} of {spec.name} with its labels as they are, and on "
                 f"{better.accuracy:.1%} in another order: {hint} {without}"
             )
 
