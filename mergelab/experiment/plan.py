@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergelab.config import ExperimentConfig, ModelsConfig, check
 from mergelab.console.progress import warn
-from mergelab.errors import ConfigError
+from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.experiment.locate import Source, decide_source
 from mergelab.models.references import references
 
@@ -60,6 +60,9 @@ def plan_experiment(config: DictConfig) -> Plan:
     checked = check(ExperimentConfig, resolved)
     if checked.models.base is not None and "base" in checked.models.experts:
         raise ConfigError("models.experts.base: that is the base's name; give another one: {<name>: <reference>}")
+    names = [*(["base"] if checked.models.base is not None else []), *checked.models.experts]
+    if (chosen := checked.save.tokenizer) not in (None, *names):
+        raise ConfigError(f"save.tokenizer={chosen}: must be one of {listed(names)}{did_you_mean(str(chosen), names)}")
     method, parameters = method_from_config(checked.method)
     _check_method(method, checked)
     weights = [expert.weight for expert in checked.models.experts.values()]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.evaluation.options import options_from_config
 from mergelab.evaluation.scoring import Prediction, PredictionCache, prediction_key
 from mergelab.experiment.description import config_owner, describe
@@ -53,10 +52,6 @@ def open_session(located: LocatedModels, tasks: Sequence[TaskSpec], config: Expe
     source = None if base is None else from_folder(base.folder, base.name, label=base.label)
     experts = [from_folder(expert.folder, expert.name, label=expert.label) for expert in located.experts]
     chosen = next((model for model in (source, *experts) if model and model.name == config.save.tokenizer), None)
-    if config.save.tokenizer is not None and chosen is None:
-        names = [model.name for model in (source, *experts) if model]
-        near = did_you_mean(config.save.tokenizer, names)
-        raise ConfigError(f"save.tokenizer={config.save.tokenizer}: must be one of {listed(names)}{near}")
     scope = MergeScope(
         passthrough=models.passthrough,
         leave_out=models.leave_out,

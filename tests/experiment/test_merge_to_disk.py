@@ -113,7 +113,7 @@ def test_the_tokenizer_and_its_template_are_the_chosen_models(
     assert (workplace / "merged" / "chat_template.jinja").read_text() == "template 2"
     outcome = mergelab_command(*models, "save.tokenizer=c", "output=other")
     assert outcome.code == 2
-    assert "save.tokenizer=c: must be base or an expert" in outcome.err
+    assert "save.tokenizer=c: must be one of base, a, b" in outcome.err
     assert not (workplace / "other").exists()
 
 
