@@ -32,7 +32,8 @@ from mergelab.models.architecture import quiet_transformers
 from mergelab.models.encoder_decoder import PAIRED
 from mergelab.models.vocabulary import MergedVocabulary, Policy
 from mergelab.weights.align import AlignedModels, check_finite
-from mergelab.weights.module import copy_module, load_into
+from mergelab.weights.conversion import load_weights
+from mergelab.weights.module import copy_module
 from mergelab.weights.pretrained import load_pipeline, pipeline_with
 from mergelab.weights.source import DictSource
 from mergelab.weights.state_dict import StateDict, dict_map
@@ -229,10 +230,10 @@ def _same_kind(
     given, folder = template.given, template.folder
     if folder is None:
         if isinstance(given, nn.Module):
-            return load_into(copy_module(given), merged)
+            return load_weights(copy_module(given), merged)
         if isinstance(given, Mapping):
             return StateDict(merged)
-        return pipeline_with(given, load_into(copy_module(given.model), merged))
+        return pipeline_with(given, load_weights(copy_module(given.model), merged))
     if task is None:
         if template.architecture is None or template.architecture.name != PAIRED:
             raise ConfigError("merging hub ids or folders makes a pipeline: say which with task='text-classification'")
@@ -240,7 +241,7 @@ def _same_kind(
 
         with quiet_transformers():
             module = EncoderDecoderModel.from_pretrained(folder, local_files_only=True, dtype="auto")
-        return load_into(module, merged)
+        return load_weights(module, merged)
     with quiet_transformers(), ExitStack() as stack:
         pipe = load_pipeline(
             folder,
@@ -248,5 +249,5 @@ def _same_kind(
             tokenizer=stack.enter_context(vocabulary.companions(folder)) if vocabulary else None,
             adapt=functools.partial(vocabulary.fit, folder=folder) if vocabulary else None,
         )
-    load_into(pipe.model, merged)
+    load_weights(pipe.model, merged)
     return pipe

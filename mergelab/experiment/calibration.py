@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mergelab.config import cache_dir
 from mergelab.errors import ConfigError, DataError
 from mergelab.estimation.examples import LABELS, Batch
-from mergelab.weights.module import load_into
+from mergelab.weights.conversion import load_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,7 +73,7 @@ class TrainingExamples:
         """Load the expert's weights and its own head into the session's module."""
         head = self.session.heads.of_expert(self.index, self.data.spec)
         module = self.session.module(head.outputs)
-        return load_into(module, {**self.session.opened.expert_backbone(self.index), **head.tensors})
+        return load_weights(module, {**self.session.opened.expert_backbone(self.index), **head.tensors})
 
     def batches(self) -> Iterator[Batch]:
         """Yield all examples as inputs, those of like length together."""

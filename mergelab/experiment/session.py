@@ -20,7 +20,7 @@ from mergelab.experiment.opening import MergeScope, open_models
 from mergelab.experiment.sources import from_folder
 from mergelab.models.architecture import open_classifier, open_generator, tokenizer_folder
 from mergelab.models.tokens import decoder_tokenizer, load_tokenizer
-from mergelab.weights.module import load_into
+from mergelab.weights.conversion import load_weights
 
 if TYPE_CHECKING:
     import torch
@@ -173,7 +173,7 @@ class Session:
         if name is not None and self._cache is not None and (known := self._cache.get(name)) is not None:
             return Prediction(*known, cached=True)
         module, inputs = self.module(data.spec.outputs), self._inputs_of(data)
-        load_into(module, {**backbone(), **head.tensors})
+        load_weights(module, {**backbone(), **head.tensors})
         title = f"evaluating {model} on {data.spec.name}"
         options = replace(self.options, seed=seed, progress=lambda done: progress(title, done))
         started = time.perf_counter()
