@@ -28,6 +28,7 @@ from mergelab.engine.run import merge
 from mergelab.errors import ConfigError, listed
 from mergelab.experiment.opening import MergeScope, open_models
 from mergelab.experiment.sources import ModelSource, from_list
+from mergelab.experiment.tying import untied_config
 from mergelab.models.architecture import quiet_transformers
 from mergelab.models.encoder_decoder import PAIRED
 from mergelab.models.vocabulary import MergedVocabulary, Policy
@@ -64,6 +65,7 @@ def method_function(name: str) -> Callable[..., Any]:
         passthrough: Sequence[str] = (),
         leave_out: Sequence[int] | Mapping[str, Sequence[int]] = (),
         vocab: Policy | None = None,
+        untie: bool = False,
         seed: int = 0,
         **parameters: Any,
     ) -> Any:
@@ -80,13 +82,13 @@ def method_function(name: str) -> Callable[..., Any]:
             return dict(merge(method, checked, aligned, seed=seed, output=output))
 
         if not method.one_model_per_expert:
-            return _merge_models(models, combine, task, base_index, passthrough, leave_out, vocab)
+            return _merge_models(models, combine, task, base_index, passthrough, leave_out, vocab, untie)
 
         def for_expert(index: int) -> Any:
             def own(aligned: AlignedModels) -> dict[str, Tensor]:
                 return combine(aligned, aligned.experts[index].name)
 
-            return _merge_models(models, own, task, base_index, passthrough, leave_out, vocab)
+            return _merge_models(models, own, task, base_index, passthrough, leave_out, vocab, untie)
 
         return [for_expert(index) for index in range(len(models) - (base_index is not None))]
 
@@ -106,7 +108,8 @@ def _usage(method: MergeMethod) -> str:
         "Tensors that match ``passthrough`` skip the merge: the experts' mean is taken. The layers ``leave_out``\n"
         "(``[0, 1]``: of the encoder and of the decoder, or ``{'encoder': [0], 'decoder': [1]}``) stay the base's.\n"
         "Ids and folders whose tokens differ are merged by token with ``vocab='base'`` (the base's tokens) or\n"
-        "``vocab='union'`` (those of all); the pipeline then has the tokenizer that belongs to the merged model."
+        "``vocab='union'`` (those of all); the pipeline then has the tokenizer that belongs to the merged model.\n"
+        "Models of which some tie input and output embeddings and others do not are merged untied with ``untie=True``."
         + (" The result is a list of models, one for each expert." if method.one_model_per_expert else "")
     )
 
@@ -191,6 +194,7 @@ def _merge_models(
     passthrough: Sequence[str],
     leave_out: Sequence[int] | Mapping[str, Sequence[int]] = (),
     vocab: Policy | None = None,
+    untie: bool = False,
 ) -> Any:
     """Open ``models``, combine what they share, average what skips the merge, and return the last one's kind."""
     if not models:
@@ -205,7 +209,7 @@ def _merge_models(
         )
     experts = from_list(models, base_index)
     base = None if base_index is None else experts.pop(base_index)
-    scope = MergeScope(passthrough, _layers(leave_out), vocab=vocab, separate_heads=False, key="")
+    scope = MergeScope(passthrough, _layers(leave_out), vocab=vocab, separate_heads=False, untie=untie, key="")
     with torch.no_grad():
         opened = open_models(base, experts, scope)
         aligned = opened.aligned
@@ -214,7 +218,7 @@ def _merge_models(
         merged.setdefault(name, (aligned.base or aligned.experts[0]).get(name))
     for alias, name in aligned.aliases.items():  # a user's function returns the merged names alone
         merged.setdefault(alias, merged[name])
-    return _same_kind(experts[-1], merged, task, opened.vocabulary)
+    return _same_kind(experts[-1], merged, task, opened.vocabulary, untied=opened.untied)
 
 
 def _layers(leave_out: Sequence[int] | Mapping[str, Sequence[int]]) -> LeaveOut:
@@ -224,16 +228,28 @@ def _layers(leave_out: Sequence[int] | Mapping[str, Sequence[int]]) -> LeaveOut:
 
 
 def _same_kind(
-    template: ModelSource, merged: dict[str, Tensor], task: str | None, vocabulary: MergedVocabulary | None
+    template: ModelSource,
+    merged: dict[str, Tensor],
+    task: str | None,
+    vocabulary: MergedVocabulary | None,
+    *,
+    untied: bool,
 ) -> Any:
     """Return merged tensors as a model of the template's kind: a state dict, a module or a pipeline."""
+
+    def filled(module: nn.Module) -> nn.Module:
+        config: Any = getattr(module, "config", None)
+        if untied and config is not None:
+            config.update(untied_config(config.to_dict()))
+        return load_weights(module, merged, untied=untied)
+
     given, folder = template.given, template.folder
     if folder is None:
         if isinstance(given, nn.Module):
-            return load_weights(copy_module(given), merged)
+            return filled(copy_module(given))
         if isinstance(given, Mapping):
             return StateDict(merged)
-        return pipeline_with(given, load_weights(copy_module(given.model), merged))
+        return pipeline_with(given, filled(copy_module(given.model)))
     if task is None:
         if template.architecture is None or template.architecture.name != PAIRED:
             raise ConfigError("merging hub ids or folders makes a pipeline: say which with task='text-classification'")
@@ -241,7 +257,7 @@ def _same_kind(
 
         with quiet_transformers():
             module = EncoderDecoderModel.from_pretrained(folder, local_files_only=True, dtype="auto")
-        return load_weights(module, merged)
+        return filled(module)
     with quiet_transformers(), ExitStack() as stack:
         pipe = load_pipeline(
             folder,
@@ -249,5 +265,5 @@ def _same_kind(
             tokenizer=stack.enter_context(vocabulary.companions(folder)) if vocabulary else None,
             adapt=functools.partial(vocabulary.fit, folder=folder) if vocabulary else None,
         )
-    load_weights(pipe.model, merged)
+    filled(pipe.model)
     return pipe

@@ -149,6 +149,8 @@ class ModelsConfig(Schema):
     """Whether weights that no checkpoint had, such as a warm start's cross-attention, are merged like any other."""
     vocab: Literal["base", "union"] | None = None
     """Whose tokens the merged model has, where the models' differ: the base's, or those of all; None: they do not."""
+    untie: bool = False
+    """Whether tensors that some models tie and others do not, as input and output embedding, are merged apart."""
     mini: Literal["law_recipes", "summaries"] | None = None
     """The embedded miniature that takes the models' place without a hub; None: that of the measured GLUE tasks."""
 

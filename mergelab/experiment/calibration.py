@@ -73,7 +73,8 @@ class TrainingExamples:
         """Load the expert's weights and its own head into the session's module."""
         head = self.session.heads.of_expert(self.index, self.data.spec)
         module = self.session.module(head.outputs)
-        return load_weights(module, {**self.session.opened.expert_backbone(self.index), **head.tensors})
+        opened = self.session.opened
+        return load_weights(module, {**opened.expert_backbone(self.index), **head.tensors}, untied=opened.untied)
 
     def batches(self) -> Iterator[Batch]:
         """Yield all examples as inputs, those of like length together."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mergelab.errors import ConfigError, KeyMismatch, ModelError, ShapeMismatch, did_you_mean, listed
 from mergelab.experiment.label_orders import Order, in_order, label_orders
+from mergelab.experiment.tying import with_ties
 from mergelab.models.architecture import Architecture, head_names
 from mergelab.models.encoder_decoder import PAIRED
 from mergelab.models.heads import mean_of
@@ -44,6 +45,7 @@ class MergeScope:
         separate_heads: whether classifiers' heads are no part of the merge; else they are merged like the backbone,
             their outputs in the order of the last expert's labels.
         dtype: what merged tensors are rounded to, once; None: the models' own.
+        untie: whether tensors that some models tie and others do not are merged apart, in all of them.
         key: what the configuration's keys begin with in messages.
     """
 
@@ -53,6 +55,7 @@ class MergeScope:
     vocab: Policy | None = None
     separate_heads: bool = True
     dtype: torch.dtype | None = None
+    untie: bool = False
     key: str = "models."
 
 
@@ -71,6 +74,8 @@ class OpenedModels:
         aligned: the models under common names, without what skips the merge.
         passed_through: what skips the merge, as the merged model has it; separate heads aside.
         dtype: what merged tensors are rounded to, once; None: the models' own.
+        untied: whether the merged model has tensors apart that the config of some model ties.
+        all_names: whether tied tensors have to be stored under all their names, as some model's config ties nothing.
     """
 
     base: ModelSource | None
@@ -82,6 +87,8 @@ class OpenedModels:
     aligned: AlignedModels
     passed_through: dict[str, Tensor]
     dtype: torch.dtype | None
+    untied: bool = False
+    all_names: bool = False
 
     @property
     def models(self) -> tuple[ModelSource, ...]:
@@ -135,7 +142,8 @@ def open_models(base: ModelSource | None, experts: Sequence[ModelSource], scope:
     heads = next((head_names(e.tensors.keys(), e.architecture) for e in experts if e.architecture), ())
     orders: list[Order | None] = [None] * len(models) if scope.separate_heads else _label_orders(base, experts, scope)
     sources = [in_order(model, order) for model, order in zip(models, orders, strict=True)]
-    aligned, heads = _aligned(models, sources, heads, vocabulary, kind, scope, has_base=base is not None)
+    ties = with_ties(models, sources, untie=scope.untie, key=f"{scope.key}untie")
+    aligned, heads = _aligned(models, ties.sources, heads, vocabulary, kind, scope, has_base=base is not None)
     means = _means(aligned, heads, scope)
     new = [] if scope.merge_new else [model.new_names for model in models]
     layers = left_out(aligned.names, scope.leave_out, key=f"{scope.key}leave_out")
@@ -150,6 +158,8 @@ def open_models(base: ModelSource | None, experts: Sequence[ModelSource], scope:
         aligned=aligned,
         passed_through={**means, **others},
         dtype=scope.dtype,
+        untied=ties.untied,
+        all_names=ties.all_names,
     )
 
 

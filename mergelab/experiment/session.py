@@ -56,6 +56,7 @@ def open_session(located: LocatedModels, tasks: Sequence[TaskSpec], config: Expe
         leave_out=models.leave_out,
         merge_new=models.merge_new,
         vocab=models.vocab,
+        untie=models.untie,
         dtype=None if config.save.dtype is None else getattr(torch, config.save.dtype),
     )
     base = located.base
@@ -173,7 +174,7 @@ class Session:
         if name is not None and self._cache is not None and (known := self._cache.get(name)) is not None:
             return Prediction(*known, cached=True)
         module, inputs = self.module(data.spec.outputs), self._inputs_of(data)
-        load_weights(module, {**backbone(), **head.tensors})
+        load_weights(module, {**backbone(), **head.tensors}, untied=self.opened.untied)
         title = f"evaluating {model} on {data.spec.name}"
         options = replace(self.options, seed=seed, progress=lambda done: progress(title, done))
         started = time.perf_counter()

@@ -148,6 +148,11 @@ def as_in(module: nn.Module, source: TensorSource) -> TensorSource:
     return source if plan.is_identity else ConvertedSource(source, plan)
 
 
+def names_in(module: nn.Module, source: TensorSource) -> dict[str, str]:
+    """Return the stored name of each tensor that ``module`` has as it is stored, by its name in the module."""
+    return dict(_plan(module, [*source.keys(), *source.aliases()], source.name).renamed)
+
+
 def check_readable(module: nn.Module, source: TensorSource) -> None:
     """Check that transformers reads a source's tensors as they are once they are stored under their names here.
 
@@ -159,7 +164,7 @@ def check_readable(module: nn.Module, source: TensorSource) -> None:
     if changed:
         raise ModelError(
             f"{source.name}: transformers has {listed(changed)} of {type(module).__name__} in another layout in memory "
-            "than in files; save all models with one version of transformers, so that their files have the same names"
+            "than in files; save all models with one version of transformers, so that their files have equal names"
         )
 
 

@@ -51,6 +51,11 @@ def is_optional(key: str) -> bool:
     return _OPTIONAL.search(key) is not None
 
 
+def is_embedding(key: str) -> bool:
+    """Return whether ``key`` names an embedding: ``wte.weight``, ``model.embed_tokens.weight``, ``shared.weight``."""
+    return _BEFORE_LAYERS.search(key) is not None
+
+
 def matches_any(key: str, patterns: Iterable[str]) -> bool:
     """Return whether ``key`` matches one of the shell-style patterns (``classifier.*``); case matters."""
     return any(fnmatchcase(key, pattern) for pattern in patterns)
