@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mergelab.config import PairConfig, ReferenceConfig, Schema, check
 from mergelab.errors import ConfigError, ModelError
-from mergelab.models.architecture import Architecture, architecture, architecture_of, skeleton
+from mergelab.models.architecture import Architecture, architecture, architecture_of
 from mergelab.models.encoder_decoder import newly_initialised
 from mergelab.models.parts import ModelPart, with_part
 from mergelab.models.references import local_folder, parse_reference
@@ -65,7 +65,7 @@ class ModelSource:
     def skeleton(self) -> nn.Module | None:
         """Its module in transformers, for the names of its tensors; None where transformers has none."""
         if self.checkpoint is not None:
-            return skeleton(self.checkpoint.folder, self.label or self.name)
+            return self.checkpoint.skeleton
         module = module_of(self.given)
         return module if is_transformers_model(module) else None
 

@@ -13,7 +13,7 @@ from torch import nn
 from mergelab.errors import ModelError, listed
 from mergelab.weights.align import RenamedSource
 from mergelab.weights.conversion import names_in, tied_parameters
-from mergelab.weights.naming import is_embedding, layer_of
+from mergelab.weights.naming import is_token_embedding, layer_of
 from mergelab.weights.source import TensorSource, layout_of
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _may_matter(models: Sequence[ModelSource], sources: Sequence[TensorSource]) 
         for a, b in pairs:
             if _first_rows_equal(source, a, b):
                 return True
-            if not (is_embedding(a) or is_embedding(b)):
+            if len(source.shape(a)) < 2 or not (is_token_embedding(a) or is_token_embedding(b)):
                 continue
             if any((a in names) != (b in names) for names in everything[:at] + everything[at + 1 :]):
                 return True

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab.errors import ModelError
 from mergelab.weights.naming import backbone_prefix
+from mergelab.weights.skeleton import quiet_transformers as quiet_transformers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -112,45 +113,6 @@ def head_names(names: Iterable[str], kind: Architecture) -> tuple[str, ...]:
 def tokenizer_folder(folders: Iterable[Path]) -> Path | None:
     """Find the first of ``folders`` that has a tokenizer."""
     return next((folder for folder in folders if any((folder / file).exists() for file in _TOKENIZER_FILES)), None)
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from printing progress bars and advice while a model is opened."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def skeleton(folder: Path, model: str) -> nn.Module | None:
-    """Build the model of a folder's config without weights: what transformers calls its tensors, and which it ties.
-
-    Returns:
-        The module on the meta device; None where transformers has no such class, or cannot build it.
-    """
-    import torch
-    import transformers
-
-    name = str((read_config(folder, model).get("architectures") or [""])[0])
-    cls: Any = getattr(transformers, name, None)
-    if cls is None or not hasattr(cls, "base_model_prefix"):
-        return None
-    try:
-        with quiet_transformers(), torch.device("meta"):
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            module: nn.Module = cls(config)
-            module.tie_weights()  # type: ignore[operator]
-    except Exception:  # a config that does not fit its class can raise anything
-        return None
-    return module
 
 
 def open_classifier(folder: Path, model: str, num_labels: int) -> nn.Module:

@@ -153,6 +153,16 @@ def names_in(module: nn.Module, source: TensorSource) -> dict[str, str]:
     return dict(_plan(module, [*source.keys(), *source.aliases()], source.name).renamed)
 
 
+def fit(module: nn.Module, names: Collection[str]) -> tuple[int, int]:
+    """Count the tensors of ``module`` that transformers makes of stored ones, and how many it has under these names."""
+    own = module.state_dict().keys()
+    try:
+        plan = _plan(module, names, type(module).__name__)
+    except (KeyMismatch, ModelError):
+        return 0, 0
+    return len(own & {*plan.renamed, *(group.name for group in plan.computed)}), len(own & set(names))
+
+
 def check_readable(module: nn.Module, source: TensorSource) -> None:
     """Check that transformers reads a source's tensors as they are once they are stored under their names here.
 

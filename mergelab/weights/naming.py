@@ -51,9 +51,9 @@ def is_optional(key: str) -> bool:
     return _OPTIONAL.search(key) is not None
 
 
-def is_embedding(key: str) -> bool:
-    """Return whether ``key`` names an embedding: ``wte.weight``, ``model.embed_tokens.weight``, ``shared.weight``."""
-    return _BEFORE_LAYERS.search(key) is not None
+def is_token_embedding(key: str) -> bool:
+    """Return whether ``key`` may name an embedding of tokens: ``wte.weight``, ``model.embed_tokens.weight``."""
+    return _BEFORE_LAYERS.search(key) is not None and _OTHER_EMBEDDING.search(key) is None
 
 
 def matches_any(key: str, patterns: Iterable[str]) -> bool:
@@ -124,6 +124,7 @@ def _leading_parts(keys: Iterable[str]) -> Sequence[str]:
 # A stack's name and the number of a layer in it: encoder.layer.3., transformer.h.3., decoder.block.3.
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 _PART = re.compile(r"(^|\.)(encoder|decoder)(\.|$)")
+_OTHER_EMBEDDING = re.compile(r"position|token_type|segment|wpe|[Nn]orm")
 _BEFORE_LAYERS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)(\.|$)")
 
 
