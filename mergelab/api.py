@@ -28,11 +28,13 @@ from mergelab.engine.run import merge
 from mergelab.errors import ConfigError, listed
 from mergelab.experiment.opening import MergeScope, open_models
 from mergelab.experiment.sources import ModelSource, from_list
+from mergelab.experiment.tying import untied_config
 from mergelab.models.architecture import quiet_transformers
 from mergelab.models.encoder_decoder import PAIRED
 from mergelab.models.vocabulary import MergedVocabulary, Policy
 from mergelab.weights.align import AlignedModels, check_finite
-from mergelab.weights.module import copy_module, load_into
+from mergelab.weights.conversion import load_weights
+from mergelab.weights.module import copy_module
 from mergelab.weights.pretrained import load_pipeline, pipeline_with
 from mergelab.weights.source import DictSource
 from mergelab.weights.state_dict import StateDict, dict_map
@@ -64,6 +66,7 @@ def method_function(name: str) -> Callable[..., Any]:
         leave_out: Sequence[int] | Mapping[str, Sequence[int]] = (),
         vocab: Policy | None = None,
         config: Literal["last"] | None = None,
+        untie: bool = False,
         seed: int = 0,
         **parameters: Any,
     ) -> Any:
@@ -80,13 +83,13 @@ def method_function(name: str) -> Callable[..., Any]:
             return dict(merge(method, checked, aligned, seed=seed, output=output))
 
         if not method.one_model_per_expert:
-            return _merge_models(models, combine, task, base_index, passthrough, leave_out, vocab, config)
+            return _merge_models(models, combine, task, base_index, passthrough, leave_out, vocab, config, untie)
 
         def for_expert(index: int) -> Any:
             def own(aligned: AlignedModels) -> dict[str, Tensor]:
                 return combine(aligned, aligned.experts[index].name)
 
-            return _merge_models(models, own, task, base_index, passthrough, leave_out, vocab, config)
+            return _merge_models(models, own, task, base_index, passthrough, leave_out, vocab, config, untie)
 
         return [for_expert(index) for index in range(len(models) - (base_index is not None))]
 
@@ -108,7 +111,9 @@ def _usage(method: MergeMethod) -> str:
         "Ids and folders whose tokens differ are merged by token with ``vocab='base'`` (the base's tokens) or\n"
         "``vocab='union'`` (those of all); the pipeline then has the tokenizer that belongs to the merged model.\n"
         "Models whose configs differ in what their weights mean are merged only with ``config='last'``, under the\n"
-        "last one's." + (" The result is a list of models, one for each expert." if method.one_model_per_expert else "")
+        "last one's. Models of which some tie input and output embeddings and others do not are merged untied with\n"
+        "``untie=True``."
+        + (" The result is a list of models, one for each expert." if method.one_model_per_expert else "")
     )
 
 
@@ -196,6 +201,7 @@ def _merge_models(
     leave_out: Sequence[int] | Mapping[str, Sequence[int]] = (),
     vocab: Policy | None = None,
     config: Literal["last"] | None = None,
+    untie: bool = False,
 ) -> Any:
     """Open ``models``, combine what they share, average what skips the merge, and return the last one's kind."""
     if not models:
@@ -218,6 +224,7 @@ def _merge_models(
         vocab=vocab,
         separate_heads=False,
         any_config=config is not None,
+        untie=untie,
         key="",
     )
     with torch.no_grad():
@@ -228,7 +235,7 @@ def _merge_models(
         merged.setdefault(name, (aligned.base or aligned.experts[0]).get(name))
     for alias, name in aligned.aliases.items():  # a user's function returns the merged names alone
         merged.setdefault(alias, merged[name])
-    return _same_kind(experts[-1], merged, task, opened.vocabulary)
+    return _same_kind(experts[-1], merged, task, opened.vocabulary, untied=opened.untied)
 
 
 def _layers(leave_out: Sequence[int] | Mapping[str, Sequence[int]]) -> LeaveOut:
@@ -238,16 +245,28 @@ def _layers(leave_out: Sequence[int] | Mapping[str, Sequence[int]]) -> LeaveOut:
 
 
 def _same_kind(
-    template: ModelSource, merged: dict[str, Tensor], task: str | None, vocabulary: MergedVocabulary | None
+    template: ModelSource,
+    merged: dict[str, Tensor],
+    task: str | None,
+    vocabulary: MergedVocabulary | None,
+    *,
+    untied: bool,
 ) -> Any:
     """Return merged tensors as a model of the template's kind: a state dict, a module or a pipeline."""
+
+    def filled(module: nn.Module) -> nn.Module:
+        config: Any = getattr(module, "config", None)
+        if untied and config is not None:
+            config.update(untied_config(config.to_dict()))
+        return load_weights(module, merged, untied=untied)
+
     given, folder = template.given, template.folder
     if folder is None:
         if isinstance(given, nn.Module):
-            return load_into(copy_module(given), merged)
+            return filled(copy_module(given))
         if isinstance(given, Mapping):
             return StateDict(merged)
-        return pipeline_with(given, load_into(copy_module(given.model), merged))
+        return pipeline_with(given, filled(copy_module(given.model)))
     if task is None:
         if template.architecture is None or template.architecture.name != PAIRED:
             raise ConfigError("merging hub ids or folders makes a pipeline: say which with task='text-classification'")
@@ -255,7 +274,7 @@ def _same_kind(
 
         with quiet_transformers():
             module = EncoderDecoderModel.from_pretrained(folder, local_files_only=True, dtype="auto")
-        return load_into(module, merged)
+        return filled(module)
     with quiet_transformers(), ExitStack() as stack:
         pipe = load_pipeline(
             folder,
@@ -263,5 +282,5 @@ def _same_kind(
             tokenizer=stack.enter_context(vocabulary.companions(folder)) if vocabulary else None,
             adapt=functools.partial(vocabulary.fit, folder=folder) if vocabulary else None,
         )
-    load_into(pipe.model, merged)
+    filled(pipe.model)
     return pipe

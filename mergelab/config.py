@@ -151,6 +151,8 @@ class ModelsConfig(Schema):
     """Whose tokens the merged model has, where the models' differ: the base's, or those of all; None: they do not."""
     config: str | None = None
     """Whose config the merged model has, ``base`` or an expert's name, where the models' differ; None: they do not."""
+    untie: bool = False
+    """Whether tensors that some models tie and others do not, as input and output embedding, are merged apart."""
     mini: Literal["law_recipes", "summaries"] | None = None
     """The embedded miniature that takes the models' place without a hub; None: that of the measured GLUE tasks."""
 

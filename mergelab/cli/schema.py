@@ -85,6 +85,7 @@ def register() -> None:
         "config": None,
         "leave_out": None,
         "merge_new": False,
+        "untie": False,
     }
     # A method's parameters and a task's settings are checked, with a better message, by the method and the task.
     owned = DictConfig({}, flags=_OPEN)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mergelab.config import cache_dir
 from mergelab.errors import ConfigError, DataError
 from mergelab.estimation.examples import LABELS, Batch
-from mergelab.weights.module import load_into
+from mergelab.weights.conversion import load_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,9 +73,9 @@ class TrainingExamples:
     def module(self) -> nn.Module:
         """Load the expert's weights and its own head into the session's module."""
         head = self.session.heads.of_expert(self.index, self.data.spec)
-        module = self.session.module(head.outputs, self._described)
-        backbone = self.session.opened.expert_backbone(self.index, in_merged_rows=True)
-        return load_into(module, {**backbone, **head.tensors})
+        opened, module = self.session.opened, self.session.module(head.outputs, self._described)
+        backbone = opened.expert_backbone(self.index, in_merged_rows=True)
+        return load_weights(module, {**backbone, **head.tensors}, untied=opened.untied)
 
     def batches(self) -> Iterator[Batch]:
         """Yield all examples as inputs, those of like length together."""

@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergelab.errors import ConfigError, ModelError, did_you_mean, listed
+from mergelab.errors import ConfigError, KeyMismatch, ModelError, ShapeMismatch, did_you_mean, listed
 from mergelab.experiment.agreement import check_configs, say_whose
 from mergelab.experiment.label_orders import Labels, Order, in_order, label_orders
+from mergelab.experiment.tying import with_ties
 from mergelab.models.architecture import Architecture, head_names
 from mergelab.models.encoder_decoder import PAIRED
 from mergelab.models.heads import mean_of
@@ -20,6 +21,7 @@ from mergelab.models.rows import in_own_rows
 from mergelab.models.skipping import left_out, set_aside
 from mergelab.models.vocabulary import MergedVocabulary, check_vocabularies, merged_vocabulary
 from mergelab.weights.align import AlignedModels, align, check_finite
+from mergelab.weights.conversion import as_in, check_readable
 from mergelab.weights.naming import matches_any
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class MergeScope:
         owner: the model whose config the merged one has; None: the last expert.
         tokenizer: the model whose tokenizer it has; None: the same.
         dtype: what merged tensors are rounded to, once; None: the models' own.
+        untie: whether tensors that some models tie and others do not are merged apart, in all of them.
         key: what the configuration's keys begin with in messages.
     """
 
@@ -60,6 +63,7 @@ class MergeScope:
     owner: ModelSource | None = None
     tokenizer: ModelSource | None = None
     dtype: torch.dtype | None = None
+    untie: bool = False
     key: str = "models."
 
 
@@ -78,6 +82,8 @@ class OpenedModels:
         aligned: the models under common names, without what skips the merge.
         passed_through: what skips the merge, as the merged model has it; separate heads aside.
         dtype: what merged tensors are rounded to, once; None: the models' own.
+        untied: whether the merged model has tensors apart that the config of some model ties.
+        all_names: whether tied tensors have to be stored under all their names, as some model's config ties nothing.
     """
 
     base: ModelSource | None
@@ -89,6 +95,8 @@ class OpenedModels:
     aligned: AlignedModels
     passed_through: dict[str, Tensor]
     dtype: torch.dtype | None
+    untied: bool = False
+    all_names: bool = False
 
     @property
     def models(self) -> tuple[ModelSource, ...]:
@@ -150,13 +158,8 @@ def open_models(base: ModelSource | None, experts: Sequence[ModelSource], scope:
     heads = next((head_names(e.tensors.keys(), e.architecture) for e in experts if e.architecture), ())
     orders: list[Order | None] = [None] * len(models) if scope.separate_heads else _label_orders(base, experts, scope)
     sources = [in_order(model, order) for model, order in zip(models, orders, strict=True)]
-    aligned = align(
-        sources[0] if base is not None else None,
-        sources[-len(experts) :],
-        ignore=[*(heads if scope.separate_heads else ()), *scope.passthrough],
-        backbone_prefix=f"{kind.prefix}." if kind is not None and kind.is_classifier and kind.prefix else None,
-        adapt=None if vocabulary is None else partial(vocabulary.adapt, heads=heads),
-    )
+    ties = with_ties(models, sources, untie=scope.untie, key=f"{scope.key}untie")
+    aligned, heads = _aligned(models, ties.sources, heads, vocabulary, kind, scope, has_base=base is not None)
     means = _means(aligned, heads, scope)
     new = [] if scope.merge_new else [model.new_names for model in models]
     layers = left_out(aligned.names, scope.leave_out, key=f"{scope.key}leave_out")
@@ -172,7 +175,56 @@ def open_models(base: ModelSource | None, experts: Sequence[ModelSource], scope:
         aligned=aligned,
         passed_through={**means, **others},
         dtype=scope.dtype,
+        untied=ties.untied,
+        all_names=ties.all_names,
     )
+
+
+def _aligned(
+    models: Sequence[ModelSource],
+    sources: Sequence[TensorSource],
+    heads: Sequence[str],
+    vocabulary: MergedVocabulary | None,
+    kind: Architecture | None,
+    scope: MergeScope,
+    *,
+    has_base: bool,
+) -> tuple[AlignedModels, tuple[str, ...]]:
+    """Bring models under common names: those that they store, or where these differ, transformers' own.
+
+    Args:
+        models: as they were given, the base first where there is one.
+        sources: their tensors, in the same order.
+        heads: the stored names of the experts' heads.
+        vocabulary, kind, scope: as in `open_models`.
+        has_base: whether the first model is the base.
+
+    Returns:
+        The aligned models, and the names of the heads' tensors.
+    """
+
+    def aligned(sources: Sequence[TensorSource], heads: Sequence[str]) -> AlignedModels:
+        return align(
+            sources[0] if has_base else None,
+            sources[1:] if has_base else sources,
+            ignore=[*(heads if scope.separate_heads else ()), *scope.passthrough],
+            backbone_prefix=f"{kind.prefix}." if kind is not None and kind.is_classifier and kind.prefix else None,
+            adapt=None if vocabulary is None else partial(vocabulary.adapt, heads=heads),
+        )
+
+    try:
+        return aligned(sources, heads), tuple(heads)
+    except (KeyMismatch, ShapeMismatch):
+        module = next((found for model in reversed(models) if (found := model.skeleton) is not None), None)
+        if module is None:
+            raise
+        converted = [as_in(module, source) for source in sources]
+        if all(new is old for new, old in zip(converted, sources, strict=True)):
+            raise
+    for source in converted:
+        check_readable(module, source)
+    heads = () if kind is None else head_names(converted[-1].keys(), kind)
+    return aligned(converted, heads), tuple(heads)
 
 
 def _common_architecture(

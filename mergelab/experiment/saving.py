@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab.errors import listed
+from mergelab.experiment.tying import untied_config
+from mergelab.models.architecture import read_config
 from mergelab.models.encoder_decoder import PAIRED
 from mergelab.weights.source import TensorInfo, TensorPart, layout_of
 from mergelab.weights.writer import complete_files, is_unfinished, making_of, stay, writing_folder
@@ -95,10 +97,12 @@ class Saving:
 
     @cached_property
     def _copies(self) -> dict[str, str]:
-        """Find tied tensors that are stored under both names: an encoder's and its decoder's.
+        """Find tied tensors that are stored under both names: an encoder's and its decoder's, and what no config ties.
 
         Transformers 5 does not tie these when it loads a model, and would draw the decoder's anew.
         """
+        if self._opened.all_names:
+            return dict(self._opened.aligned.aliases)
         if not self._is_pair:
             return {}
         return {alias: name for alias, name in self._opened.aligned.aliases.items() if _part(alias) != _part(name)}
@@ -120,6 +124,8 @@ class Saving:
             writers = []
             for place, head, updates in folders:
                 heads = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in head.items()]
+                if self._opened.untied:
+                    updates = {**untied_config(read_config(like, str(like))), **updates}
                 writer = stack.enter_context(
                     writing_folder(
                         place,

@@ -16,7 +16,7 @@ from mergelab.experiment.description import config_owner, describe
 from mergelab.experiment.heads import Heads
 from mergelab.experiment.opening import MergeScope, open_models
 from mergelab.experiment.sources import from_folder
-from mergelab.weights.module import load_into
+from mergelab.weights.conversion import load_weights
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,7 @@ def open_session(located: LocatedModels, tasks: Sequence[TaskSpec], config: Expe
         any_config=models.config is not None,
         owner=config_owner(source, experts, models.config, config.save.tokenizer),
         tokenizer=chosen,
+        untie=models.untie,
         dtype=None if config.save.dtype is None else getattr(torch, config.save.dtype),
     )
     opened = open_models(source, experts, scope)
@@ -171,7 +172,7 @@ class Session:
         if name is not None and self._cache is not None and (known := self._cache.get(name)) is not None:
             return Prediction(*known, cached=True)
         module, inputs = self.module(data.spec.outputs, of), self.inputs(data, of)
-        load_into(module, {**backbone(), **head.tensors})
+        load_weights(module, {**backbone(), **head.tensors}, untied=self.opened.untied)
         title = f"evaluating {model} on {data.spec.name}"
         options = replace(self.options, seed=seed, progress=lambda done: progress(title, done))
         started = time.perf_counter()

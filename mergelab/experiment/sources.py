@@ -18,6 +18,7 @@ from mergelab.models.parts import ModelPart, with_part
 from mergelab.models.references import local_folder, parse_reference
 from mergelab.models.vocabulary import LoadedTokens
 from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
+from mergelab.weights.conversion import is_transformers_model
 from mergelab.weights.module import module_of
 from mergelab.weights.source import DictSource, TensorSource
 
@@ -59,6 +60,14 @@ class ModelSource:
             return architecture(self.checkpoint.folder, self.label or self.name, self.tensors.keys())
         module = module_of(self.given)
         return None if module is None else architecture_of(module, self.tensors.keys())
+
+    @cached_property
+    def skeleton(self) -> nn.Module | None:
+        """Its module in transformers, for the names of its tensors; None where transformers has none."""
+        if self.checkpoint is not None:
+            return self.checkpoint.skeleton
+        module = module_of(self.given)
+        return module if is_transformers_model(module) else None
 
     @property
     def class_names(self) -> list[str]:

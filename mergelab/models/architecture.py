@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab.errors import ModelError
 from mergelab.weights.naming import backbone_prefix
+from mergelab.weights.skeleton import quiet_transformers as quiet_transformers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -119,50 +120,39 @@ def tokenizer_folder(folders: Iterable[Path]) -> Path | None:
     return next((folder for folder in folders if any((folder / file).exists() for file in _TOKENIZER_FILES)), None)
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from printing progress bars and advice while a model is opened."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def open_classifier(folder: Path, model: str, num_labels: int) -> nn.Module:
     """Open a sequence classifier with ``num_labels`` outputs, float32, in evaluation mode, to load weights into.
+
+    Only its config is read: what the weights are is no matter of this.
 
     Raises:
         ModelError: transformers cannot build it.
     """
     from transformers import AutoModelForSequenceClassification
 
-    return _opened(
-        AutoModelForSequenceClassification, folder, model, num_labels=num_labels, ignore_mismatched_sizes=True
-    )
+    return _opened(AutoModelForSequenceClassification, folder, model, num_labels=num_labels)
 
 
 def open_generator(folder: Path, model: str) -> nn.Module:
     """Open a model that writes texts, alone or behind an encoder, float32, in evaluation mode, to load weights into.
 
+    Only its config and generation config are read. A model that also reads images writes after texts alone.
+
     Raises:
         ModelError: transformers cannot build it, or it looks ahead, so that it cannot write.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, EncoderDecoderModel
+    import transformers
 
     config = read_config(folder, model)
+    own: Any = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
     if config.get("model_type") == "encoder-decoder":
-        cls: Any = EncoderDecoderModel
+        cls: Any = transformers.EncoderDecoderModel
+    elif own is not None and own.__name__.endswith(_GENERATORS) and hasattr(own, "_from_config"):
+        cls = own
     elif config.get("is_encoder_decoder"):
-        cls = AutoModelForSeq2SeqLM
+        cls = transformers.AutoModelForSeq2SeqLM
     else:
-        cls = AutoModelForCausalLM
+        cls = transformers.AutoModelForCausalLM
     opened: Any = _opened(cls, folder, model)
     if getattr(opened.config, "is_decoder", True) is False and "ForMaskedLM" in _siblings(opened):
         raise ModelError(f"model {model}: is_decoder is false in its config.json: it looks ahead and cannot write")
@@ -177,11 +167,27 @@ def _siblings(module: nn.Module) -> str:
 
 
 def _opened(cls: Any, folder: Path, model: str, **options: Any) -> nn.Module:
+    """Build a model from its config, with weights that mean nothing: all of them are loaded before it is used."""
     import torch
+    from transformers import AutoConfig, GenerationConfig
 
     try:
-        with quiet_transformers():
-            module: nn.Module = cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with quiet_transformers(), _no_init_weights():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+            build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
+            module: Any = build(config, dtype=torch.float32)
+            module.tie_weights()
+            if (folder / "generation_config.json").is_file():
+                module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"model {model}: transformers cannot open it: {' '.join(str(error).split())[:300]}") from error
-    return module.eval()
+    return module.eval()  # type: ignore[no-any-return]
+
+
+def _no_init_weights() -> contextlib.AbstractContextManager[None]:
+    """Return transformers' context in which models are built without drawing weights."""
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:  # transformers 4
+        from transformers.modeling_utils import no_init_weights
+    return no_init_weights()  # type: ignore[no-any-return]

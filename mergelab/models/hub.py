@@ -16,19 +16,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mergelab.errors import HubError, listed
+from mergelab.errors import HubError, ModelError, listed
+from mergelab.weights.files import WEIGHT_FILES, WeightFiles, is_inside, weight_files
 
 # Any hub or mirror of it has something to say about this one, be it that it does not have it.
 _PROBED = "google-bert/bert-base-uncased"
 _REQUEST_SECONDS = 10.0
 
-# What weights are loaded by, in the order of preference that transformers has.
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 _TOKENIZER = re.compile(
     r"(decoder_tokenizer/)?(tokenizer\.(json|model)|tokenizer_config\.json|vocab\.(txt|json)|merges\.txt|bpe\.codes"
     r"|spiece\.model|sentencepiece(\.bpe)?\.model|spm\.model|(source|target)\.spm|special_tokens_map\.json"
@@ -92,7 +86,7 @@ def cached(repo_id: str, revision: str | None = None) -> Path | None:
             return folder
         recorded = try_to_load_from_cache(repo_id, "tokenizer_config.json", revision=folder.name)
         return folder if recorded is not None else None
-    except (ValueError, KeyError):  # a malformed id or index
+    except (ValueError, KeyError, HubError):  # a malformed id or index, or not all shards
         return None
 
 
@@ -164,7 +158,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     names = {sibling.rfilename for sibling in information.siblings or ()}
     if "config.json" not in names:
         raise HubError(f"{what} has no config.json: it is not a transformers checkpoint")
-    weights = _weights_among(names)
+    weights = _weights_among(names, what)
     if weights is None:
         others = sorted(name for name in names if name.endswith((".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt")))
         raise HubError(
@@ -175,7 +169,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     if not any(_TOKENIZER.fullmatch(name) for name in small):
         _record_absence(repo_id, information.sha, "tokenizer_config.json")
     # The weights come last: a snapshot that has them is then complete in all else, whenever it was interrupted.
-    folder = _snapshot(repo_id, revision, {*small, weights} if weights.endswith(".index.json") else small)
+    folder = _snapshot(repo_id, revision, {*small, weights.index} if weights.index else small)
     folder = _snapshot(repo_id, commit(folder) or revision, _weight_files(folder, weights))
     if absent := _absent_weights(folder):
         raise HubError(f"{what} lacks weight files that its index names: {listed(absent)}")
@@ -194,21 +188,29 @@ def _snapshot(repo_id: str, revision: str | None, names: Iterable[str]) -> Path:
     return Path(snapshot_download(repo_id, revision=revision, allow_patterns=sorted(names), tqdm_class=Bar))
 
 
-def _weights_among(names: Iterable[str]) -> str | None:
-    present = set(names)
-    return next((name for name in _WEIGHTS if name in present), None)
+def _weights_among(names: Iterable[str], what: str) -> WeightFiles | None:
+    """Choose a repository's weights by the names of its files; see `mergelab.weights.files.weight_files`.
+
+    Raises:
+        HubError: there are several variants of them, or a shard is missing.
+    """
+    try:
+        return weight_files(set(names))
+    except ModelError as error:
+        raise HubError(f"{what}: {error}") from None
 
 
-def _weight_files(folder: Path, weights: str) -> list[str]:
-    if not weights.endswith(".index.json"):
-        return [weights]
-    return sorted(set(json.loads((folder / weights).read_text(encoding="utf-8"))["weight_map"].values()))
+def _weight_files(folder: Path, weights: WeightFiles) -> list[str]:
+    if weights.index is None:
+        return list(weights.files)
+    files = set(json.loads((folder / weights.index).read_text(encoding="utf-8"))["weight_map"].values())
+    return sorted(file for file in files if is_inside(folder, file))
 
 
 def _absent_weights(folder: Path) -> list[str]:
     """List the weight files that ``folder`` should have and has not."""
-    weights = _weights_among(path.name for path in folder.iterdir())
-    wanted = _weight_files(folder, weights) if weights else [_WEIGHTS[0]]
+    weights = _weights_among((path.name for path in folder.iterdir()), str(folder))
+    wanted = _weight_files(folder, weights) if weights else [WEIGHT_FILES[0]]
     return [name for name in wanted if not (folder / name).is_file()]
 
 

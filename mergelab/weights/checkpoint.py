@@ -13,27 +13,23 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from mergelab.errors import KeyMismatch, ModelError, first_line, listed
+from mergelab.weights.files import find_weights, is_inside
 from mergelab.weights.hashing import file_sha256, joint_sha256
+from mergelab.weights.skeleton import skeleton
 from mergelab.weights.source import TensorInfo, tied_names
+from mergelab.weights.wrappers import unwrapped
 
 CONFIG = "config.json"
-# Tried in this order, as transformers does.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -61,6 +57,7 @@ _MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "
 class _WeightFile(Protocol):
     infos: dict[str, TensorInfo]
     ties: dict[str, str]
+    nested: bool  # whether the tensors are not at the top of the file
 
     def get(self, key: str) -> Tensor: ...
 
@@ -75,20 +72,40 @@ class Checkpoint:
         folder: its path.
         config: the parsed ``config.json``.
         files: its weight files, in name order.
+        standard: whether ``from_pretrained`` finds its weights and their names without further arguments.
     """
 
-    def __init__(self, name: str, folder: Path, config: dict[str, Any], shards: Mapping[Path, _WeightFile]) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        config: dict[str, Any],
+        shards: Mapping[Path, _WeightFile],
+        *,
+        standard: bool = True,
+    ) -> None:
         self.name = name
         self.folder = folder
         self.config = config
         self.files = tuple(sorted(shards))
-        self._home = {key: shards[path] for path in self.files for key in shards[path].infos}
-        self._aliases = {
+        home = {key: shards[path] for path in self.files for key in shards[path].infos}
+        ties = {
             alias: key
             for path in self.files
             for alias, key in shards[path].ties.items()
-            if key in self._home and alias not in self._home
+            if key in home and alias not in home
         }
+        clean = unwrapped([*home, *ties], name, lambda: self.skeleton)
+        self.standard = standard and clean is None
+        names = {stored: stored for stored in [*home, *ties]} if clean is None else _inverse(clean)
+        self._stored = {names[stored]: stored for stored in home}
+        self._aliases = {names[alias]: names[key] for alias, key in ties.items()}
+        self._home = {names[stored]: file for stored, file in home.items()}
+
+    @cached_property
+    def skeleton(self) -> nn.Module | None:
+        """Its module in transformers without weights, which says how its tensors are called; None if there is none."""
+        return skeleton(self.folder, self.config)
 
     def keys(self) -> list[str]:
         """List the stored tensors in the order of the files, one name per group of tied tensors."""
@@ -109,12 +126,12 @@ class Checkpoint:
             ModelError: the file was changed, truncated or replaced after it was opened.
         """
         info = self._info(key)
-        return self._home[info.name].get(info.name)
+        return self._file(key).get(info.name)
 
     def prefetch(self, key: str) -> None:
         """Request that the system read the data of ``key`` ahead, and return at once."""
         info = self._info(key)
-        self._home[info.name].prefetch(info.name)
+        self._file(key).prefetch(info.name)
 
     def aliases(self) -> dict[str, str]:
         """Return the further names of tied tensors that the files record, each with its stored name."""
@@ -129,18 +146,27 @@ class Checkpoint:
         return joint_sha256([file_sha256(path) for path in self.files])
 
     def _info(self, key: str) -> TensorInfo:
-        stored = self._aliases.get(key, key)
-        if stored not in self._home:
-            raise KeyMismatch(f"{self.name}: has no tensor {key!r} in {self.folder}")
-        return self._home[stored].infos[stored]
+        """Return shape and dtype of ``key``, and the name that it has in its file."""
+        file = self._file(key)
+        return file.infos[self._stored[self._aliases.get(key, key)]]
+
+    def _file(self, key: str) -> _WeightFile:
+        try:
+            return self._home[self._aliases.get(key, key)]
+        except KeyError:
+            raise KeyMismatch(f"{self.name}: has no tensor {key!r} in {self.folder}") from None
+
+
+def _inverse(names: Mapping[str, str]) -> dict[str, str]:
+    return {stored: name for name, stored in names.items()}
 
 
 def open_checkpoint(folder: Path | str, name: str | None = None) -> Checkpoint:
     """Open a model folder: read its config, its index and the headers of its weight files, but no weights.
 
     Args:
-        folder: ``config.json`` with ``model.safetensors`` or ``pytorch_model.bin``, in one file or in shards with an
-            index.
+        folder: ``config.json`` with ``model.safetensors`` or ``pytorch_model.bin``, in one file or in shards; see
+            `mergelab.weights.files.weight_files`.
         name: the model's name in error messages; default: the folder as given.
 
     Raises:
@@ -156,12 +182,23 @@ def open_checkpoint(folder: Path | str, name: str | None = None) -> Checkpoint:
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{name}: {folder} has no {CONFIG}")
     config = _read_json(folder / CONFIG, name)
-    main = next((folder / file for file in WEIGHT_FILES if (folder / file).is_file()), None)
-    if main is None:
-        raise ModelError(f"{name}: {folder} has no weights; looked for {', '.join(WEIGHT_FILES)}")
-    if main.suffix != ".json":
-        return Checkpoint(name, folder, config, {main: _open_file(main, name)})
-    return Checkpoint(name, folder, config, _open_shards(main, name))
+    found = find_weights(folder, config, name)
+    if found.index is not None:
+        shards = _open_shards(folder / found.index, name)
+    else:
+        shards = {folder / file: _open_file(folder / file, name) for file in found.files}
+        _check_distinct(shards, name)
+    read_as_stored = all(not file.nested for file in shards.values())
+    return Checkpoint(name, folder, config, shards, standard=found.standard and read_as_stored)
+
+
+def _check_distinct(shards: Mapping[Path, _WeightFile], name: str) -> None:
+    """Raise `ModelError` when a tensor is in two shards that no index divides the tensors among."""
+    first: dict[str, Path] = {}
+    for path, shard in shards.items():
+        for key in shard.infos:
+            if (other := first.setdefault(key, path)) != path:
+                raise ModelError(f"{name}: {key} is in {other.name} and in {path.name}, and there is no index")
 
 
 def _open_shards(index: Path, name: str) -> dict[Path, _WeightFile]:
@@ -172,7 +209,7 @@ def _open_shards(index: Path, name: str) -> dict[Path, _WeightFile]:
     indexed: dict[str, set[str]] = {}
     for key, file in weight_map.items():
         indexed.setdefault(file, set()).add(key)
-    if outside := [file for file in indexed if Path(file).name != file]:
+    if outside := [file for file in indexed if not is_inside(index.parent, file)]:
         raise ModelError(f"{name}: {index} names files outside its folder: {listed(outside)}")
     if absent := [file for file in sorted(indexed) if not (index.parent / file).is_file()]:
         raise ModelError(f"{name}: {index.name} names files that are not in {index.parent}: {listed(absent)}")
@@ -217,6 +254,8 @@ def changed_file() -> str | None:
 
 class _SafetensorsFile:
     """A safetensors file: header read and checked, data mapped."""
+
+    nested = False
 
     def __init__(self, path: Path, name: str) -> None:
         try:
@@ -289,6 +328,8 @@ class _TorchFile:
         content = _load_without_code(path, name)
         if not isinstance(content, Mapping):
             raise ModelError(f"{name}: {path} holds a {type(content).__name__}, not tensors by name")
+        self.nested = (inner := _inner(content)) is not None
+        content = content if inner is None else inner
         if others := [str(key) for key, value in content.items() if not isinstance(value, Tensor)]:
             raise ModelError(f"{name}: {path} holds values that are not tensors: {listed(others)}")
         self._tensors: dict[str, Tensor] = {str(key): value.detach() for key, value in content.items()}
@@ -304,6 +345,20 @@ class _TorchFile:
 
     def prefetch(self, key: str) -> None:
         """Do nothing: the system reads ahead in mapped files by itself."""
+
+
+# Under which training frameworks store a model's tensors in a file that holds more.
+_NESTED = ("state_dict", "model", "model_state_dict", "module")
+
+
+def _inner(content: Mapping[Any, Any]) -> Mapping[str, Tensor] | None:
+    """Return the tensors that a file holds under one key, beside others that are no tensors; None for other files."""
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return None
+    found = [content[key] for key in _NESTED if isinstance(content.get(key), Mapping) and content[key]]
+    if len(found) != 1 or not all(isinstance(value, Tensor) for value in found[0].values()):
+        return None
+    return cast("Mapping[str, Tensor]", found[0])
 
 
 def _load_without_code(path: Path, name: str) -> object:

@@ -51,6 +51,11 @@ def is_optional(key: str) -> bool:
     return _OPTIONAL.search(key) is not None
 
 
+def is_token_embedding(key: str) -> bool:
+    """Return whether ``key`` may name an embedding of tokens: ``wte.weight``, ``model.embed_tokens.weight``."""
+    return _BEFORE_LAYERS.search(key) is not None and _OTHER_EMBEDDING.search(key) is None
+
+
 def matches_any(key: str, patterns: Iterable[str]) -> bool:
     """Return whether ``key`` matches one of the shell-style patterns (``classifier.*``); case matters."""
     return any(fnmatchcase(key, pattern) for pattern in patterns)
@@ -119,6 +124,7 @@ def _leading_parts(keys: Iterable[str]) -> Sequence[str]:
 # A stack's name and the number of a layer in it: encoder.layer.3., transformer.h.3., decoder.block.3.
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 _PART = re.compile(r"(^|\.)(encoder|decoder)(\.|$)")
+_OTHER_EMBEDDING = re.compile(r"position|token_type|segment|wpe|[Nn]orm")
 _BEFORE_LAYERS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)(\.|$)")
 
 

@@ -1,0 +1,53 @@
+"""Build models of transformers without weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers from printing progress bars and advice while a model is opened."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def skeleton(folder: Path, config: Mapping[str, Any]) -> nn.Module | None:
+    """Build the model of a folder's config without weights: what transformers calls its tensors, and which it ties.
+
+    Args:
+        folder: with the config.
+        config: its content.
+
+    Returns:
+        The module on the meta device; None where transformers has no such class, or cannot build it.
+    """
+    import torch
+    import transformers
+
+    cls: Any = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+    if cls is None or not hasattr(cls, "base_model_prefix"):
+        return None
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            own = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            module: nn.Module = cls(own)
+            module.tie_weights()  # type: ignore[operator]
+    except Exception:  # a config that does not fit its class can raise anything
+        return None
+    return module
