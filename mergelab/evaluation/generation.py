@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from mergelab.errors import DataError, ModelError, NonFinite
-from mergelab.evaluation.classification import model_positions, plan_batches
+from mergelab.evaluation.classification import plan_batches
+from mergelab.evaluation.lengths import model_positions
 from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
 from mergelab.evaluation.packed_linear import inference_copy
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from mergelab.errors import ConfigError
-from mergelab.evaluation.classification import model_positions, plan_batches
+from mergelab.evaluation.classification import plan_batches
+from mergelab.evaluation.lengths import model_positions
 
 if TYPE_CHECKING:
     from mergelab.tasks.data import TaskData

@@ -79,14 +79,17 @@ class TrainingExamples:
         """Yield all examples as inputs, those of like length together."""
         import torch
 
-        from mergelab.evaluation.classification import agree_on_padding, check_lengths, input_batches
+        from mergelab.evaluation.classification import input_batches, layout_for
+        from mergelab.evaluation.lengths import check_inputs
+        from mergelab.evaluation.padding import set_padding_token
 
         module = self.session.module(self.data.spec.outputs)
         if self.data.spec.outputs:
-            check_lengths(module, self._encoded)
-            pad_id = agree_on_padding(module, self._encoded.pad_id)
+            check_inputs(module, self._encoded)
+            layout = layout_for(module, self._encoded)
+            set_padding_token(module, layout.pad_id)
             lengths = self._encoded.lengths
-            batches = input_batches(module, self._encoded, pad_id, self._batch_tokens)
+            batches = input_batches(module, self._encoded, layout, self._batch_tokens)
         else:
             lengths, batches = self._texts.lengths, self._texts.batches(self._batch_tokens)
         done = 0
@@ -98,7 +101,8 @@ class TrainingExamples:
 
     @cached_property
     def _encoded(self) -> Encoded:
-        from mergelab.evaluation.classification import encode, max_input_length
+        from mergelab.evaluation.classification import encode
+        from mergelab.evaluation.lengths import max_input_length
 
         tokenizer = self.session.tokenizer
         config = self.session.module(self.data.spec.outputs).config
