@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from mergelab.errors import DataError, NonFinite
+from mergelab.estimation.examples import Padding
 from mergelab.evaluation.lengths import check_inputs, max_input_length
 from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
 from mergelab.evaluation.packed_linear import inference_copy
 from mergelab.evaluation.padding import (
     NO_TOKEN,
-    Padding,
     choose_padding,
     resets,
     run_alone,
@@ -148,7 +148,6 @@ def predict_batches(
         ModelError: the model cannot be run on an example.
     """
     device = options.device_for(model)
-    check_inputs(model, encoded)
     layout = layout_for(model, encoded)
     copied = inference_copy(model, device, options.torch_dtype)
     set_padding_token(copied, layout.pad_id, model)
@@ -174,9 +173,12 @@ def layout_for(model: nn.Module, encoded: Encoded) -> Layout:
     """Find out how a classifier's examples can share a batch (`mergelab.evaluation.padding`).
 
     Raises:
+        DataError: an example is longer than the model allows, or has a token that the model does not know.
         ModelError: the model cannot be run on an example.
     """
-    pad_id = settle_padding_token(model, encoded)
+    ids = encoded.columns["input_ids"]
+    check_inputs(model, int(encoded.lengths.max(initial=0)), int(ids.max(initial=0)))
+    pad_id = settle_padding_token(model, ids, encoded.pad_id)
     sides: tuple[Padding, ...] = ("right", "left") if pad_id != NO_TOKEN else ("equal",)
     runners: list[_Runner] = []
 
@@ -239,10 +241,8 @@ def model_inputs(model: nn.Module, encoded: Encoded, members: Array, layout: Lay
     parameters = inspect.signature(model.forward).parameters
     lengths = encoded.lengths[members]
     columns = np.arange(lengths.max())
-    if layout.padding == "left":
-        filled = columns >= (lengths.max() - lengths)[:, None]
-    else:
-        filled = columns < lengths[:, None]
+    pads = lengths.max() - lengths
+    filled = (columns >= pads[:, None]) if layout.padding == "left" else (columns < lengths[:, None])
     takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
     inputs = {}
     if "attention_mask" in parameters or takes_any:

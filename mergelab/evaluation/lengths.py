@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from mergelab.errors import DataError
-
-if TYPE_CHECKING:
-    from mergelab.evaluation.classification import Encoded
 
 # Models without a limit on positions still get inputs of at most this many tokens.
 _DEFAULT_LENGTH = 512
@@ -74,21 +71,29 @@ def _unused_positions(config: Any) -> int:
     return int(pad) + 1 if counting in source or any(hasattr(each, counting) for each in classes) else 0
 
 
-def check_inputs(model: nn.Module, encoded: Encoded) -> None:
-    """Check that a built model can read the examples.
+def check_inputs(model: nn.Module, longest: int, last: int) -> None:
+    """Check that a built model can read examples of up to ``longest`` tokens, the greatest of which is ``last``.
 
     Raises:
         DataError: an example is longer than the model allows, or has a token that the model has no embedding for.
     """
     limits = (model_positions(getattr(model, "config", None)), _table_positions(model))
     allowed = min((limit for limit in limits if limit is not None), default=None)
-    longest = int(encoded.lengths.max(initial=0))
     if allowed is not None and longest > allowed:
         raise DataError(
             f"an example has {longest} tokens, the model allows {allowed}: encode with that max_length "
             f"(eval.max_length={allowed})"
         )
-    rows, last = vocabulary_size(model), int(encoded.columns["input_ids"].max(initial=0))
+    check_tokens(model, last)
+
+
+def check_tokens(model: nn.Module, last: int) -> None:
+    """Check that a model has embeddings for all tokens up to ``last``.
+
+    Raises:
+        DataError: it has not.
+    """
+    rows = vocabulary_size(model)
     if rows is not None and last >= rows:
         raise DataError(
             f"the tokenizer writes token {last}, and the model has embeddings for {rows} tokens: they do not belong "

@@ -8,7 +8,7 @@ tried once for each module: a few short examples alone, and in one padded batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
@@ -16,16 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from mergelab.errors import ModelError, first_line
+from mergelab.estimation.examples import Padding
 from mergelab.evaluation.lengths import vocabulary_size
 from mergelab.evaluation.packed_linear import inference_copy
 
-if TYPE_CHECKING:
-    from mergelab.evaluation.classification import Encoded
-
 Array = np.ndarray[Any, Any]
 
-# Pad on one side; only examples of equal length in a batch; one example in a batch.
-Padding = Literal["right", "left", "equal", "alone"]
 # Computes the outputs (b, d) of the examples at positions (b,), padded so.
 Run = Callable[[Array, Padding], Tensor]
 
@@ -79,7 +75,7 @@ def _tried(model: nn.Module, lengths: Array, run: Run, sides: Sequence[Padding])
     alone = torch.cat(
         [run_alone(model, run, members[at : at + 1], int(lengths[members[at]])) for at in range(len(members))]
     )
-    same = _Comparison(alone, _precision(model))
+    same = Comparison(model, alone)
     if not same.is_clear:
         return None
     for side in sides:
@@ -97,9 +93,10 @@ def run_alone(model: nn.Module, run: Run, member: Array, length: int) -> Tensor:
         return run(member, "alone")
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, IndexError, RuntimeError) as error:
+    except (ValueError, IndexError, TypeError, RuntimeError) as error:
         raise ModelError(
-            f"{type(model).__name__}: transformers cannot run it on an example of {length} tokens: {first_line(error)[:200]}"
+            f"{type(model).__name__}: transformers cannot run it on an example of {length} tokens: "
+            f"{first_line(error)[:200]}"
         ) from error
 
 
@@ -122,17 +119,26 @@ def _examples_to_try(lengths: Array) -> Array:
     return first[[*range(min(_TRIED, partner)), partner]]
 
 
-class _Comparison:
-    """Whether outputs are the same but for rounding."""
+class Comparison:
+    """Whether outputs are the same but for rounding.
 
-    def __init__(self, alone: Tensor, unit: float) -> None:
-        alone = _finite(alone)
-        rounding = min(_UNITS * unit, _GREATEST_SHARE) * float(alone.abs().max())
-        spread = float((alone.amax(0) - alone.amin(0)).max())
+    Args:
+        model: the module that a `trial_copy` was made of.
+        examples: (n, d) outputs of different inputs.
+
+    Attributes:
+        is_clear: whether the examples differ by much more than rounding.
+    """
+
+    def __init__(self, model: nn.Module, examples: Tensor) -> None:
+        examples = _finite(examples)
+        rounding = min(_UNITS * _precision(model), _GREATEST_SHARE) * float(examples.abs().max())
+        spread = float((examples.amax(0) - examples.amin(0)).max())
         self.is_clear = spread > _CLEAR * rounding
         self._tolerance = rounding + _SHARE * spread
 
     def __call__(self, found: Tensor, expected: Tensor) -> bool:
+        """Return whether two tensors of outputs (b, d) are the same but for rounding."""
         if found.shape != expected.shape or not torch.equal(found.isfinite(), expected.isfinite()):
             return False
         return float((_finite(found) - _finite(expected)).abs().max()) <= self._tolerance
@@ -142,7 +148,7 @@ def _finite(outputs: Tensor) -> Tensor:
     return torch.nan_to_num(outputs.double(), nan=0.0, posinf=0.0, neginf=0.0)
 
 
-# ------------------------------------------------------------------------------------------------------------- the model
+# ----------------------------------------------------------------------------------------------------------- the model
 
 
 def trial_copy(model: nn.Module) -> nn.Module:
@@ -206,25 +212,29 @@ def _reset_rotation(part: Any) -> None:
             setattr(part, name, part.original_max_seq_len)
 
 
-# -------------------------------------------------------------------------------------------------------- padding tokens
+# ------------------------------------------------------------------------------------------------------ padding tokens
 
 
-def settle_padding_token(model: nn.Module, encoded: Encoded) -> int:
+def settle_padding_token(model: nn.Module, ids: Array, usual: int) -> int:
     """Return a token to pad a model's inputs with, without changing where the model takes an input to end.
 
     Classifiers on decoders read the last token that is not the configured padding token. Without one they read the
     last token; then one is taken that no example has. `NO_TOKEN` where there is none, and inputs cannot be padded.
+
+    Args:
+        model: as it was opened.
+        ids: (t,) the tokens of all examples.
+        usual: the token that the tokenizer pads with.
     """
     config = getattr(model, "config", None)
     if config is None:
-        return encoded.pad_id
+        return usual
     rows = vocabulary_size(model) or 10**9
     own = padding_token(config)
     if own is not None and 0 <= own < rows and model not in _WITHOUT_PADDING_TOKEN:
         return own
-    ids = encoded.columns["input_ids"]
-    if 0 <= encoded.pad_id < rows and not (ids == encoded.pad_id).any():
-        return encoded.pad_id
+    if 0 <= usual < rows and not (ids == usual).any():
+        return usual
     used = np.unique(ids)
     unused = np.flatnonzero(np.append(used, rows + len(used)) != np.arange(len(used) + 1))
     return int(unused[0]) if unused[0] < rows else NO_TOKEN

@@ -134,7 +134,8 @@ GENERATORS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
                           "attention_window": 8}, "bart"),
     "longt5": ("LongT5Config", {**T5, "local_radius": 3}, "bart"),
     "prophetnet": ("ProphetNetConfig", {
-        **PAIR, "hidden_size": 32, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4,
+        **{key: value for key, value in PAIR.items() if key not in ("encoder_layers", "decoder_layers", "d_model")},
+        "hidden_size": 32, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 4,
         "num_decoder_attention_heads": 4}, "bart"),
 }  # fmt: skip
 
