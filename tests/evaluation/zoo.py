@@ -76,14 +76,12 @@ CLASSIFIERS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
                                               "conv_kernel_size": 3}, "bert"),
     "xlm": ("XLMConfig", {"vocab_size": 40, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "pad_index": 0,
                           "max_position_embeddings": 96, "n_langs": 1}, "bert"),
-    "flaubert": ("FlaubertConfig", {"vocab_size": 40, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "pad_index": 0,
-                                    "max_position_embeddings": 96, "n_langs": 1, "pre_norm": True}, "bert"),
     "gpt2": ("GPT2Config", {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96}, "end"),
     "gpt2 with padding": ("GPT2Config", {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4,
                                          "n_positions": 96, "pad_token_id": 0}, "plain"),
     "gpt_neo": ("GPTNeoConfig", {**SIZES, "num_layers": 2, "num_heads": 4, "window_size": 4,
                                  "attention_types": [[["global", "local"], 1]]}, "end"),
-    "gpt_neox": ("GPTNeoXConfig", {**SIZES, "pad_token_id": 0}, "plain"),
+    "gpt_neox": ("GPTNeoXConfig", {**SIZES, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}, "plain"),
     "gptj": ("GPTJConfig", {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96,
                             "rotary_dim": 4}, "end"),
     "openai-gpt": ("OpenAIGPTConfig", {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4,
@@ -100,6 +98,7 @@ CLASSIFIERS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "falcon with alibi": ("FalconConfig", {**SIZES, "pad_token_id": 0, "alibi": True}, "plain"),
     "llama": ("LlamaConfig", LLAMA, "plain"),
     "llama without padding": ("LlamaConfig", {**LLAMA, "pad_token_id": None}, "closed"),
+    "llama that pads with its end": ("LlamaConfig", {**LLAMA, "pad_token_id": 3}, "closed"),
     "llama with padding -1": ("LlamaConfig", {**LLAMA, "pad_token_id": -1}, "closed"),
     "mistral": ("MistralConfig", {**LLAMA, "sliding_window": 6}, "plain"),
     "qwen2": ("Qwen2Config", {**LLAMA, "sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1},
@@ -110,6 +109,8 @@ CLASSIFIERS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "gemma3_text": ("Gemma3TextConfig", {**GEMMA, "sliding_window": 6, "layer_types": ["sliding_attention",
                                                                                        "full_attention"]}, "plain"),
     "phi3": ("Phi3Config", {**LLAMA, "sliding_window": 6}, "plain"),
+    "phi3 with long positions": ("Phi3Config", {**LLAMA, "original_max_position_embeddings": 20, "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}}, "plain"),
     "mixtral": ("MixtralConfig", {**EXPERTS, "sliding_window": 6}, "plain"),
     "qwen3_moe": ("Qwen3MoeConfig", EXPERTS, "plain"),
     "jamba": ("JambaConfig", {**EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
@@ -122,7 +123,8 @@ CLASSIFIERS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
 
 GENERATORS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     **{name: CLASSIFIERS[name] for name in (
-        "gpt2", "gpt_neo", "gpt_neox", "gptj", "openai-gpt", "ctrl", "xlnet", "opt", "bloom", "mpt", "falcon",
+        "gpt2", "gpt_neo", "phi3 with long positions",
+        "gpt_neox", "gptj", "openai-gpt", "ctrl", "xlnet", "opt", "bloom", "mpt", "falcon",
         "falcon with alibi", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "mixtral",
         "qwen3_moe", "jamba", "t5", "bart", "mbart",
     )},
