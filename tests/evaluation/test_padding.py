@@ -168,9 +168,9 @@ def test_a_model_that_cannot_run_on_an_example_is_one_line(texts: TaskData) -> N
 
 def test_tokens_that_the_model_does_not_know_are_one_line(texts: TaskData) -> None:
     model, words = classifier("bert")
-    words.add_tokens(["zebra"] + [f"w{i}" for i in range(20)])
-    data = replace(texts, texts=(("the judge", "w19"), *texts.texts[1:]))
-    with pytest.raises(DataError, match=r"writes token 41, and the model has embeddings for 40 tokens"):
+    words.add_tokens(["zebra"])
+    data = replace(texts, texts=(("the judge", "zebra"), *texts.texts[1:]))
+    with pytest.raises(DataError, match=r"writes token 40, and the model has embeddings for 40 tokens"):
         predict(model, encode(data, words, 96))
 
 

@@ -175,7 +175,8 @@ def tokenizer(kind: str) -> Any:
         "xlnet": ["<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>"],
         "bert": ["[PAD]", "[UNK]", "[CLS]", "[SEP]"],
     }.get(kind, ["<pad>", "<unk>", "<s>", "</s>"])
-    vocabulary = {word: row for row, word in enumerate([*special, *WORDS])}
+    more = [f"word{row}" for row in range(SIZES["vocab_size"] - len(special) - len(WORDS))]
+    vocabulary = {word: row for row, word in enumerate([*special, *WORDS, *more])}
     unknown = next(word for word in special if "unk" in word.lower())
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
