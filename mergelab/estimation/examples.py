@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 # Those of a sequence-to-sequence model include ``decoder_input_ids`` and ``decoder_attention_mask`` (b, m).
 Batch = Mapping[str, Tensor]
 LABELS = "labels"
+# How examples of different lengths share a batch: padded on one side; only those of equal length; each alone.
+Padding = Literal["right", "left", "equal", "alone"]
 
 
 class ExpertExamples(Protocol):
@@ -26,6 +28,7 @@ class ExpertExamples(Protocol):
             the examples, and how they are tokenised and batched. Empty when statistics cannot be cached.
         parameter_names: for each of the module's parameters that are merged, its common name (as in
             ``AlignedModels.names``).
+        padding_side: how the module's examples can share a batch, as those of ``batches`` do.
     """
 
     @property
@@ -36,6 +39,9 @@ class ExpertExamples(Protocol):
 
     @property
     def parameter_names(self) -> Mapping[str, str]: ...  # noqa: D102
+
+    @property
+    def padding_side(self) -> Padding: ...  # noqa: D102
 
     def module(self) -> nn.Module:
         """Return the expert with its own weights and head, in evaluation mode.

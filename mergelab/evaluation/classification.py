@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,8 +12,19 @@ import torch
 from torch import nn
 
 from mergelab.errors import DataError, NonFinite
+from mergelab.estimation.examples import Padding
+from mergelab.evaluation.lengths import check_inputs, max_input_length
 from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
 from mergelab.evaluation.packed_linear import inference_copy
+from mergelab.evaluation.padding import (
+    NO_TOKEN,
+    choose_padding,
+    resets,
+    run_alone,
+    set_padding_token,
+    settle_padding_token,
+    trial_copy,
+)
 
 if TYPE_CHECKING:
     from mergelab.tasks.data import TaskData
@@ -23,8 +34,6 @@ Watch = Callable[[Array, Array], None]
 
 # Batches in a random order are at least this many, so that an evaluation can stop early.
 _RANDOM_BATCHES = 24
-# Models without a limit on positions still get inputs of at most this many tokens.
-_DEFAULT_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -32,12 +41,14 @@ class Encoded:
     """Tokenised examples, for any number of models that share the tokenizer.
 
     ``columns`` holds each model input (``input_ids``, ``token_type_ids``) of all examples end to end (tokens,) int64;
-    ``lengths`` (n,) says where each example ends. ``pad_id`` is the token to pad with.
+    ``lengths`` (n,) says where each example ends. ``pad_id`` is the token that the tokenizer pads with,
+    ``pad_type_id`` the type of such tokens.
     """
 
     columns: Mapping[str, Array]
     lengths: Array
     pad_id: int
+    pad_type_id: int = 0
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -51,7 +62,8 @@ class Encoded:
         """Return some of the examples: those at the positions ``members`` (m,), in that order."""
         lengths = self.lengths[members]
         positions = np.concatenate([np.arange(s, s + n) for s, n in zip(self.starts[members], lengths, strict=True)])
-        return Encoded({name: values[positions] for name, values in self.columns.items()}, lengths, self.pad_id)
+        columns = {name: values[positions] for name, values in self.columns.items()}
+        return replace(self, columns=columns, lengths=lengths)
 
 
 def encode(data: TaskData, tokenizer: Any, max_length: int | None = None) -> Encoded:
@@ -83,35 +95,7 @@ def encode(data: TaskData, tokenizer: Any, max_length: int | None = None) -> Enc
     rows = {name: [row or [pad_id if name == "input_ids" else 0] for row in found[name]] for name in found}
     lengths = np.array([len(row) for row in rows["input_ids"]], dtype=np.int64)
     columns = {name: np.concatenate([np.asarray(row, dtype=np.int64) for row in rows[name]]) for name in rows}
-    return Encoded(columns, lengths, int(pad_id))
-
-
-def max_input_length(config: Any, tokenizer: Any, wanted: int | None = None) -> int:
-    """Return the longest input in tokens that model and tokenizer allow (512 where neither says), or ``wanted``.
-
-    Args:
-        config: the model's configuration, or ``None`` to ask the tokenizer alone.
-
-    Raises:
-        DataError: ``wanted`` is more than they allow.
-    """
-    allowed = int(min(getattr(tokenizer, "model_max_length", None) or 10**9, 10**9))
-    if (positions := model_positions(config)) is not None:
-        allowed = min(allowed, positions)
-    if wanted is None:
-        return min(allowed, _DEFAULT_LENGTH)
-    if wanted > allowed:
-        raise DataError(f"eval.max_length={wanted}: the model allows {allowed} tokens")
-    return wanted
-
-
-def model_positions(config: Any) -> int | None:
-    """Return how many tokens a model of this configuration can take; ``None`` where nothing limits it."""
-    if not (positions := getattr(config, "max_position_embeddings", None)):
-        return None
-    # RoBERTa-like models count positions from the padding index on.
-    offset = config.pad_token_id + 1 if "roberta" in str(getattr(config, "model_type", "")) else 0
-    return int(positions) - offset
+    return Encoded(columns, lengths, int(pad_id), int(getattr(tokenizer, "pad_token_type_id", 0) or 0))
 
 
 def predict(
@@ -159,72 +143,137 @@ def predict_batches(
 
     Yields:
         Positions (b,) of a batch's examples, and their logits (b, C) float32.
+
+    Raises:
+        ModelError: the model cannot be run on an example.
     """
     device = options.device_for(model)
-    check_lengths(model, encoded)
+    layout = layout_for(model, encoded)
     copied = inference_copy(model, device, options.torch_dtype)
-    pad_id = agree_on_padding(copied, encoded.pad_id)
-    for members, inputs in input_batches(copied, encoded, pad_id, options.batch_budget(device), options.seed):
-        found = copied(**{name: values.to(device) for name, values in inputs.items()}).logits
-        yield members, found.float().cpu().numpy()
+    set_padding_token(copied, layout.pad_id, model)
+    runner = _Runner(copied, encoded, layout, device)
+    for members in plan_batches(encoded.lengths, _budget(encoded, options, device), options.seed, layout.padding):
+        yield members, runner.logits(members).float().cpu().numpy()
+
+
+def _budget(encoded: Encoded, options: EvaluationOptions, device: torch.device) -> int:
+    budget = options.batch_budget(device)
+    return budget if options.seed is None else min(budget, int(encoded.lengths.sum()) // _RANDOM_BATCHES)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How examples become a model's inputs: the token to pad with, and where."""
+
+    pad_id: int
+    padding: Padding
+
+
+def layout_for(model: nn.Module, encoded: Encoded) -> Layout:
+    """Find out how a classifier's examples can share a batch (`mergelab.evaluation.padding`).
+
+    Raises:
+        DataError: an example is longer than the model allows, or has a token that the model does not know.
+        ModelError: the model cannot be run on an example.
+    """
+    ids = encoded.columns["input_ids"]
+    check_inputs(model, int(encoded.lengths.max(initial=0)), int(ids.max(initial=0)))
+    pad_id = settle_padding_token(model, ids, encoded.pad_id)
+    sides: tuple[Padding, ...] = ("right", "left") if pad_id != NO_TOKEN else ("equal",)
+    runners: list[_Runner] = []
+
+    @torch.inference_mode()
+    def run(members: Array, padding: Padding) -> torch.Tensor:
+        if not runners:  # many modules and data sets never come here
+            copied = trial_copy(model)
+            set_padding_token(copied, pad_id, model)
+            runners.append(_Runner(copied, encoded, Layout(pad_id, padding), next(model.parameters()).device))
+        return runners[0].batch(members, padding).cpu()
+
+    return Layout(pad_id, choose_padding(model, "classification", encoded.lengths, run, sides))
+
+
+class _Runner:
+    """A copy of a classifier that runs over some of the examples at a time."""
+
+    def __init__(self, copied: nn.Module, encoded: Encoded, layout: Layout, device: torch.device) -> None:
+        self._model, self._encoded, self._layout, self._device = copied, encoded, layout, device
+        self._resets = resets(copied)
+
+    def batch(self, members: Array, padding: Padding) -> torch.Tensor:
+        """Return the logits (b, C) of examples in one batch."""
+        for reset in self._resets:
+            reset()
+        inputs = model_inputs(self._model, self._encoded, members, Layout(self._layout.pad_id, padding))
+        found: torch.Tensor = self._model(**{name: values.to(self._device) for name, values in inputs.items()}).logits
+        return found
+
+    def logits(self, members: Array) -> torch.Tensor:
+        """Return the logits (b, C) of examples; each is run alone where the model cannot take them together."""
+        if len(members) > 1:
+            try:
+                return self.batch(members, self._layout.padding)
+            except ValueError:  # T5 and BART want as many end tokens in all examples of a batch
+                pass
+        run = lambda one, padding: self.batch(one, padding)  # noqa: E731
+        return torch.cat(
+            [
+                run_alone(self._model, run, members[at : at + 1], int(self._encoded.lengths[members[at]]))
+                for at in range(len(members))
+            ]
+        )
 
 
 def input_batches(
-    model: nn.Module, encoded: Encoded, pad_id: int, batch_tokens: int, seed: int | None = None
+    model: nn.Module, encoded: Encoded, layout: Layout, batch_tokens: int
 ) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
-    """Make the padded inputs that a model takes, long examples first, or in an order that ``seed`` draws.
+    """Make the padded inputs that a model takes, long examples first.
 
     Yields:
         Positions (b,) of a batch's examples, and its inputs (b, l) on the CPU, the attention mask among them.
     """
-    accepted = set(inspect.signature(model.forward).parameters)
-    columns = {name: values for name, values in encoded.columns.items() if name in accepted}
-    starts = encoded.starts
-    if seed is not None:
-        batch_tokens = min(batch_tokens, int(encoded.lengths.sum()) // _RANDOM_BATCHES)
-    for members in plan_batches(encoded.lengths, batch_tokens, seed):
-        lengths = encoded.lengths[members]
-        filled = np.arange(lengths.max()) < lengths[:, None]
-        positions = np.concatenate(
-            [np.arange(start, start + n) for start, n in zip(starts[members], lengths, strict=True)]
-        )
-        inputs = {"attention_mask": torch.from_numpy(filled.astype(np.int64))}
-        for name, values in columns.items():
-            padded = np.full(filled.shape, pad_id if name == "input_ids" else 0, dtype=np.int64)
+    for members in plan_batches(encoded.lengths, batch_tokens, padding=layout.padding):
+        yield members, model_inputs(model, encoded, members, layout)
+
+
+def model_inputs(model: nn.Module, encoded: Encoded, members: Array, layout: Layout) -> dict[str, torch.Tensor]:
+    """Pad some of the examples to inputs (b, l) on the CPU, the attention mask among them where the model takes it."""
+    parameters = inspect.signature(model.forward).parameters
+    lengths = encoded.lengths[members]
+    columns = np.arange(lengths.max())
+    pads = lengths.max() - lengths
+    filled = (columns >= pads[:, None]) if layout.padding == "left" else (columns < lengths[:, None])
+    takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    inputs = {}
+    if "attention_mask" in parameters or takes_any:
+        inputs["attention_mask"] = torch.from_numpy(filled.astype(np.int64))
+    positions = np.concatenate(
+        [np.arange(start, start + n) for start, n in zip(encoded.starts[members], lengths, strict=True)]
+    )
+    fills = {"input_ids": layout.pad_id, "token_type_ids": encoded.pad_type_id}
+    for name, values in encoded.columns.items():
+        if name in parameters:
+            padded = np.full(filled.shape, fills.get(name, 0), dtype=np.int64)
             padded[filled] = values[positions]
             inputs[name] = torch.from_numpy(padded)
-        yield members, inputs
+    return inputs
 
 
-def plan_batches(lengths: Array, batch_tokens: int, seed: int | None = None) -> list[Array]:
+def plan_batches(lengths: Array, batch_tokens: int, seed: int | None = None, padding: Padding = "right") -> list[Array]:
     """Group examples of like length: positions of each batch, none padded to over ``batch_tokens``.
 
-    The batches come longest first, or in an order that ``seed`` draws.
+    The batches come longest first, or in an order that ``seed`` draws. With the padding ``equal`` all examples of a
+    batch have the same length, with ``alone`` there is one in each.
     """
     order = np.argsort(-lengths, kind="stable")
     batches, start = [], 0
     while start < len(order):
-        size = max(1, batch_tokens // int(lengths[order[start]]))
+        length = int(lengths[order[start]])
+        size = max(1, batch_tokens // length) if padding != "alone" else 1
+        if padding == "equal":
+            size = min(size, int((lengths[order[start:]] == length).sum()))
         batches.append(order[start : start + size])
         start += size
     if seed is None:
         return batches
     return [batches[index] for index in np.random.default_rng(seed).permutation(len(batches))]
-
-
-def check_lengths(model: nn.Module, encoded: Encoded) -> None:
-    """Raise `DataError` for examples longer than the model allows."""
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    longest = int(encoded.lengths.max(initial=0))
-    if positions and longest > positions:
-        raise DataError(f"an example has {longest} tokens, the model allows {positions}: encode with that max_length")
-
-
-def agree_on_padding(copied: nn.Module, pad_id: int) -> int:
-    """Settle the padding token, for the model too: GPT-2-like classifiers look for the last token that is another."""
-    config = getattr(copied, "config", None)
-    if config is None:
-        return pad_id
-    if getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = pad_id
-    return int(config.pad_token_id)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mergelab.evaluation.classification import Encoded, encode, max_input_length, predict
+from mergelab.evaluation.classification import Encoded, encode, predict
+from mergelab.evaluation.lengths import max_input_length
 from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
 
 if TYPE_CHECKING:

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from mergelab.errors import DataError, ModelError, NonFinite
-from mergelab.evaluation.classification import model_positions, plan_batches
+from mergelab.estimation.examples import Padding
+from mergelab.evaluation.classification import plan_batches
+from mergelab.evaluation.lengths import check_tokens, model_positions
 from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
 from mergelab.evaluation.packed_linear import inference_copy
+from mergelab.evaluation.padding import choose_padding, resets, trial_copy
 
 if TYPE_CHECKING:
     from mergelab.evaluation.classification import Watch
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
+# Steps of writing that are compared with and without padding.
+_TRIED_STEPS = 3
 # What belongs to a model and not to the way of decoding.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 
@@ -79,36 +84,69 @@ class EncodedPrompts:
             NonFinite: an output is NaN.
         """
         device = options.device_for(model)
+        check_tokens(model, max((int(ids.max(initial=0)) for ids in self.ids), default=0))
+        padding = self._padding_for(model)
         copied: Any = inference_copy(model, device, options.torch_dtype)
         copied.generation_config = _settings(copied, self.decoding, self.pad_id)
-        lengths = np.array([len(ids) for ids in self.ids], dtype=np.int64) + self.decoding.max_new_tokens
+        lengths, as_built = self._lengths, resets(copied)
         budget = max(options.batch_tokens // self.decoding.num_beams, 1)
         texts, done = np.empty(len(self), dtype=object), 0
-        for members in plan_batches(lengths, budget, options.seed):
-            texts[members] = found = self._generate(copied, members, device)
+        for members in plan_batches(lengths, budget, options.seed, padding):
+            for reset in as_built:
+                reset()
+            texts[members] = found = self._generate(copied, members, device, padding)
             done += int(lengths[members].sum())
             options.report(done / int(lengths.sum()))
             if watch is not None:
                 watch(members, found)
         return texts
 
-    @torch.inference_mode()
-    def _generate(self, model: Any, members: Array, device: torch.device) -> Array:
-        from transformers import LogitsProcessorList, StoppingCriteriaList
+    @property
+    def _lengths(self) -> Array:
+        """How many tokens each example may have in the end: (n,)."""
+        return np.array([len(ids) for ids in self.ids], dtype=np.int64) + self.decoding.max_new_tokens
 
-        is_pair, decoding = bool(model.config.is_encoder_decoder), self.decoding
+    def _padding_for(self, model: nn.Module) -> Padding:
+        """Find out how prompts of different lengths can share a batch (`mergelab.evaluation.padding`)."""
+        copies: list[Any] = []
+
+        @torch.inference_mode()
+        def run(members: Array, padding: Padding) -> Tensor:
+            if not copies:
+                copies.append(trial_copy(model))
+            for reset in resets(copies[0]):
+                reset()
+            ids, mask = self._padded(copies[0], members, padding)
+            return first_scores(copies[0], ids, mask, _settings(copies[0], self.decoding, self.pad_id))
+
+        # A decoder alone is padded before its prompts, so that what it writes follows them.
+        is_pair = bool(getattr(model.config, "is_encoder_decoder", False))
+        sides: tuple[Padding, ...] = ("right", "left") if is_pair else ("left",)
+        return choose_padding(model, "generation", self._lengths, run, sides)
+
+    def _padded(self, model: Any, members: Array, padding: Padding) -> tuple[Tensor, Tensor]:
+        """Return prompts and their mask, (b, l) both."""
+        is_pair = bool(model.config.is_encoder_decoder)
         rows = [torch.from_numpy(self.ids[i]) for i in members]
         longest = max(len(row) for row in rows)
         # What is masked in an encoder's input can be any token; it may not have the one that the decoder pads with.
         ids = torch.full((len(rows), longest), 0 if is_pair else self.pad_id)
         mask = torch.zeros_like(ids)
         for row, own in enumerate(rows):
-            place = slice(0, len(own)) if is_pair else slice(longest - len(own), longest)
+            place = slice(longest - len(own), longest) if padding == "left" else slice(0, len(own))
             ids[row, place], mask[row, place] = own, 1
+        return ids, mask
+
+    @torch.inference_mode()
+    def _generate(self, model: Any, members: Array, device: torch.device, padding: Padding) -> Array:
+        from transformers import LogitsProcessorList, StoppingCriteriaList
+
+        is_pair, decoding = bool(model.config.is_encoder_decoder), self.decoding
+        ids, mask = self._padded(model, members, padding)
         steps: list[Any] = [_check_finite]
         if decoding.do_sample:
             steps.append(_Sampling(self.seeds[members].tolist(), decoding.temperature, decoding.top_p))
-        start = 1 if is_pair else longest
+        start = 1 if is_pair else ids.shape[1]
         stops = [_Stop(self.tokenizer, decoding.stop, start)] if decoding.stop else []
         written = model.generate(
             input_ids=ids.to(device),
@@ -117,7 +155,7 @@ class EncodedPrompts:
             logits_processor=LogitsProcessorList(steps),
             stopping_criteria=StoppingCriteriaList(stops),
         )
-        found = np.empty(len(rows), dtype=object)
+        found = np.empty(len(members), dtype=object)
         ends = model.generation_config.eos_token_id
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         until_end = [[*takewhile(lambda token: token not in ends, row)] for row in written[:, start:].tolist()]
@@ -204,7 +242,7 @@ def _sides(config: Any) -> tuple[Any, Any]:
 
 def _check_new_tokens(data: TaskData, config: Any) -> None:
     """Check that what is to be written fits into the positions of the model."""
-    allowed = model_positions(_sides(config)[1])
+    allowed = model_positions(_sides(config)[1], "decoder")
     wanted = data.spec.decoding.max_new_tokens + 1
     if allowed is not None and wanted > allowed:
         raise DataError(
@@ -255,6 +293,49 @@ def _settings(model: Any, decoding: Decoding, pad_id: int) -> Any:
         do_sample=False,
         use_cache=True,
     )
+
+
+def first_scores(model: Any, ids: Tensor, mask: Tensor, settings: Any) -> Tensor:
+    """Return a model's scores for the first tokens behind each prompt, (b, s·V), whatever it would write.
+
+    Args:
+        model: it can generate.
+        ids: (b, l) prompts.
+        mask: (b, l) 0 at padding.
+        settings: its generation config.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    named = {name: getattr(settings, name) for name in (*_TOKEN_IDS, "pad_token_id")}
+    ends = {*np.ravel([value for value in named.values() if value is not None]).tolist()}
+    written = next(token for token in range(len(ends) + 1) if token not in ends)
+    device = next(model.parameters()).device
+    found = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=GenerationConfig(
+            **named,
+            max_new_tokens=_TRIED_STEPS,
+            do_sample=False,
+            use_cache=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+        ),
+        logits_processor=LogitsProcessorList([_Always(written)]),
+    )
+    return torch.cat([step.float() for step in found.logits], dim=1).cpu()
+
+
+class _Always:
+    """Turn scores so that the same token is always the greatest."""
+
+    def __init__(self, token: int) -> None:
+        self._token = token
+
+    def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self._token] = 0
+        return forced
 
 
 def _check_finite(_ids: Tensor, scores: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ _ROWS = 512
 _SMALLEST = 32
 
 
-def inference_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+def inference_copy(
+    model: nn.Module, device: torch.device, dtype: torch.dtype | None, *, pack: bool = True
+) -> nn.Module:
     """Copy a model for inference on ``device``; the given model is left as it is.
 
     Tensors that are already there in ``dtype`` are shared with the model and not copied. Parameters are cast, buffers
@@ -31,6 +33,7 @@ def inference_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | 
     Args:
         model: any module.
         dtype: of the floating-point parameters; ``None`` keeps each one's own.
+        pack: whether to lay out weights, which pays from some hundred tokens on.
     """
     moved: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -41,7 +44,7 @@ def inference_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | 
         moved[id(buffer)] = buffer.to(device)
     # What the memo holds is taken instead of being copied, and ties stay ties.
     duplicate = copy.deepcopy(model, moved).eval()
-    if device.type == "cpu":
+    if pack and device.type == "cpu":
         can_pack = _can_pack()
         for module in duplicate.modules():
             forward = _fused_activation(module) or (_packed_forward(module) if can_pack else None)

@@ -11,15 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mergelab.errors import DataError, ModelError, NonFinite
-from mergelab.evaluation.classification import model_positions, plan_batches
+from mergelab.estimation.examples import Padding
+from mergelab.evaluation.classification import plan_batches
+from mergelab.evaluation.lengths import check_tokens, model_positions
 from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
 from mergelab.evaluation.packed_linear import inference_copy
+from mergelab.evaluation.padding import Comparison, changes_with_length, choose_padding, resets, trial_copy
 from mergelab.models.architecture import quiet_transformers
 
 if TYPE_CHECKING:
@@ -29,6 +33,9 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
+# Modules that were found not to look ahead, and the tokens that they were tried on.
+_CAUSAL: WeakSet[nn.Module] = WeakSet()
+_TRIED_LENGTH = 32
 # What a model sees at once where neither it nor the task sets a limit.
 _DEFAULT_WINDOW = 1024
 # Entries of the scores over the vocabulary that are worked on in float32 at a time: they stay in a CPU's caches.
@@ -87,6 +94,7 @@ class Windows:
             NonFinite: an output is NaN or infinite.
         """
         device = options.device_for(model)
+        padding = self._padding_for(model)
         copied, budget = inference_copy(model, device, options.torch_dtype), options.batch_budget(device)
         begin, _, end = self.spans.T
         sums = np.zeros((len(self.words), 2))
@@ -95,7 +103,7 @@ class Windows:
         place = np.full(len(self.words), -1)
         place[self.members] = np.arange(len(self.members))
         done = 0
-        for batch, targets, losses in self._losses(copied, device, budget, options.seed):
+        for batch, targets, losses in self._losses(copied, device, budget, options.seed, padding):
             own = self.owner[targets]
             np.add.at(sums, own[own >= 0], np.stack([losses, np.ones_like(losses)], axis=1)[own >= 0])
             done += int((end - begin)[batch].sum())
@@ -106,6 +114,31 @@ class Windows:
                 complete = owners[(open_windows[owners] == 0) & (place[owners] >= 0)]
                 watch(place[complete], self._rows(sums, complete))
         return self._rows(sums, self.members)
+
+    def _padding_for(self, model: nn.Module) -> Padding:
+        """Find out whether windows of different lengths can share a batch; check that the model does not look ahead.
+
+        Raises:
+            ModelError: what the model predicts depends on what it should predict.
+        """
+        begin, _, end = self.spans.T
+        lengths = end - 1 - begin
+        if not len(lengths):
+            return "right"
+        check_tokens(model, int(self.tokens.max()))
+        longest = int(np.argmax(lengths))
+        check_causal(model, self.tokens[begin[longest] :][: lengths[longest]], self.name)
+        copies: list[Any] = []
+
+        @torch.inference_mode()
+        def run(members: Array, _padding: Padding) -> Tensor:
+            if not copies:
+                copies.append(trial_copy(model))
+            own, starts = lengths[members], begin[members]
+            ids = self.tokens[np.minimum(starts[:, None] + np.arange(own.max()), (starts + own - 1)[:, None])]
+            return last_scores(copies[0], ids, own - 1)
+
+        return choose_padding(model, "perplexity", lengths, run, ("right",))
 
     def _rows(self, sums: Array, examples: Array) -> Array:
         rows = np.column_stack([sums[examples], self.words[examples]])
@@ -126,14 +159,16 @@ class Windows:
 
     @torch.inference_mode()
     def _losses(
-        self, model: Any, device: torch.device, budget: int, seed: int | None
+        self, model: Any, device: torch.device, budget: int, seed: int | None, padding: Padding
     ) -> Iterator[tuple[Array, Array, Array]]:
         """Yield the windows of a batch, the positions of the tokens that they score, and −log p of each."""
-        scored = _ScoredPositions(model)
+        scored, as_built = _ScoredPositions(model), resets(model)
         begin, first, end = self.spans.T
-        for batch in plan_batches(end - 1 - begin, budget, seed):
+        for batch in plan_batches(end - 1 - begin, budget, seed, padding):
+            for reset in as_built:
+                reset()
             lengths = (end - 1 - begin)[batch]
-            # Nothing looks ahead, so that what stands behind a window's end does no harm, and needs no mask.
+            # Where windows are padded nothing looks ahead: what stands behind a window's end needs no mask.
             ids = np.minimum(begin[batch, None] + np.arange(lengths.max()), (end - 2)[batch, None])
             rows, columns = np.nonzero(
                 (np.arange(lengths.max()) >= (first - 1 - begin)[batch, None])
@@ -149,6 +184,42 @@ class Windows:
                 for part, own in zip(torch.split(logits, rows_at_once), torch.split(wanted, rows_at_once), strict=True)
             ]
             yield batch, targets, torch.cat(losses).double().cpu().numpy()
+
+
+@torch.inference_mode()
+def check_causal(model: nn.Module, window: Array, name: str) -> None:
+    """Check, once for each module, that what it predicts at a position does not depend on the tokens behind it.
+
+    Args:
+        model: a model that predicts the next token.
+        window: (l,) tokens.
+        name: the task's.
+
+    Raises:
+        ModelError: it does depend on them, as in XLNet without a permutation mask, so that there is no perplexity.
+    """
+    window = window[:_TRIED_LENGTH]
+    if model in _CAUSAL or len(window) < 2 or changes_with_length(getattr(model, "config", None), len(window)):
+        return
+    copied, half = trial_copy(model), len(window) // 2
+    part = last_scores(copied, window[None, :half], np.array([half - 1]))
+    whole = last_scores(copied, np.stack([window, window]), np.array([half - 1, len(window) - 1]))
+    same = Comparison(model, whole)
+    if not same(whole[:1], part):
+        raise ModelError(
+            f"{name}: {type(model).__name__} looks ahead: what it predicts depends on the tokens behind, so that it "
+            "has no perplexity"
+        )
+    if same.is_clear:  # else the next weights are tried as well
+        _CAUSAL.add(model)
+
+
+def last_scores(model: Any, ids: Array, last: Array) -> Tensor:
+    """Return the scores over the vocabulary (b, V) at the positions ``last`` (b,) of the inputs (b, l)."""
+    device = next(model.parameters()).device
+    options = {"use_cache": False} if hasattr(model, "config") else {}
+    logits = model(input_ids=torch.from_numpy(ids).to(device), **options).logits
+    return logits[torch.arange(len(last)), torch.from_numpy(last)].float().cpu()  # type: ignore[no-any-return]
 
 
 class _ScoredPositions:

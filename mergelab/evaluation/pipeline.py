@@ -36,7 +36,8 @@ def evaluate_glue_pipeline(
     Raises:
         DataError: the task, its data or the model's labels cannot be used. HubError: the hub cannot be reached.
     """
-    from mergelab.evaluation.classification import encode, max_input_length, predict
+    from mergelab.evaluation.classification import encode, predict
+    from mergelab.evaluation.lengths import max_input_length
     from mergelab.evaluation.metrics import check_labels, score
     from mergelab.evaluation.options import EvaluationOptions
     from mergelab.tasks.data import load_data

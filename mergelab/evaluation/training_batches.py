@@ -14,9 +14,14 @@ import numpy as np
 import torch
 
 from mergelab.errors import ConfigError
-from mergelab.evaluation.classification import model_positions, plan_batches
+from mergelab.estimation.examples import Padding
+from mergelab.evaluation.classification import plan_batches
+from mergelab.evaluation.lengths import model_positions
+from mergelab.evaluation.padding import choose_padding, trial_copy
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mergelab.tasks.data import TaskData
 
 Array = np.ndarray[Any, Any]
@@ -47,11 +52,39 @@ class TeacherForced:
         """How many tokens are read and written: (n,)."""
         return np.array([sum(len(row[name]) for name in row if name.endswith("input_ids")) for row in self.rows])
 
-    def batches(self, batch_tokens: int) -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
-        """Yield the texts' positions and their inputs, padded on the right, those of like length together."""
-        for members in plan_batches(self.lengths, batch_tokens):
-            rows = [self.rows[at] for at in members]
-            yield members, {name: self._padded(name, [row[name] for row in rows]) for name in rows[0]}
+    def batches(self, batch_tokens: int, padding: Padding = "right") -> Iterator[tuple[Array, dict[str, torch.Tensor]]]:
+        """Yield the texts' positions and their inputs, those of like length together.
+
+        Args:
+            batch_tokens: upper bound of a batch.
+            padding: as `padding_for` says; on the right, or none.
+        """
+        reads_and_writes = "decoder_input_ids" in self.rows[0]
+        # Texts whose sides are as long together need not be as long on each side.
+        padding = "alone" if padding == "equal" and reads_and_writes else padding
+        for members in plan_batches(self.lengths, batch_tokens, padding=padding):
+            yield members, self._batch(members)
+
+    def padding_for(self, model: nn.Module) -> Padding:
+        """Find out how texts of different lengths can share a batch of this model (`mergelab.evaluation.padding`)."""
+        copies: list[Any] = []
+
+        @torch.inference_mode()
+        def run(members: Array, _padding: Padding) -> torch.Tensor:
+            if not copies:
+                copies.append(trial_copy(model))
+            device = next(model.parameters()).device
+            inputs = {name: values.to(device) for name, values in self._batch(members).items()}
+            last = [int(np.flatnonzero(self.rows[at][_FOLLOWING] != NONE)[-1]) for at in members]
+            inputs.pop(_FOLLOWING)
+            logits = copies[0](**inputs).logits
+            return logits[torch.arange(len(last)), torch.tensor(last)].float().cpu()  # type: ignore[no-any-return]
+
+        return choose_padding(model, "teacher forcing", self.lengths, run, ("right",))
+
+    def _batch(self, members: Array) -> dict[str, torch.Tensor]:
+        rows = [self.rows[at] for at in members]
+        return {name: self._padded(name, [row[name] for row in rows]) for name in rows[0]}
 
     def _padded(self, name: str, values: list[Array]) -> torch.Tensor:
         # What an encoder's mask hides can be any token; it may not have the one that the decoder pads with.
@@ -81,8 +114,11 @@ def teacher_forced(
     pads = [config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id]
     pad_id = next((token for token in pads if isinstance(token, int)), 0)
     reads, writes = (
-        min(length for length in (model_positions(part), max_length, _DEFAULT_LENGTH) if length is not None)
-        for part in (getattr(config, "encoder", None) or config, getattr(config, "decoder", None) or config)
+        min(length for length in (positions, max_length, _DEFAULT_LENGTH) if length is not None)
+        for positions in (
+            model_positions(getattr(config, "encoder", None) or config, "encoder"),
+            model_positions(getattr(config, "decoder", None) or config, "decoder"),
+        )
     )
     if data.spec.kind == "language_modelling":
         texts = ["".join(text) for text in data.texts]

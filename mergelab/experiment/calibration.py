@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from mergelab.config import cache_dir
 from mergelab.errors import ConfigError, DataError
-from mergelab.estimation.examples import LABELS, Batch
+from mergelab.estimation.examples import LABELS, Batch, Padding
 from mergelab.weights.conversion import load_weights
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from mergelab.evaluation.classification import Encoded
+    from mergelab.evaluation.classification import Encoded, Layout
     from mergelab.evaluation.training_batches import TeacherForced
     from mergelab.experiment.description import Description
     from mergelab.experiment.session import Session
@@ -81,16 +81,17 @@ class TrainingExamples:
         """Yield all examples as inputs, those of like length together."""
         import torch
 
-        from mergelab.evaluation.classification import agree_on_padding, check_lengths, input_batches
+        from mergelab.evaluation.classification import input_batches
+        from mergelab.evaluation.padding import set_padding_token
 
         module = self.session.module(self.data.spec.outputs, self._described)
         if self.data.spec.outputs:
-            check_lengths(module, self._encoded)
-            pad_id = agree_on_padding(module, self._encoded.pad_id)
+            layout = self._layout
+            set_padding_token(module, layout.pad_id)
             lengths = self._encoded.lengths
-            batches = input_batches(module, self._encoded, pad_id, self._batch_tokens)
+            batches = input_batches(module, self._encoded, layout, self._batch_tokens)
         else:
-            lengths, batches = self._texts.lengths, self._texts.batches(self._batch_tokens)
+            lengths, batches = self._texts.lengths, self._texts.batches(self._batch_tokens, self.padding_side)
         done = 0
         for members, inputs in batches:
             yield {**inputs, LABELS: torch.from_numpy(self.data.labels[members])} if self.labelled else inputs
@@ -98,9 +99,25 @@ class TrainingExamples:
             message = f"running {self.label} on {self.count} training examples of {self.data.spec.name}"
             self.progress(message, done / int(lengths.sum()))
 
+    @property
+    def padding_side(self) -> Padding:
+        """How examples of different lengths can share a batch of the expert."""
+        return self._layout.padding if self.data.spec.outputs else self._texts_padding
+
+    @cached_property
+    def _layout(self) -> Layout:
+        from mergelab.evaluation.classification import layout_for
+
+        return layout_for(self.session.module(self.data.spec.outputs, self._described), self._encoded)
+
+    @cached_property
+    def _texts_padding(self) -> Padding:
+        return self._texts.padding_for(self.session.module(self.data.spec.outputs, self._described))
+
     @cached_property
     def _encoded(self) -> Encoded:
-        from mergelab.evaluation.classification import encode, max_input_length
+        from mergelab.evaluation.classification import encode
+        from mergelab.evaluation.lengths import max_input_length
 
         tokenizer, _ = self.session.tokenizers(self._described)
         config = self.session.module(self.data.spec.outputs, self._described).config

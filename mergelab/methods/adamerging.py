@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Fraction, Positive, Samples
 from mergelab.errors import ConfigError
 from mergelab.estimation.disk_cache import disk_cached
-from mergelab.estimation.examples import LABELS, Batch, ExampleSource, ExpertExamples
+from mergelab.estimation.examples import LABELS, Batch, ExampleSource, ExpertExamples, Padding
 from mergelab.estimation.forward import frozen, on_one_thread, requiring_gradients, size_of
 from mergelab.ops.blocks import working
 from mergelab.ops.gram import combination
@@ -113,6 +114,7 @@ class _Task:
         unmerged: the module's other parameters (the head), each with the expert's value.
         rows: the examples' inputs.
         pad_id: padding token of ``input_ids``.
+        padding: how examples share a batch.
     """
 
     expert: str
@@ -121,6 +123,7 @@ class _Task:
     unmerged: Sequence[tuple[nn.Parameter, Tensor]]
     rows: Sequence[ExampleInputs]
     pad_id: int
+    padding: Padding
 
     def micro_batches(self, batch: int, seed: int, step: int) -> Iterator[dict[str, Tensor]]:
         """Yield a step's examples as padded inputs, grouped by length."""
@@ -128,15 +131,28 @@ class _Task:
         device = next(self.module.parameters()).device
         drawn.sort(key=lambda row: max((len(value) for value in row.values() if value.dim()), default=0))
         size = MICRO_BATCH if device.type == "cpu" else batch
-        for start in range(0, len(drawn), size):
-            rows = drawn[start : start + size]
+        for rows in _grouped(drawn, size, self.padding):
             yield {name: self._stacked(name, [row[name] for row in rows]).to(device) for name in rows[0]}
 
     def _stacked(self, name: str, values: list[Tensor]) -> Tensor:
         if not values[0].dim():
             return torch.stack(values)
         fill = float(self.pad_id) if name == "input_ids" else 0.0
-        return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
+        side = "left" if self.padding == "left" else "right"
+        return nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill, padding_side=side)
+
+
+def _grouped(rows: Sequence[ExampleInputs], size: int, padding: Padding) -> Iterator[Sequence[ExampleInputs]]:
+    """Divide sorted examples into batches of up to ``size`` that can be padded so."""
+    size = 1 if padding == "alone" else size
+
+    def shape(row: ExampleInputs) -> list[torch.Size]:
+        return [value.shape for value in row.values()] if padding == "equal" else []
+
+    for _, group in groupby(rows, shape):
+        together = list(group)
+        for start in range(0, len(together), size):
+            yield together[start : start + size]
 
 
 def positions(count: int, batch: int, seed: int, expert: str, step: int) -> list[int]:
@@ -156,7 +172,8 @@ def _task(expert: str, drawn: ExpertExamples) -> _Task:
     ]
     rows = [row for batch in drawn.batches() for row in _rows(batch)]
     pad_id = getattr(getattr(module, "config", None), "pad_token_id", None)
-    return _Task(expert, module, merged, unmerged, rows, pad_id if isinstance(pad_id, int) else 0)
+    pad_id = pad_id if isinstance(pad_id, int) else 0
+    return _Task(expert, module, merged, unmerged, rows, pad_id, drawn.padding_side)
 
 
 def _rows(batch: Batch) -> Iterator[ExampleInputs]:
@@ -167,9 +184,10 @@ def _rows(batch: Batch) -> Iterator[ExampleInputs]:
         if mask is None:
             yield {name: value[row] for name, value in inputs.items()}
             continue
-        length = 1 + max(mask[row].nonzero().flatten().tolist(), default=0)
+        filled = mask[row].nonzero().flatten().tolist() or [0]
+        tokens = slice(filled[0], filled[-1] + 1)
         padded = [name for name, value in inputs.items() if value.dim() > 1 and value.shape[1] == mask.shape[1]]
-        yield {name: value[row, :length] if name in padded else value[row] for name, value in inputs.items()}
+        yield {name: value[row, tokens] if name in padded else value[row] for name, value in inputs.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ learning

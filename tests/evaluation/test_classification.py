@@ -13,11 +13,11 @@ from mergelab.evaluation import packed_linear
 from mergelab.evaluation.classification import (
     Encoded,
     encode,
-    max_input_length,
     plan_batches,
     predict,
     predict_batches,
 )
+from mergelab.evaluation.lengths import max_input_length
 from mergelab.evaluation.options import EvaluationOptions
 from mergelab.tasks.data import TaskData
 from tests.tasks.tiny import classifier, plain_logits, word_tokenizer

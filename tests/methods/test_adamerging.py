@@ -44,6 +44,8 @@ class Expert:
     asked: int = 0
     count: int = COUNT
 
+    padding_side = "right"
+
     @property
     def parameter_names(self) -> Mapping[str, str]:
         return {name: name for name in self.weights if not name.startswith(HEAD)}

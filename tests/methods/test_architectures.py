@@ -65,6 +65,8 @@ class OwnExamples:
     key: str = ""
     count: int = COUNT
 
+    padding_side = "right"
+
     @property
     def parameter_names(self) -> Mapping[str, str]:
         return {**{name: name for name in self.models.names}, **self.models.aliases}

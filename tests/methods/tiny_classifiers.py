@@ -92,6 +92,8 @@ class Expert:
     count: int = sum(map(len, LENGTHS))
     asked: int = 0
 
+    padding_side = "right"
+
     @property
     def parameter_names(self) -> Mapping[str, str]:
         return {name: name for name, _ in self.network.named_parameters()}

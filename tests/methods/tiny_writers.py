@@ -95,6 +95,8 @@ class Writer:
     key: str = ""
     count: int = COUNT
 
+    padding_side = "right"
+
     @property
     def parameter_names(self) -> Mapping[str, str]:
         first: dict[int, str] = {}

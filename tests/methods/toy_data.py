@@ -54,6 +54,8 @@ class ToyExpert:
     count: int
     key: str = ""
 
+    padding_side = "right"
+
     @property
     def parameter_names(self) -> Mapping[str, str]:
         return NAMES if "embed" in self.models.names else {}
