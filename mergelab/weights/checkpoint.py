@@ -22,7 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mergelab.errors import KeyMismatch, ModelError, first_line, listed
+from mergelab.weights.adapters import refuse_adapted, refuse_adapter
 from mergelab.weights.hashing import file_sha256, joint_sha256
+from mergelab.weights.quantised import open_quantised, refuse_quantised_folder
 from mergelab.weights.source import TensorInfo, tied_names
 
 CONFIG = "config.json"
@@ -52,6 +54,8 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # since PyTorch 2.7
+    SAFETENSORS_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 
 # Python 3.11 does not name Linux's flag.
@@ -89,26 +93,49 @@ class Checkpoint:
             for alias, key in shards[path].ties.items()
             if key in self._home and alias not in self._home
         }
+        refuse_adapted(name, self._home)
+        infos = {key: home.infos[key] for key, home in self._home.items()}
+        self._quantised = open_quantised(name, folder, config, infos, lambda key: self._home[key].get(key))
+        self._hidden = frozenset() if self._quantised is None else self._quantised.hidden
+        self._dequantised = frozenset() if self._quantised is None else self._quantised.scales.keys()
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether it stores FP8 weights with scales, which are read as their products."""
+        return self._quantised is not None
+
+    @property
+    def dequantised_dtype(self) -> torch.dtype | None:
+        """What the products of FP8 weights and their scales are rounded to; None for other checkpoints."""
+        return None if self._quantised is None else self._quantised.dtype
 
     def keys(self) -> list[str]:
-        """List the stored tensors in the order of the files, one name per group of tied tensors."""
-        return list(self._home)
+        """List the stored tensors in the order of the files, one name per group of tied tensors.
+
+        The scales of FP8 weights are not among them.
+        """
+        return [key for key in self._home if key not in self._hidden]
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of ``key``, from the header."""
         return self._info(key).shape
 
     def dtype(self, key: str) -> torch.dtype:
-        """Return the dtype of ``key``, from the header."""
-        return self._info(key).dtype
+        """Return the dtype of ``key``, from the header; of an FP8 weight with a scale, that of their product."""
+        info = self._info(key)
+        if self._quantised is not None and info.name in self._dequantised:
+            return self._quantised.dtype
+        return info.dtype
 
     def get(self, key: str) -> Tensor:
-        """Return a view of ``key`` in the mapped file; it must not be written to.
+        """Return a view of ``key`` in the mapped file, or an FP8 weight times its scale; it must not be written to.
 
         Raises:
             ModelError: the file was changed, truncated or replaced after it was opened.
         """
         info = self._info(key)
+        if self._quantised is not None and info.name in self._dequantised:
+            return self._quantised.read(info.name)
         return self._home[info.name].get(info.name)
 
     def prefetch(self, key: str) -> None:
@@ -118,7 +145,7 @@ class Checkpoint:
 
     def aliases(self) -> dict[str, str]:
         """Return the further names of tied tensors that the files record, each with its stored name."""
-        return dict(self._aliases)
+        return {alias: key for alias, key in self._aliases.items() if key not in self._hidden}
 
     def content_hash(self) -> str:
         """Return a SHA-256 of the weights' content, which does not depend on the folder's path.
@@ -130,7 +157,7 @@ class Checkpoint:
 
     def _info(self, key: str) -> TensorInfo:
         stored = self._aliases.get(key, key)
-        if stored not in self._home:
+        if stored not in self._home or stored in self._hidden:
             raise KeyMismatch(f"{self.name}: has no tensor {key!r} in {self.folder}")
         return self._home[stored].infos[stored]
 
@@ -153,15 +180,25 @@ def open_checkpoint(folder: Path | str, name: str | None = None) -> Checkpoint:
         raise ModelError(f"{name}: no such folder: {folder}")
     if not folder.is_dir():
         raise ModelError(f"{name}: {folder} is a file; a model folder with {CONFIG} and weights is needed")
+    refuse_adapter(name, folder)
     if not (folder / CONFIG).is_file():
-        raise ModelError(f"{name}: {folder} has no {CONFIG}")
+        raise ModelError(f"{name}: {folder} has no {CONFIG}{_gguf(folder)}")
     config = _read_json(folder / CONFIG, name)
+    refuse_quantised_folder(name, folder, config)
     main = next((folder / file for file in WEIGHT_FILES if (folder / file).is_file()), None)
     if main is None:
-        raise ModelError(f"{name}: {folder} has no weights; looked for {', '.join(WEIGHT_FILES)}")
+        raise ModelError(f"{name}: {folder} has no weights; looked for {', '.join(WEIGHT_FILES)}{_gguf(folder)}")
     if main.suffix != ".json":
         return Checkpoint(name, folder, config, {main: _open_file(main, name)})
     return Checkpoint(name, folder, config, _open_shards(main, name))
+
+
+def _gguf(folder: Path) -> str:
+    """Return what to add to an error when the weights are in a format of llama.cpp."""
+    found = next(folder.glob("*.gguf"), None)
+    return (
+        "" if found is None else f"; {found.name} is a GGUF file, quantised or not: merge the checkpoint it is made of"
+    )
 
 
 def _open_shards(index: Path, name: str) -> dict[Path, _WeightFile]:

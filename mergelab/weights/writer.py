@@ -21,6 +21,7 @@ from torch import Tensor
 from mergelab.config import cache_dir
 from mergelab.errors import ModelError
 from mergelab.weights.checkpoint import CONFIG
+from mergelab.weights.quantised import quantisation, without_quantisation
 from mergelab.weights.shards import PARTIAL_SUFFIX, WeightFiles, as_stored, byte_size, write_json
 from mergelab.weights.source import DictSource, TensorInfo, TensorPart
 
@@ -319,16 +320,16 @@ def _read_config(like: Path) -> dict[str, Any]:
 def _config_for(
     config: dict[str, Any], stored: Sequence[TensorInfo], updates: Mapping[str, Any] | None, dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """Return the config with the updates, and with the dtype that most of the weights have."""
+    """Return the config with the updates, with the dtype that most of the weights have, and unquantised."""
     sizes: dict[torch.dtype, int] = {}
     for info in stored:
         if info.dtype.is_floating_point:
             sizes[info.dtype] = sizes.get(info.dtype, 0) + byte_size(info)
     keys = [key for key in ("torch_dtype", "dtype") if key in config]
-    if dtype is not None and not keys:
+    if not keys and (dtype is not None or quantisation(config) is not None):
         keys = ["dtype"]
     most = str(max(sizes, key=lambda kind: sizes[kind])).removeprefix("torch.") if sizes else None
-    result = dict(config)
+    result = without_quantisation(config)
     if most is not None:
         result.update(dict.fromkeys(keys, most))
     return {**result, **(updates or {})}
