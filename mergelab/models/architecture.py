@@ -78,6 +78,8 @@ def architecture(folder: Path, model: str, names: Collection[str] = ()) -> Archi
         import transformers
 
         cls = getattr(transformers, name, None)
+        if name and config.get("auto_map") and cls is None:  # its own code, which is not run
+            return Architecture(name, "", False, {})
         if cls is None or not hasattr(cls, "base_model_prefix"):
             raise ModelError(
                 f"model {model}: its config.json names no model class that transformers has (architectures={name!r})"
