@@ -273,7 +273,9 @@ def _same_kind(
         from transformers import EncoderDecoderModel
 
         with quiet_transformers():
-            module = EncoderDecoderModel.from_pretrained(folder, local_files_only=True, dtype="auto")
+            module = EncoderDecoderModel.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, dtype="auto"
+            )
         return filled(module)
     with quiet_transformers(), ExitStack() as stack:
         pipe = load_pipeline(

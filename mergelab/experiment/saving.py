@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergelab.console.progress import say
 from mergelab.errors import listed
 from mergelab.experiment.tying import untied_config
 from mergelab.models.architecture import read_config
@@ -148,6 +149,8 @@ class Saving:
                     if part.name in missing:
                         writer.write_part(part)
                 del part  # let it go before the next one is made
+        for (place, _, _), writer in zip(folders, writers, strict=True):
+            say(f"copied    into {place.name}: {', '.join(writer.companions) or 'nothing'}")
 
     def _model_folders(self, folder: Path, only: str | None) -> list[tuple[Path, Mapping[str, Tensor], dict[str, Any]]]:
         """Return the folders to write, each with its head and what its configuration says of the labels."""

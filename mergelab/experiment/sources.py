@@ -19,7 +19,7 @@ from mergelab.models.references import local_folder, parse_reference
 from mergelab.models.vocabulary import LoadedTokens
 from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
 from mergelab.weights.conversion import is_transformers_model
-from mergelab.weights.module import module_of
+from mergelab.weights.module import mergeable, module_of
 from mergelab.weights.source import DictSource, TensorSource
 
 
@@ -138,9 +138,9 @@ def from_given(given: Any, name: str, base: ModelSource | None = None) -> ModelS
     if isinstance(given, Mapping) and any(isinstance(value, str | Path) for value in given.values()):
         return _from_reference(given, check(PairConfig, _as_text(given), name), name)
     if (module := module_of(given)) is not None:
-        return ModelSource(name, DictSource(name, _weights(module)), given)
+        return ModelSource(name, DictSource(name, mergeable(name, _weights(module), module)), given)
     if isinstance(given, Mapping):
-        return ModelSource(name, DictSource(name, dict(given)), given)
+        return ModelSource(name, DictSource(name, mergeable(name, dict(given))), given)
     raise ModelError(
         f"{name} is a {type(given).__name__}; it must be a hub id, a local folder, a pair of these, a module, a "
         "pipeline or a state dict"

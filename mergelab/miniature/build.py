@@ -185,7 +185,9 @@ def _build_task(base: Path, folder: Path, task: str, recipe: Recipe, progress: C
     vocabulary = (base / "vocab.txt").read_text(encoding="utf-8").splitlines()
     tokenizer = words.make_wordpiece(vocabulary)
     with quiet_transformers():
-        pretrained: BertForPreTraining = BertForPreTraining.from_pretrained(base, local_files_only=True)
+        pretrained: BertForPreTraining = BertForPreTraining.from_pretrained(
+            base, local_files_only=True, trust_remote_code=False
+        )
     kind = torch.float32 if _names(grammar) is None else torch.int64
     with train.quiet_torch(recipe.seed):
         jobs = []

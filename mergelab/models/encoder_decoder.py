@@ -162,10 +162,12 @@ def _encoder(folder: Path, where: str) -> tuple[PreTrainedModel, set[str]]:
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kind = config.model_type
     if kind == KIND:
-        whole = EncoderDecoderModel.from_pretrained(folder, local_files_only=True, dtype="auto")
+        whole = EncoderDecoderModel.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, dtype="auto"
+        )
         return whole.encoder, _new_in_part(folder, "encoder")
     if config.is_encoder_decoder:
         raise ModelError(
@@ -179,7 +181,7 @@ def _encoder(folder: Path, where: str) -> tuple[PreTrainedModel, set[str]]:
         )
     config.is_decoder = config.add_cross_attention = False
     model, info = AutoModel.from_pretrained(
-        folder, config=config, local_files_only=True, dtype="auto", output_loading_info=True
+        folder, config=config, local_files_only=True, trust_remote_code=False, dtype="auto", output_loading_info=True
     )
     return model, set(info["missing_keys"])
 
@@ -188,10 +190,12 @@ def _decoder(folder: Path, where: str) -> tuple[PreTrainedModel, set[str]]:
     """Load a causal language model with cross-attention; return it, and which tensors the checkpoint does not have."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, EncoderDecoderModel
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kind = config.model_type
     if kind == KIND:
-        whole = EncoderDecoderModel.from_pretrained(folder, local_files_only=True, dtype="auto")
+        whole = EncoderDecoderModel.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, dtype="auto"
+        )
         whole.decoder.generation_config = whole.generation_config
         return whole.decoder, _new_in_part(folder, "decoder")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -206,7 +210,7 @@ def _decoder(folder: Path, where: str) -> tuple[PreTrainedModel, set[str]]:
     if config.is_encoder_decoder:
         return _decoder_of(folder, cls, config)
     model, info = cls.from_pretrained(
-        folder, config=config, local_files_only=True, dtype="auto", output_loading_info=True
+        folder, config=config, local_files_only=True, trust_remote_code=False, dtype="auto", output_loading_info=True
     )
     return model, set(info["missing_keys"])
 
@@ -218,7 +222,7 @@ def _decoder_of(folder: Path, cls: type, config: Any) -> tuple[PreTrainedModel, 
     """
     from transformers import AutoModelForSeq2SeqLM
 
-    whole = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True, dtype="auto")
+    whole = AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True, trust_remote_code=False, dtype="auto")
     decoder = cls(config).to(whole.dtype).eval()
     tensors = named_tensors(whole)
     taken = {name: tensors[name] for name in named_tensors(decoder) if name in tensors}

@@ -11,12 +11,14 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mergelab.errors import HubError, ModelError, listed
+from mergelab.weights.adapters import ADAPTER_CONFIG, adapter_refusal, is_adapter
+from mergelab.weights.companions import is_companion, is_module_weights, module_folders
 from mergelab.weights.files import WEIGHT_FILES, WeightFiles, is_inside, weight_files
 
 # Any hub or mirror of it has something to say about this one, be it that it does not have it.
@@ -27,9 +29,6 @@ _TOKENIZER = re.compile(
     r"(decoder_tokenizer/)?(tokenizer\.(json|model)|tokenizer_config\.json|vocab\.(txt|json)|merges\.txt|bpe\.codes"
     r"|spiece\.model|sentencepiece(\.bpe)?\.model|spm\.model|(source|target)\.spm|special_tokens_map\.json"
     r"|added_tokens\.json)"
-)
-_SETTINGS = re.compile(
-    r"config\.json|generation_config\.json|chat_template\.(jinja|json)|additional_chat_templates/[^/]+\.jinja"
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -93,9 +92,9 @@ def cached(repo_id: str, revision: str | None = None) -> Path | None:
 def fetch(repo_id: str, revision: str | None = None) -> Path:
     """Download what a transformers checkpoint needs and return the local snapshot's folder.
 
-    That is configuration, tokenizer, generation settings and chat templates, then the weights in one format:
-    safetensors, or PyTorch's where there are no safetensors. Files that the cache has are not fetched again. When the
-    hub cannot be reached, a complete copy in the cache serves.
+    That is configuration and companion files (tokenizer, generation settings, chat templates, licence, …), then the
+    weights in one format: safetensors, or PyTorch's where there are no safetensors. Files that the cache has are not
+    fetched again. When the hub cannot be reached, a complete copy in the cache serves.
 
     Raises:
         HubError: the repository or revision does not exist, is gated, has no weights, or the hub cannot be reached.
@@ -156,6 +155,10 @@ def _download(repo_id: str, revision: str | None) -> Path:
     what = _named(repo_id, revision)
     information = HfApi().model_info(repo_id, revision=revision, timeout=_REQUEST_SECONDS)
     names = {sibling.rfilename for sibling in information.siblings or ()}
+    if outside := sorted(name for name in names if name.startswith("/") or ".." in name.split("/")):
+        raise HubError(f"{what} names files outside its folder: {listed(outside, 3)}")
+    if is_adapter(names):
+        raise HubError(adapter_refusal(what, _adapter_config(repo_id, information.sha, names)))
     if "config.json" not in names:
         raise HubError(f"{what} has no config.json: it is not a transformers checkpoint")
     weights = _weights_among(names, what)
@@ -165,15 +168,26 @@ def _download(repo_id: str, revision: str | None) -> Path:
             f"{what} has no weights that can be merged (model.safetensors or pytorch_model.bin)"
             + (f"; it has {listed(others)}" if others else "")
         )
-    small = {name for name in names if _SETTINGS.fullmatch(name) or _TOKENIZER.fullmatch(name)}
+    small = {name for name in names if name == "config.json" or is_companion(name)}
     if not any(_TOKENIZER.fullmatch(name) for name in small):
         _record_absence(repo_id, information.sha, "tokenizer_config.json")
     # The weights come last: a snapshot that has them is then complete in all else, whenever it was interrupted.
     folder = _snapshot(repo_id, revision, {*small, weights.index} if weights.index else small)
-    folder = _snapshot(repo_id, commit(folder) or revision, _weight_files(folder, weights))
+    modules = module_folders(folder)
+    further = [name for name in names if is_module_weights(name, modules)]
+    folder = _snapshot(repo_id, commit(folder) or revision, [*further, *_weight_files(folder, weights)])
     if absent := _absent_weights(folder):
         raise HubError(f"{what} lacks weight files that its index names: {listed(absent)}")
     return folder
+
+
+def _adapter_config(repo_id: str, revision: str | None, names: Iterable[str]) -> Mapping[str, Any]:
+    from huggingface_hub import hf_hub_download
+
+    if ADAPTER_CONFIG not in names:
+        return {}
+    content = json.loads(Path(hf_hub_download(repo_id, ADAPTER_CONFIG, revision=revision)).read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
 
 
 def _snapshot(repo_id: str, revision: str | None, names: Iterable[str]) -> Path:
@@ -185,7 +199,14 @@ def _snapshot(repo_id: str, revision: str | None, names: Iterable[str]) -> Path:
             # None shows it on a terminal only.
             super().__init__(*args, **{"disable": None, **settings})  # type: ignore[no-untyped-call]
 
-    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=sorted(names), tqdm_class=Bar))
+    return Path(
+        snapshot_download(repo_id, revision=revision, allow_patterns=sorted(map(_literal, names)), tqdm_class=Bar)
+    )
+
+
+def _literal(name: str) -> str:
+    """Return the pattern that fits this name alone."""
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def _weights_among(names: Iterable[str], what: str) -> WeightFiles | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,10 @@ from mergelab.errors import ModelError, ShapeMismatch, listed
 from mergelab.models.encoder_decoder import NEW, made, newly_initialised
 from mergelab.weights.align import RenamedSource, align
 from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
+from mergelab.weights.companions import companion_files
 from mergelab.weights.naming import modern_name
 from mergelab.weights.source import TensorSource, layout_of
-from mergelab.weights.writer import COMPANIONS, save_folder
+from mergelab.weights.writer import save_folder
 
 ModelPart = Literal["encoder", "decoder"]
 # What only a decoder with an encoder has; a checkpoint of a decoder alone lacks it.
@@ -45,11 +47,15 @@ def with_part(base: Path, checkpoint: Path, part: ModelPart, *, where: str) -> P
         ModelError: the base has no such part, its parts share their weights, or the checkpoint is not one for it.
     """
     whole, other = open_checkpoint(base, "base"), open_checkpoint(checkpoint, where)
-    files = [file for pattern in COMPANIONS for file in sorted(base.glob(pattern)) if file.is_file()]
+    files = [base / name for name in companion_files(base)]
     parts = {
         "made": f"with {part}",
         "weights": [whole.content_hash(), other.content_hash()],
-        "base": [whole.config, sorted(newly_initialised(base)), [file.read_bytes().hex() for file in files]],
+        "base": [
+            whole.config,
+            sorted(newly_initialised(base)),
+            [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
+        ],
         "new": sorted(newly_initialised(checkpoint)),
     }
     return made(parts, lambda folder: _write(folder, whole, _exchanged(whole, other, part, where), other, part))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
@@ -36,12 +37,12 @@ class RowSource:
     Attributes:
         model: what is read.
         models: all models; the first one's rows come first.
-        vocabulary: names of the tensors that have a row for each token.
+        vocabulary: the tensors that have an entry (a "row") for each token, each with the dimension.
     """
 
     model: Reader
     models: tuple[Reader, ...]
-    vocabulary: frozenset[str]
+    vocabulary: Mapping[str, int]
     _kept: dict[str, Tensor] = field(default_factory=dict)  # threads read one tensor again and again, for its parts
     _lock: Any = field(default_factory=Lock)
 
@@ -66,7 +67,9 @@ class RowSource:
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of ``key``."""
         shape = self.source.shape(key)
-        return (len(self.model.rows), *shape[1:]) if key in self.vocabulary else shape
+        if (axis := self.vocabulary.get(key)) is None:
+            return shape
+        return (*shape[:axis], len(self.model.rows), *shape[axis + 1 :])
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the dtype of ``key``: where rows of others are among its own, one that holds both exactly."""
@@ -84,7 +87,7 @@ class RowSource:
         if key not in self.vocabulary:
             return self.source.get(key)
         if self._is_in_place:
-            return self.source.get(key)[: len(self.model.rows)]
+            return self.source.get(key).narrow(self.vocabulary[key], 0, len(self.model.rows))
         with self._lock:
             if key not in self._kept:
                 self._kept.clear()
@@ -92,28 +95,29 @@ class RowSource:
             return self._kept[key]
 
     def _read(self, key: str) -> Tensor:
-        rows = self.model.rows
-        found = self.source.get(key).index_select(0, rows.clamp(min=0)).to(self.dtype(key))
+        rows, axis = self.model.rows, self.vocabulary[key]
+        found = self.source.get(key).index_select(axis, rows.clamp(min=0)).to(self.dtype(key))
         if not self._is_complete:
             lacking = (rows < 0).nonzero().flatten()
-            found.index_copy_(0, lacking, self._of_others(key, lacking).to(found.dtype))
+            others = self._of_others(key, lacking).to(found.dtype)
+            found.index_copy_(axis, lacking, others.movedim(0, axis))
         return found
 
     def _of_others(self, key: str, at: Tensor) -> Tensor:
         """Return the rows ``at``: the first model's, or where it has none the mean of the models that have the token.
 
-        The mean is taken in float32 and rounded once, to the first model's dtype. A row that no model has is the mean
-        of all the rows of the first one, as transformers makes new rows.
+        They lie in the first dimension. The mean is taken in float32 and rounded once, to the first model's dtype. A
+        row that no model has is the mean of all the rows of the first one, as transformers makes new rows.
         """
-        holders = self._holders(key)
+        holders, axis = self._holders(key), self.vocabulary[key]
         first = holders[0]
-        stored = first.source.get(key)
+        stored = first.source.get(key).movedim(axis, 0)
         wide = torch.promote_types(stored.dtype, torch.float32)
         total = torch.zeros((len(at), *stored.shape[1:]), dtype=wide)
         count = torch.zeros((len(at), *[1] * (stored.dim() - 1)), dtype=wide)
         for holder in sorted(holders, key=lambda each: each.source.name):  # the same sum in whichever order they come
             rows = holder.rows[at]
-            total[rows >= 0] += holder.source.get(key).index_select(0, rows[rows >= 0]).to(wide)
+            total[rows >= 0] += holder.source.get(key).movedim(axis, 0).index_select(0, rows[rows >= 0]).to(wide)
             count[rows >= 0] += 1
         total /= count.clamp(min=1)
         nowhere = count.flatten() == 0

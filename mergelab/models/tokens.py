@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mergelab.errors import ModelError, listed
 from mergelab.models.architecture import quiet_transformers, tokenizer_folder
-from mergelab.weights.writer import COMPANIONS, DECODER_TOKENIZER
+from mergelab.weights.companions import companion_files, copy_files
+from mergelab.weights.writer import DECODER_TOKENIZER
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -22,10 +22,11 @@ _CONFIG = "tokenizer_config.json"
 _ADDED = "added_tokens.json"
 # The first of these that a folder has holds its tokens.
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.spm", "*.tiktoken")
-# What of a model's companions belongs to its tokenizer; chat templates are looked for by themselves.
+# What of a model's companions belongs to its tokenizer, by the first part of a path; chat templates are looked for by
+# themselves.
 _TOKENIZER = (
-    *("tokenizer.json", _CONFIG, _ADDED, "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "*.spm"),
-    *("*.tiktoken", "additional_chat_templates", DECODER_TOKENIZER),
+    *("tokenizer*", "tokenization_*.py", "tekken.json", _ADDED, "special_tokens_map.json", "vocab.*", "merges.txt"),
+    *("*.model", "*.spm", "*.tiktoken", "*.codes", "normalizer.json", "additional_chat_templates", DECODER_TOKENIZER),
 )
 
 
@@ -80,8 +81,13 @@ def load_tokenizer(folders: Sequence[Path], model: str) -> Any:
         raise ModelError(f"models {model}: none of the folders has a tokenizer")
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        if (code := _json(folder / _CONFIG).get("auto_map")) and "trust_remote_code" in str(error):
+            raise ModelError(
+                f"models {model}: the tokenizer in {folder} needs code that comes with it ({code}); mergelab runs no "
+                "model code, so that it cannot be used here; evaluate=false merges without it"
+            ) from error
         raise ModelError(f"models {model}: the tokenizer in {folder} cannot be read: {error}") from error
 
 
@@ -120,14 +126,12 @@ def as_added(folder: Path, names: Iterable[str]) -> dict[str, AddedToken]:
 
 def copy_companions(source: Path, folder: Path, *, tokenizer: bool) -> None:
     """Copy the files of a model's tokenizer, or its other companions; neither config nor chat template."""
-    for path in {path for pattern in COMPANIONS for path in source.glob(pattern)}:
-        of_tokenizer = any(fnmatch(path.name, pattern) for pattern in _TOKENIZER)
-        if of_tokenizer != tokenizer or path.name == CHAT_TEMPLATE:
-            continue
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name)
-        else:
-            shutil.copyfile(path, folder / path.name)
+
+    def wanted(name: str) -> bool:
+        of_tokenizer = any(fnmatch(name.partition("/")[0], pattern) for pattern in _TOKENIZER)
+        return of_tokenizer == tokenizer and name != CHAT_TEMPLATE
+
+    copy_files(source, companion_files(source, wanted), folder)
 
 
 def drop_stale(folder: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +38,7 @@ from mergelab.models.tokens import (
     read_tokens,
     tokenizer_content,
 )
+from mergelab.models.vocabulary_axes import TokenModel, vocabulary_axes
 from mergelab.weights.checkpoint import CONFIG
 
 if TYPE_CHECKING:
@@ -50,9 +50,6 @@ if TYPE_CHECKING:
 
 Policy = Literal["base", "union"]
 
-# Tensors without a row per token, though their first dimension can be the vocabulary's size in small models.
-# What is numbered lies in a layer.
-_NO_ROW_PER_TOKEN = re.compile(r"position|wpe|token_type|norm|ln_f|pooler|dense|\.\d+\.", re.IGNORECASE)
 # What the keys of a config end with whose values are token ids.
 _TOKEN_ID = ("_token_id", "_token_index")
 
@@ -77,8 +74,11 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     if is_encoder_decoder_pair(config):
         return None
     inner = config.get("text_config")
-    size = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, Mapping) else None)
-    return size if isinstance(size, int) else None
+    for said in (inner if isinstance(inner, Mapping) else {}, config):
+        if isinstance(size := said.get("vocab_size"), int):
+            return size
+    nested = {size for value in config.values() if isinstance(value, Mapping) and (size := vocabulary_size(value))}
+    return nested.pop() if len(nested) == 1 else None
 
 
 def is_encoder_decoder_pair(config: Mapping[str, Any]) -> bool:
@@ -281,15 +281,12 @@ class MergedVocabulary:
         ``heads`` are tensors that are left as they are.
         """
         held = [{*source.keys(), *source.aliases()} for source in sources]
-        sizes = [vocabulary.size for vocabulary in self.vocabularies]
-
-        def has_row_per_token(name: str) -> bool:
-            shapes = [(s.shape(name), size) for s, own, size in zip(sources, held, sizes, strict=True) if name in own]
-            return not _NO_ROW_PER_TOKEN.search(name) and all(shape[:1] == (size,) for shape, size in shapes)
-
-        names = frozenset(name for name in set().union(*held).difference(heads) if has_row_per_token(name))
+        vocabularies = zip(sources, self.vocabularies, self.models, strict=True)
+        token_models = [TokenModel(source, own.size, model.folder) for source, own, model in vocabularies]
+        moved = not all(torch.equal(rows, torch.arange(self.size)) for rows in self.rows)
+        axes = vocabulary_axes(token_models, skip=heads, moved=moved)
         readers = tuple(Reader(*each) for each in zip(sources, held, self.rows, strict=True))
-        return [RowSource(reader, readers, names) for reader in readers]
+        return [RowSource(reader, readers, axes) for reader in readers]
 
     def tokenizer(self) -> Any:
         """Load the merged model's tokenizer."""
@@ -329,7 +326,7 @@ class MergedVocabulary:
             for name in (CONFIG, "generation_config.json"):
                 if (like / name).is_file():
                     content = self._translated(json.loads((like / name).read_text(encoding="utf-8")), like)
-                    content = self._resized(content) if name == CONFIG else content
+                    content = self._resized(content, vocabulary_size(content) or 0) if name == CONFIG else content
                     (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             yield folder
 
@@ -345,14 +342,16 @@ class MergedVocabulary:
                     setattr(tokenizer, role, str(token))
         return tokenizer
 
-    def _resized(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return a config with the merged model's number of rows, where it says the number."""
-        inner = config.get("text_config")
-        if isinstance(inner, dict) and "vocab_size" in inner:
-            config = {**config, "text_config": {**inner, "vocab_size": self.size}}
-            if "vocab_size" not in config:
-                return config
-        return {**config, "vocab_size": self.size}
+    def _resized(self, config: dict[str, Any], size: int) -> dict[str, Any]:
+        """Return a config with the merged model's number of rows wherever it says its own, ``size``."""
+        return {
+            key: self._resized(value, size)
+            if isinstance(value, dict)
+            else self.size
+            if key.endswith("vocab_size") and value == size
+            else value
+            for key, value in config.items()
+        }
 
     def _translated(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """Return a config of the model in ``folder`` with its token ids as they are in the merged model.

@@ -23,8 +23,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mergelab.errors import KeyMismatch, ModelError, first_line, listed
-from mergelab.weights.files import find_weights, is_inside
+from mergelab.weights.adapters import refuse_adapted, refuse_adapter
+from mergelab.weights.files import find_weights, gguf_hint, is_inside
 from mergelab.weights.hashing import file_sha256, joint_sha256
+from mergelab.weights.quantised import open_quantised, refuse_quantised_folder
 from mergelab.weights.skeleton import skeleton
 from mergelab.weights.source import TensorInfo, tied_names
 from mergelab.weights.wrappers import unwrapped
@@ -48,6 +50,8 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # since PyTorch 2.7
+    SAFETENSORS_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 
 
 # Python 3.11 does not name Linux's flag.
@@ -101,31 +105,52 @@ class Checkpoint:
         self._stored = {names[stored]: stored for stored in home}
         self._aliases = {names[alias]: names[key] for alias, key in ties.items()}
         self._home = {names[stored]: file for stored, file in home.items()}
+        refuse_adapted(name, self._home)
+        infos = {key: file.infos[self._stored[key]]._replace(name=key) for key, file in self._home.items()}
+        self._quantised = open_quantised(name, folder, config, infos, self._read)
+        self._hidden = frozenset() if self._quantised is None else self._quantised.hidden
+        self._dequantised = frozenset() if self._quantised is None else self._quantised.scales.keys()
 
     @cached_property
     def skeleton(self) -> nn.Module | None:
         """Its module in transformers without weights, which says how its tensors are called; None if there is none."""
         return skeleton(self.folder, self.config)
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether it stores FP8 weights with scales, which are read as their products."""
+        return self._quantised is not None
+
+    @property
+    def dequantised_dtype(self) -> torch.dtype | None:
+        """What the products of FP8 weights and their scales are rounded to; None for other checkpoints."""
+        return None if self._quantised is None else self._quantised.dtype
+
     def keys(self) -> list[str]:
-        """List the stored tensors in the order of the files, one name per group of tied tensors."""
-        return list(self._home)
+        """List the stored tensors in the order of the files, one name per group of tied tensors.
+
+        The scales of FP8 weights are not among them.
+        """
+        return [key for key in self._home if key not in self._hidden]
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of ``key``, from the header."""
         return self._info(key).shape
 
     def dtype(self, key: str) -> torch.dtype:
-        """Return the dtype of ``key``, from the header."""
-        return self._info(key).dtype
+        """Return the dtype of ``key``, from the header; of an FP8 weight with a scale, that of their product."""
+        info, held = self._info(key), self._aliases.get(key, key)
+        return self._quantised.dtype if self._quantised is not None and held in self._dequantised else info.dtype
 
     def get(self, key: str) -> Tensor:
-        """Return a view of ``key`` in the mapped file; it must not be written to.
+        """Return a view of ``key`` in the mapped file, or an FP8 weight times its scale; it must not be written to.
 
         Raises:
             ModelError: the file was changed, truncated or replaced after it was opened.
         """
-        info = self._info(key)
+        info, held = self._info(key), self._aliases.get(key, key)
+        if self._quantised is not None and held in self._dequantised:
+            return self._quantised.read(held)
         return self._file(key).get(info.name)
 
     def prefetch(self, key: str) -> None:
@@ -135,7 +160,7 @@ class Checkpoint:
 
     def aliases(self) -> dict[str, str]:
         """Return the further names of tied tensors that the files record, each with its stored name."""
-        return dict(self._aliases)
+        return {alias: key for alias, key in self._aliases.items() if key not in self._hidden}
 
     def content_hash(self) -> str:
         """Return a SHA-256 of the weights' content, which does not depend on the folder's path.
@@ -151,10 +176,14 @@ class Checkpoint:
         return file.infos[self._stored[self._aliases.get(key, key)]]
 
     def _file(self, key: str) -> _WeightFile:
-        try:
-            return self._home[self._aliases.get(key, key)]
-        except KeyError:
-            raise KeyMismatch(f"{self.name}: has no tensor {key!r} in {self.folder}") from None
+        held = self._aliases.get(key, key)
+        if held not in self._home or held in self._hidden:
+            raise KeyMismatch(f"{self.name}: has no tensor {key!r} in {self.folder}")
+        return self._home[held]
+
+    def _read(self, key: str) -> Tensor:
+        """Read what is stored under a name, a quantised tensor or its scales as they are."""
+        return self._home[key].get(self._stored[key])
 
 
 def _inverse(names: Mapping[str, str]) -> dict[str, str]:
@@ -179,9 +208,11 @@ def open_checkpoint(folder: Path | str, name: str | None = None) -> Checkpoint:
         raise ModelError(f"{name}: no such folder: {folder}")
     if not folder.is_dir():
         raise ModelError(f"{name}: {folder} is a file; a model folder with {CONFIG} and weights is needed")
+    refuse_adapter(name, folder)
     if not (folder / CONFIG).is_file():
-        raise ModelError(f"{name}: {folder} has no {CONFIG}")
+        raise ModelError(f"{name}: {folder} has no {CONFIG}{gguf_hint(folder)}")
     config = _read_json(folder / CONFIG, name)
+    refuse_quantised_folder(name, folder, config)
     found = find_weights(folder, config, name)
     if found.index is not None:
         shards = _open_shards(folder / found.index, name)

@@ -128,7 +128,7 @@ def find_weights(folder: Path, config: Mapping[str, Any], name: str) -> WeightFi
     except ModelError as error:
         raise ModelError(f"{name}: {folder}: {error}") from None
     if found is None:
-        raise ModelError(f"{name}: {folder} has no weights; looked for {', '.join(WEIGHT_FILES)}")
+        raise ModelError(f"{name}: {folder} has no weights; looked for {', '.join(WEIGHT_FILES)}{gguf_hint(folder)}")
     return found
 
 
@@ -138,3 +138,11 @@ def is_inside(folder: Path, file: str) -> bool:
     if path.is_absolute() or ".." in path.parts or not path.parts:
         return False
     return (folder / path).parent.resolve().is_relative_to(folder.resolve())
+
+
+def gguf_hint(folder: Path) -> str:
+    """Return what to add to an error when the weights are in a format of llama.cpp."""
+    found = next(folder.glob("*.gguf"), None)
+    return (
+        "" if found is None else f"; {found.name} is a GGUF file, quantised or not: merge the checkpoint it is made of"
+    )

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
+from mergelab.weights.adapters import refuse_adapted
 from mergelab.weights.agreement import dtype_and_shape, joined
-from mergelab.weights.source import tied_names
+from mergelab.weights.quantised import refuse_quantised
+from mergelab.weights.source import TensorInfo, tied_names
 
 
 def module_of(model: object) -> nn.Module | None:
@@ -19,6 +21,25 @@ def module_of(model: object) -> nn.Module | None:
         return model
     inner = getattr(model, "model", None)
     return inner if isinstance(inner, nn.Module) else None
+
+
+def mergeable(name: str, tensors: dict[str, Tensor], module: nn.Module | None = None) -> dict[str, Tensor]:
+    """Return a model's tensors after checking that they are neither quantised nor those of an adapter.
+
+    Args:
+        name: what errors call the model.
+        tensors: a state dict, or the parameters of ``module``.
+        module: where they come from.
+
+    Raises:
+        ModelError: they are.
+    """
+    refuse_adapted(name, tensors, module)
+    infos = [TensorInfo(key, tuple(t.shape), t.dtype) for key, t in tensors.items() if isinstance(t, Tensor)]
+    stored = {} if module is None else dict(module.named_buffers())  # where some methods keep packed weights and scales
+    infos += [TensorInfo(key, tuple(t.shape), t.dtype) for key, t in stored.items() if key not in tensors]
+    refuse_quantised(name, infos)
+    return tensors
 
 
 def copy_module(module: nn.Module) -> nn.Module:

@@ -12,10 +12,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mergelab.errors import ConfigError, HubError, ModelError, did_you_mean, first_line
+from mergelab.weights.adapters import refuse_adapter
 from mergelab.weights.checkpoint import open_checkpoint
+from mergelab.weights.quantised import QUANTISATION_KEYS
 
 if TYPE_CHECKING:
     from transformers import Pipeline, PreTrainedModel
+
+    from mergelab.weights.checkpoint import Checkpoint
 
 # Tasks with a model class, but without a pipeline in transformers 5.
 _SEQ2SEQ_TASKS = ("text2text-generation", "summarization", "translation")
@@ -40,21 +44,56 @@ def load_model(name: str | Path, task: str, **kwargs: Any) -> PreTrainedModel:
         raise ConfigError("framework: only 'pt' is supported")
     device = kwargs.pop("device", None)
     kwargs.setdefault("dtype", kwargs.pop("torch_dtype", "auto"))
+    kwargs.setdefault("trust_remote_code", False)  # else transformers asks the user, who may not be there
+    checkpoint = None
+    if Path(name).is_dir():
+        refuse_adapter(str(name), Path(name))
     if Path(name, "config.json").is_file() and not kwargs.keys() & {"subfolder", "variant"}:
-        open_checkpoint(name)  # raises errors that name the damaged file
+        checkpoint = open_checkpoint(name)  # raises errors that name the damaged file
     failure: Exception | None = None
     for auto_class in _auto_classes(task):
         try:
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(0)
-                model: PreTrainedModel = auto_class.from_pretrained(str(name), **kwargs)
+                model = (
+                    dequantised(auto_class, checkpoint, **kwargs)
+                    if checkpoint is not None and checkpoint.is_quantised
+                    else auto_class.from_pretrained(str(name), **kwargs)
+                )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             failure = failure or error
         else:
-            return model if device is None else model.to(device)
+            loaded: PreTrainedModel = model if device is None else model.to(device)
+            return loaded
     reason = "" if failure is None else first_line(failure)
     kind = ModelError if Path(name).exists() else HubError
     raise kind(f"{name}: cannot be loaded for {task}: {reason}") from failure
+
+
+def dequantised(auto_class: Any, checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
+    """Load a quantised checkpoint with ``auto_class`` as the unquantised model that its tensors stand for.
+
+    Transformers itself runs FP8 weights on some accelerators only.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    dtype = kwargs.pop("dtype", "auto")
+    kwargs |= {"local_files_only": True, "trust_remote_code": False, "return_unused_kwargs": True}
+    config, options = AutoConfig.from_pretrained(str(checkpoint.folder), **kwargs)
+    for each in (config, *(part for part in vars(config).values() if hasattr(part, "to_diff_dict"))):
+        for key in QUANTISATION_KEYS:
+            if hasattr(each, key):
+                delattr(each, key)
+    options["dtype"] = checkpoint.dequantised_dtype if dtype == "auto" else dtype
+    tensors = {key: checkpoint.get(key) for key in (*checkpoint.keys(), *checkpoint.aliases())}
+    cls: Any = auto_class
+    if hasattr(auto_class, "from_config"):  # an auto class takes no tensors without a folder
+        with torch.device("meta"):
+            cls = type(auto_class.from_config(config, trust_remote_code=False))
+    model: PreTrainedModel = cls.from_pretrained(None, config=config, state_dict=tensors, **options)
+    if model.can_generate() and (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(checkpoint.folder), local_files_only=True)
+    return model
 
 
 def load_pipeline(
@@ -82,7 +121,9 @@ def load_pipeline(
     model: Any = load_model(name, task, **kwargs)
     model = model if adapt is None else adapt(model)
     try:
-        return pipeline(task, model=model, tokenizer=str(tokenizer or name), device=model.device)
+        return pipeline(
+            task, model=model, tokenizer=str(tokenizer or name), device=model.device, trust_remote_code=False
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{name}: no pipeline for {task}: {first_line(error)}") from error
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mergelab.errors import ConfigError, KeyMismatch, ModelError, ShapeMismatch, listed
 from mergelab.weights.agreement import require_agreement
-from mergelab.weights.module import copy_module, load_into, module_of
+from mergelab.weights.module import copy_module, load_into, mergeable, module_of
 from mergelab.weights.pretrained import load_model, load_pipeline, pipeline_with
 from mergelab.weights.source import tied_names
 
@@ -59,7 +59,7 @@ class StateDict(dict[str, Tensor]):
             ModelError: ``model`` is none of these.
         """
         if (module := module_of(model)) is not None:
-            return cls(module.named_parameters())
+            return cls(mergeable(type(module).__name__, dict(module.named_parameters()), module))
         if isinstance(model, Mapping):
             ties = tied_names(model)
             return cls({key: value for key, value in model.items() if key not in ties})

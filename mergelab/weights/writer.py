@@ -21,31 +21,13 @@ from torch import Tensor
 from mergelab.config import cache_dir
 from mergelab.errors import ModelError
 from mergelab.weights.checkpoint import CONFIG
+from mergelab.weights.companions import companion_files, copy_files, without_unmerged
+from mergelab.weights.quantised import quantisation, without_quantisation
 from mergelab.weights.shards import PARTIAL_SUFFIX, WeightFiles, as_stored, byte_size, write_json
 from mergelab.weights.source import DictSource, TensorInfo, TensorPart
 
 # Subfolder for an encoder-decoder's output tokenizer, when it differs from the input tokenizer.
 DECODER_TOKENIZER = "decoder_tokenizer"
-# Files that are copied besides config and weights; training state, code and other weight formats are not.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.spm",
-    "*.tiktoken",
-    "chat_template.*",
-    "additional_chat_templates",
-    DECODER_TOKENIZER,
-    "preprocessor_config.json",
-    "image_processor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-)
 MAX_SHARD_BYTES = 5_000_000_000
 _PARTS = f"*.safetensors{PARTIAL_SUFFIX}"
 _KEY = "mergelab.key"  # file that holds the key of an unfinished folder
@@ -73,7 +55,8 @@ def save_folder(
     Args:
         tensors: names and tensors, in any order; without ``layout`` all are collected in memory first.
         folder: the target, which must not exist or be empty.
-        like: a model folder whose config, tokenizer, generation config and chat template are copied.
+        like: a model folder whose config and companion files are copied: tokenizer, generation config, chat template,
+            licence, and all else that is neither weights nor left by training.
         config_updates: keys of ``config.json`` to set.
         dtype: stored dtype of floating-point tensors; default: that of ``layout``, else the tensors' own.
         max_shard_bytes: size above which the weights are divided into shards with an index.
@@ -113,10 +96,13 @@ class FolderWriter:
 
     Attributes:
         ties: further names of tied tensors, under which nothing is written.
+        companions: the files that are copied, by their paths in the folder.
     """
 
-    def __init__(self, target: Path, files: WeightFiles, ties: Mapping[str, str]) -> None:
-        self._target, self._files, self.ties = target, files, ties
+    def __init__(
+        self, target: Path, files: WeightFiles, ties: Mapping[str, str], companions: Sequence[str] = ()
+    ) -> None:
+        self._target, self._files, self.ties, self.companions = target, files, ties, tuple(companions)
 
     @property
     def missing(self) -> frozenset[str]:
@@ -164,13 +150,15 @@ def writing_folder(
     names = {info.name for info in layout}
     ties = {alias: key for alias, key in (aliases or {}).items() if key in names}  # else only the alias is stored
     stored = [as_stored(info, dtype) for info in layout if info.name not in ties]
+    with _os_errors_named(folder):
+        companions = without_unmerged(companion_files(like), like, [Path(model) for model in inputs])
     with _partial_folder(folder, sum(map(byte_size, stored)), key) as partial:
         files = WeightFiles(partial, stored, max_shard_bytes, ties)
         try:
-            yield FolderWriter(folder, files, ties)
+            yield FolderWriter(folder, files, ties, companions)
             with _os_errors_named(folder):
                 files.finish()
-                _copy_companions(like, partial)
+                copy_files(like, companions, partial)
                 write_json(partial / CONFIG, _config_for(config, stored, config_updates, dtype))
         finally:
             files.close()
@@ -319,28 +307,19 @@ def _read_config(like: Path) -> dict[str, Any]:
 def _config_for(
     config: dict[str, Any], stored: Sequence[TensorInfo], updates: Mapping[str, Any] | None, dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """Return the config with the updates, and with the dtype that most of the weights have."""
+    """Return the config with the updates, with the dtype that most of the weights have, and unquantised."""
     sizes: dict[torch.dtype, int] = {}
     for info in stored:
         if info.dtype.is_floating_point:
             sizes[info.dtype] = sizes.get(info.dtype, 0) + byte_size(info)
     keys = [key for key in ("torch_dtype", "dtype") if key in config]
-    if dtype is not None and not keys:
+    if not keys and (dtype is not None or quantisation(config) is not None):
         keys = ["dtype"]
     most = str(max(sizes, key=lambda kind: sizes[kind])).removeprefix("torch.") if sizes else None
-    result = dict(config)
+    result = without_quantisation(config)
     if most is not None:
         result.update(dict.fromkeys(keys, most))
     return {**result, **(updates or {})}
-
-
-def _copy_companions(like: Path, folder: Path) -> None:
-    for pattern in COMPANIONS:
-        for path in sorted(like.glob(pattern)):
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name)
-            elif path.is_file():
-                shutil.copyfile(path, folder / path.name)
 
 
 def _check_target(folder: Path, inputs: Sequence[Path]) -> None:

@@ -165,7 +165,7 @@ def test_the_config_says_the_dtype_of_the_weights(bert, like, tmp_path):
 
 def test_the_config_is_updated_and_only_what_belongs_to_a_model_is_copied(bert, like, tmp_path):
     (like / "generation_config.json").write_text('{"max_length": 7}')
-    for unwanted in ("training_args.bin", "optimizer.pt", "README.md", "modeling_evil.py", "tf_model.h5"):
+    for unwanted in ("training_args.bin", "optimizer.pt", "README.md", "tf_model.h5"):
         (like / unwanted).write_text("x")
     (like / "additional_chat_templates").mkdir()
     (like / "additional_chat_templates" / "tool.jinja").write_text("x")

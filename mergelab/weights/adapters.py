@@ -1,0 +1,81 @@
+"""Adapters, such as LoRA's: recognised in folders, names and modules, and refused until they can be merged."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mergelab.errors import ModelError
+
+ADAPTER_CONFIG = "adapter_config.json"
+# Files of PEFT, the Adapters library, Diffusers and MLX.
+ADAPTER_WEIGHTS = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "adapter.safetensors",
+    "pytorch_adapter.bin",
+    "adapters.safetensors",
+    "pytorch_lora_weights.safetensors",
+)
+# Names that PEFT gives to an adapter's tensors, and to the modules that it replaces.
+_NAMES = re.compile(
+    r"(^|\.)(lora_(A|B|E|embedding_A|embedding_B|magnitude_vector)|hada_(w1|w2)_[ab]|lokr_(w1|w2)(_[ab])?|vera_lambda_[bd]"
+    r"|ia3_l|oft_[rRs]|boft_[Rs]|modules_to_save|original_module)(\.|$)"
+)
+_WHAT_TO_DO = "adapters cannot be merged yet; merge it into its base first (PeftModel.merge_and_unload) and save that"
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Return whether a folder with files of these names, or a repository, is an adapter."""
+    return not {ADAPTER_CONFIG, *ADAPTER_WEIGHTS}.isdisjoint(names)
+
+
+def refuse_adapter(name: str, folder: Path) -> None:
+    """Raise `ModelError` for a folder that is an adapter, also where a tokenizer or a base's config is with it.
+
+    Transformers loads the adapter's base from such a folder, whatever other weights are there.
+    """
+    if is_adapter(path.name for path in folder.iterdir()):
+        raise ModelError(adapter_refusal(name, _described(folder / ADAPTER_CONFIG)))
+
+
+def refuse_adapted(name: str, tensors: Iterable[str], module: nn.Module | None = None) -> None:
+    """Raise `ModelError` for a model whose tensors' names, or whose class, show that an adapter is in it."""
+    classes = () if module is None else type(module).__mro__
+    found = next((tensor for tensor in tensors if _NAMES.search(tensor)), None)
+    if found is None and not any(cls.__name__ in ("PeftModel", "PeftMixedModel") for cls in classes):
+        return
+    configs: Any = getattr(module, "peft_config", None)
+    first = next(iter(configs.values()), None) if isinstance(configs, Mapping) else None
+    described = {key: getattr(first, key, None) for key in ("peft_type", "base_model_name_or_path")}
+    described["peft_type"] = getattr(described["peft_type"], "value", described["peft_type"])
+    if module is not None:
+        raise ModelError(adapter_refusal(name, described, "has"))
+    raise ModelError(f"{name}: {found} belongs to an adapter (LoRA or the like): {_WHAT_TO_DO}")
+
+
+def adapter_refusal(name: str, config: Mapping[str, Any], verb: str = "is") -> str:
+    """Return the line that refuses an adapter, by its ``adapter_config.json``."""
+    inner = config.get("config")
+    kind = config.get("peft_type") or config.get("fine_tune_type") or config.get("architecture")
+    if kind is None and isinstance(inner, Mapping):
+        kind = inner.get("architecture")
+    kind = "" if kind is None else str(kind)
+    base = config.get("base_model_name_or_path") or config.get("model_name") or config.get("model")
+    what = f"{verb} a LoRA adapter" if kind.lower() in ("", "lora") else f"{verb} an adapter"
+    of_base = f" of {base}" if base else ""
+    said = f" (peft_type {kind})" if config.get("peft_type") else f" ({kind})" if kind else ""
+    return f"{name}: {what}{of_base}{said}: {_WHAT_TO_DO}"
+
+
+def _described(file: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
