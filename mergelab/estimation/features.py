@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from mergelab.estimation.examples import Batch
-from mergelab.estimation.forward import frozen, on_one_thread, split_labels
+from mergelab.estimation.forward import frozen, split_labels
 from mergelab.estimation.hooks import Recorder
 from mergelab.estimation.input_gram import linear_layers_of, real_tokens
-from mergelab.ops.threads import in_order, thread_count
+from mergelab.ops.threads import in_order, on_one_thread, thread_count
 
 
 def layer_inputs(

@@ -62,15 +62,3 @@ def requiring_gradients(frozen_tensors: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for tensor in tensors:
             tensor.requires_grad_(False)
-
-
-@contextmanager
-def on_one_thread(device: torch.device) -> Iterator[None]:
-    """Run CPU operations of the calling thread on one thread, as in `mergelab.ops.threads`; restore that at the end."""
-    before = torch.get_num_threads()
-    try:
-        if device.type == "cpu":
-            torch.set_num_threads(1)
-        yield
-    finally:
-        torch.set_num_threads(before)

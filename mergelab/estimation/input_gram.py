@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mergelab.estimation.disk_cache import disk_cached
 from mergelab.estimation.examples import Batch, ExampleSource, ExpertExamples
-from mergelab.estimation.forward import frozen, groups, on_one_thread, split_labels
+from mergelab.estimation.forward import frozen, groups, split_labels
 from mergelab.estimation.hooks import LayerCall, LayerKind, Recorder, layer_kind
 from mergelab.ops.svd import self_product
-from mergelab.ops.threads import in_order, thread_count
+from mergelab.ops.threads import in_order, on_one_thread, thread_count
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mergelab.errors import ModelError
 from mergelab.estimation.examples import Batch
-from mergelab.estimation.forward import frozen, groups, on_one_thread, requiring_gradients, size_of, split_labels
+from mergelab.estimation.forward import frozen, groups, requiring_gradients, size_of, split_labels
 from mergelab.estimation.hooks import (
     EmbeddingGradients,
     ExampleGradients,
@@ -29,7 +29,7 @@ from mergelab.estimation.hooks import (
     layer_kind,
 )
 from mergelab.ops.blocks import blocks
-from mergelab.ops.threads import in_order, thread_count
+from mergelab.ops.threads import in_order, on_one_thread, thread_count
 
 # Entries of a matrix that are squared at once, so that they and the factors of their product stay in a core's cache.
 _BLOCK = 131_072

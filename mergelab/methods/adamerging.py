@@ -20,13 +20,13 @@ from mergelab.engine.parameters import Fraction, Positive, Samples
 from mergelab.errors import ConfigError
 from mergelab.estimation.disk_cache import disk_cached
 from mergelab.estimation.examples import LABELS, Batch, ExampleSource, ExpertExamples, Padding
-from mergelab.estimation.forward import frozen, on_one_thread, requiring_gradients, size_of
+from mergelab.estimation.forward import frozen, requiring_gradients, size_of
 from mergelab.ops.blocks import working
 from mergelab.ops.gram import combination
 from mergelab.ops.philox import stream_key, words
 from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import weighted_sum
-from mergelab.ops.threads import in_order, thread_count
+from mergelab.ops.threads import in_order, on_one_thread, thread_count
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.numerics import dot
 

@@ -7,6 +7,7 @@ result depends on the number of threads.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,25 +25,49 @@ CHUNK = 32 * BLOCK  # entries of a tensor that one thread processes as one part:
 
 
 def thread_count() -> int:
-    """Return the number of threads to use: torch's setting (``OMP_NUM_THREADS``, ``torch.set_num_threads``)."""
-    return torch.get_num_threads()
+    """Return the number of threads to use: as many as the process may use cores.
+
+    Torch's setting counts (``OMP_NUM_THREADS``, ``torch.set_num_threads``), and so do the process's affinity and its
+    container's share of the processors, which torch does not know.
+    """
+    return min(torch.get_num_threads(), _usable_cores())
+
+
+@functools.cache
+def _usable_cores() -> int:
+    from joblib import cpu_count
+
+    return int(cpu_count())
 
 
 @contextmanager
 def pool(threads: int) -> Iterator[ThreadPoolExecutor | None]:
     """Open a pool of ``threads`` workers whose torch operations run on one thread each; None for a single thread.
 
-    Work that has not started when the block ends is cancelled.
+    Work that has not started when the block ends is cancelled. Torch's setting for the calling thread stays as it is.
     """
     if threads <= 1:
         yield None
         return
+    before = torch.get_num_threads()
     executor = ThreadPoolExecutor(threads, thread_name_prefix="merge", initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield executor
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(threads)  # the workers' setting is also the default of later threads
+        torch.set_num_threads(before)  # the workers' setting is also the default of later threads
+
+
+@contextmanager
+def on_one_thread(device: torch.device) -> Iterator[None]:
+    """Run CPU operations of the calling thread on one thread, as in a `pool`; restore torch's setting at the end."""
+    before = torch.get_num_threads()
+    try:
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def in_order(
