@@ -175,7 +175,6 @@ def _opened(cls: Any, folder: Path, model: str, **options: Any) -> nn.Module:
     from transformers import AutoConfig, GenerationConfig
 
     refuse_own_code(folder, model)
-    options = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False, **options}
     try:
         with quiet_transformers(), _no_init_weights():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)

@@ -99,13 +99,13 @@ class Checkpoint:
             for alias, key in shards[path].ties.items()
             if key in home and alias not in home
         }
+        refuse_adapted(name, home)
         clean = unwrapped([*home, *ties], name, lambda: self.skeleton)
         self.standard = standard and clean is None
         names = {stored: stored for stored in [*home, *ties]} if clean is None else _inverse(clean)
         self._stored = {names[stored]: stored for stored in home}
         self._aliases = {names[alias]: names[key] for alias, key in ties.items()}
         self._home = {names[stored]: file for stored, file in home.items()}
-        refuse_adapted(name, self._home)
         infos = {key: file.infos[self._stored[key]]._replace(name=key) for key, file in self._home.items()}
         self._quantised = open_quantised(name, folder, config, infos, self._read)
         self._hidden = frozenset() if self._quantised is None else self._quantised.hidden
