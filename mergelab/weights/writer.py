@@ -11,17 +11,17 @@ import platform
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mergelab.config import cache_dir
 from mergelab.errors import ModelError
 from mergelab.weights.checkpoint import CONFIG
 from mergelab.weights.companions import companion_files, copy_files, without_unmerged
+from mergelab.weights.locking import only_writer, place_of
 from mergelab.weights.quantised import quantisation, without_quantisation
 from mergelab.weights.shards import PARTIAL_SUFFIX, WeightFiles, as_stored, byte_size, write_json
 from mergelab.weights.source import DictSource, TensorInfo, TensorPart
@@ -173,7 +173,8 @@ def _partial_folder(folder: Path, size: int, key: str | None) -> Iterator[Path]:
     with _os_errors_named(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     if key is None:
-        partial = folder.parent / f".{folder.name}.{_machine_id()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.partial"
+        place = place_of(folder)
+        partial = place.parent / f".{place.name}.{_machine_id()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.partial"
         with _os_errors_named(folder):
             _remove_remains(folder)
             _check_free_space(folder, size)
@@ -181,21 +182,22 @@ def _partial_folder(folder: Path, size: int, key: str | None) -> Iterator[Path]:
         try:
             yield partial
             with _os_errors_named(folder):
-                os.rename(partial, folder)  # replaces an empty folder, fails on any other
+                os.rename(partial, place_of(folder))  # replaces an empty folder, fails on any other
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         return
     partial = making_of(folder)
-    with _only_writer(folder):
+    with _locked(folder):
         try:
             with _os_errors_named(folder):
                 _open_partial(partial, key)
                 _check_free_space(folder, size - sum(file.stat().st_size for file in partial.iterdir()))
             yield partial
             with _os_errors_named(folder):
+                _check_key(partial, key)
                 (partial / _KEY).unlink()
-                os.rename(partial, folder)
+                os.rename(partial, place_of(folder))
         except BaseException as error:
             complete = _remove_incomplete(partial)
             if not complete:
@@ -219,20 +221,22 @@ def stay(count: int) -> str:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Return whether a folder's name is that of an interrupted merge."""
-    return path.name.startswith(".") and path.name.endswith(".partial")
+    """Return whether a name is that of an interrupted merge's folder, or of its lock."""
+    return path.name.startswith(".") and path.name.endswith((".partial", ".lock"))
 
 
 def making_of(folder: Path) -> Path:
-    """Return the hidden folder in which ``folder`` is written when it has a key."""
-    return folder.parent / f".{folder.name}.partial"
+    """Return the hidden folder in which ``folder`` is written when it has a key: beside the place its path leads to."""
+    place = place_of(folder)
+    return place.parent / f".{place.name}.partial"
 
 
 def _remove_remains(folder: Path) -> None:
     """Remove the remains of killed processes of this machine that wrote ``folder`` without a key."""
     import psutil
 
-    for path in folder.parent.glob(f".{glob.escape(folder.name)}.{_machine_id()}-*-*.partial"):
+    place = place_of(folder)
+    for path in place.parent.glob(f".{glob.escape(place.name)}.{_machine_id()}-*-*.partial"):
         process = path.name.split("-")[-2]
         if process.isdecimal() and not psutil.pid_exists(int(process)):
             shutil.rmtree(path, ignore_errors=True)
@@ -244,21 +248,20 @@ def _machine_id() -> str:
 
 
 @contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Hold a lock on writing ``folder``; the system releases it when the process ends in any way."""
-    from filelock import FileLock, Timeout
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold `mergelab.weights.locking.only_writer`, and name the target where the lock cannot be made."""
+    with ExitStack() as stack:
+        with _os_errors_named(folder):
+            stack.enter_context(only_writer(folder))
+        yield
 
-    digest = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:32]
-    locks = cache_dir() / "locks"
-    with _os_errors_named(folder):
-        locks.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(locks / f"{digest}.lock", timeout=0):
-            yield
-    except Timeout:
-        raise ModelError(
-            f"{folder}: another process is writing it; wait for that one or choose another folder"
-        ) from None
+
+def _check_key(partial: Path, key: str) -> None:
+    """Raise `ModelError` when what is about to become the model is not what this merge wrote."""
+    with suppress(OSError):
+        if (partial / _KEY).read_text(encoding="utf-8") == key:
+            return
+    raise ModelError(f"{partial} was changed by another process while it was being written; merge again")
 
 
 def _open_partial(partial: Path, key: str) -> None:

@@ -24,7 +24,7 @@ from mergelab.experiment.plan import check_output
 from mergelab.experiment.saving import noted
 from mergelab.weights.checkpoint import open_checkpoint
 from mergelab.weights.source import TensorInfo, TensorPart
-from mergelab.weights.writer import complete_files, writing_folder
+from mergelab.weights.writer import complete_files, making_of, writing_folder
 from tests.conftest import Outcome
 from tests.vocabularies import bert
 
@@ -171,7 +171,7 @@ def test_an_input_that_changes_while_it_is_read_stops_the_merge(workplace: Path,
 FORKED = """
 import os, random, signal, sys, time
 import mergelab.experiment.run, mergelab.experiment.session, mergelab.methods.ties
-import mergelab.models.architecture, filelock
+import mergelab.models.architecture
 from mergelab.__main__ import main
 from mergelab.weights import shards
 
@@ -278,7 +278,7 @@ def test_a_merge_killed_at_random_moments_never_looks_finished_and_goes_on(
     command = [sys.executable, "-c", FORKED, "3", "10", *settings, "output=merged", "hydra.run.dir=run"]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.split()[0] == ".merged.partial"
+    assert finished.stdout.splitlines()[0].split() == [".merged.lock", ".merged.partial"]
     reference = tensors(workplace / "reference")
     for folder in (workplace / "merged", *workplace.glob("whole-*")):  # what loads is whole
         assert same(tensors(folder), reference)
@@ -426,16 +426,75 @@ def test_ctrl_c_tells_of_a_folder_for_each_task_what_the_same_command_would_do(w
         check_output("merged", ModelsConfig(name="any", experts={"a": "any/a"}))
 
 
-def test_two_merges_into_one_folder_are_not_mixed(
-    mergelab_command: Command, models: list[str], workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mergelab.weights.writer import _only_writer
+HOLD = """
+import sys, pathlib
+from mergelab.weights.locking import only_writer
+with only_writer(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
-    with _only_writer(Path("merged")):
+
+@pytest.mark.parametrize("spelled", ["merged", "other/../merged", "link/merged", "to_merged"])
+def test_two_merges_into_one_folder_exclude_each_other(
+    mergelab_command: Command, models: list[str], workplace: Path, spelled: str
+) -> None:
+    """The other process has another cache and another spelling of the folder."""
+    (workplace / "other").mkdir()
+    (workplace / "link").symlink_to(workplace)
+    (workplace / "to_merged").symlink_to("merged")
+    environment = {**os.environ, "MERGELAB_CACHE": str(workplace / "elsewhere"), "HOME": str(workplace / "home")}
+    command = [sys.executable, "-c", HOLD, spelled]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "held\n"
         outcome = mergelab_command(*models, "output=merged")
+        other.stdin.close()
     assert outcome.code == 2
     assert "merged: another process is writing it" in outcome.err
+    assert not (workplace / "merged").exists()
     assert mergelab_command(*models, "output=merged").code == 0
+    assert not list(workplace.glob(".merged*"))
+
+
+def test_of_commands_at_once_one_makes_the_model(models: list[str], workplace: Path) -> None:
+    (workplace / "link").symlink_to(workplace)
+    spellings = ["merged", "link/merged", "link/../" + workplace.name + "/merged"]
+    methods = ["method=soup", "method=ties", "method=task_arithmetic"]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mergelab", *models, method, f"output={spelled}"],
+            env={**os.environ, "MERGELAB_CACHE": str(workplace / f"cache {method}")},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for method, spelled in zip(methods, spellings, strict=True)
+    ]
+    said = [process.communicate()[1] for process in running]
+    codes = [process.returncode for process in running]
+    assert sorted(codes) == [0, 2, 2], said
+    winner = methods[codes.index(0)]
+    alone = [sys.executable, "-m", "mergelab", *models, winner, "output=alone"]
+    subprocess.run(alone, check=True, capture_output=True)
+    assert same(tensors(workplace / "merged"), tensors(workplace / "alone"))
+
+
+def test_what_another_process_changed_is_not_renamed_into_place(tmp_path: Path) -> None:
+    like = tmp_path / "like"
+    like.mkdir()
+    (like / "config.json").write_text("{}")
+    layout = [TensorInfo("w", (2,), torch.float32)]
+
+    def write() -> None:
+        with writing_folder(tmp_path / "merged", layout=layout, like=like, key="one") as writer:
+            writer.write("w", torch.ones(2))
+            (making_of(tmp_path / "merged") / "mergelab.key").write_text("another")
+
+    with pytest.raises(ModelError, match="was changed by another process"):
+        write()
+    assert not (tmp_path / "merged").exists()
 
 
 def test_too_little_room_leaves_nothing_behind(
