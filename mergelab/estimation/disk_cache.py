@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from mergelab.config import warn_of_cache
+
 Tensors = Mapping[str, Tensor]
 Metadata = dict[str, str]
 
@@ -43,20 +45,25 @@ def _read(file: Path) -> tuple[Tensors, Metadata] | None:
     try:
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
-    except (OSError, SafetensorError):
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError) as error:
+        warn_of_cache(file.parent, error)
         return None
 
 
 def _write(file: Path, tensors: Tensors, metadata: Metadata) -> None:
-    """Write a temporary file and rename it; a folder that cannot be written is no error."""
+    """Write a temporary file and rename it; where that fails, a `MergeWarning` says why."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     unfinished = file.with_name(f".{file.stem}.{os.getpid()}")
-    with suppress(OSError):
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=metadata)
-            os.replace(unfinished, file)
-        except BaseException:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=metadata)
+        os.replace(unfinished, file)
+    except (OSError, SafetensorError) as error:
+        warn_of_cache(file.parent, error)
+    finally:
+        with suppress(OSError):
             unfinished.unlink(missing_ok=True)
-            raise

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergelab.config import EvalConfig, cache_dir
+from mergelab.config import EvalConfig, cache_dir, warn_of_cache
 from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.evaluation.bootstrap import bootstrap_interval, paired_test
 from mergelab.tasks.metric import Direction, get_metric
@@ -148,17 +150,25 @@ class PredictionCache:
             with np.load(self.folder / f"{key}.npz", allow_pickle=False) as kept:
                 outputs = kept["outputs"]
                 return (_texts_of(outputs) if outputs.dtype == np.uint8 else outputs), float(kept["seconds"])
-        except (OSError, ValueError, KeyError):
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+            warn_of_cache(self.folder, error)
             return None
 
     def put(self, key: str, outputs: Array, seconds: float) -> None:
-        """Keep ``outputs``, numbers or texts, under ``key``."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Keep ``outputs``, numbers or texts, under ``key``; where that fails, a `MergeWarning` says why."""
         unfinished = self.folder / f".{key}.{os.getpid()}.npz"
         if outputs.dtype == object:
             outputs = np.frombuffer(json.dumps(outputs.tolist()).encode(), dtype=np.uint8)
-        np.savez(unfinished, outputs=outputs, seconds=np.float64(seconds))
-        os.replace(unfinished, self.folder / f"{key}.npz")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            np.savez(unfinished, outputs=outputs, seconds=np.float64(seconds))
+            os.replace(unfinished, self.folder / f"{key}.npz")
+        except OSError as error:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            warn_of_cache(self.folder, error)
 
 
 def _texts_of(content: Array) -> Array:
