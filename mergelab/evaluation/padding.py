@@ -26,7 +26,7 @@ Array = np.ndarray[Any, Any]
 Run = Callable[[Array, Padding], Tensor]
 
 # Examples that are tried, and what they are padded to where the data allow it.
-_TRIED, _TRIED_LENGTH = 4, 64
+_TRIED, _TRIED_LENGTH = 3, 32
 # Differences of up to so many units of precision of the greatest output, plus a share of the differences between
 # examples, are rounding.
 _UNITS, _SHARE, _GREATEST_SHARE = 256, 1e-3, 0.03

@@ -147,6 +147,24 @@ def test_weights_that_do_not_tell_examples_apart_say_nothing_about_later_ones(te
     assert layout_for(model, encoded).padding == "left"
 
 
+@pytest.mark.parametrize("longest", [60, 90])
+def test_a_model_that_changes_from_some_length_on_does_not_mix_the_two(longest: int) -> None:
+    from transformers import AutoModelForSequenceClassification, Phi3Config
+
+    rope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    config = Phi3Config(**LLAMA, original_max_position_embeddings=70, rope_scaling=rope)
+    model = randomised(AutoModelForSequenceClassification.from_config(config))
+    lengths = np.array([10, 11, 12, 13, 40, 45, 50, longest])
+    ids = np.random.default_rng(0).integers(4, 40, lengths.sum())
+    encoded = Encoded({"input_ids": ids}, lengths, 0)
+    with torch.no_grad():
+        expected = [
+            model(torch.from_numpy(row)[None]).logits[0].numpy() for row in np.split(ids, lengths.cumsum()[:-1])
+        ]
+    check(predict(model, encoded, EvaluationOptions(batch_tokens=10**4)), np.stack(expected))
+    assert layout_for(model, encoded).padding == ("right" if longest < 70 else "equal")
+
+
 @pytest.mark.parametrize("name", ["bert", "xlnet", "convbert", "llama"])
 @pytest.mark.parametrize("given_in", ["float32", "bfloat16"])
 def test_in_bfloat16_the_same_padding_is_found(name: str, given_in: str, texts: TaskData) -> None:
@@ -259,6 +277,20 @@ def test_a_batch_writes_what_each_prompt_gets_alone(name: str) -> None:
     assert len(set(expected)) > 3, "the model must tell prompts apart"
     assert inputs.run(model, EvaluationOptions(batch_tokens=200)).tolist() == expected
     assert inputs.run(model, EvaluationOptions(batch_tokens=10**4, seed=1)).tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "mistral", "bloom", "t5", "pegasus"])
+def test_prompts_of_many_lengths_still_share_a_batch(name: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    config, words = architecture(name, GENERATORS)
+    model = randomised(
+        (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM).from_config(config)
+    )
+    sizes: list[int] = []
+    inputs = prepare(given(sentences(10, 0), decoding={"max_new_tokens": 2}), config, words)
+    inputs.run(model, EvaluationOptions(batch_tokens=10**4), watch=lambda members, _texts: sizes.append(len(members)))
+    assert sizes == [10]
 
 
 # ----------------------------------------------------------------------------------------------------------- perplexity
