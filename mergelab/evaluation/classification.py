@@ -25,6 +25,7 @@ from mergelab.evaluation.padding import (
     settle_padding_token,
     trial_copy,
 )
+from mergelab.evaluation.side_by_side import side_by_side
 
 if TYPE_CHECKING:
     from mergelab.tasks.data import TaskData
@@ -135,7 +136,6 @@ def predict(
     return logits
 
 
-@torch.inference_mode()
 def predict_batches(
     model: nn.Module, encoded: Encoded, options: EvaluationOptions = DEFAULTS
 ) -> Iterator[tuple[Array, Array]]:
@@ -152,8 +152,12 @@ def predict_batches(
     copied = inference_copy(model, device, options.torch_dtype)
     set_padding_token(copied, layout.pad_id, model)
     runner = _Runner(copied, encoded, layout, device)
-    for members in plan_batches(encoded.lengths, _budget(encoded, options, device), options.seed, layout.padding):
-        yield members, runner.logits(members).float().cpu().numpy()
+
+    def run(members: Array) -> tuple[Array, Array]:
+        return members, runner.logits(members).float().cpu().numpy()
+
+    batches = plan_batches(encoded.lengths, _budget(encoded, options, device), options.seed, layout.padding)
+    yield from side_by_side(run, batches, device, alone=runner.keeps_state)
 
 
 def _budget(encoded: Encoded, options: EvaluationOptions, device: torch.device) -> int:
@@ -199,6 +203,11 @@ class _Runner:
     def __init__(self, copied: nn.Module, encoded: Encoded, layout: Layout, device: torch.device) -> None:
         self._model, self._encoded, self._layout, self._device = copied, encoded, layout, device
         self._resets = resets(copied)
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether an input's length changes the model for later ones, until it is reset."""
+        return bool(self._resets)
 
     def batch(self, members: Array, padding: Padding) -> torch.Tensor:
         """Return the logits (b, C) of examples in one batch."""

@@ -24,6 +24,7 @@ from mergelab.evaluation.lengths import check_tokens, model_positions
 from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
 from mergelab.evaluation.packed_linear import inference_copy
 from mergelab.evaluation.padding import choose_padding, resets, trial_copy
+from mergelab.evaluation.side_by_side import side_by_side
 
 if TYPE_CHECKING:
     from mergelab.evaluation.classification import Watch
@@ -91,10 +92,15 @@ class EncodedPrompts:
         lengths, as_built = self._lengths, resets(copied)
         budget = max(options.batch_tokens // self.decoding.num_beams, 1)
         texts, done = np.empty(len(self), dtype=object), 0
-        for members in plan_batches(lengths, budget, options.seed, padding):
+
+        def generate(members: Array) -> tuple[Array, Array]:
             for reset in as_built:
                 reset()
-            texts[members] = found = self._generate(copied, members, device, padding)
+            return members, self._generate(copied, members, device, padding)
+
+        batches = plan_batches(lengths, budget, options.seed, padding)
+        for members, found in side_by_side(generate, batches, device, alone=bool(as_built)):
+            texts[members] = found
             done += int(lengths[members].sum())
             options.report(done / int(lengths.sum()))
             if watch is not None:

@@ -8,8 +8,8 @@ with little to go by; a smaller stride costs more and gives lower perplexity.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import local
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -24,6 +24,7 @@ from mergelab.evaluation.lengths import check_tokens, model_positions
 from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
 from mergelab.evaluation.packed_linear import inference_copy
 from mergelab.evaluation.padding import Comparison, changes_with_length, choose_padding, resets, trial_copy
+from mergelab.evaluation.side_by_side import side_by_side
 from mergelab.models.architecture import quiet_transformers
 
 if TYPE_CHECKING:
@@ -103,7 +104,15 @@ class Windows:
         place = np.full(len(self.words), -1)
         place[self.members] = np.arange(len(self.members))
         done = 0
-        for batch, targets, losses in self._losses(copied, device, budget, options.seed, padding):
+        scored, as_built = _ScoredPositions(copied), resets(copied)
+
+        def losses_of(batch: Array) -> tuple[Array, Array, Array]:
+            for reset in as_built:
+                reset()
+            return batch, *self._losses(scored, device, batch)
+
+        batches = plan_batches(end - 1 - begin, budget, options.seed, padding)
+        for batch, targets, losses in side_by_side(losses_of, batches, device, alone=bool(as_built)):
             own = self.owner[targets]
             np.add.at(sums, own[own >= 0], np.stack([losses, np.ones_like(losses)], axis=1)[own >= 0])
             done += int((end - begin)[batch].sum())
@@ -157,33 +166,26 @@ class Windows:
         found = np.array(pairs, dtype=np.int64).reshape(-1, 2)
         return found[:, 0], found[:, 1]
 
-    @torch.inference_mode()
-    def _losses(
-        self, model: Any, device: torch.device, budget: int, seed: int | None, padding: Padding
-    ) -> Iterator[tuple[Array, Array, Array]]:
-        """Yield the windows of a batch, the positions of the tokens that they score, and −log p of each."""
-        scored, as_built = _ScoredPositions(model), resets(model)
+    def _losses(self, scored: _ScoredPositions, device: torch.device, batch: Array) -> tuple[Array, Array]:
+        """Return the positions of the tokens that a batch of windows scores, and −log p of each."""
         begin, first, end = self.spans.T
-        for batch in plan_batches(end - 1 - begin, budget, seed, padding):
-            for reset in as_built:
-                reset()
-            lengths = (end - 1 - begin)[batch]
-            # Where windows are padded nothing looks ahead: what stands behind a window's end needs no mask.
-            ids = np.minimum(begin[batch, None] + np.arange(lengths.max()), (end - 2)[batch, None])
-            rows, columns = np.nonzero(
-                (np.arange(lengths.max()) >= (first - 1 - begin)[batch, None])
-                & (np.arange(lengths.max()) < lengths[:, None])
-            )
-            targets = begin[batch][rows] + columns + 1
-            inputs = torch.from_numpy(self.tokens[ids]).to(device)
-            wanted = torch.from_numpy(self.tokens[targets]).to(device)
-            logits = scored.logits(inputs, torch.from_numpy(rows * lengths.max() + columns).to(device))
-            rows_at_once = max((_ENTRIES if device.type == "cpu" else _ACCELERATOR_ENTRIES) // logits.shape[1], 1)
-            losses = [
-                nn.functional.cross_entropy(part.float(), own, reduction="none")
-                for part, own in zip(torch.split(logits, rows_at_once), torch.split(wanted, rows_at_once), strict=True)
-            ]
-            yield batch, targets, torch.cat(losses).double().cpu().numpy()
+        lengths = (end - 1 - begin)[batch]
+        # Where windows are padded nothing looks ahead: what stands behind a window's end needs no mask.
+        ids = np.minimum(begin[batch, None] + np.arange(lengths.max()), (end - 2)[batch, None])
+        rows, columns = np.nonzero(
+            (np.arange(lengths.max()) >= (first - 1 - begin)[batch, None])
+            & (np.arange(lengths.max()) < lengths[:, None])
+        )
+        targets = begin[batch][rows] + columns + 1
+        inputs = torch.from_numpy(self.tokens[ids]).to(device)
+        wanted = torch.from_numpy(self.tokens[targets]).to(device)
+        logits = scored.logits(inputs, torch.from_numpy(rows * lengths.max() + columns).to(device))
+        rows_at_once = max((_ENTRIES if device.type == "cpu" else _ACCELERATOR_ENTRIES) // logits.shape[1], 1)
+        losses = [
+            nn.functional.cross_entropy(part.float(), own, reduction="none")
+            for part, own in zip(torch.split(logits, rows_at_once), torch.split(wanted, rows_at_once), strict=True)
+        ]
+        return targets, torch.cat(losses).double().cpu().numpy()
 
 
 @torch.inference_mode()
@@ -226,14 +228,14 @@ class _ScoredPositions:
     """A model whose scores over the vocabulary are computed only where they are needed."""
 
     def __init__(self, model: Any) -> None:
-        self._model, self._chosen = model, torch.empty(0, dtype=torch.int64)
+        self._model, self._threads = model, local()
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if head is not None:
             head.register_forward_pre_hook(self._choose)
 
     def logits(self, inputs: Tensor, chosen: Tensor) -> Tensor:
         """Return the scores (m, V) at the positions ``chosen`` (m,) of the flattened inputs (b, l)."""
-        self._chosen = chosen
+        self._threads.chosen = chosen
         options = {"use_cache": False} if hasattr(self._model, "config") else {}
         found: Tensor = self._model(input_ids=inputs, **options).logits
         whole = found.reshape(-1, found.shape[-1])
@@ -241,7 +243,7 @@ class _ScoredPositions:
 
     def _choose(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, *others = arguments
-        return (hidden.reshape(-1, hidden.shape[-1])[self._chosen][None], *others)
+        return (hidden.reshape(-1, hidden.shape[-1])[self._threads.chosen][None], *others)
 
 
 # ------------------------------------------------------------------------------------------------------------- encoding

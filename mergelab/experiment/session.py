@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mergelab import evaluation
 from mergelab.evaluation.options import options_from_config
 from mergelab.evaluation.scoring import Prediction, PredictionCache, prediction_key
 from mergelab.experiment.description import config_owner, describe
@@ -207,7 +210,7 @@ class Session:
             "max_length": self.options.max_length,
             "dtype": self.options.dtype,
             "device": self.device.type,
-            "versions": [version("torch"), version("transformers"), version("mergelab")],
+            "versions": [version("torch"), version("transformers"), version("mergelab"), _evaluation_code()],
         }
         if not data.spec.outputs:
             numbers = hashlib.sha256(np.stack([data.parts, data.idx]).astype("<i8").tobytes()).hexdigest()
@@ -215,3 +218,10 @@ class Session:
         if of.vocabulary is not None:  # what a model lacks is read from the others
             parts["vocabulary"] = [self.opened.content(model.name) for model in self.opened.models]
         return prediction_key(parts)
+
+
+@functools.cache
+def _evaluation_code() -> str:
+    """Return a hash of the code that makes outputs of weights: how examples are encoded, padded and run."""
+    folder = Path(evaluation.__file__).parent
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))).hexdigest()
