@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.errors import ModelError, listed
+from mergelab.errors import ModelError
 from mergelab.weights.checkpoint import open_checkpoint
 from mergelab.weights.naming import backbone_prefix
-from mergelab.weights.pretrained import dequantised
+from mergelab.weights.pretrained import dequantised, refuse_own_code
 
 if TYPE_CHECKING:
     from torch import nn
@@ -178,7 +178,7 @@ def _siblings(module: nn.Module) -> str:
 def _opened(cls: Any, folder: Path, model: str, **options: Any) -> nn.Module:
     import torch
 
-    refuse_own_code(folder, model)
+    refuse_own_code(f"model {model}", read_config(folder, model))
     options = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False, **options}
     try:
         with quiet_transformers():
@@ -191,22 +191,3 @@ def _opened(cls: Any, folder: Path, model: str, **options: Any) -> nn.Module:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"model {model}: transformers cannot open it: {' '.join(str(error).split())[:300]}") from error
     return module.eval()
-
-
-def refuse_own_code(folder: Path, model: str) -> None:
-    """Raise `ModelError` for a model that cannot be built without the code that comes with it, which is never run."""
-    config = read_config(folder, model)
-    code = config.get("auto_map")
-    if not isinstance(code, Mapping) or not code:
-        return
-    from transformers import CONFIG_MAPPING
-
-    if config.get("model_type") in CONFIG_MAPPING:
-        return
-    entries = [str(entry) for value in code.values() for entry in (value if isinstance(value, list) else [value])]
-    files = dict.fromkeys(f"{entry.rpartition('--')[2].partition('.')[0]}.py" for entry in entries)
-    modelling = [file for file in files if file.startswith("model")] or list(files)
-    raise ModelError(
-        f"model {model}: its code is in {listed(modelling, 2)}; mergelab runs no model code, so that it cannot be run "
-        "here; evaluate=false merges it, and the saved folder loads with trust_remote_code=True"
-    )
