@@ -123,11 +123,13 @@ def open_quantised(
     if odd_ones := sorted({*weights} ^ scales.keys()):
         what = "has no scale" if odd_ones[0] in weights else f"has a scale, but is {_dtype_name(infos[odd_ones[0]])}"
         raise ModelError(_refusal(name, method or "fp8", f"{odd_ones[0]} {what}:"))
-    hidden = {*scales.values(), *(key for key in infos if _OF_ACTIVATIONS.search(key))}
+    lasts = {last for last in {key.rpartition(".")[2] for key in infos} if _OF_ACTIVATIONS.search(last)}
+    hidden = {*scales.values(), *(key for key in infos if key.rpartition(".")[2] in lasts)}
     block = _block(quantisation(config) or {})
     made = DequantisedWeights(name, scales, frozenset(hidden), _stored_dtype(config), block, get)
-    for key, scale in scales.items():
-        made.check(infos[key], infos[scale])
+    kinds = {(*infos[key][1:], *infos[scale][1:]): (infos[key], infos[scale]) for key, scale in scales.items()}
+    for weight, scale in kinds.values():  # few, where layers and experts are many
+        made.check(weight, scale)
     return made
 
 
@@ -235,8 +237,10 @@ def _product(weight: Tensor, scale: Tensor, blocks: tuple[int, int], dtype: torc
             part = matrix[start : start + step].float()
             factors = own[start // blocks[0] : math.ceil((start + len(part)) / blocks[0])]
             factors = factors.repeat_interleave(blocks[0], 0)[: len(part)]
-            factors = factors.repeat_interleave(blocks[1], 1)[:, :columns]
-            target[start : start + step] = part * factors
+            whole = columns // blocks[1]  # blocks across; what remains is narrower
+            part[:, : whole * blocks[1]].unflatten(1, (whole, blocks[1])).mul_(factors[:, :whole, None])
+            part[:, whole * blocks[1] :].mul_(factors[:, whole:])
+            target[start : start + step] = part
     return result
 
 
@@ -255,8 +259,9 @@ def _scales(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
 
 def _shown_method(infos: Mapping[str, TensorInfo]) -> str | None:
     """Return the method of quantisation that names and dtypes show, FP8 aside; None where they show none."""
+    ends = {f".{'.'.join(key.rsplit('.', 2)[-2:])}" for key in infos}  # few, where layers and experts are many
     for pattern, method in _NAMES:
-        if any(pattern.search(key) for key in infos):
+        if any(pattern.search(end) for end in ends):
             return method
     blocks = (key.removesuffix(_MXFP4[0]) for key, info in infos.items() if info.dtype in _ONE_BYTE)
     if any(f"{key}{_MXFP4[0]}" in infos and f"{key}{_MXFP4[1]}" in infos for key in blocks):
