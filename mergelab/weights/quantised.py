@@ -54,6 +54,14 @@ _NAMES = (
     (re.compile(r"\.weight\._(data|scale)$"), "quanto"),
     (re.compile(r"[._]weight(_qdata|\.qdata|\.int_data)$"), "torchao"),
 )
+# Packages whose tensors are quantised inside.
+_PACKAGES = {
+    "torchao": "torchao",
+    "optimum.quanto": "quanto",
+    "quanto": "quanto",
+    "bitsandbytes": "bitsandbytes",
+    "hqq": "hqq",
+}
 _MXFP4 = ("_blocks", "_scales")
 _ONE_BYTE = frozenset({torch.int8, torch.uint8})
 # Masks and indices, which old checkpoints store as bytes.
@@ -90,6 +98,14 @@ def refuse_quantised(name: str, infos: Iterable[TensorInfo]) -> None:
         raise ModelError(_refusal(name, method))
     if scaled:
         raise ModelError(_refusal(name, "fp8", f"{next(iter(scaled))} has a scale: give the folder, or"))
+
+
+def refuse_quantised_class(name: str, key: str, kind: type) -> None:
+    """Raise `ModelError` for a tensor of a class that is quantised inside, whatever dtype it shows."""
+    for cls in kind.__mro__:
+        for package, method in _PACKAGES.items():
+            if f"{cls.__module__}.".startswith(f"{package}."):
+                raise ModelError(_refusal(name, method, f"{key} is a {kind.__name__}:"))
 
 
 def refuse_quantised_folder(name: str, folder: Path, config: Mapping[str, Any]) -> None:

@@ -276,6 +276,16 @@ def test_a_module_with_quantised_parameters_is_refused() -> None:
         StateDict.from_model(module)
 
 
+@pytest.mark.parametrize("package", ["torchao.dtypes", "optimum.quanto.tensor"])
+def test_a_tensor_that_is_quantised_inside_is_refused_though_it_shows_a_float(package: str) -> None:
+    kind = type("PackedTensor", (torch.Tensor,), {"__module__": package})
+    tensor = torch.ones(2, 2).as_subclass(kind)
+    with pytest.raises(
+        ModelError, match=r"^m: quantised with (torchao|quanto): w is a PackedTensor: merge the unquant"
+    ):
+        mergeable("m", {"w": tensor})
+
+
 def llama_fp8(folder: Path, *, dequantised: bool = False) -> Checkpoint:
     """Save a Llama whose projections are FP8 in blocks of 32, or that model dequantised by hand."""
     from transformers import LlamaConfig, LlamaForCausalLM
