@@ -140,7 +140,9 @@ def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> 
     assert plan.config.output is not None
     folder = Path(plan.config.output).expanduser()
     merging = Merging(plan.method, plan.parameters, session, plan.config.seed, progress, examples)
-    seconds = merging.to_disk(Saving(session, plan.config.save), folder, merge_key(plan, session))
+    saving = Saving(session, plan.config.save)
+    seconds = merging.to_disk(saving, folder, merge_key(plan, session))
+    saving.say_copied()
 
     label = f"{plan.method.name} of {len(located.experts)}"
     merged = ModelResult(label, "merged", {}, merge_seconds=seconds, peak_mb=peak_memory_mb())

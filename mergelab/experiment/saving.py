@@ -35,11 +35,20 @@ class Saving:
     Args:
         session: the opened models, their heads, and the tasks.
         settings: how a merged model is written.
+
+    Attributes:
+        copied: for each folder that was written, the files that were copied into it.
     """
 
     def __init__(self, session: Session, settings: SaveConfig) -> None:
         self._opened, self._heads, self._tasks = session.opened, session.heads, session.tasks
         self._description, self._settings = session.descriptions.merged, settings
+        self.copied: dict[Path, tuple[str, ...]] = {}
+
+    def say_copied(self) -> None:
+        """Write which files have been copied into the folders that were written."""
+        for folder, names in self.copied.items():
+            say(f"copied    into {folder.name}: {', '.join(names) or 'nothing'}")
 
     def save(self, backbones: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
         """Write merged weights as a model folder; with a head per task, as a folder for each task below it.
@@ -149,8 +158,7 @@ class Saving:
                     if part.name in missing:
                         writer.write_part(part)
                 del part  # let it go before the next one is made
-        for (place, _, _), writer in zip(folders, writers, strict=True):
-            say(f"copied    into {place.name}: {', '.join(writer.companions) or 'nothing'}")
+        self.copied |= {place: writer.companions for (place, _, _), writer in zip(folders, writers, strict=True)}
 
     def _model_folders(self, folder: Path, only: str | None) -> list[tuple[Path, Mapping[str, Tensor], dict[str, Any]]]:
         """Return the folders to write, each with its head and what its configuration says of the labels."""
@@ -198,6 +206,7 @@ def keep(
 
     if output is not None:
         saving.save(backbones, Path(output).expanduser())
+        saving.say_copied()
     if log and run.id:
         with tempfile.TemporaryDirectory() as folder:
             saving.save(backbones, Path(folder) / MODEL)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.errors import ModelError, listed
+from mergelab.errors import ModelError
 from mergelab.weights.naming import backbone_prefix
-from mergelab.weights.quantised import QUANTISATION_KEYS
+from mergelab.weights.pretrained import refuse_own_code
 from mergelab.weights.skeleton import quiet_transformers as quiet_transformers
 
 if TYPE_CHECKING:
@@ -174,11 +174,10 @@ def _opened(cls: Any, folder: Path, model: str, **options: Any) -> nn.Module:
     import torch
     from transformers import AutoConfig, GenerationConfig
 
-    refuse_own_code(folder, model)
+    refuse_own_code(f"model {model}", read_config(folder, model))
     try:
         with quiet_transformers(), _no_init_weights():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-            _drop_quantisation(config)
             build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
             module: Any = build(config, dtype=torch.float32)
             module.tie_weights()
@@ -196,30 +195,3 @@ def _no_init_weights() -> contextlib.AbstractContextManager[None]:
     except ImportError:  # transformers 4
         from transformers.modeling_utils import no_init_weights
     return no_init_weights()  # type: ignore[no-any-return]
-
-
-def _drop_quantisation(config: Any) -> None:
-    """Remove from a config, and from its parts, that the stored weights are quantised: those loaded later are not."""
-    for each in (config, *(part for part in vars(config).values() if hasattr(part, "to_diff_dict"))):
-        for key in QUANTISATION_KEYS:
-            if hasattr(each, key):
-                delattr(each, key)
-
-
-def refuse_own_code(folder: Path, model: str) -> None:
-    """Raise `ModelError` for a model that cannot be built without the code that comes with it, which is never run."""
-    config = read_config(folder, model)
-    code = config.get("auto_map")
-    if not isinstance(code, Mapping) or not code:
-        return
-    from transformers import CONFIG_MAPPING
-
-    if config.get("model_type") in CONFIG_MAPPING:
-        return
-    entries = [str(entry) for value in code.values() for entry in (value if isinstance(value, list) else [value])]
-    files = dict.fromkeys(f"{entry.rpartition('--')[2].partition('.')[0]}.py" for entry in entries)
-    modelling = [file for file in files if file.startswith("model")] or list(files)
-    raise ModelError(
-        f"model {model}: its code is in {listed(modelling, 2)}; mergelab runs no model code, so that it cannot be run "
-        "here; evaluate=false merges it, and the saved folder loads with trust_remote_code=True"
-    )

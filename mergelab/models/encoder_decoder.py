@@ -26,6 +26,7 @@ from mergelab.models.architecture import quiet_transformers, read_config, tokeni
 from mergelab.models.tokens import copy_companions, decoder_tokenizer, load_tokenizer, read_tokens, tokenizer_content
 from mergelab.weights.checkpoint import CONFIG, open_checkpoint
 from mergelab.weights.module import load_into, named_tensors
+from mergelab.weights.pretrained import refuse_own_code
 from mergelab.weights.writer import DECODER_TOKENIZER
 
 if TYPE_CHECKING:
@@ -75,6 +76,11 @@ def warm_start(
     """
     from importlib.metadata import version
 
+    for folder, part in ((encoder, "encoder"), (decoder, "decoder")):
+        checkpoint = open_checkpoint(folder, f"{where}.{part}")
+        refuse_own_code(f"{where}.{part}", checkpoint.config)
+        if checkpoint.is_quantised:
+            raise ModelError(f"{where}.{part}: {folder.name} is quantised: join unquantised checkpoints")
     parts = {
         "made": "warm start",
         "folders": [_content(encoder), _content(decoder)],

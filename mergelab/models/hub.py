@@ -102,6 +102,8 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     if not reachable():
         if folder := cached(repo_id, revision):
             return folder
+        if (config := _cached_adapter(repo_id, revision)) is not None:
+            raise HubError(adapter_refusal(_named(repo_id, revision), config))
         raise HubError(_unreachable(repo_id, revision))
     try:
         return _download(repo_id, revision)
@@ -182,11 +184,28 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
 
 def _adapter_config(repo_id: str, revision: str | None, names: Iterable[str]) -> Mapping[str, Any]:
+    """Fetch what a repository says of its adapter, where it says something."""
     from huggingface_hub import hf_hub_download
 
-    if ADAPTER_CONFIG not in names:
+    return {} if ADAPTER_CONFIG not in names else _json(hf_hub_download(repo_id, ADAPTER_CONFIG, revision=revision))
+
+
+def _cached_adapter(repo_id: str, revision: str | None) -> Mapping[str, Any] | None:
+    """Read what the local cache says of an adapter; None for a repository that is none, or is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        file = try_to_load_from_cache(repo_id, ADAPTER_CONFIG, revision=revision)
+    except ValueError:  # a malformed id
+        return None
+    return _json(file) if isinstance(file, str) else None
+
+
+def _json(file: str) -> Mapping[str, Any]:
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError:
         return {}
-    content = json.loads(Path(hf_hub_download(repo_id, ADAPTER_CONFIG, revision=revision)).read_text(encoding="utf-8"))
     return content if isinstance(content, dict) else {}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 
 Policy = Literal["base", "union"]
 
+# Keys of a config whose values are numbers of rows.
+_NUMBER_OF_ROWS = re.compile("((encoder|decoder|src|tgt|text|padded)_)?vocab_size")
 # What the keys of a config end with whose values are token ids.
 _TOKEN_ID = ("_token_id", "_token_index")
 
@@ -348,7 +351,7 @@ class MergedVocabulary:
             key: self._resized(value, size)
             if isinstance(value, dict)
             else self.size
-            if key.endswith("vocab_size") and value == size
+            if _NUMBER_OF_ROWS.fullmatch(key) and value == size
             else value
             for key, value in config.items()
         }

@@ -22,10 +22,10 @@ ADAPTER_WEIGHTS = (
     "adapters.safetensors",
     "pytorch_lora_weights.safetensors",
 )
-# Names that PEFT gives to an adapter's tensors, and to the modules that it replaces.
+# Parts of the names that PEFT gives to an adapter's tensors, and to the modules that it replaces.
 _NAMES = re.compile(
-    r"(^|\.)(lora_(A|B|E|embedding_A|embedding_B|magnitude_vector)|hada_(w1|w2)_[ab]|lokr_(w1|w2)(_[ab])?|vera_lambda_[bd]"
-    r"|ia3_l|oft_[rRs]|boft_[Rs]|modules_to_save|original_module)(\.|$)"
+    r"(lora_(A|B|E|embedding_A|embedding_B|magnitude_vector)|hada_(w1|w2)_[ab]|lokr_(w1|w2)(_[ab])?|vera_lambda_[bd]"
+    r"|ia3_l|oft_[rRs]|boft_[Rs]|modules_to_save|original_module)"
 )
 _WHAT_TO_DO = "adapters cannot be merged yet; merge it into its base first (PeftModel.merge_and_unload) and save that"
 
@@ -47,7 +47,10 @@ def refuse_adapter(name: str, folder: Path) -> None:
 def refuse_adapted(name: str, tensors: Iterable[str], module: nn.Module | None = None) -> None:
     """Raise `ModelError` for a model whose tensors' names, or whose class, show that an adapter is in it."""
     classes = () if module is None else type(module).__mro__
-    found = next((tensor for tensor in tensors if _NAMES.search(tensor)), None)
+    names = list(tensors)
+    parts = {part for name in names for part in name.split(".")}  # few, where layers and experts are many
+    adapted = {part for part in parts if _NAMES.fullmatch(part)}
+    found = next((name for name in names if not adapted.isdisjoint(name.split("."))), None) if adapted else None
     if found is None and not any(cls.__name__ in ("PeftModel", "PeftMixedModel") for cls in classes):
         return
     configs: Any = getattr(module, "peft_config", None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
 from mergelab.weights.adapters import refuse_adapted
 from mergelab.weights.agreement import dtype_and_shape, joined
-from mergelab.weights.quantised import refuse_quantised
+from mergelab.weights.quantised import refuse_quantised, refuse_quantised_class
 from mergelab.weights.source import TensorInfo, tied_names
 
 
@@ -38,6 +38,8 @@ def mergeable(name: str, tensors: dict[str, Tensor], module: nn.Module | None = 
     infos = [TensorInfo(key, tuple(t.shape), t.dtype) for key, t in tensors.items() if isinstance(t, Tensor)]
     stored = {} if module is None else dict(module.named_buffers())  # where some methods keep packed weights and scales
     infos += [TensorInfo(key, tuple(t.shape), t.dtype) for key, t in stored.items() if key not in tensors]
+    for key, tensor in tensors.items():
+        refuse_quantised_class(name, key, type(tensor))
     refuse_quantised(name, infos)
     return tensors
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from mergelab.errors import ConfigError, HubError, ModelError, did_you_mean, first_line
+from mergelab.errors import ConfigError, HubError, ModelError, did_you_mean, first_line, listed
 from mergelab.weights.adapters import refuse_adapter
 from mergelab.weights.checkpoint import open_checkpoint
 from mergelab.weights.quantised import QUANTISATION_KEYS
@@ -50,6 +50,8 @@ def load_model(name: str | Path, task: str, **kwargs: Any) -> PreTrainedModel:
         refuse_adapter(str(name), Path(name))
     if Path(name, "config.json").is_file() and not kwargs.keys() & {"subfolder", "variant"}:
         checkpoint = open_checkpoint(name)  # raises errors that name the damaged file
+        if not kwargs["trust_remote_code"]:
+            refuse_own_code(str(name), checkpoint.config)
     failure: Exception | None = None
     for auto_class in _auto_classes(task):
         try:
@@ -68,6 +70,24 @@ def load_model(name: str | Path, task: str, **kwargs: Any) -> PreTrainedModel:
     reason = "" if failure is None else first_line(failure)
     kind = ModelError if Path(name).exists() else HubError
     raise kind(f"{name}: cannot be loaded for {task}: {reason}") from failure
+
+
+def refuse_own_code(name: str, config: Mapping[str, Any]) -> None:
+    """Raise `ModelError` for a model that cannot be built without the code that comes with it, which is never run."""
+    code = config.get("auto_map")
+    if not isinstance(code, Mapping) or not code:
+        return
+    from transformers import CONFIG_MAPPING
+
+    if config.get("model_type") in CONFIG_MAPPING:
+        return
+    entries = [str(entry) for value in code.values() for entry in (value if isinstance(value, list) else [value])]
+    files = dict.fromkeys(f"{entry.rpartition('--')[2].partition('.')[0]}.py" for entry in entries)
+    modelling = [file for file in files if file.startswith("model")] or list(files)
+    raise ModelError(
+        f"{name}: its code is in {listed(modelling, 2)}; mergelab runs no model code, so that it cannot be run here; "
+        "evaluate=false merges it, and the saved folder loads with trust_remote_code=True"
+    )
 
 
 def dequantised(auto_class: Any, checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:

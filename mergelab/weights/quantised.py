@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -54,6 +54,14 @@ _NAMES = (
     (re.compile(r"\.weight\._(data|scale)$"), "quanto"),
     (re.compile(r"[._]weight(_qdata|\.qdata|\.int_data)$"), "torchao"),
 )
+# Packages whose tensors are quantised inside.
+_PACKAGES = {
+    "torchao": "torchao",
+    "optimum.quanto": "quanto",
+    "quanto": "quanto",
+    "bitsandbytes": "bitsandbytes",
+    "hqq": "hqq",
+}
 _MXFP4 = ("_blocks", "_scales")
 _ONE_BYTE = frozenset({torch.int8, torch.uint8})
 # Masks and indices, which old checkpoints store as bytes.
@@ -85,10 +93,19 @@ def refuse_quantised(name: str, infos: Iterable[TensorInfo]) -> None:
     ``name`` is what the error calls the model.
     """
     by_name = {info.name: info for info in infos}
-    if (method := _shown_method(by_name)) is not None:
+    scaled = _scales(by_name)
+    if (method := _shown_method(by_name, frozenset(scaled.values()))) is not None:
         raise ModelError(_refusal(name, method))
-    if scaled := _scales(by_name):
+    if scaled:
         raise ModelError(_refusal(name, "fp8", f"{next(iter(scaled))} has a scale: give the folder, or"))
+
+
+def refuse_quantised_class(name: str, key: str, kind: type) -> None:
+    """Raise `ModelError` for a tensor of a class that is quantised inside, whatever dtype it shows."""
+    for cls in kind.__mro__:
+        for package, method in _PACKAGES.items():
+            if f"{cls.__module__}.".startswith(f"{package}."):
+                raise ModelError(_refusal(name, method, f"{key} is a {kind.__name__}:"))
 
 
 def refuse_quantised_folder(name: str, folder: Path, config: Mapping[str, Any]) -> None:
@@ -112,7 +129,8 @@ def open_quantised(
     Raises:
         ModelError: it is quantised in another way, or its scales do not belong to its weights.
     """
-    method, shown, scales = _said_method(folder, config), _shown_method(infos), _scales(infos)
+    method, scales = _said_method(folder, config), _scales(infos)
+    shown = _shown_method(infos, frozenset(scales.values()))
     if shown is not None:
         raise ModelError(_refusal(name, shown))
     if method is None and not scales:
@@ -123,11 +141,13 @@ def open_quantised(
     if odd_ones := sorted({*weights} ^ scales.keys()):
         what = "has no scale" if odd_ones[0] in weights else f"has a scale, but is {_dtype_name(infos[odd_ones[0]])}"
         raise ModelError(_refusal(name, method or "fp8", f"{odd_ones[0]} {what}:"))
-    hidden = {*scales.values(), *(key for key in infos if _OF_ACTIVATIONS.search(key))}
+    lasts = {last for last in {key.rpartition(".")[2] for key in infos} if _OF_ACTIVATIONS.search(last)}
+    hidden = {*scales.values(), *(key for key in infos if key.rpartition(".")[2] in lasts)}
     block = _block(quantisation(config) or {})
     made = DequantisedWeights(name, scales, frozenset(hidden), _stored_dtype(config), block, get)
-    for key, scale in scales.items():
-        made.check(infos[key], infos[scale])
+    kinds = {(*infos[key][1:], *infos[scale][1:]): (infos[key], infos[scale]) for key, scale in scales.items()}
+    for weight, scale in kinds.values():  # few, where layers and experts are many
+        made.check(weight, scale)
     return made
 
 
@@ -235,33 +255,40 @@ def _product(weight: Tensor, scale: Tensor, blocks: tuple[int, int], dtype: torc
             part = matrix[start : start + step].float()
             factors = own[start // blocks[0] : math.ceil((start + len(part)) / blocks[0])]
             factors = factors.repeat_interleave(blocks[0], 0)[: len(part)]
-            factors = factors.repeat_interleave(blocks[1], 1)[:, :columns]
-            target[start : start + step] = part * factors
+            whole = columns // blocks[1]  # blocks across; what remains is narrower
+            part[:, : whole * blocks[1]].unflatten(1, (whole, blocks[1])).mul_(factors[:, :whole, None])
+            part[:, whole * blocks[1] :].mul_(factors[:, whole:])
+            target[start : start + step] = part
     return result
 
 
 def _scales(infos: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Find the weights that have a scale, each with its scale's name."""
     found: dict[str, str] = {}
-    for key, info in infos.items():
-        likely = info.dtype in FLOAT8 or key.endswith("weight")
-        endings = [f"{key}{ending}" for ending in _SCALE_ENDINGS if likely or ending.endswith("_inv")]
-        if info.dtype in FLOAT8 and key.endswith(".weight"):
-            endings += [f"{key.removesuffix('.weight')}{ending}" for ending in _SCALES_BESIDE_WEIGHT]
-        if (scale := next((name for name in endings if name in infos), None)) is not None:
-            found[key] = scale
+    for scale in infos:
+        if "scale" not in scale.rpartition(".")[2]:
+            continue
+        for ending in _SCALE_ENDINGS:
+            key = scale.removesuffix(ending)
+            likely = ending.endswith("_inv") or key.endswith("weight") or (key in infos and infos[key].dtype in FLOAT8)
+            if key != scale and key in infos and likely:
+                found.setdefault(key, scale)
+        for ending in _SCALES_BESIDE_WEIGHT:
+            key = f"{scale.removesuffix(ending)}.weight"
+            if scale.endswith(ending) and key in infos and infos[key].dtype in FLOAT8:
+                found.setdefault(key, scale)
     return found
 
 
-def _shown_method(infos: Mapping[str, TensorInfo]) -> str | None:
+def _shown_method(infos: Mapping[str, TensorInfo], scales: Collection[str]) -> str | None:
     """Return the method of quantisation that names and dtypes show, FP8 aside; None where they show none."""
+    ends = {f".{'.'.join(key.rsplit('.', 2)[-2:])}" for key in infos}  # few, where layers and experts are many
     for pattern, method in _NAMES:
-        if any(pattern.search(key) for key in infos):
+        if any(pattern.search(end) for end in ends):
             return method
     blocks = (key.removesuffix(_MXFP4[0]) for key, info in infos.items() if info.dtype in _ONE_BYTE)
     if any(f"{key}{_MXFP4[0]}" in infos and f"{key}{_MXFP4[1]}" in infos for key in blocks):
         return "mxfp4"
-    scales = set(_scales(infos).values())
     for key, info in infos.items():
         if info.dtype in _ONE_BYTE and len(info.shape) > 1 and key not in scales and not _NO_WEIGHT.search(key):
             return f"8-bit or packed integers ({key} is {_dtype_name(info)})"

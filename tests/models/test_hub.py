@@ -66,6 +66,41 @@ def test_fetch_gives_generation_settings_chat_templates_and_a_decoders_tokenizer
     assert set(extra) <= set(client(FETCH.format("org/chat", None))["files"])
 
 
+def test_fetch_brings_all_that_belongs_to_a_model_and_neither_other_formats_nor_training_state(
+    empty_hub: HubServer, client: Client, checkpoint: Path
+) -> None:
+    belongs = ["LICENSE", "modeling_my.py", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"]
+    left = ["README.md", "onnx/model.onnx", "tf_model.h5", "optimizer.pt", "runs/now/events.out.1", "extra/model.bin"]
+    for name in [*belongs, *left]:
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_text("{}")
+    (checkpoint / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]')
+    empty_hub.add_model("org/sentences", checkpoint)
+    files = set(client(FETCH.format("org/sentences", None))["files"])
+    assert {*belongs, "modules.json"} <= files
+    assert not files & set(left)
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_an_adapter_on_the_hub_is_said_to_be_one(
+    with_config: bool, empty_hub: HubServer, client: Client, checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    if with_config:
+        shutil.copy(checkpoint / "config.json", folder)
+    empty_hub.add_model("org/adapter", folder)
+    answer = client(FETCH.format("org/adapter", None))
+    assert answer["error"] == "HubError"
+    line = answer["message"]
+    assert line.startswith(
+        "model org/adapter: is a LoRA adapter of org/base (peft_type LORA): adapters cannot be merged"
+    )
+    assert "\n" not in line
+
+
 def test_a_revision_is_fetched_and_told_by_its_commit(
     hub: HubServer, client: Client, bert_checkpoints: Mapping[str, Path]
 ) -> None:

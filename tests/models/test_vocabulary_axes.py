@@ -197,6 +197,10 @@ def test_the_saved_config_says_the_number_of_rows_wherever_it_says_one(kind: str
         with vocabulary.companions(like) as folder:
             tensors = {name: models.experts[0].get(name).clone() for name in stored(other)}
             save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+            said = json.loads((folder / "config.json").read_text())
+            assert {said[key] for key in said if key.endswith("vocab_size") and key != "type_vocab_size"} == {
+                vocabulary.size
+            }
             cls = getattr(transformers, KINDS[kind][0])
             _, info = cls.from_pretrained(folder, output_loading_info=True)
             assert not info["missing_keys"]

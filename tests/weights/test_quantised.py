@@ -98,6 +98,9 @@ def test_each_block_is_multiplied_with_its_scale_and_rounded_once(
         ((3, 6, 4), (3, 1, 4), "_scale", method("fbgemm_fp8")),
         ((3, 6, 4), (3, 6, 1), "_scale", method("fbgemm_fp8")),
         ((3, 6, 4), (3,), "_weight_scale", method("modelopt", quant_algo="FP8")),
+        ((6, 4), (), ".scale", method("fp8")),
+        ((6, 4), (1,), ".qscale_weight", method("fp8")),
+        ((6, 4), (1, 1), ".scale_weight", {}),
     ],
 )
 @pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
@@ -111,7 +114,9 @@ def test_scales_of_tensors_rows_and_experts_are_multiplied_too(
 ) -> None:
     weight, factors = fp8(shape), positive(*scale).to(wide)
     name = "experts.down_proj" if len(shape) == 3 else "q_proj.weight"
-    model = open_checkpoint(saved({name: weight, f"{name}{ending}": factors}, {**config, "dtype": "float16"}))
+    scale_name = f"{name.removesuffix('.weight') if ending.startswith('.') else name}{ending}"
+    model = open_checkpoint(saved({name: weight, scale_name: factors}, {**config, "dtype": "float16"}))
+    assert model.keys() == [name]
     spread = factors.float()
     if len(scale) == 1 and scale[0] > 1:
         spread = spread.reshape(-1, *[1] * (len(shape) - 1))
@@ -269,6 +274,16 @@ def test_a_module_with_quantised_parameters_is_refused() -> None:
     module.weight_scale_inv = nn.Parameter(torch.ones(1, 1))
     with pytest.raises(ModelError, match="quantised with fp8"):
         StateDict.from_model(module)
+
+
+@pytest.mark.parametrize("package", ["torchao.dtypes", "optimum.quanto.tensor"])
+def test_a_tensor_that_is_quantised_inside_is_refused_though_it_shows_a_float(package: str) -> None:
+    kind = type("PackedTensor", (torch.Tensor,), {"__module__": package})
+    tensor = torch.ones(2, 2).as_subclass(kind)
+    with pytest.raises(
+        ModelError, match=r"^m: quantised with (torchao|quanto): w is a PackedTensor: merge the unquant"
+    ):
+        mergeable("m", {"w": tensor})
 
 
 def llama_fp8(folder: Path, *, dequantised: bool = False) -> Checkpoint:
