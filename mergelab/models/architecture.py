@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab.errors import ModelError
+from mergelab.weights import json_files
 from mergelab.weights.naming import backbone_prefix
 from mergelab.weights.pretrained import refuse_own_code
 from mergelab.weights.skeleton import quiet_transformers as quiet_transformers
@@ -53,18 +53,11 @@ def read_config(folder: Path, model: str) -> dict[str, Any]:
     """Read ``config.json``.
 
     Raises:
-        ModelError: there is none, or it is not JSON.
+        ModelError: there is none; or as `mergelab.weights.json_files.read_config`.
     """
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"model {model}: no config.json in {folder}") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {model}: {file} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"model {model}: {file} does not hold a JSON object")
-    return config
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"model {model}: no config.json in {folder}")
+    return json_files.read_config(folder, f"model {model}")
 
 
 def architecture(folder: Path, model: str, names: Collection[str] = ()) -> Architecture:

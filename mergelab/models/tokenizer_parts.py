@@ -83,6 +83,6 @@ def _token(value: Any) -> Any:
 def _json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}  # whoever loads the tokenizer says so
     return content if isinstance(content, dict) else {}

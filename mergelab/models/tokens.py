@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mergelab.errors import ModelError, listed
 from mergelab.models.architecture import quiet_transformers, tokenizer_folder
 from mergelab.weights.companions import companion_files, copy_files
+from mergelab.weights.json_files import read_json
 from mergelab.weights.writer import DECODER_TOKENIZER
 
 if TYPE_CHECKING:
@@ -82,13 +83,14 @@ def load_tokenizer(folders: Sequence[Path], model: str) -> Any:
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged tokenizer can raise any
         if (code := _json(folder / _CONFIG).get("auto_map")) and "trust_remote_code" in str(error):
             raise ModelError(
                 f"models {model}: the tokenizer in {folder} needs code that comes with it ({code}); mergelab runs no "
                 "model code, so that it cannot be used here; evaluate=false merges without it"
             ) from error
-        raise ModelError(f"models {model}: the tokenizer in {folder} cannot be read: {error}") from error
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ModelError(f"models {model}: the tokenizer in {folder} cannot be read: {why}") from error
 
 
 def extended_tokenizer(folder: Path, added: Sequence[AddedToken]) -> Any:
@@ -173,5 +175,4 @@ def _added_tokens(folder: Path) -> dict[str, int]:
 
 
 def _json(file: Path) -> Mapping[str, Any]:
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return content if isinstance(content, dict) else {}
+    return read_json(file, str(file.parent)) if file.is_file() else {}

@@ -79,6 +79,6 @@ def adapter_refusal(name: str, config: Mapping[str, Any], verb: str = "is") -> s
 def _described(file: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

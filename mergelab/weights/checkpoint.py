@@ -26,12 +26,13 @@ from mergelab.errors import KeyMismatch, ModelError, first_line, listed
 from mergelab.weights.adapters import refuse_adapted, refuse_adapter
 from mergelab.weights.files import find_weights, gguf_hint, is_inside
 from mergelab.weights.hashing import file_sha256, joint_sha256
+from mergelab.weights.json_files import CONFIG as CONFIG
+from mergelab.weights.json_files import read_config, read_json
 from mergelab.weights.quantised import open_quantised, refuse_quantised_folder
 from mergelab.weights.skeleton import skeleton
 from mergelab.weights.source import TensorInfo, tied_names
 from mergelab.weights.wrappers import unwrapped
 
-CONFIG = "config.json"
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -211,7 +212,7 @@ def open_checkpoint(folder: Path | str, name: str | None = None) -> Checkpoint:
     refuse_adapter(name, folder)
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{name}: {folder} has no {CONFIG}{gguf_hint(folder)}")
-    config = _read_json(folder / CONFIG, name)
+    config = read_config(folder, name)
     refuse_quantised_folder(name, folder, config)
     found = find_weights(folder, config, name)
     if found.index is not None:
@@ -234,7 +235,7 @@ def _check_distinct(shards: Mapping[Path, _WeightFile], name: str) -> None:
 
 def _open_shards(index: Path, name: str) -> dict[Path, _WeightFile]:
     """Open every shard that ``index`` names and check that each holds exactly the tensors that the index says."""
-    weight_map = _read_json(index, name).get("weight_map")
+    weight_map = read_json(index, name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise ModelError(f"{name}: {index} has no weight_map from tensor names to files")
     indexed: dict[str, set[str]] = {}
@@ -421,13 +422,3 @@ def _damage(path: Path, error: Exception) -> str:
         return f"is truncated or damaged ({path.stat().st_size} bytes)"
     kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
     return f"is not a {kind} file, or is damaged ({first_line(error)})"
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{name}: {path} is not readable JSON ({first_line(error)})") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{name}: {path} must hold a JSON object")
-    return content

@@ -75,7 +75,7 @@ def module_folders(folder: Path) -> list[str]:
     """Return the folders of the further modules that a sentence-transformers model lists; none for other models."""
     try:
         modules = json.loads((folder / MODULES).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     paths = [str(module.get("path") or "") for module in modules if isinstance(module, dict)]
     return [path for path in paths if path and not Path(path).is_absolute() and ".." not in Path(path).parts]

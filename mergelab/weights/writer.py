@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -21,6 +20,7 @@ from torch import Tensor
 from mergelab.errors import ModelError
 from mergelab.weights.checkpoint import CONFIG
 from mergelab.weights.companions import companion_files, copy_files, without_unmerged
+from mergelab.weights.json_files import read_config
 from mergelab.weights.locking import only_writer, place_of
 from mergelab.weights.quantised import quantisation, without_quantisation
 from mergelab.weights.shards import PARTIAL_SUFFIX, WeightFiles, as_stored, byte_size, write_json
@@ -145,7 +145,7 @@ def writing_folder(
         ModelError: as for `save_folder`; with a key, also when another process is writing the folder.
     """
     folder, like = Path(folder), Path(like)
-    config = _read_config(like)
+    config = read_config(like, str(like))
     _check_target(folder, [like, *map(Path, inputs)])
     names = {info.name for info in layout}
     ties = {alias: key for alias, key in (aliases or {}).items() if key in names}  # else only the alias is stored
@@ -295,16 +295,6 @@ def _is_complete(part: Path) -> bool:
 def _check_free_space(folder: Path, size: int) -> None:
     if (free := shutil.disk_usage(folder.parent).free) < size:
         raise ModelError(f"{folder}: needs {_bytes(size)} of disk space, but only {_bytes(free)} are free")
-
-
-def _read_config(like: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((like / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{like} has no readable {CONFIG} to copy") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{like / CONFIG} must hold a JSON object")
-    return config
 
 
 def _config_for(
