@@ -103,10 +103,25 @@ def _command() -> str:
 
 
 def _git_commit(folder: str) -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Return the commit that is checked out in a folder, with ``-dirty`` where its files were changed; None without one.
+
+    A repository's own settings can name programs that git runs (a file system monitor, hooks, filters): none is run.
+    """
+    safe = ["-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}"]
+    filters = _git(
+        [*safe, "config", "--name-only", "--get-regexp", r"^filter\..*\.(clean|smudge|process|required)$"], folder
+    )
+    for key in (filters or "").split():
+        safe += ["-c", f"{key}=false" if key.endswith(".required") else f"{key}="]
+    return _git([*safe, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], folder)
+
+
+def _git(arguments: list[str], folder: str) -> str | None:
+    """Return what git writes; None where it is not there, fails or writes nothing."""
+    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
     try:
         done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=5, env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=5, env=environment, check=False
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -53,6 +53,33 @@ def test_a_run_says_in_which_environment_it_was_made(tracker: Tracker, mlflow_cl
     assert {"python", "platform", "mlflow.user", "version.transformers", "version.mlflow"} <= set(tags)
 
 
+def test_programs_that_a_repositorys_settings_name_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / ".gitattributes").write_text("*.txt filter=own\n")
+    (tmp_path / "a.txt").write_text("one")
+    git("add", ".")
+    git("commit", "-m", "first")
+    ran = tmp_path.parent / f"{tmp_path.name}-ran"
+    for key in ("core.fsmonitor", "filter.own.clean", "filter.own.process", "core.pager", "diff.external"):
+        git("config", key, f"touch {ran}; cat")
+    git("config", "filter.own.required", "true")
+    hook = tmp_path / ".git" / "hooks" / "post-index-change"
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    hook.chmod(0o755)
+    os.utime(tmp_path / "a.txt", (1, 1))
+    assert environment_tags()["mlflow.source.git.dirty"] == "false"
+    (tmp_path / "a.txt").write_text("two")
+    assert environment_tags()["mlflow.source.git.dirty"] == "true"
+    assert not ran.exists()
+
+
 def test_the_git_commit_of_the_working_folder_is_tagged_and_whether_it_was_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
