@@ -53,8 +53,8 @@ def test_a_run_says_in_which_environment_it_was_made(tracker: Tracker, mlflow_cl
     assert {"python", "platform", "mlflow.user", "version.transformers", "version.mlflow"} <= set(tags)
 
 
-def test_programs_that_a_repositorys_settings_name_are_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_programs_that_a_repositorys_settings_name_are_not_run(tmp_path: Path) -> None:
+    from mergelab.tracking.processes import _git_commit
 
     def git(*arguments: str) -> None:
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
@@ -74,9 +74,9 @@ def test_programs_that_a_repositorys_settings_name_are_not_run(tmp_path: Path, m
     hook.write_text(f"#!/bin/sh\ntouch {ran}\n")
     hook.chmod(0o755)
     os.utime(tmp_path / "a.txt", (1, 1))
-    assert environment_tags()["mlflow.source.git.dirty"] == "false"
+    clean = _git_commit(str(tmp_path))
     (tmp_path / "a.txt").write_text("two")
-    assert environment_tags()["mlflow.source.git.dirty"] == "true"
+    assert _git_commit(str(tmp_path)) == f"{clean}-dirty"
     assert not ran.exists()
 
 
