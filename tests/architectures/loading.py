@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from tests.architectures.numpy_merges import Array
 from tests.architectures.zoo import Kind
 
 
@@ -29,6 +32,19 @@ def load(kind: Kind, folder: Path) -> Any:
     wrong = {what: sorted(map(str, names)) for what, names in about.items() if names}
     assert not wrong, f"{folder.name}: {wrong}"
     return model.eval()
+
+
+def labels(folder: Path) -> list[str]:
+    """Return a classifier's labels in the order of its outputs."""
+    config = json.loads((folder / "config.json").read_text())
+    names = [config["id2label"][str(number)] for number in range(len(config["id2label"]))]
+    assert config["label2id"] == {name: number for number, name in enumerate(names)}
+    return names
+
+
+def by_label(tensor: Array, names: list[str]) -> Array:
+    """Return a tensor of a head with its outputs in the alphabetical order of their labels."""
+    return tensor[np.argsort(names)] if tensor.shape[:1] == (len(names),) else tensor
 
 
 def tied_groups(model: Any) -> set[frozenset[str]]:

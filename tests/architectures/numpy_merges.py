@@ -1,4 +1,4 @@
-"""Merges computed with NumPy alone from the saved files, to hold mergelab's against: soup, TIES, and what DARE drops."""
+"""Merges computed with NumPy alone from the saved files, to compare with mergelab's: soup, TIES, DARE's masks."""
 
 from __future__ import annotations
 

@@ -9,26 +9,27 @@ import numpy as np
 import pytest
 
 from tests.architectures import numpy_merges
-from tests.architectures.loading import load, load_tokenizer, tied_groups
+from tests.architectures.loading import by_label, labels, load, load_tokenizer, tied_groups
 from tests.architectures.numpy_merges import Array, Tensors, read_tensors
 from tests.architectures.workshop import DARE_DENSITY, METHODS, TIES_DENSITY, Workshop
-from tests.architectures.zoo import BY_NAME, CLASSIFIERS, GENERATORS, KINDS, LABELS
+from tests.architectures.zoo import BY_NAME, CLASSIFIERS, GENERATORS, KINDS, LABELS, head_names
 
 NAMES = [kind.name for kind in KINDS]
-HEADS = ("classifier.", "pre_classifier.", "pooler.", "head.", "logits_proj.", "sequence_summary.")
 
 
 def tensors(folder: Path) -> tuple[Tensors, list[Tensors]]:
     return read_tensors(folder / "base"), [read_tensors(folder / name) for name in ("a", "b")]
 
 
-def head_of(name: str, base: Tensors) -> list[str]:
-    """Name the tensors of a classifier's head, which have the experts' mean whatever the method."""
-    return [key for key in base if name in CLASSIFIERS and key.startswith(HEADS)]
-
-
 def close(found: Array, expected: Array) -> None:
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-7)
+
+
+def check_head(workshop: Workshop, name: str, method: str, key: str, expected: Array) -> None:
+    """Compare a tensor of a merged head with that of its experts, output by output of the same label."""
+    folder = workshop.merged(name, method)
+    found = by_label(read_tensors(folder)[key], labels(folder))
+    close(found, by_label(expected, labels(workshop.models(name) / "a")))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -41,7 +42,7 @@ def test_a_merge_has_the_tensors_of_its_models_and_no_other(workshop: Workshop, 
 @pytest.mark.parametrize("name", NAMES)
 def test_soup_and_ties_equal_numpy(workshop: Workshop, name: str) -> None:
     base, experts = tensors(workshop.models(name))
-    head = head_of(name, base)
+    head = head_names(BY_NAME[name], base)
     backbone = [key for key in base if key not in head]
     expected = {
         "soup": numpy_merges.soup(experts, base),
@@ -50,17 +51,20 @@ def test_soup_and_ties_equal_numpy(workshop: Workshop, name: str) -> None:
     for method, values in expected.items():
         merged = read_tensors(workshop.merged(name, method))
         for key, value in values.items():
-            close(merged[key], value)
+            if key in head:
+                check_head(workshop, name, method, key, value)
+            else:
+                close(merged[key], value)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_dare_drops_and_rescales(workshop: Workshop, name: str) -> None:
     base, experts = tensors(workshop.models(name))
-    merged, head = read_tensors(workshop.merged(name, "dare")), head_of(name, base)
+    merged, head = read_tensors(workshop.merged(name, "dare")), head_names(BY_NAME[name], base)
     kept = []
     for key, start in base.items():
         if key in head:
-            close(merged[key], numpy_merges.soup(experts, [key])[key])
+            check_head(workshop, name, "dare", key, numpy_merges.soup(experts, [key])[key])
             continue
         own = [expert[key] for expert in experts]
         masks, distance = numpy_merges.dare_masks(start, own, merged[key], DARE_DENSITY)
@@ -82,7 +86,7 @@ def test_a_merge_loads_as_its_experts_do(workshop: Workshop, name: str, method: 
     assert type(merged) is type(expert)
     assert tied_groups(merged) == tied_groups(expert)
     own, other = (model.config.to_dict() for model in (merged, expert))
-    ignored = ("_name_or_path", "dtype", "torch_dtype", "transformers_version")
+    ignored = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "id2label", "label2id")
     assert {k: v for k, v in own.items() if k not in ignored} == {k: v for k, v in other.items() if k not in ignored}
     tokenizer, others = load_tokenizer(workshop.merged(name, method)), load_tokenizer(folder / "a")
     text = "the cat sleeps on the road"
@@ -105,9 +109,9 @@ def test_a_generator_keeps_how_it_generates(workshop: Workshop, name: str, metho
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_a_classifier_keeps_its_labels(workshop: Workshop, name: str, method: str) -> None:
-    config = json.loads((workshop.merged(name, method) / "config.json").read_text())
-    assert config["id2label"] == {str(number): label for number, label in LABELS.items()}
-    assert config["architectures"] == [BY_NAME[name].model]
+    folder = workshop.merged(name, method)
+    assert sorted(labels(folder)) == sorted(LABELS.values())
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [BY_NAME[name].model]
 
 
 def test_dare_with_the_same_seed_is_the_same_and_with_another_is_not(workshop: Workshop) -> None:

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.architectures.zoo import BY_NAME, WORDS, Kind, is_known, save_models
+from tests.architectures.building import is_known, save_models
+from tests.architectures.zoo import BY_NAME, WORDS, Kind
 
 EXAMPLES = 16
 NEW_TOKENS = 6
@@ -227,7 +228,7 @@ def _settled(folder: Path, settings: tuple[str, ...]) -> Iterator[None]:
 
 def _sentences(draw: np.random.Generator, shortest: int, longest: int) -> list[str]:
     lengths = draw.integers(shortest, longest + 1, EXAMPLES)
-    return [" ".join(draw.choice(WORDS, size=length)) for length in lengths]
+    return [" ".join(draw.choice(list(WORDS), size=length)) for length in lengths]
 
 
 def _write(folder: Path, table: Mapping[str, list[Any]]) -> Path:
