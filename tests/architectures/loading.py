@@ -85,6 +85,7 @@ def continuation(kind: Kind, model: Any, tokenizer: Any, prompt: str, new_tokens
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
         do_sample=False,
+        num_beams=1,
         temperature=1.0,
         top_p=1.0,
     )[0]

@@ -14,6 +14,8 @@ from tests.architectures.numpy_merges import Array, Tensors, read_tensors
 from tests.architectures.workshop import DARE_DENSITY, METHODS, TIES_DENSITY, Workshop
 from tests.architectures.zoo import BY_NAME, CLASSIFIERS, GENERATORS, KINDS, LABELS, head_names
 
+pytestmark = pytest.mark.slow
+
 NAMES = [kind.name for kind in KINDS]
 
 

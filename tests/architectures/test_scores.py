@@ -20,6 +20,8 @@ from tests.architectures.numpy_merges import read_tensors
 from tests.architectures.workshop import NEW_TOKENS, Workshop, pairs, prompts, texts
 from tests.architectures.zoo import BY_NAME, CLASSIFIERS, GENERATORS, LABELS, head_names
 
+pytestmark = pytest.mark.slow
+
 DECODERS = [name for name in GENERATORS if not BY_NAME[name].is_pair]
 TASK_LABELS = ("entailment", "not_entailment")
 
