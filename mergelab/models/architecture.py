@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice", "ForQuestionAnswering")
-_GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "EncoderDecoderModel")
+_GENERATORS = (
+    *("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "EncoderDecoderModel"),
+    *("MTModel", "BertGenerationDecoder", "ModelWithLMHead"),  # of Marian, BERT for generation, Reformer
+)
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 
 import torch
@@ -66,7 +67,7 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool 
     Args:
         module: is written into.
         tensors: parameters and buffers by name.
-        strict: whether every parameter must be given.
+        strict: whether every parameter must be given; those that follow from the config are computed instead.
 
     Raises:
         KeyMismatch: names that the module does not have, or, when ``strict``, parameters that are not given.
@@ -83,8 +84,8 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool 
         first = chosen.setdefault(ties.get(key, key), key)
         if first != key and not torch.equal(tensors[first], value):
             raise ModelError(f"{first} and {key} are one tied tensor in {label}, but are given different values")
-    parameters = (name for name, _ in module.named_parameters())
-    if strict and (missing := [name for name in parameters if ties.get(name, name) not in chosen]):
+    absent = [name for name, _ in module.named_parameters() if ties.get(name, name) not in chosen]
+    if strict and (missing := [name for name in absent if not _is_computed(module, name)]):
         raise KeyMismatch(f"the tensors for {label} lack {listed(missing)}")
     clashes = [
         f"{key} is {dtype_and_shape(own[key].shape, own[key].dtype)} in {label} but "
@@ -95,6 +96,13 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool 
     if clashes:
         raise ShapeMismatch(joined(clashes))
     with torch.no_grad():
+        for name in absent if strict else ():
+            module._init_weights(module.get_submodule(name.rpartition(".")[0]))  # type: ignore[operator]
         for key in chosen.values():
             own[key].copy_(tensors[key])
     return module
+
+
+def _is_computed(module: nn.Module, name: str) -> bool:
+    """Return whether a parameter follows from the config, so that transformers does not store it: fixed positions."""
+    return any(re.search(pattern, name) for pattern in getattr(module, "_keys_to_ignore_on_save", None) or ())
