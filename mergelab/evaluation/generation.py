@@ -313,7 +313,7 @@ def first_scores(model: Any, ids: Tensor, mask: Tensor, settings: Any) -> Tensor
     from transformers import GenerationConfig, LogitsProcessorList
 
     named = {name: getattr(settings, name) for name in (*_TOKEN_IDS, "pad_token_id")}
-    ends = {*np.ravel([value for value in named.values() if value is not None]).tolist()}
+    ends = {*np.hstack([value for value in named.values() if value is not None]).tolist()}
     written = next(token for token in range(len(ends) + 1) if token not in ends)
     device = next(model.parameters()).device
     found = model.generate(
