@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mergelab.errors import ConfigError, HubError, ModelError, did_you_mean, first_line
-from mergelab.weights.checkpoint import open_checkpoint
+from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from transformers import Pipeline, PreTrainedModel
@@ -40,14 +40,19 @@ def load_model(name: str | Path, task: str, **kwargs: Any) -> PreTrainedModel:
         raise ConfigError("framework: only 'pt' is supported")
     device = kwargs.pop("device", None)
     kwargs.setdefault("dtype", kwargs.pop("torch_dtype", "auto"))
+    checkpoint = None
     if Path(name, "config.json").is_file() and not kwargs.keys() & {"subfolder", "variant"}:
-        open_checkpoint(name)  # raises errors that name the damaged file
+        checkpoint = open_checkpoint(name)  # raises errors that name the damaged file
     failure: Exception | None = None
     for auto_class in _auto_classes(task):
         try:
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(0)
-                model: PreTrainedModel = auto_class.from_pretrained(str(name), **kwargs)
+                model: PreTrainedModel = (
+                    auto_class.from_pretrained(str(name), **kwargs)
+                    if checkpoint is None or checkpoint.standard
+                    else _from_tensors(auto_class, checkpoint, **kwargs)
+                )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
             failure = failure or error
         else:
@@ -55,6 +60,18 @@ def load_model(name: str | Path, task: str, **kwargs: Any) -> PreTrainedModel:
     reason = "" if failure is None else first_line(failure)
     kind = ModelError if Path(name).exists() else HubError
     raise kind(f"{name}: cannot be loaded for {task}: {reason}") from failure
+
+
+def _from_tensors(auto_class: Any, checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
+    """Load a folder whose files or names ``from_pretrained`` does not know by what is read of it here."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    with torch.device("meta"):
+        cls: Any = type(auto_class.from_config(config))
+    tensors = {name: checkpoint.get(name).clone() for name in [*checkpoint.keys(), *checkpoint.aliases()]}
+    model: PreTrainedModel = cls.from_pretrained(None, config=config, state_dict=tensors, **kwargs)
+    return model
 
 
 def load_pipeline(
