@@ -1,0 +1,93 @@
+"""Models that store one network in different layouts are merged, and the merge loads in transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from tests import layouts
+from tests.conftest import Outcome
+
+Command = Callable[..., Outcome]
+
+
+def _models(folder: Path, name: str, *saved: layouts.Layout) -> list:
+    models = [layouts.build(name, seed) for seed in range(3)]
+    for model, layout, at in zip(models, saved, ("base", "a", "b"), strict=True):
+        layout(model, folder / at)
+    return models
+
+
+FILES, MEMORY = layouts.in_files, layouts.in_memory
+
+
+@pytest.mark.parametrize(
+    "saved", [(FILES, MEMORY, MEMORY), (MEMORY, FILES, FILES), (FILES, FILES, MEMORY), (FILES,) * 3]
+)
+@pytest.mark.parametrize("name", layouts.MODELS)
+def test_a_merge_of_any_layouts_is_numpys_and_loads_whole(name, saved, mergelab_command: Command, workplace) -> None:
+    models = _models(workplace, name, *saved)
+    outcome = mergelab_command(
+        "method=task_arithmetic",
+        "method.lambda=0.5",
+        "task=prompts",
+        "models.base=./base",
+        "models.experts={a: ./a, b: ./b}",
+        "evaluate=false",
+        "output=out",
+        "tracking=none",
+    )
+    assert outcome.code == 0, outcome.err
+    merged, info = type(models[0]).from_pretrained(workplace / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    base, a, b = ({key: value.numpy() for key, value in model.state_dict().items()} for model in models)
+    for key, value in merged.state_dict().items():
+        expected = base[key] + 0.5 * ((a[key] - base[key]) + (b[key] - base[key]))
+        np.testing.assert_allclose(value.numpy(), expected, atol=1e-6, err_msg=key)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(3, 40))]
+    tokenizer = Tokenizer(WordLevel({word: at for at, word in enumerate(words)}, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="w3"
+    )
+
+
+@pytest.mark.parametrize("saved", [(FILES, FILES, FILES), (MEMORY, FILES, MEMORY)])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "llava", "gemma3"])
+def test_what_a_merge_writes_is_what_transformers_writes_with_it(
+    name, saved, mergelab_command: Command, workplace
+) -> None:
+    models = _models(workplace, name, *saved)
+    tokenizer = _tokenizer()
+    for at in ("base", "a", "b"):
+        tokenizer.save_pretrained(workplace / at)
+    outcome = mergelab_command(
+        "method=soup",
+        "task=prompts",
+        "task.prompts=[w5 w6 w7]",
+        "task.decoding.max_new_tokens=4",
+        "models.base=./base",
+        "models.experts={a: ./a, b: ./b}",
+        "output=out",
+        "tracking=none",
+        "eval.cache=false",
+    )
+    assert outcome.code == 0, outcome.err
+    inputs = tokenizer("w5 w6 w7", return_tensors="pt", return_token_type_ids=False)
+    printed = " ".join(outcome.out.replace("│", " ").split())
+    for at in ("base", "a", "b", "out"):
+        model = type(models[0]).from_pretrained(workplace / at).eval()
+        with torch.no_grad():
+            written = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, 3:]
+        assert tokenizer.decode(written, skip_special_tokens=True) in printed, at
