@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float], None]
 
 
-def open_session(located: LocatedModels, tasks: Sequence[TaskSpec], config: ExperimentConfig) -> Session:
-    """Open the models of an experiment.
+def open_session(
+    located: LocatedModels, tasks: Sequence[TaskSpec], config: ExperimentConfig, *, module_names: bool = False
+) -> Session:
+    """Open the models of an experiment; ``module_names`` as in `MergeScope`.
 
     Raises:
         ModelError, KeyMismatch, ShapeMismatch, NonFinite: the models cannot be opened or do not fit together.
@@ -57,6 +59,7 @@ def open_session(located: LocatedModels, tasks: Sequence[TaskSpec], config: Expe
         merge_new=models.merge_new,
         vocab=models.vocab,
         untie=models.untie,
+        module_names=module_names,
         dtype=None if config.save.dtype is None else getattr(torch, config.save.dtype),
     )
     base = located.base

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from tests import layouts
 from tests.conftest import Outcome
+from tests.standins import glue_table
 
 Command = Callable[..., Outcome]
 
@@ -91,3 +94,40 @@ def test_what_a_merge_writes_is_what_transformers_writes_with_it(
         with torch.no_grad():
             written = model.generate(**inputs, max_new_tokens=4, do_sample=False)[0, 3:]
         assert tokenizer.decode(written, skip_special_tokens=True) in printed, at
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe"])
+def test_a_method_that_learns_from_data_sees_every_tensor_in_any_layout(
+    kind, method, mergelab_command: Command, workplace, monkeypatch
+) -> None:
+    monkeypatch.setenv("MERGELAB_CACHE", str(workplace / "cache"))
+    size = layouts.EXPERTS["mixtral" if kind == "Mixtral" else "qwen3-moe"][2]
+    labels = {0: "entailment", 1: "not_entailment"}
+    config = getattr(transformers, f"{kind}Config")(**size, id2label=labels, label2id={v: k for k, v in labels.items()})
+    for seed, at in enumerate(("base", "a", "b")):
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+        for layout in (FILES, MEMORY):
+            layout(model, workplace / layout.__name__ / at)
+            _tokenizer().save_pretrained(workplace / layout.__name__ / at)
+    (workplace / "data").mkdir()
+    for split in ("train", "validation"):
+        pq.write_table(glue_table("rte", 24, 1), workplace / "data" / f"{split}.parquet")
+    merged = []
+    for layout in (FILES, MEMORY):
+        folder = f"./{layout.__name__}"
+        outcome = mergelab_command(
+            f"method={method}",
+            "task=rte",
+            "task.data_dir=data",
+            f"models.base={folder}/base",
+            f"models.experts={{a: {folder}/a, b: {folder}/b}}",
+            "evaluate=false",
+            f"output=out-{layout.__name__}",
+            "tracking=none",
+        )
+        assert outcome.code == 0, outcome.err
+        merged.append(type(model).from_pretrained(workplace / f"out-{layout.__name__}").state_dict())
+    for name, value in merged[0].items():
+        torch.testing.assert_close(value, merged[1][name], rtol=0, atol=1e-6, msg=name)
