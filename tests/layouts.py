@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 from torch import Tensor
 
 _SIZE = {
@@ -137,3 +139,13 @@ def in_memory(model: Any, folder: Path) -> None:
 
 
 Layout = Callable[[Any, Path], None]
+
+
+def tokenizer() -> Any:
+    """Make a tokenizer of the models' forty tokens."""
+    words = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(3, 40))]
+    made = Tokenizer(WordLevel({word: at for at, word in enumerate(words)}, unk_token="w3"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="w3"
+    )

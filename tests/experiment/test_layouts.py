@@ -10,9 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
 
 from tests import layouts
 from tests.conftest import Outcome
@@ -57,22 +55,13 @@ def test_a_merge_of_any_layouts_is_numpys_and_loads_whole(name, saved, mergelab_
         np.testing.assert_allclose(value.numpy(), expected, atol=1e-6, err_msg=key)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<s>", "</s>", *(f"w{number}" for number in range(3, 40))]
-    tokenizer = Tokenizer(WordLevel({word: at for at, word in enumerate(words)}, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="w3"
-    )
-
-
 @pytest.mark.parametrize("saved", [(FILES, FILES, FILES), (MEMORY, FILES, MEMORY)])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "llava", "gemma3"])
 def test_what_a_merge_writes_is_what_transformers_writes_with_it(
     name, saved, mergelab_command: Command, workplace
 ) -> None:
     models = _models(workplace, name, *saved)
-    tokenizer = _tokenizer()
+    tokenizer = layouts.tokenizer()
     for at in ("base", "a", "b"):
         tokenizer.save_pretrained(workplace / at)
     outcome = mergelab_command(
@@ -110,7 +99,7 @@ def test_a_method_that_learns_from_data_sees_every_tensor_in_any_layout(
         model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
         for layout in (FILES, MEMORY):
             layout(model, workplace / layout.__name__ / at)
-            _tokenizer().save_pretrained(workplace / layout.__name__ / at)
+            layouts.tokenizer().save_pretrained(workplace / layout.__name__ / at)
     (workplace / "data").mkdir()
     for split in ("train", "validation"):
         pq.write_table(glue_table("rte", 24, 1), workplace / "data" / f"{split}.parquet")
@@ -131,3 +120,31 @@ def test_a_method_that_learns_from_data_sees_every_tensor_in_any_layout(
         merged.append(type(model).from_pretrained(workplace / f"out-{layout.__name__}").state_dict())
     for name, value in merged[0].items():
         torch.testing.assert_close(value, merged[1][name], rtol=0, atol=1e-6, msg=name)
+
+
+AROUND = [
+    ("", "module.", ""),
+    ("module.", "", "_orig_mod."),
+    ("model.", "module._orig_mod.", "base_model.model."),
+    ("model.", "model.", "model."),
+]
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("name", ["mixtral", "llava", "tied llava"])
+def test_wrappers_in_some_models_or_in_all_leave_a_merge_that_loads(
+    name, around, mergelab_command: Command, workplace
+) -> None:
+    models = _models(workplace, name, FILES, FILES, FILES)
+    for prefix, at in zip(around, ("base", "a", "b"), strict=True):
+        file = workplace / at / "model.safetensors"
+        save_file({prefix + key: value for key, value in load_file(file).items()}, file, {"format": "pt"})
+    experts = ["models.base=./base", "models.experts={a: ./a, b: ./b}"]
+    outcome = mergelab_command("method=soup", "task=prompts", *experts, "evaluate=false", "output=out", "tracking=none")
+    assert outcome.code == 0, outcome.err
+    merged, info = type(models[0]).from_pretrained(workplace / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    a, b = (model.state_dict() for model in models[1:])
+    for key, value in merged.state_dict().items():
+        torch.testing.assert_close(value, (a[key] + b[key]) / 2, msg=key)
