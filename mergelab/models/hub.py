@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.errors import HubError, ModelError, listed
-from mergelab.weights.files import WEIGHT_FILES, WeightFiles, is_inside, weight_files
+from mergelab.weights.files import WEIGHT_FILES, StoredWeights, is_inside, weight_files
 
 # Any hub or mirror of it has something to say about this one, be it that it does not have it.
 _PROBED = "google-bert/bert-base-uncased"
@@ -188,7 +188,7 @@ def _snapshot(repo_id: str, revision: str | None, names: Iterable[str]) -> Path:
     return Path(snapshot_download(repo_id, revision=revision, allow_patterns=sorted(names), tqdm_class=Bar))
 
 
-def _weights_among(names: Iterable[str], what: str) -> WeightFiles | None:
+def _weights_among(names: Iterable[str], what: str) -> StoredWeights | None:
     """Choose a repository's weights by the names of its files; see `mergelab.weights.files.weight_files`.
 
     Raises:
@@ -200,7 +200,7 @@ def _weights_among(names: Iterable[str], what: str) -> WeightFiles | None:
         raise HubError(f"{what}: {error}") from None
 
 
-def _weight_files(folder: Path, weights: WeightFiles) -> list[str]:
+def _weight_files(folder: Path, weights: StoredWeights) -> list[str]:
     if weights.index is None:
         return list(weights.files)
     files = set(json.loads((folder / weights.index).read_text(encoding="utf-8"))["weight_map"].values())
