@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 import mergelab as ml
 from mergelab.errors import ConfigError, KeyMismatch, ModelError
 from mergelab.weights.state_dict import StateDict
+from tests import layouts
 from tests.standins import BERT_BASE, NAMED_LABELS, OTHER_LABEL_ORDER
 from tests.vocabularies import FIM, IM_END, bert, llama
 
@@ -171,3 +172,24 @@ def test_bad_calls_are_named() -> None:
         ml.soup([dicts[0], 3])
     with pytest.raises(AttributeError, match="no attribute 'tis'"):
         _ = ml.tis
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llava"])
+def test_folders_and_modules_that_name_their_tensors_differently_are_merged(name: str, tmp_path: Path) -> None:
+    models = [layouts.build(name, seed) for seed in range(2)]
+    layouts.in_files(models[0], tmp_path)
+    merged = ml.soup([str(tmp_path), models[1]])
+    a, b = (model.state_dict() for model in models)
+    for key, value in merged.state_dict().items():
+        torch.testing.assert_close(value, (a[key] + b[key]) / 2, msg=key)
+    if name == "mixtral":
+        layouts.tokenizer().save_pretrained(tmp_path)
+        pipe = ml.soup([models[1], str(tmp_path)], task="text-generation")
+        assert all(torch.equal(value, pipe.model.state_dict()[key]) for key, value in merged.state_dict().items())
+
+
+def test_a_module_around_the_model_is_one_line_that_says_what_to_give(named: str) -> None:
+    model = module(named)
+    for wrapped, inside in ((nn.DataParallel(model), "model.module"), (torch.compile(model), "model._orig_mod")):
+        with pytest.raises(ModelError, match=rf"^models\[1\] is a \w+; give the model inside it: {inside}$"):
+            ml.soup([model, wrapped])

@@ -142,7 +142,7 @@ def open_loaded(
         return _last[0][1]
     _last.clear()  # two sets of models may not fit into memory
     located = locate(plan.config.models, source, [task.name for task in plan.tasks if task.path], progress)
-    session = open_session(located, plan.tasks, plan.config)
+    session = open_session(located, plan.tasks, plan.config, module_names=bool(plan.method.needs))
     evaluator = Evaluator(session, _load_data(plan, located), plan.config.eval, plan.config.seed, progress)
     loaded = LoadedModels(evaluator, compiling)
     if keep:
@@ -172,5 +172,5 @@ def _key(plan: Plan, source: Source) -> str:
         for name, expert in settings["models"]["experts"].items()
     }
     tasks = [asdict(task) for task in plan.tasks]
-    parts = [settings, tasks, plan.data_dir, plan.limit, source, str(Path.cwd())]
+    parts = [settings, tasks, plan.data_dir, plan.limit, source, str(Path.cwd()), bool(plan.method.needs)]
     return json.dumps(parts, sort_keys=True, default=str)

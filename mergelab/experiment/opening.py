@@ -51,6 +51,8 @@ class MergeScope:
         tokenizer: the model whose tokenizer it has; None: the same.
         dtype: what merged tensors are rounded to, once; None: the models' own.
         untie: whether tensors that some models tie and others do not are merged apart, in all of them.
+        module_names: whether tensors have the names of transformers' modules in any case, as methods need them that
+            run the models; else only where the models' stored names differ.
         key: what the configuration's keys begin with in messages.
     """
 
@@ -64,6 +66,7 @@ class MergeScope:
     tokenizer: ModelSource | None = None
     dtype: torch.dtype | None = None
     untie: bool = False
+    module_names: bool = False
     key: str = "models."
 
 
@@ -212,19 +215,34 @@ def _aligned(
             adapt=None if vocabulary is None else partial(vocabulary.adapt, heads=heads),
         )
 
-    try:
+    if not scope.module_names:
+        try:
+            return aligned(sources, heads), tuple(heads)
+        except (KeyMismatch, ShapeMismatch):
+            converted = _converted(models, sources)
+            if converted is None:
+                raise
+    elif (converted := _converted(models, sources)) is None:
         return aligned(sources, heads), tuple(heads)
-    except (KeyMismatch, ShapeMismatch):
-        module = next((found for model in reversed(models) if (found := model.skeleton) is not None), None)
-        if module is None:
-            raise
-        converted = [as_in(module, source) for source in sources]
-        if all(new is old for new, old in zip(converted, sources, strict=True)):
-            raise
-    for source in converted:
-        check_readable(module, source)
     heads = () if kind is None else head_names(converted[-1].keys(), kind)
     return aligned(converted, heads), tuple(heads)
+
+
+def _converted(models: Sequence[ModelSource], sources: Sequence[TensorSource]) -> list[TensorSource] | None:
+    """Return the models' tensors under the names of the last expert's module in transformers; None where they are so.
+
+    Raises:
+        ModelError: transformers would not read them once they are stored under these names.
+    """
+    module = next((found for model in reversed(models) if (found := model.skeleton) is not None), None)
+    if module is None:
+        return None
+    converted = [as_in(module, source) for source in sources]
+    if all(new is old for new, old in zip(converted, sources, strict=True)):
+        return None
+    for source in converted:
+        check_readable(module, source)
+    return converted
 
 
 def _common_architecture(

@@ -131,7 +131,7 @@ def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> 
     from mergelab.experiment.session import open_session
 
     located = locate(plan.config.models, source, [task.name for task in plan.tasks if task.path], progress)
-    session = open_session(located, plan.tasks, plan.config)
+    session = open_session(located, plan.tasks, plan.config, module_names=bool(plan.method.needs))
     recording.record_models(run, session)
     recording.record_inputs(run, plan.resolved, ())
 

@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float], None]
 
 
-def open_session(located: LocatedModels, tasks: Sequence[TaskSpec], config: ExperimentConfig) -> Session:
-    """Open the models of an experiment.
+def open_session(
+    located: LocatedModels, tasks: Sequence[TaskSpec], config: ExperimentConfig, *, module_names: bool = False
+) -> Session:
+    """Open the models of an experiment; ``module_names`` as in `MergeScope`.
 
     Raises:
         ModelError, KeyMismatch, ShapeMismatch, NonFinite: the models cannot be opened or do not fit together.
@@ -64,6 +66,7 @@ def open_session(located: LocatedModels, tasks: Sequence[TaskSpec], config: Expe
         owner=config_owner(source, experts, models.config, config.save.tokenizer),
         tokenizer=chosen,
         untie=models.untie,
+        module_names=module_names,
         dtype=None if config.save.dtype is None else getattr(torch, config.save.dtype),
     )
     opened = open_models(source, experts, scope)

@@ -138,6 +138,7 @@ def from_given(given: Any, name: str, base: ModelSource | None = None) -> ModelS
     if isinstance(given, Mapping) and any(isinstance(value, str | Path) for value in given.values()):
         return _from_reference(given, check(PairConfig, _as_text(given), name), name)
     if (module := module_of(given)) is not None:
+        _check_not_wrapped(module, name)
         return ModelSource(name, DictSource(name, mergeable(name, _weights(module), module)), given)
     if isinstance(given, Mapping):
         return ModelSource(name, DictSource(name, mergeable(name, dict(given))), given)
@@ -145,6 +146,18 @@ def from_given(given: Any, name: str, base: ModelSource | None = None) -> ModelS
         f"{name} is a {type(given).__name__}; it must be a hub id, a local folder, a pair of these, a module, a "
         "pipeline or a state dict"
     )
+
+
+def _check_not_wrapped(module: nn.Module, name: str) -> None:
+    """Raise `ModelError` for a module around the model, whose tensors have other names than the model's."""
+    kind = type(module).__name__
+    inner = "_orig_mod" if kind == "OptimizedModule" else "module"
+    if kind in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule"):
+        raise ModelError(f"{name} is a {kind}; give the model inside it: model.{inner}")
+    if kind.startswith("Peft"):
+        raise ModelError(
+            f"{name} is a {kind}; give the model with the adapter merged into it: model.merge_and_unload()"
+        )
 
 
 def _from_reference(given: Any, reference: str | PairConfig, name: str) -> ModelSource:

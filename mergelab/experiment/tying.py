@@ -92,6 +92,9 @@ def with_ties(models: Sequence[ModelSource], sources: Sequence[TensorSource], *,
         _described(model, source, module if module is not None else known[-1])
         for model, source, module in zip(models, sources, modules, strict=True)
     ]
+    for each, module in zip(described, modules, strict=True):
+        if module is not None:
+            _check_output_embedding(each, module)
     result, apart, all_names = list(sources), [], False
     for alias, holder in {alias: holder for model in described for alias, holder in model.ties.items()}.items():
         states = [_state(model, alias, holder) for model in described]
@@ -187,24 +190,33 @@ def _described(model: ModelSource, source: TensorSource, module: nn.Module) -> _
     return _Model(model.label or model.name, source, stored, tied_parameters(module), names)
 
 
-def _state(model: _Model, alias: str, holder: str) -> bool | None:
-    """Return whether a model has two names for one tensor (True) or two tensors (False); None: it lacks a name.
+def _check_output_embedding(model: _Model, module: Any) -> None:
+    """Check that a model has its output embedding, which transformers would draw at random where it is nowhere.
 
     Raises:
-        ModelError: it is neither stored nor tied to what is stored; or transformers would not read what is stored.
+        ModelError: it is neither stored nor tied to what is stored.
+    """
+    layer = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
+    weight = getattr(layer, "weight", None)
+    name = next((name for name, own in module.named_parameters(remove_duplicate=False) if own is weight), None)
+    if name is not None and model.holder(name) is None:
+        raise ModelError(
+            f"{model.label}: {name} is not in its weights, and its config does not tie it to another: transformers "
+            "would draw it at random; correct tie_word_embeddings in its config.json"
+        )
+
+
+def _state(model: _Model, alias: str, holder: str) -> bool | None:
+    """Return whether a model has two names for one tensor (True) or two tensors (False); None: it lacks one.
+
+    Raises:
+        ModelError: transformers would not read what is stored.
     """
     if alias not in model.names or holder not in model.names:
         return None
     a, b = model.holder(alias), model.holder(holder)
     if a is None or b is None:
-        missing = alias if a is None else holder
-        if a is None and b is None:
-            return None
-        raise ModelError(
-            f"{model.label}: {missing} is not in its weights, and its config does not tie it to "
-            f"{alias if b is None else holder}: transformers would draw it at random; correct tie_word_embeddings in "
-            "its config.json"
-        )
+        return None
     if a == b or _equal(model.source, a, b):
         return True
     if model.has_tied(alias, holder) and _always_ties():

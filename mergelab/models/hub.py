@@ -19,7 +19,7 @@ from typing import Any
 from mergelab.errors import HubError, ModelError, listed
 from mergelab.weights.adapters import ADAPTER_CONFIG, adapter_refusal, is_adapter
 from mergelab.weights.companions import is_companion, is_module_weights, module_folders
-from mergelab.weights.files import WEIGHT_FILES, WeightFiles, is_inside, weight_files
+from mergelab.weights.files import WEIGHT_FILES, StoredWeights, is_inside, weight_files
 
 # Any hub or mirror of it has something to say about this one, be it that it does not have it.
 _PROBED = "google-bert/bert-base-uncased"
@@ -228,7 +228,7 @@ def _literal(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
-def _weights_among(names: Iterable[str], what: str) -> WeightFiles | None:
+def _weights_among(names: Iterable[str], what: str) -> StoredWeights | None:
     """Choose a repository's weights by the names of its files; see `mergelab.weights.files.weight_files`.
 
     Raises:
@@ -240,7 +240,7 @@ def _weights_among(names: Iterable[str], what: str) -> WeightFiles | None:
         raise HubError(f"{what}: {error}") from None
 
 
-def _weight_files(folder: Path, weights: WeightFiles) -> list[str]:
+def _weight_files(folder: Path, weights: StoredWeights) -> list[str]:
     if weights.index is None:
         return list(weights.files)
     files = set(json.loads((folder / weights.index).read_text(encoding="utf-8"))["weight_map"].values())

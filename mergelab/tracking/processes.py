@@ -103,7 +103,7 @@ def _command() -> str:
 
 
 def _git_commit(folder: str) -> str | None:
-    """Return the commit that is checked out in a folder, with ``-dirty`` where its files were changed; None without one.
+    """Return the commit that is checked out in a folder, with ``-dirty`` where files were changed; None without one.
 
     A repository's settings can name programs for git to run (file system monitor, hooks, filters); none is run.
     """

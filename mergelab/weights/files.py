@@ -32,7 +32,7 @@ _SHARD = re.compile(
 
 
 @dataclass(frozen=True)
-class WeightFiles:
+class StoredWeights:
     """Where a folder's weights are.
 
     Attributes:
@@ -46,7 +46,7 @@ class WeightFiles:
     standard: bool = True
 
 
-def weight_files(names: Collection[str], chosen: str | None = None) -> WeightFiles | None:
+def weight_files(names: Collection[str], chosen: str | None = None) -> StoredWeights | None:
     """Choose among the names of a folder's files.
 
     A variant (``model.fp16.safetensors``) and shards without an index count only where nothing else does.
@@ -82,12 +82,12 @@ def weight_files(names: Collection[str], chosen: str | None = None) -> WeightFil
         if whole := [name for name in group if not _SHARD.fullmatch(name)]:
             return _one(whole[0], standard=False)
         if group:
-            return WeightFiles(None, _complete(group), standard=False)
+            return StoredWeights(None, _complete(group), standard=False)
     return None
 
 
-def _one(name: str, *, standard: bool) -> WeightFiles:
-    return WeightFiles(name, (), standard) if name.endswith(".json") else WeightFiles(None, (name,), standard)
+def _one(name: str, *, standard: bool) -> StoredWeights:
+    return StoredWeights(name, (), standard) if name.endswith(".json") else StoredWeights(None, (name,), standard)
 
 
 def _complete(names: Collection[str]) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ def _complete(names: Collection[str]) -> tuple[str, ...]:
     return tuple(found[number] for number in sorted(found))
 
 
-def find_weights(folder: Path, config: Mapping[str, Any], name: str) -> WeightFiles:
+def find_weights(folder: Path, config: Mapping[str, Any], name: str) -> StoredWeights:
     """Find the folder's weights.
 
     Raises:

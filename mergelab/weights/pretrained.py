@@ -13,7 +13,7 @@ from torch import nn
 
 from mergelab.errors import ConfigError, HubError, ModelError, did_you_mean, first_line, listed
 from mergelab.weights.adapters import refuse_adapter
-from mergelab.weights.checkpoint import open_checkpoint
+from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
 from mergelab.weights.quantised import QUANTISATION_KEYS
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def load_model(name: str | Path, task: str, **kwargs: Any) -> PreTrainedModel:
             with torch.random.fork_rng(devices=()):
                 torch.manual_seed(0)
                 model = (
-                    dequantised(auto_class, checkpoint, **kwargs)
-                    if checkpoint is not None and checkpoint.is_quantised
+                    from_tensors(auto_class, checkpoint, **kwargs)
+                    if checkpoint is not None and (checkpoint.is_quantised or not checkpoint.standard)
                     else auto_class.from_pretrained(str(name), **kwargs)
                 )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -90,10 +90,10 @@ def refuse_own_code(name: str, config: Mapping[str, Any]) -> None:
     )
 
 
-def dequantised(auto_class: Any, checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
-    """Load a quantised checkpoint with ``auto_class`` as the unquantised model that its tensors stand for.
+def from_tensors(auto_class: Any, checkpoint: Checkpoint, **kwargs: Any) -> PreTrainedModel:
+    """Load a folder with ``auto_class`` by what is read of it here: unquantised, under the model's own names.
 
-    Transformers itself runs FP8 weights on some accelerators only.
+    Transformers itself runs FP8 weights on some accelerators only, and does not know every file and name.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -104,8 +104,8 @@ def dequantised(auto_class: Any, checkpoint: Checkpoint, **kwargs: Any) -> PreTr
         for key in QUANTISATION_KEYS:
             if hasattr(each, key):
                 delattr(each, key)
-    options["dtype"] = checkpoint.dequantised_dtype if dtype == "auto" else dtype
-    tensors = {key: checkpoint.get(key) for key in (*checkpoint.keys(), *checkpoint.aliases())}
+    options["dtype"] = (checkpoint.dequantised_dtype or dtype) if dtype == "auto" else dtype
+    tensors = {key: checkpoint.get(key).clone() for key in (*checkpoint.keys(), *checkpoint.aliases())}
     cls: Any = auto_class
     if hasattr(auto_class, "from_config"):  # an auto class takes no tensors without a folder
         with torch.device("meta"):

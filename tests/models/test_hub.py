@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.hub_server import HubServer
@@ -52,6 +53,29 @@ def test_fetch_brings_the_index_and_every_shard(empty_hub: HubServer, client: Cl
     assert set(answer["files"]) == {"config.json", "model.safetensors.index.json", *shards, *TOKENIZER}
     (Path(answer["folder"]) / min(shards)).unlink()
     assert client(CACHED.format("org/sharded", None)) is None
+
+
+@pytest.mark.parametrize("way", ["sub-folder", "no index", "variant"])
+def test_fetch_brings_weights_wherever_they_are(way: str, empty_hub: HubServer, client: Client, sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    if way == "sub-folder":
+        (sharded / "weights").mkdir()
+        (sharded / shards[1]).rename(sharded / "weights" / shards[1])
+        index.write_text(index.read_text().replace(shards[1], f"weights/{shards[1]}"))
+        expected = {index.name, shards[0], f"weights/{shards[1]}"}
+    elif way == "no index":
+        index.unlink()
+        expected = set(shards)
+    else:
+        for name in (index.name, *shards):
+            (sharded / name).unlink()
+        save_file({"a": torch.ones(1)}, sharded / "model.fp16.safetensors", {"format": "pt"})
+        expected = {"model.fp16.safetensors"}
+    empty_hub.add_model("org/other", sharded)
+    answer = client(FETCH.format("org/other", None))
+    assert set(answer["files"]) == {"config.json", *expected, *TOKENIZER}
+    assert client(CACHED.format("org/other", None)) == answer["folder"]
 
 
 def test_fetch_gives_generation_settings_chat_templates_and_a_decoders_tokenizer_too(
