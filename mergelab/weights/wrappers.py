@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from operator import methodcaller
 from typing import TYPE_CHECKING
 
-from mergelab.errors import KeyMismatch, ModelError, listed
+from mergelab.errors import KeyMismatch
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,7 +18,6 @@ _DATA_PARALLEL = "module"
 _LIGHTNING = "model."
 _PEFT = "base_model.model."
 _ADAPTED = "base_layer"
-_ADAPTER = re.compile(r"\.(lora_\w+|ia3_l|hada_\w+|lokr_\w+|oft_\w+|vera_\w+|modules_to_save|original_module)(\.|$)")
 # Decoders' own names begin with "model." throughout where the output embedding is tied.
 _PLAIN = re.compile(r"model\.((decoder|language_model|text_model)\.)?layers\.\d")
 
@@ -33,14 +32,8 @@ def unwrapped(names: Collection[str], label: str, module: Callable[[], nn.Module
             wrapper's or the model's own, and is called in no other case.
 
     Raises:
-        ModelError: the tensors include an adapter's, which is not merged into the weights.
         KeyMismatch: two stored names are one without the wrappers.
     """
-    if adapter := [name for name in names if _ADAPTER.search(name)]:
-        raise ModelError(
-            f"{label}: its weights hold an adapter that is not merged into them ({listed(adapter)}); merge it first "
-            "(merge_and_unload of PEFT) and save the model"
-        )
     found = _peeled({name: name for name in names}, label)
     inner = [name for name in found if f".{_DATA_PARALLEL}." in name]
     whole = all(name.startswith(_LIGHTNING) for name in found) and not any(_PLAIN.match(name) for name in found)
