@@ -1,4 +1,4 @@
-"""Check models' tensors for NaN and infinity when they are read."""
+"""Check models' tensors for NaN and infinity when they are read, and remember the digests of their values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mergelab.ops.blocks import all_finite, blocks
 from mergelab.weights.align import check_finite
+from mergelab.weights.content import content_digest
 from mergelab.weights.source import TensorSource, WrappedSource
 
 
@@ -17,6 +18,7 @@ class FiniteChecked(WrappedSource):
     def __init__(self, source: TensorSource) -> None:
         self.source = source
         self._checked: set[str] = set()
+        self._digests: dict[str, str] = {}
         self._locks: dict[str, Lock] = {}
 
     def get(self, key: str) -> Tensor:
@@ -34,6 +36,14 @@ class FiniteChecked(WrappedSource):
                         check_finite(self.source, key, tensor)
                     self._checked.add(key)
         return tensor
+
+    def digest(self, key: str, tensor: Tensor | None = None) -> str:
+        """Return `content_digest` of ``key``, computed once; of ``tensor`` where it is read already."""
+        if key not in self._digests:
+            with self._locks.setdefault(key, Lock()):
+                if key not in self._digests:
+                    self._digests[key] = content_digest(self.source.get(key) if tensor is None else tensor)
+        return self._digests[key]
 
 
 def finite_checked(source: TensorSource) -> FiniteChecked:
