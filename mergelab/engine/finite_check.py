@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from threading import Lock
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from mergelab.ops.blocks import all_finite, blocks
 from mergelab.weights.align import check_finite
 from mergelab.weights.content import content_digest
+from mergelab.weights.hashing import joint_sha256
 from mergelab.weights.source import TensorSource, WrappedSource
 
 
@@ -49,3 +51,9 @@ class FiniteChecked(WrappedSource):
 def finite_checked(source: TensorSource) -> FiniteChecked:
     """Wrap a source in `FiniteChecked`, unless it is one: its checks are not repeated."""
     return source if isinstance(source, FiniteChecked) else FiniteChecked(source)
+
+
+def digest_of(source: TensorSource, names: Iterable[str]) -> str:
+    """Return a digest of the values that a model has in all of these tensors."""
+    checked = finite_checked(source)
+    return joint_sha256([digest for name in sorted(names) for digest in (name, checked.digest(name))])

@@ -58,7 +58,7 @@ class TensorSettings:
 
     def arguments(self) -> dict[str, Any]:
         """Return the function's arguments."""
-        return self.parameters.grouped(self.parameters.arguments() | self.each)
+        return self.parameters.grouped({**self.parameters.arguments(), **self.each})
 
     def ordered(self, order: Sequence[int]) -> TensorSettings:
         """Return them for the experts in another order."""

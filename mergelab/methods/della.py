@@ -51,7 +51,8 @@ def drop_by_rank(
 ) -> list[Tensor]:
     """Keep each entry with a probability by the rank of its magnitude in its row, and divide it by that; else 0.
 
-    Whether an entry is kept depends on the expert's key, the entry's place and its rank, and on nothing else. Of equal magnitudes the earlier ranks lower.
+    Whether an entry is kept depends on the expert's key, the entry's place and its rank, and on nothing else. Of equal
+    magnitudes the earlier ranks lower.
 
     Args:
         vectors: the experts' whole task vectors; written into.

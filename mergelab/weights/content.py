@@ -14,15 +14,15 @@ def content_digest(tensor: Tensor) -> str:
 
     What is hashed are the entries in their logical order, as little-endian float32; as float64 where float32 does not
     have all the values. So the digest does not depend on the file's layout, the device, strides or a wider dtype
-    (bfloat16 read as float32 has the same values), and does depend on every entry. It takes a tenth of the time of
-    adding up the entries' task vectors; a cryptographic hash would take longer than the merge.
+    (bfloat16 read as float32 has the same values), and does depend on every entry. XXH3 reads 30 GB/s on one core, as
+    fast as memory; SHA-256 reads less than 2.
     """
     flat = tensor.detach().reshape(-1)
     double = flat.dtype == torch.float64 and not _fits_float32(flat)
     digest = xxhash.xxh3_128(b"float64" if double else b"float32")
     for start in range(0, flat.numel(), BLOCK):
         block = flat[start : start + BLOCK].cpu().to(torch.float64 if double else torch.float32)
-        digest.update(block.numpy().astype("<f8" if double else "<f4", copy=False))
+        digest.update(block.numpy().astype("<f8" if double else "<f4", copy=False).data)
     return digest.hexdigest()
 
 

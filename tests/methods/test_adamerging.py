@@ -14,6 +14,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from torch import Tensor, nn
 
+from mergelab.engine.finite_check import digest_of
 from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge, merge_to_dict
 from mergelab.errors import ConfigError
@@ -88,6 +89,10 @@ class Drawn:
         sources = [DictSource(name, expert.weights) for name, expert in self.experts.items()]
         return align(DictSource("base", self.base), sources, ignore=[f"{HEAD}*"])
 
+    def content(self, expert: str) -> str:
+        """What an expert's batches are drawn by."""
+        return digest_of(self.models.experts[list(self.experts).index(expert)], self.models.names)
+
     def merge(self, **parameters: Any) -> Weights:
         return merge_to_dict(get_method("adamerging"), parameters, self.models, seed=5, examples=self)
 
@@ -142,7 +147,7 @@ def learnt_by_autograd(setting: Drawn, steps: int, lr: float, batch: int, *, by_
             return list(raw[name if by_tensor else "*"].clamp(0, 1))
 
         def chosen(label: str, step: int = step) -> list[int]:
-            return positions(COUNT, batch, 5, label, step)
+            return positions(COUNT, batch, 5, setting.content(label), step)
 
         adam.zero_grad()
         entropies(setting, coefficients, chosen).backward()
