@@ -138,13 +138,11 @@ def test_neither_the_experts_names_nor_their_order_change_a_bit(method: str) -> 
 
 def test_equal_experts_with_other_weights_change_no_bit_by_their_order() -> None:
     model, other = torch.randn(2, 999, generator=torch.Generator().manual_seed(0)).unbind()
-    experts, weights = [model, model, other], [0.1, 0.7, 1.3]
-    found = [
-        merged_x(
-            "dare", one_tensor(torch.zeros(999), *(experts[i] for i in order)), weights=[weights[i] for i in order]
-        )
-        for order in itertools.permutations(range(3))
-    ]
+    pairs = [(model, 0.1), (model, 0.7), (model, 1.3), (other, 1.0)]
+    found = []
+    for order in itertools.permutations(pairs):
+        models = one_tensor(torch.zeros(999), *(expert for expert, _ in order))
+        found.append(merged_x("dare", models, weights=[weight for _, weight in order]))
     assert all(torch.equal(each, found[0]) for each in found)
 
 
