@@ -1,13 +1,16 @@
-"""Check models' tensors for NaN and infinity when they are read."""
+"""Check models' tensors for NaN and infinity when they are read, and remember the digests of their values."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from threading import Lock
 
 from torch import Tensor
 
 from mergelab.ops.blocks import all_finite, blocks
 from mergelab.weights.align import check_finite
+from mergelab.weights.content import content_digest
+from mergelab.weights.hashing import joint_sha256
 from mergelab.weights.source import TensorSource, WrappedSource
 
 
@@ -17,6 +20,7 @@ class FiniteChecked(WrappedSource):
     def __init__(self, source: TensorSource) -> None:
         self.source = source
         self._checked: set[str] = set()
+        self._digests: dict[str, str] = {}
         self._locks: dict[str, Lock] = {}
 
     def get(self, key: str) -> Tensor:
@@ -35,7 +39,21 @@ class FiniteChecked(WrappedSource):
                     self._checked.add(key)
         return tensor
 
+    def digest(self, key: str, tensor: Tensor | None = None) -> str:
+        """Return `content_digest` of ``key``, computed once; of ``tensor`` where it is read already."""
+        if key not in self._digests:
+            with self._locks.setdefault(key, Lock()):
+                if key not in self._digests:
+                    self._digests[key] = content_digest(self.source.get(key) if tensor is None else tensor)
+        return self._digests[key]
+
 
 def finite_checked(source: TensorSource) -> FiniteChecked:
     """Wrap a source in `FiniteChecked`, unless it is one: its checks are not repeated."""
     return source if isinstance(source, FiniteChecked) else FiniteChecked(source)
+
+
+def digest_of(source: TensorSource, names: Iterable[str]) -> str:
+    """Return a digest of the values that a model has in all of these tensors."""
+    checked = finite_checked(source)
+    return joint_sha256([digest for name in sorted(names) for digest in (name, checked.digest(name))])

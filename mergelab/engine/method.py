@@ -42,8 +42,8 @@ class MergeMethod:
         elementwise: an entry of the result depends on the same entry of the inputs alone (and on ``prepared``), so that
             the engine may call the function with parts of a tensor, flattened.
         prepare: called once with ``models``, ``seed`` and any of the function's parameters that it names, before the
-            first tensor; its result is the function's ``prepared``. Where the method needs data it can name
-            ``examples`` too.
+            first tensor; its result is the function's ``prepared``. A method that draws random numbers can name
+            ``site_of``, which returns a tensor's `Site` with the keys for them; one that needs data, ``examples``.
         check: called with ``models`` and any of the function's parameters that it names, one number per expert where
             there may be several, before a tensor is read; reads none, and raises ConfigError. What a parameter's type
             can check is not its business: what weights a method can take is declared by their type
@@ -52,8 +52,8 @@ class MergeMethod:
             be merged with them, None where they can.
         session: called with ``compiling``, as `mergelab.engine.warm_session.MergeSession` takes it; makes what merges
             there again and again in fewer passes than ``prepare`` and the function do, to the same result.
-        order_matters: permuting the experts may change the result; otherwise the engine sorts them by name, so that it
-            cannot, not even in the last bit.
+        order_matters: permuting the experts may change the result; otherwise the engine orders them by their values, so
+            that it cannot, not even in the last bit.
         identical_at: parameters with which T identical experts give that expert; None where there are none.
         custom: a user's own function: it gets float32 copies, and its errors are the user's to mend.
         family: heading in the catalogue.

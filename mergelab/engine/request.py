@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergelab.engine.content_order import content_order
 from mergelab.engine.finite_check import finite_checked
 from mergelab.engine.method import MergeMethod
 from mergelab.engine.parameters import Parameters
@@ -42,21 +43,47 @@ class Same:
 
 
 @dataclass(frozen=True)
+class TensorSettings:
+    """The parameters that hold for some tensors.
+
+    Attributes:
+        parameters: those of the method.
+        names: the tensors.
+        each: those that have a number for each expert, in the order of the request's experts.
+    """
+
+    parameters: Parameters
+    names: Sequence[str]
+    each: Mapping[str, Sequence[float]]
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the function's arguments."""
+        return self.parameters.grouped({**self.parameters.arguments(), **self.each})
+
+    def ordered(self, order: Sequence[int]) -> TensorSettings:
+        """Return them for the experts in another order."""
+        return replace(self, each={key: tuple(numbers[i] for i in order) for key, numbers in self.each.items()})
+
+
+@dataclass(frozen=True)
 class MergeRequest:
     """A checked request.
 
     Attributes:
         method: what computes.
-        arguments: the function's parameters by name, for each tensor; tensors without their own share them.
-        models: the models, looked through for NaN and infinity when they are read; experts in the method's order.
+        settings: its parameters, for each group of tensors that share them.
+        models: the models, looked through for NaN and infinity when they are read; experts as given, or, after
+            `ordered_job`, in an order that follows from their values.
+        reference: the model whose dtypes and layout the merged one has: the base, or the first expert given.
         prepared: by tensor, what the method's preparing pass made for it.
         workspaces: memory for blocks of task vectors.
         seed, dtype, device, block, output, examples: as for `mergelab.engine.run.merge`.
     """
 
     method: MergeMethod
-    arguments: Mapping[str, Mapping[str, Any]]
+    settings: Sequence[TensorSettings]
     models: AlignedModels
+    reference: TensorSource
     seed: int
     dtype: torch.dtype | None
     device: torch.device
@@ -71,15 +98,24 @@ class MergeRequest:
         """How many threads may work at once; a user's own function is not asked to be ready for several."""
         return 1 if self.method.custom or self.device.type != "cpu" else thread_count()
 
-    @property
-    def reference(self) -> TensorSource:
-        """The model whose dtypes and layout the merged one has: the base, or the first expert."""
-        return self.models.base or self.models.experts[0]
+    @cached_property
+    def arguments(self) -> Mapping[str, Mapping[str, Any]]:
+        """The function's arguments for each tensor; tensors without their own share them."""
+        found: dict[str, Mapping[str, Any]] = {}
+        for settings in self.settings:
+            found.update(dict.fromkeys(settings.names, settings.arguments()))
+        return found
 
-    def site(self, name: str) -> Site:
-        """Say where in the models the method is working."""
-        experts = tuple(expert.name for expert in self.models.experts)
-        return Site(name, experts, tuple(self.reference.shape(name)), 0, self.seed)
+    def site(self, name: str, ends: Sequence[Tensor | None] = ()) -> Site:
+        """Say where in the models the method is working; ``ends`` are the experts' tensors, where they are read."""
+        experts = self.models.experts
+        ends = ends or (None,) * len(experts)
+
+        def digests() -> list[str]:
+            return [finite_checked(expert).digest(name, end) for expert, end in zip(experts, ends, strict=True)]
+
+        shape = tuple(self.reference.shape(name))
+        return Site(name, tuple(expert.name for expert in experts), shape, 0, self.seed, digests)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the dtype that a merged tensor is rounded to."""
@@ -138,9 +174,8 @@ def checked_job(
         raise ConfigError(f"models.experts: {listed(repeated)} stands for more than one expert; names must differ")
     if method.one_model_per_expert and output not in names:
         raise ConfigError(f"method={method.name}: makes one model for each expert; say for which: {listed(names)}")
-    order = list(range(len(names)) if method.order_matters else sorted(range(len(names)), key=names.__getitem__))
     resolve_weights(method, parameters, names, weights)  # as when a run is planned, so that an error names the rule
-    arguments: dict[str, Mapping[str, Any]] = {}
+    settings = []
     groups = parameters.by_tensor(models.names)
     if method.kind == "models" and len(groups) > 1:
         raise ConfigError(
@@ -149,40 +184,59 @@ def checked_job(
     for own, tensors in groups:
         shares = resolve_weights(method, own, names, weights)
         each = own.of_experts(names) | ({"weights": shares} if method.takes_weights else {})
-        settings = own.arguments() | each
+        settings.append(TensorSettings(own, tensors, each))
         if method.check is not None:
-            call_with(method.check, {**own.grouped(settings), "models": models})
-        settings |= {key: tuple(numbers[i] for i in order) for key, numbers in each.items()}
-        arguments.update(dict.fromkeys(tensors, own.grouped(settings)))
+            call_with(method.check, {**settings[-1].arguments(), "models": models})
     if method.needs and examples is None:
         needed = "scores on selecting" if "selection" in method.needs else "the experts' training"
         raise ConfigError(f"method={method.name}: needs {needed} examples, and there are none here")
     seen = replace(
         models,
         base=None if models.base is None else finite_checked(models.base),
-        experts=tuple(finite_checked(models.experts[i]) for i in order),
+        experts=tuple(map(finite_checked, models.experts)),
     )
     return MergeRequest(
         method=method,
-        arguments=arguments,
+        settings=settings,
         models=seen,
+        reference=seen.base or seen.experts[0],
         seed=seed,
         dtype=dtype,
         device=torch.device(device),
-        output=next((at for at, i in enumerate(order) if names[i] == output), 0),
+        output=names.index(output) if output in names else 0,
         examples=examples,
         block=block or (BLOCK if torch.device(device).type == "cpu" else ACCELERATOR_BLOCK),
     )
 
 
+def ordered_job(job: MergeRequest) -> MergeRequest:
+    """Order the experts by their values, so that names, places and the order given change no bit of the result.
+
+    Equal experts are ordered by their weights and other numbers. Where the method depends on the order, it stays.
+    """
+    if job.method.order_matters:
+        return job
+    experts = job.models.experts
+    numbers = [[each[i] for settings in job.settings for each in settings.each.values()] for i in range(len(experts))]
+    start = sorted(range(len(experts)), key=numbers.__getitem__)
+    order = [start[i] for i in content_order([experts[i] for i in start], job.models.names)]
+    return replace(
+        job,
+        settings=[settings.ordered(order) for settings in job.settings],
+        models=replace(job.models, experts=tuple(experts[i] for i in order)),
+        output=order.index(job.output),
+    )
+
+
 @torch.no_grad()
 def prepared_job(job: MergeRequest, known: dict[Any, Any] | None = None) -> MergeRequest:
-    """Run the method's preparing pass on the whole models, once for each set of the parameters that it takes.
+    """Order the experts, and run the method's preparing pass on the whole models, once for each set of its parameters.
 
     Args:
         job: a checked request.
         known: results of earlier passes over the same models, by their arguments; new ones are added.
     """
+    job = ordered_job(job)
     known = {} if known is None else known
     if job.method.kind == "models":
         own = next(iter(job.arguments.values()), {})
@@ -199,7 +253,8 @@ def prepared_job(job: MergeRequest, known: dict[Any, Any] | None = None) -> Merg
         own = {key: value for key, value in arguments.items() if key in looked_at}
         key = (job.method.name, job.seed, repr(sorted(own.items())), Same(job.examples))
         if key not in known:
-            known[key] = call_with(prepare, {**own, "models": job.models, "seed": job.seed, "examples": job.examples})
+            supplied = {"models": job.models, "seed": job.seed, "site_of": job.site, "examples": job.examples}
+            known[key] = call_with(prepare, own | supplied)
         prepared[name] = known[key]
     return replace(job, prepared=prepared)
 
@@ -236,7 +291,7 @@ def merge_into(job: MergeRequest, name: str, into: Tensor, chunk: slice, vector:
     if not into.numel():
         return
     base, experts = job.open(name)
-    site = job.site(name)
+    site = job.site(name, experts)
     if not job.method.elementwise:
         whole, whole_vector = into.view(site.shape), None if vector is None else vector.view(site.shape)
         result = _call(job, site, base, experts, whole_vector)

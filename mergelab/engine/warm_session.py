@@ -20,7 +20,7 @@ from mergelab.engine.finite_check import finite_checked
 from mergelab.engine.method import MergeMethod
 from mergelab.engine.parameters import Parameters
 from mergelab.engine.registry import check_parameters
-from mergelab.engine.request import MergeRequest, Same, add_scaled, checked_job, merge_into, prepared_job
+from mergelab.engine.request import MergeRequest, Same, add_scaled, checked_job, merge_into, ordered_job, prepared_job
 from mergelab.engine.run import chunks_of, merge_models
 from mergelab.errors import InsufficientMemoryError, KeyMismatch, ShapeMismatch, listed
 from mergelab.ops.blocks import blocks, largest
@@ -134,6 +134,7 @@ class MergeSession:
             output=output,
             examples=examples,
         )
+        job = ordered_job(job)
         last, self._last = self._last, None
         if method.kind == "model":
             self.path = "plain"

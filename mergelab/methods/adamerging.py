@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from mergelab.engine.finite_check import digest_of
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Fraction, Positive, Samples
 from mergelab.errors import ConfigError
@@ -69,7 +70,8 @@ def prepare_coefficients(
     layers = sorted(set(layer_of.values()))
 
     def compute() -> tuple[dict[str, Tensor], dict[str, str]]:
-        tasks = [_task(expert, each) for expert, each in zip(experts, drawn, strict=True)]
+        contents = [digest_of(expert, models.names) for expert in models.experts]
+        tasks = [_task(*each) for each in zip(experts, contents, drawn, strict=True)]
         learning = _Learning(models, tasks, layer_of, layers, batch, seed)
         return {"coefficients": learning.run(init, lr, steps, examples)}, {}
 
@@ -109,6 +111,7 @@ class _Task:
 
     Attributes:
         expert: its name.
+        content: a digest of its merged tensors' values.
         module: the module to run; experts may share it.
         merged: the module's merged parameters, by common name.
         unmerged: the module's other parameters (the head), each with the expert's value.
@@ -118,6 +121,7 @@ class _Task:
     """
 
     expert: str
+    content: str
     module: nn.Module
     merged: Mapping[str, nn.Parameter]
     unmerged: Sequence[tuple[nn.Parameter, Tensor]]
@@ -127,7 +131,7 @@ class _Task:
 
     def micro_batches(self, batch: int, seed: int, step: int) -> Iterator[dict[str, Tensor]]:
         """Yield a step's examples as padded inputs, grouped by length."""
-        drawn = [self.rows[at] for at in positions(len(self.rows), batch, seed, self.expert, step)]
+        drawn = [self.rows[at] for at in positions(len(self.rows), batch, seed, self.content, step)]
         device = next(self.module.parameters()).device
         drawn.sort(key=lambda row: max((len(value) for value in row.values() if value.dim()), default=0))
         size = MICRO_BATCH if device.type == "cpu" else batch
@@ -155,13 +159,13 @@ def _grouped(rows: Sequence[ExampleInputs], size: int, padding: Padding) -> Iter
             yield together[start : start + size]
 
 
-def positions(count: int, batch: int, seed: int, expert: str, step: int) -> list[int]:
-    """Draw ``batch`` of ``count`` examples for a step without replacement; all when there are fewer."""
-    permutation = np.argsort(words(stream_key(seed, "adamerging", expert, str(step)), 0, count), kind="stable")
+def positions(count: int, batch: int, seed: int, content: str, step: int) -> list[int]:
+    """Draw ``batch`` of an expert's ``count`` examples for a step without replacement; all when there are fewer."""
+    permutation = np.argsort(words(stream_key(seed, "adamerging", content, str(step)), 0, count), kind="stable")
     return [int(at) for at in permutation[:batch]]
 
 
-def _task(expert: str, drawn: ExpertExamples) -> _Task:
+def _task(expert: str, content: str, drawn: ExpertExamples) -> _Task:
     """Collect an expert's examples and unmerged parameters, before another expert is loaded into the same module."""
     module = drawn.module()
     names = drawn.parameter_names
@@ -173,7 +177,7 @@ def _task(expert: str, drawn: ExpertExamples) -> _Task:
     rows = [row for batch in drawn.batches() for row in _rows(batch)]
     pad_id = getattr(getattr(module, "config", None), "pad_token_id", None)
     pad_id = pad_id if isinstance(pad_id, int) else 0
-    return _Task(expert, module, merged, unmerged, rows, pad_id, drawn.padding_side)
+    return _Task(expert, content, module, merged, unmerged, rows, pad_id, drawn.padding_side)
 
 
 def _rows(batch: Batch) -> Iterator[ExampleInputs]:

@@ -10,20 +10,21 @@ from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Densities
 from mergelab.methods.breadcrumbs import Gammas, RowScope, keep_middle
 from mergelab.ops.sign_consensus import SignConsensus, find_tie_sign
+from mergelab.ops.site import SiteOf
 from mergelab.weights.align import AlignedModels
 
 
 def prepare_breadcrumbs_ties(
     models: AlignedModels,
     *,
-    seed: int,
+    site_of: SiteOf,
     density: float | Sequence[float],
     gamma: float | Sequence[float],
     scope: RowScope,
     consensus: SignConsensus,
 ) -> float:
     """Find the sign of entries whose votes cancel."""
-    return find_tie_sign(models, lambda vectors, _: keep_middle(vectors, density, gamma, scope), consensus, seed=seed)
+    return find_tie_sign(models, lambda vectors, _: keep_middle(vectors, density, gamma, scope), consensus, site_of)
 
 
 @merge_method(

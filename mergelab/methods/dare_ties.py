@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Densities, OptionalTrimDensities
 from mergelab.methods.dare import drop_
 from mergelab.ops.sign_consensus import SignConsensus, TensorConsensus, prepare_consensus
-from mergelab.ops.site import Site
+from mergelab.ops.site import Site, SiteOf
 from mergelab.ops.task_vectors import Vectors, of_each, open_task_vectors
 from mergelab.ops.thresholds import Scope
 from mergelab.ops.ties_kernels import merge_in
@@ -22,7 +21,7 @@ from mergelab.weights.align import AlignedModels
 def prepare_dare_ties(
     models: AlignedModels,
     *,
-    seed: int,
+    site_of: SiteOf,
     density: float | Sequence[float],
     trim_density: float | Sequence[float] | None,
     rescale: bool,
@@ -30,18 +29,16 @@ def prepare_dare_ties(
     consensus: SignConsensus,
 ) -> Mapping[str, TensorConsensus]:
     """Find thresholds (where a second trim is asked for) and majority signs of the dropped and rescaled vectors."""
-    experts = tuple(expert.name for expert in models.experts)
+    count = len(models.experts)
 
     def open_vectors(name: str, /, *, only: slice = slice(None)) -> Vectors:
         whole = open_task_vectors(models, name, only=only)
-        assert models.base is not None
-        site = Site(name, experts[only], models.base.shape(name), seed=seed)
-        shares = of_each(density, len(experts))[only]
+        keys, shares = site_of(name).keys[only], of_each(density, count)[only]
 
         def read(part: slice) -> list[Tensor]:
             # The masks of a strided sample are drawn for all that the stride passes over.
             dense = whole(slice(part.start, part.stop))
-            return [vector[:: part.step] for vector in drop_(dense, replace(site, offset=part.start), shares, rescale)]
+            return [vector[:: part.step] for vector in drop_(dense, keys, part.start, shares, rescale)]
 
         return read
 
@@ -94,5 +91,5 @@ def dare_ties(
     Raises:
         ConfigError: a weight is negative, or none is above 0; a ``trim_density`` for each expert where they are pooled.
     """
-    drop_(vectors, site, density, rescale)
+    drop_(vectors, site.keys, site.offset, density, rescale)
     return merge_in(workspace, consensus, prepared[site.name])

@@ -13,9 +13,9 @@ from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Densities, Fractions
 from mergelab.engine.sweep_range import SweepRange
 from mergelab.errors import ConfigError
-from mergelab.ops.philox import stream_key, words
+from mergelab.ops.philox import words
 from mergelab.ops.sign_consensus import SignConsensus, find_tie_sign
-from mergelab.ops.site import Site
+from mergelab.ops.site import Site, SiteOf
 from mergelab.ops.sparsify import row_blocks, rows
 from mergelab.ops.task_vectors import of_each
 from mergelab.weights.align import AlignedModels
@@ -47,29 +47,28 @@ def keep_probabilities(length: int, density: float, epsilon: float) -> Tensor:
 
 
 def drop_by_rank(
-    vectors: Sequence[Tensor], site: Site, density: float | Sequence[float], epsilon: float | Sequence[float]
+    vectors: Sequence[Tensor], keys: Sequence[int], density: float | Sequence[float], epsilon: float | Sequence[float]
 ) -> list[Tensor]:
     """Keep each entry with a probability by the rank of its magnitude in its row, and divide it by that; else 0.
 
-    Whether an entry is kept depends on the seed, the expert's name, the tensor's name, the entry's place and its rank,
-    and on nothing else. Of equal magnitudes the earlier ranks lower.
+    Whether an entry is kept depends on the expert's key, the entry's place and its rank, and on nothing else. Of equal
+    magnitudes the earlier ranks lower.
 
     Args:
         vectors: the experts' whole task vectors; written into.
-        site: names the experts and the tensor.
+        keys: of the experts' random numbers in the tensor (`Site.keys`).
         density: mean probability in a row, of all experts or of each.
         epsilon: how much lower and higher it is for the smallest and the largest entry; likewise.
     """
     count, sparse = len(vectors), []
     settings = zip(of_each(density, count), of_each(epsilon, count), strict=True)
-    for vector, expert, (share, spread) in zip(vectors, site.experts, settings, strict=True):
+    for vector, key, (share, spread) in zip(vectors, keys, settings, strict=True):
         if share >= 1:
             sparse.append(vector)
             continue
         whole = vector.contiguous()
         lines = rows(whole)
         by_rank = keep_probabilities(lines.shape[1], share, spread).to(whole.device)
-        key = stream_key(site.seed, expert, site.name)
         for part in row_blocks(lines):
             entries = lines[part]
             order = entries.abs().argsort(dim=1, stable=True)
@@ -86,14 +85,14 @@ def drop_by_rank(
 def prepare_della(
     models: AlignedModels,
     *,
-    seed: int,
+    site_of: SiteOf,
     density: float | Sequence[float],
     epsilon: float | Sequence[float],
     consensus: SignConsensus,
 ) -> float:
     """Find the sign of entries whose votes cancel."""
     return find_tie_sign(
-        models, lambda vectors, site: drop_by_rank(vectors, site, density, epsilon), consensus, seed=seed
+        models, lambda vectors, site: drop_by_rank(vectors, site.keys, density, epsilon), consensus, site_of
     )
 
 
@@ -136,4 +135,4 @@ def della(
     Raises:
         ConfigError: a weight is negative, or none is above 0; density ± epsilon are not above 0 and at most 1.
     """
-    return consensus.merge(drop_by_rank(vectors, site, density, epsilon), prepared)
+    return consensus.merge(drop_by_rank(vectors, site.keys, density, epsilon), prepared)

@@ -54,4 +54,4 @@ def della_linear(
     Raises:
         ConfigError: density ± epsilon are not above 0 and at most 1.
     """
-    return summed(drop_by_rank(vectors, site, density, epsilon), factors(weights, len(vectors)))
+    return summed(drop_by_rank(vectors, site.keys, density, epsilon), factors(weights, len(vectors)))

@@ -87,7 +87,7 @@ def rebasin(
     def align(expert: TensorSource) -> TensorSource:
         if expert is reference:
             return expert
-        orders = match(reference, expert, permutations, stream_key(seed, expert.name, "rebasin"), max_sweeps)
+        orders = match(reference, expert, permutations, stream_key(seed, "rebasin"), max_sweeps)
         return PermutedSource(expert, axis_indices(permutations, orders, shapes))
 
     return Substitute(method, parameters, replace(models, experts=tuple(in_order(align, models.experts))))

@@ -94,7 +94,7 @@ def zipit(
     not with others. Units that a tensor outside the merge reads or writes are averaged without zipping.
 
     Args:
-        models: the experts; a base is not used.
+        models: the experts; a base is not used. The units lie as in the expert whose name sorts first, where they can.
         examples: draws examples of the experts' tasks.
         seed: of the draw of examples.
         ratio: fraction of the T·d features that zipping removes (the paper's r); 1 − 1/T, the default for two experts,
@@ -113,6 +113,7 @@ def zipit(
     """
     method: MergeMethod = soup.merge_method  # type: ignore[attr-defined]
     plain = check_parameters(method, {})
+    models = replace(models, experts=tuple(sorted(models.experts, key=lambda expert: expert.name)))
     experts = models.experts
     if not units_of(models, heads=1):
         message = "zipit: these models have no hidden units, so the experts are averaged as they are"

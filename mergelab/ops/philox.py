@@ -17,7 +17,7 @@ WORDS = 8  # 32-bit words per step of the counter
 
 @lru_cache(maxsize=4096)
 def stream_key(seed: int, *names: str) -> int:
-    """Return the 128-bit key of a stream of numbers, e.g. ``stream_key(seed, expert, tensor)``."""
+    """Return the 128-bit key of a stream of numbers, e.g. ``stream_key(seed, digest, tensor)``."""
     digest = hashlib.blake2b(digest_size=16, person=b"mergelab")
     for part in (str(seed), *names):
         encoded = part.encode()

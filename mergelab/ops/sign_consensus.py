@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mergelab.ops.blocks import blocks, blockwise
 from mergelab.ops.expert_values import MeanWeights
-from mergelab.ops.site import Site
+from mergelab.ops.site import Site, SiteOf
 from mergelab.ops.task_vectors import (
     MajoritySign,
     Reduce,
@@ -162,7 +162,7 @@ def sign_of(count: int) -> float:
     return float((count > 0) - (count < 0))
 
 
-def find_tie_sign(models: AlignedModels, sparsify: Sparsify, consensus: SignConsensus, *, seed: int) -> float:
+def find_tie_sign(models: AlignedModels, sparsify: Sparsify, consensus: SignConsensus, site_of: SiteOf) -> float:
     """Return the sign of entries whose votes cancel, of methods that sparsify whole tensors.
 
     Returns:
@@ -170,13 +170,11 @@ def find_tie_sign(models: AlignedModels, sparsify: Sparsify, consensus: SignCons
     """
     if consensus.tie_break != "majority":
         return 1.0 if consensus.tie_break == "positive" else 0.0
-    experts = tuple(expert.name for expert in models.experts)
 
     def surplus(name: str) -> int:
         assert models.base is not None
         vectors = task_vectors(models.base.get(name).cpu(), [expert.get(name).cpu() for expert in models.experts])
-        site = Site(name, experts, tuple(models.base.shape(name)), seed=seed)
-        flat = [vector.reshape(-1) for vector in sparsify(vectors, site)]
+        flat = [vector.reshape(-1) for vector in sparsify(vectors, site_of(name))]
         parts = blocks(flat[0].numel())  # a block has fewer than 2^24 entries, so its sum is exact
         return sum(int(consensus.elect([vector[part] for vector in flat]).sum()) for part in parts)
 

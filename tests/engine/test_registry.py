@@ -217,9 +217,9 @@ def test_a_dataclass_stands_for_its_fields_and_function_prepare_and_check_get_th
     with pytest.raises(ConfigError, match=r"^method\.grouped: of_group has no such parameter; .*steps, weights, power"):
         check_parameters(method, {"grouped": Grouped()})
     SEEN.clear()
-    models = one_tensor(None, [0.0, 0.0], [0.0, 0.0])  # called pear and apple: the function gets apple first
-    assert merged_x(method, models, weights={"pear": 0.5, "apple": 3}, power=4.0).tolist() == [12.0, 2.0]  # type: ignore[arg-type]
-    assert Grouped((0.5, 3.0), 4.0) in SEEN
+    models = one_tensor(None, [0.0, 0.0], [0.0, 0.0])  # equal: the smaller weight is first
+    assert merged_x(method, models, weights={"pear": 3, "apple": 0.5}, power=4.0).tolist() == [2.0, 12.0]  # type: ignore[arg-type]
+    assert Grouped((3.0, 0.5), 4.0) in SEEN  # as given
     rules: list[Mapping[str, Any]] = [{"match": "x", "power": 10.0}]
     assert merged_x(method, models, rules=rules).tolist() == [10.0, 10.0]  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"^method\.weights: must be at least 0"):

@@ -13,9 +13,19 @@ from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge
 from mergelab.errors import ConfigError
 from mergelab.methods.della import keep_probabilities
-from mergelab.ops.philox import stream_key, words
+from mergelab.ops.philox import words
 from mergelab.weights.align import AlignedModels
-from tests.methods.toy import SHAPES, aligned, distinct_models, merged, merged_x, one_tensor, task_vector, toy_models
+from tests.methods.toy import (
+    SHAPES,
+    aligned,
+    distinct_models,
+    mask_key,
+    merged,
+    merged_x,
+    one_tensor,
+    task_vector,
+    toy_models,
+)
 from tests.parity import FORMULA, RECORDED_MERGEKIT, compared
 
 OWN_NUMBERS = "the transcription takes the random numbers that were drawn"
@@ -36,7 +46,7 @@ def dropped(models: AlignedModels, key: str, density: float, epsilon: float, see
     for i, expert in enumerate(models.experts):
         vector = task_vector(models, i, key).numpy()
         p = probabilities(vector, density, epsilon)
-        drawn = words(stream_key(seed, expert.name, key), 0, vector.size).reshape(vector.shape) / 2**32
+        drawn = words(mask_key(expert.get(key), key, seed), 0, vector.size).reshape(vector.shape) / 2**32
         kept.append(np.where(drawn < p, vector / p, 0))
     return kept
 

@@ -193,7 +193,8 @@ def test_labels_are_asked_for_only_where_they_count(berts: tuple[AlignedModels, 
     drawn = Drawn(drawn.experts)
     for estimator in ("expected", "sampled", "empirical"):
         list(merge(get_method("fisher"), {"estimator": estimator, "samples": 7}, models, seed=5, examples=drawn))
-    assert drawn.asked == [(name, 7, 5, labelled) for labelled in (False, False, True) for name in "ab"]
+    pairs = [sorted(drawn.asked[start : start + 2]) for start in (0, 2, 4)]
+    assert pairs == [[(name, 7, 5, labelled) for name in "ab"] for labelled in (False, False, True)]
 
 
 @pytest.mark.parametrize("method", ["fisher", "gradient_matching"])

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergelab.ops.philox import stream_key, words
+from mergelab.ops.philox import words
 from mergelab.weights.align import AlignedModels
-from tests.methods.toy import SHAPES, distinct_models, merged, merged_x, one_tensor, toy_models
+from tests.methods.toy import SHAPES, distinct_models, mask_key, merged, merged_x, one_tensor, toy_models
 from tests.parity import compared
 
 INTERPRETER = os.environ.get("MERGELAB_MERGEKIT", "")
@@ -186,7 +186,7 @@ def request(case: Case, models: AlignedModels, key: str) -> dict[str, Any]:
     drawn = []
     if case.drops:
         count = models.experts[0].get(key).numel()
-        kept = [words(stream_key(0, expert.name, key), 0, count) / 2**32 for expert in models.experts]
+        kept = [words(mask_key(expert.get(key), key), 0, count) / 2**32 for expert in models.experts]
         drawn = [torch.from_numpy(numbers) for numbers in kept]
     return {
         "tensors": [source.get(key) for source in sources],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from mergelab.engine.method import MergeMethod
@@ -108,6 +111,17 @@ def streamed(method: str, models: AlignedModels, block: int | None = None, **par
     examples = ToyExamples(models) if chosen.needs else None
     parameters = few_steps(chosen) | parameters
     return dict(merge(chosen, parameters, models, block=block, output=output_of(chosen, models), examples=examples))
+
+
+def mask_key(values: Tensor, tensor: str, seed: int = 0) -> int:
+    """The key of an expert's random numbers in a tensor where it has these values, not by mergelab's code."""
+    numbers = values.detach().double().numpy()
+    single = numbers.astype("<f4")
+    exact = bool((single.astype("<f8") == numbers).all())
+    content = xxhash.xxh3_128_hexdigest(b"float32" + single.tobytes() if exact else b"float64" + numbers.tobytes())
+    parts = [part.encode() for part in (str(seed), content, tensor)]
+    text = b"".join(struct.pack("<Q", len(part)) + part for part in parts)
+    return int.from_bytes(hashlib.blake2b(text, digest_size=16, person=b"mergelab").digest(), "little")
 
 
 def task_vector(models: AlignedModels, expert: int, name: str) -> Tensor:
