@@ -24,7 +24,7 @@ from pydantic import (
     field_validator,
 )
 
-from mergelab.errors import ConfigError, MergeWarning, did_you_mean, listed
+from mergelab.errors import ConfigError, MergeWarning, did_you_mean, listed, shortened
 
 _PACKAGE = Path(__file__).resolve().parent
 # A wheel carries the configs inside the package; in a checkout they are next to it.
@@ -80,6 +80,25 @@ def temporary_cache(folder: str, why: str) -> Path:
         stacklevel=3,
     )
     return made
+
+
+def local_path(text: str, where: str) -> Path:
+    """Return the path that ``text`` names; ``~`` is the user's home, ``~name`` that of another.
+
+    Args:
+        text: as given by the user.
+        where: what gives it, such as ``output``.
+
+    Raises:
+        ConfigError: that user has no home, or no path can be so.
+    """
+    if "\0" in text:
+        raise ConfigError(f"{where}={text!r}: a path has no NUL characters")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        name = text.partition("/")[0]
+        raise ConfigError(f"{where}={text}: {name} stands for a home folder that is not known; write ./{text}") from None
 
 
 def warn_of_cache(folder: Path, error: Exception) -> None:
@@ -333,6 +352,7 @@ class ExperimentConfig(Schema):
 
 
 SchemaT = TypeVar("SchemaT", bound=BaseModel)
+_SHOWN = 3  # problems in one line
 
 
 def check(schema: type[SchemaT], values: Mapping[str, Any], where: str = "") -> SchemaT:
@@ -344,7 +364,9 @@ def check(schema: type[SchemaT], values: Mapping[str, Any], where: str = "") -> 
     try:
         return schema.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError("; ".join(_line(schema, where, problem) for problem in error.errors())) from None
+        lines = [_line(schema, where, problem) for problem in error.errors()]
+        more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        raise ConfigError("; ".join(lines[:_SHOWN]) + more) from None
 
 
 def _line(schema: type[BaseModel], where: str, problem: Any) -> str:
@@ -374,7 +396,7 @@ def _line(schema: type[BaseModel], where: str, problem: Any) -> str:
         "string_pattern_mismatch": PATTERNS.get(str(problem["loc"][-1]), "must match {pattern}"),
         "value_error": "{error}",
     }.get(kind, problem["msg"])
-    return f"{path}={value!r}: {said.format(**context)}"
+    return f"{path}={shortened(repr(value))}: {said.format(**context)}"
 
 
 def _schema_at(schema: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:

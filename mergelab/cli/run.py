@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.experimental.callback import Callback
 
 from mergelab.cli.overrides import in_jobs
+from mergelab.cli.repeated import refuse_repeated
 from mergelab.config import CONF_DIR
 from mergelab.console.progress import QUIET
 from mergelab.errors import ConfigError, MergelabError
@@ -37,12 +38,13 @@ def run(arguments: list[str]) -> None:
     """
     import hydra
 
-    failures: list[MergelabError] = []
+    failures: list[Exception] = []
 
     def job(config: Any) -> Any:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
         from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
 
         if OmegaConf.select(config, "sweep.job") is not None:
             from mergelab.sweep.trial import run_job
@@ -52,7 +54,7 @@ def run(arguments: list[str]) -> None:
 
         try:
             return run_experiment(config)
-        except MergelabError as error:
+        except (MergelabError, OmegaConfBaseException, OSError) as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # Hydra says which job it was, and goes on with the next
             failures.append(error)
@@ -77,6 +79,7 @@ def _for_hydra(arguments: list[str]) -> list[str]:
     """Put the flag of a grid or a sweep first, since Hydra's parser takes flags only before the overrides."""
     flags = [argument for argument in arguments if argument in _MULTIRUN]
     overrides = [argument for argument in arguments if argument not in _MULTIRUN]
+    refuse_repeated(overrides)
     return [*flags, *(in_jobs(overrides) if flags else overrides)]
 
 

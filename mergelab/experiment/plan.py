@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.config import ExperimentConfig, ModelsConfig, check
+from mergelab.config import ExperimentConfig, ModelsConfig, check, local_path
 from mergelab.console.progress import warn
 from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.experiment.locate import Source, decide_source
@@ -151,7 +151,7 @@ def check_output(output: str, models: ModelsConfig) -> None:
     """
     from mergelab.weights.writer import is_unfinished
 
-    folder = Path(output).expanduser()
+    folder = local_path(output, "output")
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise ConfigError(f"output={output}: {existing} is a file; a folder that does not exist yet is needed")

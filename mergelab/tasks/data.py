@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from mergelab.config import local_path
 from mergelab.errors import DataError, HubError, listed
 from mergelab.tasks.rows import TaskRows, read_rows
 
@@ -95,7 +96,7 @@ def load_data(
         return _prompts(spec, limit)
     if spec.kind == "lm_eval":
         return _lm_eval_data(spec)
-    folder = None if data_dir is None else Path(data_dir).expanduser()
+    folder = None if data_dir is None else local_path(str(data_dir), "task.data_dir")
     if split is not None:
         spec = replace(spec, splits=(split,))
     rows = [_from_hub(spec, name) if folder is None else _from_folder(spec, folder, name) for name in spec.splits]
@@ -127,7 +128,7 @@ def _prompts(spec: TaskSpec, limit: int | None) -> TaskData:
     """
     texts = [text for text in spec.prompts if text.strip()]
     if spec.file is not None:
-        file = Path(spec.file).expanduser()
+        file = local_path(spec.file, "task.file")
         try:
             texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
