@@ -97,8 +97,7 @@ def local_path(text: str, where: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        name = text.partition("/")[0]
-        raise ConfigError(f"{where}={text}: {name} stands for a home folder that is not known; write ./{text}") from None
+        raise ConfigError(f"{where}={text}: there is no user of that name, whose home ~ is") from None
 
 
 def warn_of_cache(folder: Path, error: Exception) -> None:
@@ -312,7 +311,7 @@ class EvalConfig(Schema):
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: Annotated[int, Field(ge=8)] | None = None
     batch_tokens: Annotated[int, Field(ge=1)] = 4096
-    bootstrap: Annotated[int, Field(ge=1)] = 1000
+    bootstrap: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
     preflight: bool = True
     cache: bool = True
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
+from mergelab.cli.ambiguous import refuse_ambiguous
 from mergelab.cli.overrides import in_jobs
-from mergelab.cli.repeated import refuse_repeated
 from mergelab.config import CONF_DIR
 from mergelab.console.progress import QUIET
 from mergelab.errors import ConfigError, MergelabError
@@ -79,7 +79,7 @@ def _for_hydra(arguments: list[str]) -> list[str]:
     """Put the flag of a grid or a sweep first, since Hydra's parser takes flags only before the overrides."""
     flags = [argument for argument in arguments if argument in _MULTIRUN]
     overrides = [argument for argument in arguments if argument not in _MULTIRUN]
-    refuse_repeated(overrides)
+    refuse_ambiguous(overrides, multirun=bool(flags))
     return [*flags, *(in_jobs(overrides) if flags else overrides)]
 
 

@@ -12,8 +12,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.console.progress import say
 from mergelab.config import local_path
+from mergelab.console.progress import say
 from mergelab.errors import listed
 from mergelab.experiment.tying import untied_config
 from mergelab.models.architecture import read_config

@@ -96,7 +96,8 @@ def open_storage(url: str) -> BaseStorage:
     from optuna.storages.journal import JournalFileBackend
 
     silence(optuna)
-    with storage_errors(url, OSError, RuntimeError), _driver_named(url):
+    # What is read from a file that is no journal can be of any type.
+    with storage_errors(url, OSError, RuntimeError, ValueError, LookupError, TypeError), _driver_named(url):
         if url.startswith(_JOURNAL):
             file = Path(url.removeprefix(_JOURNAL))
             file.parent.mkdir(parents=True, exist_ok=True)

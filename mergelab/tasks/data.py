@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
+# What follows the split in a shard's name, as ``datasets`` writes it.
+_SHARD = re.compile(r"-(?P<number>[0-9]+)-of-(?P<count>[0-9]+)")
 Origin = Literal["hub", "folder", "mini", "given"]
 
 
@@ -229,11 +231,7 @@ def _files(spec: TaskSpec, folder: Path, split: str) -> list[Path]:
     for place in places:
         if (whole := place / f"{split}.parquet").is_file():
             return [whole]
-        shards = sorted(place.glob(f"{split}-[0-9]*-of-[0-9]*.parquet"))
-        if shards:
-            count = int(shards[0].stem.rsplit("-", 1)[1])
-            if len(shards) != count:
-                raise DataError(f"{spec.name}: {place} has {len(shards)} of the {count} shards of {split}")
+        if shards := _shards(spec, place, split):
             return shards
     present = sorted({re.sub(r"-\d+-of-\d+$", "", file.stem) for place in places for file in place.glob("*.parquet")})
     hint = f"; it has {listed(present)} (task.splits=[...] chooses)" if present else ""
@@ -241,6 +239,22 @@ def _files(spec: TaskSpec, folder: Path, split: str) -> list[Path]:
         f"{spec.name}: no data of the split {split} in {folder} (looked for {spec.name}/{split}.parquet, "
         f"{split}.parquet and {split}-00000-of-NNNNN.parquet){hint}"
     )
+
+
+def _shards(spec: TaskSpec, place: Path, split: str) -> list[Path]:
+    """Find the shards of a split, in order; a set is whole, and the only one."""
+    named = {path: _SHARD.fullmatch(path.stem.removeprefix(split)) for path in place.glob("*.parquet")}
+    sets: dict[int, dict[int, Path]] = {}
+    for path, match in sorted(named.items()):
+        if match is not None and path.stem.startswith(split):
+            sets.setdefault(int(match["count"]), {})[int(match["number"])] = path
+    if len(sets) > 1:
+        raise DataError(f"{spec.name}: {place} has shards of {split} of several sets: of {listed(map(str, sets))}")
+    for count, shards in sets.items():
+        if len(shards) != count or max(shards) >= count:
+            raise DataError(f"{spec.name}: {place} has {len(shards)} of the {count} shards of {split}")
+        return [shards[number] for number in range(count)]
+    return []
 
 
 def _places(spec: TaskSpec, folder: Path) -> list[Path]:
@@ -256,4 +270,4 @@ def _class_names(spec: TaskSpec, schema: Any) -> list[str] | None:
         names = features[spec.label_column]["names"]
     except (KeyError, TypeError, ValueError):
         return None
-    return [str(name) for name in names]
+    return [str(name) for name in names] if isinstance(names, list) else None

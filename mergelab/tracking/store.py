@@ -56,7 +56,7 @@ def locate(config: TrackingConfig) -> Store:
     """Return the store: ``tracking.uri``, else ``MLFLOW_TRACKING_URI``, else ``outputs/mlflow.db``."""
     outputs = _launch_folder() / "outputs"
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{outputs / 'mlflow.db'}"
-    scheme = urlsplit(uri).scheme
+    scheme = _scheme(uri)
     if (path := sqlite_path(uri)) is not None:
         whole = _launch_folder() / path
         return Store(uri.replace(f":///{path}", f":///{whole}", 1), whole.parent / "mlartifacts")
@@ -74,6 +74,13 @@ def sqlite_path(uri: str) -> Path | None:
     """Return the file of an SQLite store, None for other stores."""
     scheme, found, path = uri.partition(":///")
     return Path(path.partition("?")[0]) if found and scheme.partition("+")[0] == "sqlite" else None
+
+
+def _scheme(uri: str) -> str:
+    try:
+        return urlsplit(uri).scheme
+    except ValueError as error:
+        raise TrackingError(f"the tracking store's address cannot be read: {error}") from None
 
 
 def _launch_folder() -> Path:

@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +97,25 @@ def _complete(names: Collection[str]) -> tuple[str, ...]:
     for name in names:
         match = _SHARD.fullmatch(name)
         assert match is not None
-        sets[match["suffix"], match["count"]][int(match["number"])] = name
+        same = sets[match["suffix"], match["count"]]
+        if (other := same.setdefault(int(match["number"]), name)) != name:
+            raise ModelError(f"it has {other} and {name}, which are one shard, and no index")
     kinds = sorted(sets, reverse=True)  # .safetensors before .bin
     of_one_kind = [kind for kind in kinds if kind[0] == kinds[0][0]]
     if len(of_one_kind) > 1:
         raise ModelError(f"it has shards of several sets and no index: {listed(sorted(names))}")
     (_, count), found = of_one_kind[0], sets[of_one_kind[0]]
-    if absent := [number for number in range(1, int(count) + 1) if number not in found]:
-        example = next(iter(found.values()))
+    numbers = range(1, int(count) + 1)  # of a count that somebody wrote into a name
+    if odd := [name for number, name in found.items() if number not in numbers]:
+        raise ModelError(f"it has no index, and shards whose number is not among 1 to {int(count)}: {listed(odd)}")
+    if absent := int(count) - len(found):
+        first = [f"number {number}" for number in islice((each for each in numbers if each not in found), 3)]
+        more = f" and {absent - len(first)} more" if absent > len(first) else ""
         raise ModelError(
-            f"it has shards such as {example} and no index, and of {int(count)} shards "
-            f"{listed([f'number {number}' for number in absent])} {'is' if len(absent) == 1 else 'are'} missing"
+            f"it has shards such as {next(iter(found.values()))} and no index, and of {int(count)} shards "
+            f"{listed(first)}{more} {'is' if absent == 1 else 'are'} missing"
         )
-    return tuple(found[number] for number in sorted(found))
+    return tuple(found[number] for number in numbers)
 
 
 def find_weights(folder: Path, config: Mapping[str, Any], name: str) -> StoredWeights:
