@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import create_functions
 from hydra.core.override_parser.overrides_visitor import HydraErrorListener, HydraOverrideVisitor
 from hydra.errors import HydraException
-from hydra.grammar.gen.OverrideLexer import CommonTokenStream, InputStream, OverrideLexer
+from hydra.grammar.gen.OverrideLexer import CommonTokenStream, InputStream, OverrideLexer  # type: ignore[attr-defined]
 from hydra.grammar.gen.OverrideParser import OverrideParser
 
 from mergelab.errors import ConfigError, listed
@@ -19,6 +21,23 @@ if TYPE_CHECKING:
 
 # Groups of which an experiment has one option: Hydra would merge several into one.
 _ONE_OF = ("method", "models", "task", "eval", "save", "tracking", "sweep")
+
+
+class _Flags(ArgumentParser):
+    """Hydra's flags, about which its own parser writes many lines."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (--help shows what there is)")
+
+
+def check_flags(arguments: Sequence[str]) -> None:
+    """Check that all flags are known.
+
+    Raises:
+        ConfigError: one is not, or lacks its value.
+    """
+    own = get_args_parser()
+    _Flags(parents=[own], add_help=False, conflict_handler="resolve").parse_args(list(arguments))
 
 
 class _NamesOnce(HydraOverrideVisitor):
@@ -75,7 +94,7 @@ def _read(argument: str) -> Override | None:
         reader.removeErrorListeners()
         reader.addErrorListener(HydraErrorListener())
     try:
-        override: Override = _NamesOnce(create_functions()).visit(parser.override())
+        override: Override = _NamesOnce(create_functions()).visit(parser.override())  # type: ignore[no-untyped-call]
     except ConfigError as error:
         raise ConfigError(f"{argument.partition('=')[0]}: {error}") from None
     except HydraException:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
-from mergelab.cli.ambiguous import refuse_ambiguous
+from mergelab.cli.ambiguous import check_flags, refuse_ambiguous
 from mergelab.cli.overrides import in_jobs
 from mergelab.config import CONF_DIR
 from mergelab.console.progress import QUIET
@@ -24,7 +24,7 @@ _QUIET = frozenset({"-q", "--quiet"})
 class _Refused(SystemExit):
     """Carries an error out of a callback: Hydra turns other exceptions there into warnings."""
 
-    def __init__(self, error: MergelabError) -> None:
+    def __init__(self, error: Exception) -> None:
         super().__init__(2)
         self.error = error
 
@@ -79,6 +79,7 @@ def _for_hydra(arguments: list[str]) -> list[str]:
     """Put the flag of a grid or a sweep first, since Hydra's parser takes flags only before the overrides."""
     flags = [argument for argument in arguments if argument in _MULTIRUN]
     overrides = [argument for argument in arguments if argument not in _MULTIRUN]
+    check_flags([*flags, *overrides])
     refuse_ambiguous(overrides, multirun=bool(flags))
     return [*flags, *(in_jobs(overrides) if flags else overrides)]
 
@@ -100,7 +101,7 @@ class CheckedFirst(Callback):
                     "without -m this is one experiment: leave sweep out"
                 )
             plan_experiment(config)
-        except MergelabError as error:
-            raise _Refused(error) from None
         except OmegaConfBaseException:  # a value refers to the folder, and is checked when there is one
             return
+        except Exception as error:
+            raise _Refused(error) from None

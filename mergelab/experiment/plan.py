@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergelab.config import ExperimentConfig, ModelsConfig, check, local_path
 from mergelab.console.progress import warn
-from mergelab.errors import ConfigError, did_you_mean, listed
+from mergelab.errors import ConfigError, did_you_mean, listed, shortened
 from mergelab.experiment.locate import Source, decide_source
 from mergelab.models.references import references
 
@@ -148,10 +148,14 @@ def check_output(output: str, models: ModelsConfig) -> None:
     Raises:
         ConfigError: it is a file, a folder in use, a model's own folder, or inside something that is no folder.
     """
-    from mergelab.weights.writer import is_unfinished
+    from mergelab.weights.writer import is_unfinished, making_of
 
     folder = local_path(output, "output")
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    try:
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        making_of(folder).exists()  # its name is longer
+    except OSError as error:
+        raise ConfigError(f"output={shortened(output)}: no folder can be called so ({error.strerror})") from None
     if not existing.is_dir():
         raise ConfigError(f"output={output}: {existing} is a file; a folder that does not exist yet is needed")
     if existing == folder and any(not is_unfinished(path) for path in folder.iterdir()):
