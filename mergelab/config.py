@@ -130,7 +130,7 @@ def renamed(key: str, value: object, known: Iterable[str]) -> str | None:
 # What a pattern asks for, in words.
 PATTERNS = {
     "device": "must be auto, cpu, cuda, cuda:<number> or mps",
-    "max_shard_size": "must be a number with kB, MB, GB or TB, such as 5GB",
+    "max_shard_size": "must be a number of at most 9 digits with kB, MB, GB or TB, such as 5GB",
 }
 
 
@@ -142,12 +142,16 @@ class Schema(BaseModel):
     )
 
 
+# What every random generator takes.
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class PairConfig(Schema):
     """An encoder and a decoder that are joined, as ``EncoderDecoderModel.from_encoder_decoder_pretrained`` does it."""
 
     encoder: str
     decoder: str
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Of the weights that neither of the two has: the cross-attention."""
     decoder_start_token_id: Annotated[int, Field(ge=0)] | None = None
     pad_token_id: Annotated[int, Field(ge=0)] | None = None
@@ -320,12 +324,19 @@ class SaveConfig(Schema):
     """How a merged model is written."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?[kMGT]B$")] = "5GB"
+    max_shard_size: Annotated[str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?\s?[kMGT]B$")] = "5GB"
     tokenizer: str | None = None
     """Whose tokenizer, generation config and chat template the merged model has: ``base``, or an expert's name.
 
     It is measured with them too. With ``models.vocab`` the tokenizer is the merged vocabulary's.
     """
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _is_a_byte_at_least(cls, size: str) -> str:
+        if not any(digit in size for digit in "123456789"):
+            raise ValueError("must be above 0")
+        return size
 
     @property
     def max_shard_bytes(self) -> int:
@@ -345,7 +356,7 @@ class ExperimentConfig(Schema):
     tracking: dict[str, Any]
     source: Literal["auto", "hub", "mini"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     evaluate: bool = True
     output: str | None = None
 

@@ -67,6 +67,7 @@ def plan_experiment(config: DictConfig) -> Plan:
     weights = [expert.weight for expert in checked.models.experts.values()]
     resolve_weights(method, parameters, tuple(checked.models.experts), weights)
     suite = tasks_from_config(checked.task)
+    _check_tasks_of_experts(checked, suite.tasks)
     if (reason := unsupported_for_generation(method, parameters)) is not None and _merges_writers(checked, suite.tasks):
         raise ConfigError(reason)
     if not checked.evaluate and checked.output is None:
@@ -120,6 +121,17 @@ def _check_method(method: MergeMethod, config: ExperimentConfig) -> None:
             f"{'evaluate=false' if not config.evaluate else 'eval.protocol=full'} there are no examples that select; "
             "eval.protocol=holdout sets some apart (oracle: the reporting ones, and labelled so)"
         )
+
+
+def _check_tasks_of_experts(config: ExperimentConfig, tasks: Sequence[TaskSpec]) -> None:
+    """Check that an expert's task is one: a misspelt one would be taken for that of the measurement."""
+    from mergelab.tasks.loading import task_names
+
+    for name, expert in config.models.experts.items():
+        known = {task.name: None for task in tasks} | dict.fromkeys(task_names())
+        if expert.task is not None and expert.task not in known and config.models.mini is None:
+            hint = did_you_mean(expert.task, known) or f" (there are {listed(known, 20)})"
+            raise ConfigError(f"models.experts.{name}.task={shortened(expert.task)}: no such task{hint}")
 
 
 def _merges_writers(config: ExperimentConfig, tasks: Sequence[TaskSpec]) -> bool:
