@@ -10,7 +10,13 @@ _LONGEST_LIST, _LONGEST_NAME, _FEW = 160, 80, 3
 
 
 class MergelabError(Exception):
-    """Base of all errors that a user can fix; the command line prints the message as one line and exits with 2."""
+    """Base of all errors that a user can fix; the command line prints the message and exits with 2.
+
+    The message is one line of at most `LONGEST_LINE` printable characters, whatever goes into it.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
 
 
 class ConfigError(MergelabError):
@@ -79,8 +85,8 @@ def listed(names: Iterable[str], limit: int = 8) -> str:
 
 
 def shortened(value: object, limit: int = 60) -> str:
-    """Return the text of ``value``; of a long one, the beginning and the end with an ellipsis between them."""
-    text = str(value)
+    """Return the printable text of ``value``; of a long one, the beginning and the end, an ellipsis between them."""
+    text = _printable(str(value))
     if len(text) <= limit:
         return text
     end = (limit - 1) // 3
@@ -88,13 +94,15 @@ def shortened(value: object, limit: int = 60) -> str:
 
 
 def one_line(text: str, limit: int = LONGEST_LINE) -> str:
-    """Return ``text`` as one printable line of at most ``limit`` characters; what is cut out is in the middle.
+    """Return ``text`` as one printable line of at most ``limit`` characters; what is cut out is in the middle."""
+    return shortened(" ".join(line.strip() for line in text.splitlines() if line.strip()), limit)
 
-    Names come from files that anyone may have written: characters that control a terminal are shown as escapes.
-    """
-    line = " ".join(text.split())
-    line = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
-    return shortened(line, limit)
+
+def _printable(text: str) -> str:
+    """Show as escapes what controls a terminal: names may come from files that anyone has written."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -206,7 +206,7 @@ def open_checkpoint(folder: Path | str, name: str | None = None) -> Checkpoint:
     """
     folder = Path(folder)
     name = name if name is not None else str(folder)
-    if not folder.exists():
+    if not os.path.exists(folder):  # unlike Path.exists, also for names that no system takes
         raise ModelError(f"{name}: no such folder: {folder}")
     if not folder.is_dir():
         raise ModelError(f"{name}: {folder} is a file; a model folder with {CONFIG} and weights is needed")
@@ -244,7 +244,7 @@ def _open_shards(index: Path, name: str) -> dict[Path, _WeightFile]:
         indexed.setdefault(file, set()).add(key)
     if outside := [file for file in indexed if not is_inside(index.parent, file)]:
         raise ModelError(f"{name}: {index} names files outside its folder: {listed(outside)}")
-    if absent := [file for file in sorted(indexed) if not (index.parent / file).is_file()]:
+    if absent := [file for file in sorted(indexed) if not os.path.isfile(index.parent / file)]:
         raise ModelError(f"{name}: {index.name} names files that are not in {index.parent}: {listed(absent)}")
     _check_shard_count(index, set(indexed), name)
     shards: dict[Path, _WeightFile] = {}

@@ -5,6 +5,7 @@ Transformers wants a variant named and an index with shards; here the only weigh
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -142,9 +143,10 @@ def find_weights(folder: Path, config: Mapping[str, Any], name: str) -> StoredWe
 def is_inside(folder: Path, file: str) -> bool:
     """Return whether a relative path stays in ``folder``; the file itself may be a link, as in the hub's cache."""
     path = Path(file)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in file:
         return False
-    return (folder / path).parent.resolve().is_relative_to(folder.resolve())
+    real = os.path.realpath(folder / path.parent)  # of a loop of links too
+    return Path(real).is_relative_to(os.path.realpath(folder))
 
 
 def gguf_hint(folder: Path) -> str:
