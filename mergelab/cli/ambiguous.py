@@ -97,6 +97,8 @@ def _read(argument: str) -> Override | None:
         override: Override = _NamesOnce(create_functions()).visit(parser.override())  # type: ignore[no-untyped-call]
     except ConfigError as error:
         raise ConfigError(f"{argument.partition('=')[0]}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{argument.partition('=')[0]}: is nested too deeply") from None
     except HydraException:
         return None
     return override
