@@ -45,11 +45,22 @@ RENAMED: Mapping[str, tuple[str, Mapping[str, str]]] = {
 HEAD_POLICIES = ("average", "base", "per_task", "expert:<name>")
 
 
+_replacements: list[Path] = []
+
+
+def replace_cache(error: Exception) -> None:
+    """Let a temporary folder take the cache's place, which turned out to be full or broken, and warn that it does."""
+    why = str(getattr(error, "strerror", None) or error)
+    _replacements.append(temporary_cache(str(cache_dir()), why))
+
+
 def cache_dir() -> Path:
     """Return the folder for what can be made again: ``MERGELAB_CACHE``, else ``mergelab`` in the user's cache.
 
     Where that folder can neither be read nor made, it is a temporary one, and a `MergeWarning` says so.
     """
+    if _replacements:
+        return _replacements[-1]
     try:
         if folder := os.environ.get("MERGELAB_CACHE"):
             return _usable(Path(folder).expanduser().absolute())
@@ -63,8 +74,10 @@ def _usable(folder: Path) -> Path:
     existing = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), folder)
     if not existing.is_dir():
         return temporary_cache(str(folder), f"{existing} is no folder")
-    if existing != folder and not os.access(existing, os.W_OK | os.X_OK):
-        return temporary_cache(str(folder), f"{existing} cannot be written to")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # only that shows whether it can be made
+    except OSError as error:
+        return temporary_cache(str(folder), f"{existing} cannot be written to: {error.strerror}")
     return folder
 
 

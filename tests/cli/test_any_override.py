@@ -111,7 +111,7 @@ def test_what_reads_overrides_before_hydra_raises_nothing_else(arguments: list[s
     ],
 )
 def test_the_line_says_what_is_wrong(override: str, said: str) -> None:
-    with pytest.raises(Exception) as caught:  # noqa: B017, PT011, PT012
+    with pytest.raises(Exception) as caught:  # noqa: PT011, PT012
         check_flags([override])
         refuse_ambiguous([override], multirun=False)
         plan_experiment(compose("config", [override]))
