@@ -19,7 +19,7 @@ from mergelab.sweep.pruners import pruner_name
 from mergelab.sweep.samplers import sampler_name
 from mergelab.sweep.scheduler import Scheduler, point
 from mergelab.sweep.space import described
-from mergelab.sweep.storage import redacted, storage_errors
+from mergelab.sweep.storage import one_process_at, redacted, storage_errors
 from mergelab.sweep.study import PARENT, SWEEPER, SweepStudy
 from mergelab.tracking import names
 
@@ -70,7 +70,7 @@ def run_sweep(
     _announce(sweep, study)
     with (
         storage_errors(sweep.url),
-        _only_sweeper(study),
+        _only_sweeper(study, sweep.url),
         _parent(sweep, study, tracker, folder) as run,
         _graceful_interrupts() as interrupted,
     ):
@@ -120,18 +120,19 @@ def _launcher_line(sweep: Sweep) -> list[str]:
 
 
 @contextlib.contextmanager
-def _only_sweeper(study: SweepStudy) -> Iterator[None]:
+def _only_sweeper(study: SweepStudy, url: str) -> Iterator[None]:
     """Keep a second process from adding trials to the same study."""
     from mergelab.tracking.processes import has_ended, process_tags
 
     own = process_tags()
-    other = study.study.user_attrs.get(SWEEPER)
-    if other and other != own and not has_ended(other):
-        raise SweepError(
-            f"study {study.study.study_name}: process {other.get(names.PID)} on {other.get(names.HOST)} is sweeping "
-            "it; wait for its end, or choose another sweep.study_name"
-        )
-    study.study.set_user_attr(SWEEPER, own)
+    with one_process_at(url):
+        other = study.study.user_attrs.get(SWEEPER)
+        if other and other != own and not has_ended(other):
+            raise SweepError(
+                f"study {study.study.study_name}: process {other.get(names.PID)} on {other.get(names.HOST)} is "
+                "sweeping it; wait for its end, or choose another sweep.study_name"
+            )
+        study.study.set_user_attr(SWEEPER, own)
     try:
         yield
     finally:
@@ -166,6 +167,8 @@ def _parent(sweep: Sweep, study: SweepStudy, tracker: Tracker, folder: Path) -> 
     )
     run.set_tags({names.N_TRIALS: sweep.trials, names.RUN_FOLDER: folder})
     with run:
+        if study.count:
+            tracker.adopt(run, {names.STUDY: sweep.name})
         run.log_dict(config, names.CONFIG)
         yield run
 

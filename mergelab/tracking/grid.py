@@ -23,7 +23,6 @@ from mergelab.tracking import interrupts, names
 from mergelab.tracking.config import experiment_name, tracking_config
 from mergelab.tracking.names import MODEL
 from mergelab.tracking.run import Run, Status
-from mergelab.tracking.store import mlflow_calls
 from mergelab.tracking.tracker import RunRecord, Tracker, open_tracking
 
 log = logging.getLogger(__name__)
@@ -210,8 +209,7 @@ def _log_best_model(grid: _Grid, children: Sequence[RunRecord], best: RunRecord)
     saved = {run: Path(folder) / MODEL for run, folder in folders.items() if folder}
     if best.id not in saved or not saved[best.id].is_dir():
         return
-    with mlflow_calls(f"log the model of run {best.name}"):
-        grid.tracker.client.log_artifacts(best.id, str(saved[best.id]), MODEL)
+    grid.tracker.log_artifacts(best.id, saved[best.id], MODEL)
     for folder in saved.values():
         shutil.rmtree(folder, ignore_errors=True)
 
