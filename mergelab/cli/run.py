@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
-from mergelab.cli.overrides import in_jobs
+from mergelab.cli.overrides import in_jobs, no_such_reference
+from mergelab.cli.quoting import as_text
 from mergelab.config import CONF_DIR
 from mergelab.console.progress import QUIET
 from mergelab.errors import ConfigError, MergelabError
@@ -58,10 +59,12 @@ def run(arguments: list[str]) -> None:
             failures.append(error)
             return None
 
+    if "${" in (folder := os.getcwd()):
+        raise ConfigError(f"{folder}: Hydra reads ${{ in the working folder's name as a reference; rename the folder")
     before = os.environ.get(QUIET)
     if not _QUIET.isdisjoint(arguments):
         os.environ[QUIET] = "1"  # for the jobs in other processes too
-    sys.argv = ["mergelab", *_for_hydra([argument for argument in arguments if argument not in _QUIET])]
+    sys.argv = ["mergelab", *_for_hydra(as_text([argument for argument in arguments if argument not in _QUIET]))]
     try:
         hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
     except _Refused as stop:
@@ -85,7 +88,7 @@ class CheckedFirst(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Stop the run where a setting is not usable."""
-        from omegaconf.errors import OmegaConfBaseException
+        from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
         from mergelab.experiment.plan import plan_experiment
 
@@ -99,5 +102,7 @@ class CheckedFirst(Callback):
             plan_experiment(config)
         except MergelabError as error:
             raise _Refused(error) from None
+        except InterpolationKeyError as error:
+            raise _Refused(ConfigError(no_such_reference(error))) from None
         except OmegaConfBaseException:  # a value refers to the folder, and is checked when there is one
             return
