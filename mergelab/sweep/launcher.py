@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from mergelab.errors import MergelabError, SweepError, TrackingError
 from mergelab.sweep.config import TrialJob
 from mergelab.sweep.storage import redacted, storage_file
+from mergelab.tracking.secrets import mask_passwords
 from mergelab.tracking.sqlite_urls import is_sqlite
-from mergelab.tracking.values import one_line, without_password
+from mergelab.tracking.values import one_line
 
 if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
@@ -114,14 +115,6 @@ def worker_context(job: TrialJob) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def mask_passwords(folder: Path) -> None:
-    """Mask the passwords of URLs in the YAML files of a folder."""
-    for file in folder.glob("*.yaml"):
-        text = file.read_text(encoding="utf-8")
-        if (masked := without_password(text)) != text:
-            file.write_text(masked, encoding="utf-8")
 
 
 def open_study(url: str, job: TrialJob) -> tuple[BaseStorage, Study]:

@@ -13,7 +13,7 @@ from mergelab.console.progress import say, say_where
 from mergelab.console.tables import result_table
 from mergelab.errors import SweepError
 from mergelab.experiment.recording import open_run, record_result
-from mergelab.sweep.launcher import fit_launcher, mask_passwords
+from mergelab.sweep.launcher import fit_launcher
 from mergelab.sweep.plan import Sweep, definition, is_pruned, plan_sweep
 from mergelab.sweep.pruners import pruner_name
 from mergelab.sweep.samplers import sampler_name
@@ -22,6 +22,7 @@ from mergelab.sweep.space import described
 from mergelab.sweep.storage import one_process_at, redacted, storage_errors
 from mergelab.sweep.study import PARENT, SWEEPER, SweepStudy
 from mergelab.tracking import names
+from mergelab.tracking.secrets import without_password
 
 if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
@@ -64,8 +65,7 @@ def run_sweep(
     tracker = open_tracking(sweep.plan.tracking)
     folder = Path(config.hydra.sweep.dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, folder / "multirun.yaml")
-    mask_passwords(folder)
+    (folder / "multirun.yaml").write_text(without_password(OmegaConf.to_yaml(config)), encoding="utf-8")
     fit_launcher(launcher, sweep.settings.retries)
     _announce(sweep, study)
     with (

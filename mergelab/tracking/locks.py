@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mergelab.errors import TrackingError
-from mergelab.tracking.values import without_password
+from mergelab.tracking.secrets import without_password
 
 _LOCK_S = 120.0  # longer than creating the tables takes on a slow disk
 

@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 
 from mergelab.errors import TrackingError
 from mergelab.tracking import interrupts, names
+from mergelab.tracking.secrets import without_password
 from mergelab.tracking.store import mlflow_calls
-from mergelab.tracking.values import MAX_TAG, flatten, one_line, shortened, tidy_name, without_password
+from mergelab.tracking.values import MAX_TAG, flatten, one_line, shortened, tidy_name
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ class Run:
         target = PurePosixPath(path)
         with mlflow_calls(f"log artifact {path} of run {self.name}"), tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / target.name
-            file.write_text(text, encoding="utf-8")
+            file.write_text(without_password(text), encoding="utf-8")
             self._log_file(str(file), str(target.parent) if len(target.parts) > 1 else None)
 
     def _log_file(self, path: str, folder: str | None) -> None:
@@ -197,7 +198,7 @@ class Run:
     def log_dict(self, values: dict[str, Any] | list[Any], path: str) -> None:
         """Write ``values`` as a ``.json`` or ``.yaml`` artifact."""
         if path.endswith((".yaml", ".yml")):
-            self.log_text(without_password(OmegaConf.to_yaml(OmegaConf.create(values))), path)
+            self.log_text(OmegaConf.to_yaml(OmegaConf.create(values)), path)
         else:
             self.log_text(json.dumps(values, indent=1, ensure_ascii=False), path)
 
@@ -221,8 +222,8 @@ def _local_artifacts(folder: Path) -> Any:
 
 
 def tag_values(tags: Mapping[str, Any]) -> dict[str, str]:
-    """Return tags as MLflow takes them: strings, not too long, nothing for None."""
-    return {name: shortened(str(value), MAX_TAG) for name, value in tags.items() if value is not None}
+    """Return tags as MLflow takes them: strings, not too long, without passwords, nothing for None."""
+    return {name: shortened(without_password(str(value)), MAX_TAG) for name, value in tags.items() if value is not None}
 
 
 def outcome(error: BaseException) -> tuple[Status, str | None]:

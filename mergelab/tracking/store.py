@@ -22,8 +22,9 @@ from mergelab.errors import TrackingError
 from mergelab.tracking.config import TrackingConfig
 from mergelab.tracking.locks import one_process
 from mergelab.tracking.moved import ARTIFACTS, adapt_locations
+from mergelab.tracking.secrets import has_secret, remember, without_password
 from mergelab.tracking.sqlite_urls import absolute, is_sqlite, sqlite_path, sqlite_url
-from mergelab.tracking.values import one_line, without_password
+from mergelab.tracking.values import one_line
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def locate(config: TrackingConfig) -> Store:
     """
     outputs = _launch_folder() / "outputs"
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{DEFAULT}"
+    remember(uri)
     if is_sqlite(uri):
         file = absolute(sqlite_path(uri), _launch_folder())
         return Store(sqlite_url(file, uri), file.parent / ARTIFACTS, file)
@@ -146,15 +148,14 @@ def _do_not_wait_for_disk(connection: Any, record: Any) -> None:
 
 
 def _probe(store: Store) -> None:
-    parts = urlsplit(store.uri)
-    scheme = parts.scheme.partition("+")[0]
+    scheme = store.uri.partition(":")[0].partition("+")[0]
     try:
         if store.file is not None:
             _probe_file(store.file)
         elif scheme in ("http", "https"):
             _probe_server(store.uri)
         elif scheme in _DATABASE_PORTS:
-            _probe_database(store.uri, parts.hostname or "localhost", parts.port or _DATABASE_PORTS[scheme])
+            _probe_database(store.uri, _DATABASE_PORTS[scheme])
     except Exception as error:
         raise TrackingError(
             f"cannot reach the tracking store {store.shown} ({one_line(str(error) or error)}); "
@@ -187,12 +188,15 @@ def _probe_server(uri: str) -> None:
         raise ConnectionError("connection refused or host unknown") from error
 
 
-def _probe_database(uri: str, host: str, port: int) -> None:
+def _probe_database(uri: str, default_port: int) -> None:
     # MLflow tries ten times, for over a minute, before it says what a first attempt says.
-    if not host.startswith("/"):
-        socket.create_connection((host, port), timeout=_PROBE_S).close()
     import sqlalchemy
 
+    url = sqlalchemy.make_url(uri)
+    if "@" in (url.host or ""):
+        raise ValueError("the password has an @: write it as %40")
+    if not (host := url.host or "localhost").startswith("/"):
+        socket.create_connection((host, url.port or default_port), timeout=_PROBE_S).close()
     engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool)
     engine.connect().close()
 
@@ -241,7 +245,7 @@ def ui_command(store: Store) -> str:
         return f"the MLflow UI of {without_password(store.uri)}"
     uri = _relative_sqlite(store)
     # A password is not for the console; the shell knows it where the address came from the environment.
-    if without_password(uri) != uri and os.environ.get("MLFLOW_TRACKING_URI") == uri:
+    if has_secret(uri) and os.environ.get("MLFLOW_TRACKING_URI") == uri:
         return f'{_mlflow()} ui --backend-store-uri "$MLFLOW_TRACKING_URI"'
     return f"{_mlflow()} ui --backend-store-uri {shlex.quote(without_password(uri))}"
 

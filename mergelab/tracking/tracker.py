@@ -14,6 +14,7 @@ from mergelab.tracking import names, processes
 from mergelab.tracking.config import TrackingConfig
 from mergelab.tracking.moved import adapt_locations, bring, location_today
 from mergelab.tracking.run import Run, Status, outcome, tag_values
+from mergelab.tracking.secrets import without_password
 from mergelab.tracking.store import (
     Store,
     connect,
@@ -120,6 +121,7 @@ class Tracker:
         """
         if self.client is None:
             return Run(None, None, name, experiment)
+        name = without_password(name)
         experiment_id = self.experiment(experiment)
         all_tags = processes.environment_tags() | tag_values(tags or {}) | ({names.PARENT: parent} if parent else {})
         try:
