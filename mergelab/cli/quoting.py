@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, QuotedString, Sweep
 from hydra.errors import HydraException
 
+from mergelab.config import says_what_it_is
 from mergelab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def as_text(arguments: Sequence[str]) -> list[str]:
     """Quote the values that can only be text; check that no path is read as something else.
 
     Raises:
-        ConfigError: a path is read as something else, or cannot be read for its marks.
+        ConfigError: a path is read as something else, or a key is set that says which method or task this is.
     """
     return [_as_text(argument) for argument in arguments]
 
@@ -55,6 +56,8 @@ def _as_text(argument: str) -> str:
     found = _OVERRIDE.fullmatch(argument)
     if found is None:
         return argument
+    if (reason := says_what_it_is(found["key"].lstrip("+"))) is not None:
+        raise ConfigError(reason)
     override, value = parsed(argument), found["value"]
     if override is None:
         quoted = quoted_form(argument)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 _MULTIRUN = frozenset({"-m", "--multirun"})
+# Packages that end the process with good reason.
+_OWN = frozenset({"mergelab", "hydra_plugins", "hydra", "argparse", "__main__"})
 _QUIET = frozenset({"-q", "--quiet"})
 
 
@@ -49,14 +54,16 @@ def run(arguments: list[str]) -> None:
         from omegaconf import OmegaConf
 
         _mask_what_hydra_wrote()
-        if OmegaConf.select(config, "sweep.job") is not None:
-            from mergelab.sweep.trial import run_job
-
-            return run_job(config)
-        from mergelab.experiment.run import run_experiment
-
         try:
-            return run_experiment(config)
+            if OmegaConf.select(config, "sweep.job") is not None:
+                from mergelab.sweep.trial import run_job
+
+                with no_exit():
+                    return run_job(config)
+            from mergelab.experiment.run import run_experiment
+
+            with no_exit():
+                return run_experiment(config)
         except MergelabError as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # Hydra says which job it was, and goes on with the next
@@ -70,7 +77,8 @@ def run(arguments: list[str]) -> None:
         os.environ[QUIET] = "1"  # for the jobs in other processes too
     sys.argv = ["mergelab", *_for_hydra(references(as_text([each for each in arguments if each not in _QUIET])))]
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
+        with no_exit():
+            hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
     except _Refused as stop:
         raise stop.error from None
     finally:
@@ -85,6 +93,23 @@ def _for_hydra(arguments: list[str]) -> list[str]:
     flags = [argument for argument in arguments if argument in _MULTIRUN]
     overrides = [argument for argument in arguments if argument not in _MULTIRUN]
     return [*flags, *(in_jobs(overrides) if flags else overrides)]
+
+
+@contextlib.contextmanager
+def no_exit() -> Iterator[None]:
+    """Take ``sys.exit`` in code of the user's own (a metric, a sampler) for an error.
+
+    Raises:
+        ConfigError: names the line.
+    """
+    try:
+        yield
+    except SystemExit as stop:
+        frame, line = list(traceback.walk_tb(stop.__traceback__))[-1]
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in _OWN:
+            raise
+        where = f"{frame.f_code.co_filename}, line {line}"
+        raise ConfigError(f"{where}: calls sys.exit({stop.code}); raise an error instead") from None
 
 
 def _mask_what_hydra_wrote() -> None:

@@ -52,8 +52,11 @@ def run_sweep(
     from omegaconf import OmegaConf
 
     from mergelab.tracking import open_tracking
+    from mergelab.tracking.store import locate
 
     sweep = plan_sweep(node, config, loader, overrides)
+    if sweep.plan.tracking.enabled:
+        locate(sweep.plan.tracking)  # refuses an address that cannot be used before there is a study
     study = SweepStudy(
         sweep.url,
         sweep.name,
