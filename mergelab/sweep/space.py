@@ -62,17 +62,23 @@ class Space:
         """Count the points of the grid."""
         return math.prod(len(values) for values in self.grid().values())
 
-    def check_point(self, point: Mapping[str, Any]) -> str | None:
-        """Say what keeps a point from being one of the space's; None if nothing does."""
+    def without_number(self, point: Mapping[str, Any]) -> str | None:
+        """Say which value of a point is no finite number where the space has an interval; None if all are."""
         from optuna.distributions import CategoricalDistribution
 
+        for key, value in point.items():
+            numeric = key in self.distributions and not isinstance(self.distributions[key], CategoricalDistribution)
+            if numeric and not _is_number(value):
+                return f"{key}={value} is not a finite number"
+        return None
+
+    def check_point(self, point: Mapping[str, Any]) -> str | None:
+        """Say what keeps a point from being one of the space's; None if nothing does."""
         if unknown := [key for key in point if key not in self.distributions]:
             return f"{unknown[0]} is not swept"
         if lacking := [key for key in self.distributions if key not in point]:
             return f"it has no {lacking[0]}"
         for key, one in self.distributions.items():
-            if not isinstance(one, CategoricalDistribution) and not _is_number(point[key]):
-                return f"{key}={point[key]} is not a finite number"
             try:
                 inside = one._contains(one.to_internal_repr(point[key]))
             except (TypeError, ValueError):
