@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import sys
+import traceback
 
 from mergelab.errors import MergelabError, did_you_mean, listed
 
@@ -38,6 +40,7 @@ def main() -> None:
 
 def _experiment(arguments: list[str]) -> None:
     from mergelab.cli.run import run
+    from mergelab.tracking.secrets import without_password
     from mergelab.weights import truncated_file
 
     traceback_wanted = os.environ.get(_FULL_ERROR) == "1"
@@ -54,12 +57,15 @@ def _experiment(arguments: list[str]) -> None:
         _close_grid("FAILED")
         line = _one_line(error)
         if traceback_wanted or line is None:
-            raise
+            sys.stderr.write(without_password(traceback.format_exc()))
+            sys.exit(1)
         sys.exit(_fail(line))
 
 
 def _fail(line: str, code: int = 2) -> int:
-    sys.stderr.write(f"error: {line}\n")
+    from mergelab.tracking.secrets import without_password
+
+    sys.stderr.write(f"error: {without_password(line)}\n")
     return code
 
 
@@ -68,7 +74,8 @@ def _close_grid(status: str) -> None:
     if (tracking := sys.modules.get("mergelab.tracking")) is not None:
         tracking.close_open_parents(status)
     if (grids := sys.modules.get("mergelab.cli.grid_table")) is not None:
-        grids.show_open_grids()
+        with contextlib.suppress(MergelabError):  # what ended the grid is the news
+            grids.show_open_grids()
 
 
 def _one_line(error: BaseException) -> str | None:
