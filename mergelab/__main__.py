@@ -8,6 +8,7 @@ import logging
 import os
 import runpy
 import sys
+import traceback
 
 from mergelab.errors import MergelabError, did_you_mean, listed, one_line
 
@@ -79,6 +80,7 @@ def _main() -> None:
 
 def _experiment(arguments: list[str]) -> None:
     from mergelab.cli.run import run
+    from mergelab.tracking.secrets import without_password
     from mergelab.weights import truncated_file
 
     traceback_wanted = os.environ.get(_FULL_ERROR) == "1"
@@ -95,13 +97,16 @@ def _experiment(arguments: list[str]) -> None:
         _close_grid("FAILED")
         line = _one_line(error)
         if traceback_wanted or line is None:
-            raise
+            sys.stderr.write(without_password(traceback.format_exc()))
+            sys.exit(1)
         sys.exit(_fail(line))
 
 
 def _fail(line: str, code: int = 2) -> int:
+    from mergelab.tracking.secrets import without_password
+
     with contextlib.suppress(OSError):  # standard error may be full or gone; the code still says it
-        sys.stderr.write(f"error: {one_line(line)}\n")
+        sys.stderr.write(f"error: {one_line(without_password(line))}\n")
         sys.stderr.flush()
     return code
 
@@ -111,7 +116,8 @@ def _close_grid(status: str) -> None:
     if (tracking := sys.modules.get("mergelab.tracking")) is not None:
         tracking.close_open_parents(status)
     if (grids := sys.modules.get("mergelab.cli.grid_table")) is not None:
-        grids.show_open_grids()
+        with contextlib.suppress(MergelabError):  # what ended the grid is the news
+            grids.show_open_grids()
 
 
 def _one_line(error: BaseException) -> str | None:

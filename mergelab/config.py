@@ -140,6 +140,14 @@ def renamed(key: str, value: object, known: Iterable[str]) -> str | None:
     return None
 
 
+def says_what_it_is(key: str) -> str | None:
+    """Return one line about a ``key`` that is no setting but says which method or task the others are of; else None."""
+    group = key.partition(".")[0]
+    if key not in ("method.name", "task.name"):
+        return None
+    return f"{key}: says which {group} the other settings are of and cannot be changed; {group}=NAME chooses another"
+
+
 # What a pattern asks for, in words.
 PATTERNS = {
     "device": "must be auto, cpu, cuda, cuda:<number> or mps",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 LONGEST_LINE = 400
@@ -12,11 +13,11 @@ _LONGEST_LIST, _LONGEST_NAME, _FEW = 160, 80, 3
 class MergelabError(Exception):
     """Base of all errors that a user can fix; the command line prints the message and exits with 2.
 
-    The message is one line of at most `LONGEST_LINE` printable characters, whatever goes into it.
+    The message is one printable line, whatever goes into it. The command line cuts it to `LONGEST_LINE` characters.
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(one_line(str(message)))
+        super().__init__(one_line(str(message), sys.maxsize))
 
 
 class ConfigError(MergelabError):

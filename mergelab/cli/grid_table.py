@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,5 +69,5 @@ def _job_number(file: Path) -> int:
 
 def _overrides(folder: Path) -> list[str]:
     """List a job's overrides."""
-    recorded: Iterable[Any] = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+    recorded: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "overrides.yaml"), resolve=False)
     return [str(override).lstrip("+") for override in recorded]

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Sweep
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig, Node, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationKeyError, OmegaConfBaseException
 
+from mergelab.cli.quoting import instead, parsed
 from mergelab.cli.schema import EXPERTS, no_expert
 from mergelab.config import renamed
 from mergelab.errors import did_you_mean, listed, nearest
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 _NO_NAME = "Config group override"  # how Hydra's error begins that an option's name is no text
 _NO_GROUP = re.compile(r"Could not override '([^']+)'\.\s+No match in the defaults list")
 
+_SEVERAL = re.compile(
+    r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?:\n| requires --multirun)", re.DOTALL
+)
+
 
 def refusal(error: BaseException) -> str | None:
     """Return one line about an error of Hydra's composition; None for an error of another kind."""
@@ -32,6 +36,11 @@ def refusal(error: BaseException) -> str | None:
         group, _, name = error.missing_cfg_file.rpartition("/")
         options = [option for option in error.options if not option.startswith("_")]
         return f"{group}={name}: no such option{did_you_mean(name, options)} (there are {listed(options, 20)})"
+    if isinstance(error, OverrideParseException):
+        reason = (str(error).strip().splitlines() or ["cannot be read"])[0]
+        return f"{error.override}: {reason}" + (f"; {instead(error.override)}" if "=" in error.override else "")
+    if several := _SEVERAL.match(str(error).strip()):
+        return f"{several[1]}: several values, which -m takes one after another; {instead(several[1])}"
     if isinstance(error, ValueError) and str(error).startswith(_NO_NAME) and (read := _variables(error, "__init__")):
         override, options = read["override"], read["repo"].get_group_options(read["override"].key_or_group)
         there_are = listed([option for option in options if not option.startswith("_")], 20)
@@ -45,9 +54,20 @@ def refusal(error: BaseException) -> str | None:
         parent = unknown[1].rpartition("/")[0]
         known = [f"{parent}/{group}".lstrip("/") for group in composing["self"].list_groups(parent)]
         return f"{unknown[1]}: no such group{did_you_mean(unknown[1], known)} (there are {listed(known, 20)})"
+    if isinstance(error, InterpolationKeyError):
+        return no_such_reference(error)
     of_flags = _frames(error)[-1].f_code.co_name == "_run_hydra" and isinstance(error, ValueError)
     known_kind = of_flags or isinstance(error, HydraException | OmegaConfBaseException)
     return " ".join(str(error).split()) if known_kind else None
+
+
+def no_such_reference(error: InterpolationKeyError) -> str:
+    """Return one line about a value that refers to a key that does not exist, and how to write it as text."""
+    key, parent = str(error.full_key), error.parent_node
+    said = " ".join(str(error).split()).partition(" full_key:")[0]
+    node = parent._get_node(error.key) if isinstance(parent, DictConfig) else None
+    value = node._value() if isinstance(node, Node) else None
+    return f"{key}={value}: {said}; {instead(f'{key}={value}')}" if isinstance(value, str) else f"{key}: {said}"
 
 
 def _frames(error: BaseException) -> list[FrameType]:
@@ -139,23 +159,13 @@ def in_jobs(arguments: Sequence[str]) -> list[str]:
     Hydra composes the sweep itself with the default choice of a group that the sweep varies, and applies every override
     of one value to that. What is taken here is given to `LeftOut`.
     """
-    parsed = [(argument, override) for argument in arguments if (override := _parsed(argument)) is not None]
-    left = {argument for argument, override in parsed if _leaves_out(override)}
-    if not left or not any(_brings_experts(override) for _, override in parsed):
+    readable = [(argument, override) for argument in arguments if (override := parsed(argument)) is not None]
+    left = {argument for argument, override in readable if _leaves_out(override)}
+    if not left or not any(_brings_experts(override) for _, override in readable):
         return list(arguments)
-    own = [argument for argument, override in parsed if not override.is_hydra_override()]
+    own = [argument for argument, override in readable if not override.is_hydra_override()]
     moved = ",".join(f"[{at},'{argument}']" for at, argument in enumerate(own) if argument in left)
     return [argument for argument in arguments if argument not in left] + [f"hydra.callbacks.left_out.given=[{moved}]"]
-
-
-def _parsed(argument: str) -> Override | None:
-    """Parse an override; None for a flag, and for what Hydra is going to refuse."""
-    if argument.startswith("-") or not ("=" in argument or argument.startswith("~")):
-        return None
-    try:
-        return OverridesParser.create().parse_override(argument)
-    except HydraException:
-        return None
 
 
 def _brings_experts(override: Override) -> bool:
@@ -184,6 +194,6 @@ class LeftOut(Callback):
         """Add them to the jobs' overrides, and apply them to the sweep's own experts where it has these."""
         for at, argument in self.given:
             config.hydra.overrides.task.insert(at, argument)
-            override = _parsed(argument)
+            override = parsed(argument)
             if override is not None and isinstance(config.models.experts, DictConfig):
                 config.models.experts.pop(str(override.key_or_group).rpartition(".")[2], None)

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
 from mergelab.cli.ambiguous import check_flags, refuse_ambiguous
-from mergelab.cli.overrides import in_jobs
+from mergelab.cli.hidden import references
+from mergelab.cli.overrides import in_jobs, no_such_reference
+from mergelab.cli.quoting import as_text
 from mergelab.config import CONF_DIR
 from mergelab.console.progress import QUIET
 from mergelab.errors import ConfigError, MergelabError
+from mergelab.tracking.secrets import in_reach, mask_passwords, private_folder
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 _MULTIRUN = frozenset({"-m", "--multirun"})
+# Packages that end the process with good reason.
+_OWN = frozenset({"mergelab", "hydra_plugins", "hydra", "argparse", "__main__"})
 _QUIET = frozenset({"-q", "--quiet"})
 
 
@@ -46,26 +55,32 @@ def run(arguments: list[str]) -> None:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
-        if OmegaConf.select(config, "sweep.job") is not None:
-            from mergelab.sweep.trial import run_job
-
-            return run_job(config)
-        from mergelab.experiment.run import run_experiment
-
+        _mask_what_hydra_wrote()
         try:
-            return run_experiment(config)
+            if OmegaConf.select(config, "sweep.job") is not None:
+                from mergelab.sweep.trial import run_job
+
+                with no_exit():
+                    return run_job(config)
+            from mergelab.experiment.run import run_experiment
+
+            with no_exit():
+                return run_experiment(config)
         except (MergelabError, OmegaConfBaseException, OSError) as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # Hydra says which job it was, and goes on with the next
             failures.append(error)
             return None
 
+    if "${" in (folder := os.getcwd()):
+        raise ConfigError(f"{folder}: Hydra reads ${{ in the working folder's name as a reference; rename the folder")
     before = os.environ.get(QUIET)
     if not _QUIET.isdisjoint(arguments):
         os.environ[QUIET] = "1"  # for the jobs in other processes too
-    sys.argv = ["mergelab", *_for_hydra([argument for argument in arguments if argument not in _QUIET])]
+    sys.argv = ["mergelab", *_for_hydra(references(as_text([each for each in arguments if each not in _QUIET])))]
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
+        with no_exit():
+            hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
     except _Refused as stop:
         raise stop.error from None
     finally:
@@ -84,12 +99,47 @@ def _for_hydra(arguments: list[str]) -> list[str]:
     return [*flags, *(in_jobs(overrides) if flags else overrides)]
 
 
+@contextlib.contextmanager
+def no_exit() -> Iterator[None]:
+    """Take ``sys.exit`` in code of the user's own (a metric, a sampler) for an error.
+
+    Raises:
+        ConfigError: names the line.
+    """
+    try:
+        yield
+    except SystemExit as stop:
+        frame, line = list(traceback.walk_tb(stop.__traceback__))[-1]
+        if str(frame.f_globals.get("__name__")).partition(".")[0] in _OWN:
+            raise
+        where = f"{frame.f_code.co_filename}, line {line}"
+        raise ConfigError(f"{where}: calls sys.exit({stop.code}); raise an error instead") from None
+
+
+def _mask_what_hydra_wrote() -> None:
+    """Mask the passwords of addresses that came from files of configs, in what Hydra has written about this job."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    mask_passwords(Path(hydra.runtime.output_dir, str(hydra.output_subdir or ".hydra")))
+    if hydra.mode == RunMode.MULTIRUN:
+        mask_passwords(Path(hydra.sweep.dir))
+
+
 class CheckedFirst(Callback):
-    """Hydra callback that checks every setting of a single experiment before there is a folder for it."""
+    """Hydra callback that checks every setting of a single experiment before there is a folder for it.
+
+    The folder of a run that has to do with passwords is made so that nobody else can look into it.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Make the folder of a grid or a sweep."""
+        _make_private(config, "hydra.sweep.dir")
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Stop the run where a setting is not usable."""
-        from omegaconf.errors import OmegaConfBaseException
+        from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
         from mergelab.experiment.plan import plan_experiment
 
@@ -101,7 +151,23 @@ class CheckedFirst(Callback):
                     "without -m this is one experiment: leave sweep out"
                 )
             plan_experiment(config)
+        except InterpolationKeyError as error:
+            raise _Refused(ConfigError(no_such_reference(error))) from None
         except OmegaConfBaseException:  # a value refers to the folder, and is checked when there is one
-            return
+            pass
         except Exception as error:
             raise _Refused(error) from None
+        _make_private(config, "hydra.run.dir")
+
+
+def _make_private(config: DictConfig, key: str) -> None:
+    """Make the folder that ``key`` names one that nobody else can look into, where a password could come into it."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    addresses = [OmegaConf.select(config, name, default=None) for name in ("tracking.uri", "hydra.sweeper.storage")]
+    try:
+        if in_reach([str(address) for address in addresses if address]):
+            private_folder(Path(str(OmegaConf.select(config, key))))
+    except (OSError, OmegaConfBaseException):  # Hydra says so when it makes the folder
+        return

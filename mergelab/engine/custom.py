@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
@@ -51,7 +52,7 @@ def custom_method(path: str) -> MergeMethod:
     has_base = "base_index" in names
     return MergeMethod(
         name=path,
-        function=function,
+        function=_without_exit(path, function),
         parameters=parameters_of(function, (first.name, "base_index", "site")),
         kind=kind,
         injected=frozenset(names) & {"base_index", "site"},
@@ -71,7 +72,7 @@ def _by_name(path: str, function: Callable[..., Any], signature: inspect.Signatu
     base = signature.parameters.get("base")
     return MergeMethod(
         name=path,
-        function=function,
+        function=_without_exit(path, function),
         parameters=parameters_of(function),
         injected=injected,
         needs_base=base is not None and base.default is base.empty,
@@ -79,6 +80,19 @@ def _by_name(path: str, function: Callable[..., Any], signature: inspect.Signatu
         identical_at=None,
         custom=True,
     )
+
+
+def _without_exit(path: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with ``sys.exit`` in it being an error: a run is not finished where its method gave up."""
+
+    @functools.wraps(function)
+    def called(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            return function(*arguments, **keywords)
+        except SystemExit as stop:
+            raise ConfigError(f"method.function={path}: calls sys.exit({stop.code}); raise an error instead") from None
+
+    return called
 
 
 def find_function(path: str) -> Callable[..., Any]:
@@ -99,7 +113,7 @@ def find_function(path: str) -> Callable[..., Any]:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise ConfigError(f"method.function={path}: importing {module_name} fails: {error}") from error
         raise ConfigError(f"method.function={path}: there is no module {error.name!r} here") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"method.function={path}: importing {module_name} fails: {_describe(error)}") from error
     if not hasattr(module, name):
         raise ConfigError(f"method.function={path}: {module_name} has no {name!r}{did_you_mean(name, vars(module))}")
@@ -110,6 +124,6 @@ def find_function(path: str) -> Callable[..., Any]:
     return result
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     kind, line = type(error).__name__, first_line(error)
     return kind if line == kind else f"{kind}: {line}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergelab.errors import ConfigError, DataError, listed
+from mergelab.errors import ConfigError, DataError, MergeWarning, listed
 from mergelab.experiment.label_orders import Labels, label_orders
 from mergelab.models.heads import Head, mean_head, read_head
-from mergelab.tasks.labels import label_order
+from mergelab.tasks.labels import label_order, numbered_order
 
 if TYPE_CHECKING:
     from mergelab.experiment.locate import LocatedExpert, LocatedModels
@@ -52,6 +53,8 @@ class Heads:
         self._averaged = frozenset(expert.name for expert in located.experts)
         self._own = not any(task.outputs for task in tasks) or not (measured or policy == "per_task" or self._match())
         self._merged = {} if self._own and opened.head_names else self._choose()
+        if opened.head_names and not (self._own or measured):
+            self._say_assumed()
 
     def __getitem__(self, task: str) -> Head:
         return self._merged.get(task) or Head({}, "none")
@@ -143,6 +146,23 @@ class Heads:
             except DataError:
                 return False
         return True
+
+    def _say_assumed(self) -> None:
+        """Warn of experts whose labels are numbers only, which are taken to be in the task's order unmeasured."""
+        task = next(task for task in self._tasks if task.outputs)
+        names = [
+            expert.name
+            for expert, model in zip(self._located.experts, self._opened.experts, strict=True)
+            if task.labels and not expert.labels and model.labels and numbered_order(model.labels)
+        ]
+        if names:
+            warnings.warn(
+                f"{listed(names)}: labels are numbers only (LABEL_0, …), which are taken to be {task.name}'s "
+                f"({listed(task.labels or ())}), and nothing is measured that would show it; "
+                f"models.experts.{names[0]}.labels=[...] says what they are",
+                MergeWarning,
+                stacklevel=4,
+            )
 
     def _own_head(self) -> tuple[Head, tuple[str, ...]]:
         """Make the merged model's head from the experts', by their own labels; return it with these."""

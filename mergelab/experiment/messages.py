@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mergelab.tracking import names
 
@@ -43,7 +43,9 @@ def job_line(plan: Plan, result: ExperimentResult | None) -> str:
 def method_and_settings(plan: Plan) -> str:
     """Name the method and the parameters that the user set: ``ties density=0.3``."""
     from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
 
-    overrides = [override.lstrip("+") for override in HydraConfig.get().overrides.task]
+    typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    overrides = [override.lstrip("+") for override in typed]
     settings = [text.removeprefix("method.") for text in overrides if text.startswith("method.")]
     return " ".join([plan.method.name, *(text for text in settings if not text.startswith("function="))])

@@ -4,13 +4,14 @@ tokens, and the tensors that skip the merge.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergelab.errors import ConfigError, KeyMismatch, ModelError, ShapeMismatch, did_you_mean, listed
+from mergelab.errors import ConfigError, KeyMismatch, MergeWarning, ModelError, ShapeMismatch, did_you_mean, listed
 from mergelab.experiment.agreement import check_configs, say_whose
 from mergelab.experiment.label_orders import Labels, Order, in_order, label_orders
 from mergelab.experiment.tying import with_ties
@@ -158,11 +159,11 @@ def open_models(base: ModelSource | None, experts: Sequence[ModelSource], scope:
         choice = f"{scope.key}config={owner.name}" if scope.owner else "config='last'"
         check_configs(base, experts, way_out=f"{choice} merges them all the same, under that model's config")
     vocabulary = _merged_vocabulary(base, experts, scope)
-    heads = next((head_names(e.tensors.keys(), e.architecture) for e in experts if e.architecture), ())
+    heads, unused = _heads(experts)
     orders: list[Order | None] = [None] * len(models) if scope.separate_heads else _label_orders(base, experts, scope)
     sources = [in_order(model, order) for model, order in zip(models, orders, strict=True)]
     ties = with_ties(models, sources, untie=scope.untie, key=f"{scope.key}untie")
-    aligned, heads = _aligned(models, ties.sources, heads, vocabulary, kind, scope, has_base=base is not None)
+    aligned, heads = _aligned(models, ties.sources, heads, unused, vocabulary, kind, scope, has_base=base is not None)
     means = _means(aligned, heads, scope)
     new = [] if scope.merge_new else [model.new_names for model in models]
     layers = left_out(aligned.names, scope.leave_out, key=f"{scope.key}leave_out")
@@ -183,10 +184,30 @@ def open_models(base: ModelSource | None, experts: Sequence[ModelSource], scope:
     )
 
 
+def _heads(experts: Sequence[ModelSource]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the tensors of the experts' heads, and those that some experts store and their class does not read."""
+    found = [(expert, head_names(expert.tensors.keys(), kind)) for expert in experts if (kind := expert.architecture)]
+    if not found:
+        return (), ()
+    common = {name for name in found[0][1] if all(name in names for _, names in found)}
+    unused: list[str] = []
+    for expert, names in found:
+        if not (further := [name for name in names if name not in common]):
+            continue
+        if expert.skeleton is None or expert.skeleton.state_dict().keys() & set(further):
+            return found[0][1], ()  # a head that another expert does not have, or has under other names
+        warnings.warn(
+            f"{expert.name}: its class does not read {listed(further)}, which are left out", MergeWarning, stacklevel=3
+        )
+        unused += further
+    return tuple(name for name in found[0][1] if name in common), tuple(unused)
+
+
 def _aligned(
     models: Sequence[ModelSource],
     sources: Sequence[TensorSource],
     heads: Sequence[str],
+    unused: Sequence[str],
     vocabulary: MergedVocabulary | None,
     kind: Architecture | None,
     scope: MergeScope,
@@ -199,6 +220,7 @@ def _aligned(
         models: as they were given, the base first where there is one.
         sources: their tensors, in the same order.
         heads: the stored names of the experts' heads.
+        unused: names of tensors that no class reads.
         vocabulary, kind, scope: as in `open_models`.
         has_base: whether the first model is the base.
 
@@ -210,7 +232,7 @@ def _aligned(
         return align(
             sources[0] if has_base else None,
             sources[1:] if has_base else sources,
-            ignore=[*(heads if scope.separate_heads else ()), *scope.passthrough],
+            ignore=[*(heads if scope.separate_heads else ()), *unused, *scope.passthrough],
             backbone_prefix=f"{kind.prefix}." if kind is not None and kind.is_classifier and kind.prefix else None,
             adapt=None if vocabulary is None else partial(vocabulary.adapt, heads=heads),
         )

@@ -16,6 +16,7 @@ from mergelab.models.architecture import Architecture, architecture, architectur
 from mergelab.models.encoder_decoder import newly_initialised
 from mergelab.models.parts import ModelPart, with_part
 from mergelab.models.references import local_folder, parse_reference
+from mergelab.models.unnamed_class import class_by_tensors
 from mergelab.models.vocabulary import LoadedTokens
 from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
 from mergelab.weights.conversion import is_transformers_model
@@ -57,7 +58,8 @@ class ModelSource:
             ModelError: the folder's config names no class that transformers has.
         """
         if self.checkpoint is not None:
-            return architecture(self.checkpoint.folder, self.label or self.name, self.tensors.keys())
+            label, config = self.label or self.name, self.checkpoint.config
+            return architecture(self.checkpoint.folder, label, self.tensors.keys(), config)
         module = module_of(self.given)
         return None if module is None else architecture_of(module, self.tensors.keys())
 
@@ -106,8 +108,14 @@ class _PartConfig(Schema):
 
 
 def from_folder(folder: Path, name: str, *, label: str = "", given: Any = None) -> ModelSource:
-    """Open a model folder; see `mergelab.weights.checkpoint.open_checkpoint` for the errors."""
-    return ModelSource(name, open_checkpoint(folder, name), given, label)
+    """Open a model folder; see `mergelab.weights.checkpoint.open_checkpoint` for the errors.
+
+    Where its config names no class, it is the one that has the folder's tensors.
+    """
+    checkpoint = open_checkpoint(folder, name)
+    if not checkpoint.config.get("architectures") and (found := class_by_tensors(checkpoint)) is not None:
+        checkpoint.config["architectures"] = [found]
+    return ModelSource(name, checkpoint, given, label)
 
 
 def from_list(models: Sequence[Any], base_index: int | None) -> list[ModelSource]:

@@ -64,8 +64,10 @@ def read_config(folder: Path, model: str) -> dict[str, Any]:
     return json_files.read_config(folder, f"model {model}")
 
 
-def architecture(folder: Path, model: str, names: Collection[str] = ()) -> Architecture:
-    """Find out what the folder's ``config.json`` describes.
+def architecture(
+    folder: Path, model: str, names: Collection[str] = (), config: Mapping[str, Any] | None = None
+) -> Architecture:
+    """Find out what the folder's ``config.json``, or the given ``config``, describes.
 
     ``names`` are its tensors': where they show the backbone's prefix, the model's class need not be imported, which
     takes seconds.
@@ -73,7 +75,7 @@ def architecture(folder: Path, model: str, names: Collection[str] = ()) -> Archi
     Raises:
         ModelError: the configuration is missing or names no class that transformers has.
     """
-    config = read_config(folder, model)
+    config = read_config(folder, model) if config is None else config
     name = str((config.get("architectures") or [""])[0])
     prefix = backbone_prefix(names).removesuffix(".")
     if not name or not prefix:

@@ -60,7 +60,8 @@ def copy_study(study: SweepStudy, file: Path) -> None:
     import optuna
 
     from mergelab.sweep.storage import open_storage
+    from mergelab.tracking.sqlite_urls import sqlite_url
 
-    storage = open_storage(f"sqlite:///{file}")
+    storage = open_storage(sqlite_url(file))
     optuna.copy_study(from_study_name=study.study.study_name, from_storage=study.storage, to_storage=storage)
     storage.remove_session()

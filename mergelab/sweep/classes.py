@@ -55,7 +55,7 @@ def load_class(path: str, what: str, base: type[Any]) -> type[Any]:
     module_name, _, name = path.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise SweepError(f"sweep.{what}={path}: importing {module_name} fails: {reason}") from error
     found = getattr(module, name, None)

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from mergelab.errors import MergelabError, SweepError, TrackingError
 from mergelab.sweep.config import TrialJob
-from mergelab.sweep.storage import redacted
-from mergelab.tracking.values import one_line, without_password
+from mergelab.sweep.storage import redacted, storage_file
+from mergelab.tracking.secrets import mask_passwords
+from mergelab.tracking.sqlite_urls import is_sqlite
+from mergelab.tracking.values import one_line
 
 if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
@@ -115,14 +117,6 @@ def worker_context(job: TrialJob) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def mask_passwords(folder: Path) -> None:
-    """Mask the passwords of URLs in the YAML files of a folder."""
-    for file in folder.glob("*.yaml"):
-        text = file.read_text(encoding="utf-8")
-        if (masked := without_password(text)) != text:
-            file.write_text(masked, encoding="utf-8")
-
-
 def open_study(url: str, job: TrialJob) -> tuple[BaseStorage, Study]:
     """Open the study that a job reports to.
 
@@ -132,12 +126,12 @@ def open_study(url: str, job: TrialJob) -> tuple[BaseStorage, Study]:
     from mergelab.sweep.study import load
 
     here = socket.gethostname()
-    if url.startswith("sqlite:") and job.host != here:
+    if is_sqlite(url) and job.host != here:
         raise SweepError(
             f"sweep.storage={redacted(url)}: is a file of {job.host}, and a trial runs on {here}; sweeps over several "
             "machines need sweep.storage=postgresql+psycopg://…, or journal:FILE in a folder that all share"
         )
-    if url.startswith("journal:") and not Path(url.removeprefix("journal:")).exists():
+    if not is_sqlite(url) and (file := storage_file(url)) is not None and not file.exists():
         raise SweepError(f"sweep.storage={url}: is not there on {here}; the folder must be shared with {job.host}")
     try:
         return load(url, job.study)
@@ -152,13 +146,13 @@ def open_tracker(config: TrackingConfig, job: TrialJob) -> Tracker:
         TrackingError: it is not to be reached from this machine.
     """
     from mergelab.tracking import open_tracking
-    from mergelab.tracking.store import locate, sqlite_path
+    from mergelab.tracking.store import locate
 
     config = config.model_copy(update={"uri": job.tracking} if job.tracking else {})
     if not config.enabled or _is_sweeper(job):
         return open_tracking(config)
     store, here = locate(config), socket.gethostname()
-    if sqlite_path(store.uri) is not None and job.host != here:
+    if store.file is not None and job.host != here:
         raise TrackingError(
             f"the tracking store {store.shown} is a file of {job.host}, and a trial runs on {here}; sweeps over "
             "several machines need a tracking server: set tracking.uri or MLFLOW_TRACKING_URI to its address"

@@ -89,13 +89,15 @@ def with_usable_points(settings: SweepConfig, space: Space, experts: int) -> Swe
     With a grid there are none: it has every point once.
 
     Raises:
-        SweepError: a point has a key that is not swept, or lacks one that is.
+        SweepError: a point has a key that is not swept, lacks one that is, or has no number where one is needed.
     """
     usable = []
     fixed = {override.lstrip("+~").partition("=")[0] for override in space.fixed}
     for point in settings.enqueue or []:
         values = {key: 1 / experts if value == "1/experts" else value for key, value in point.items()}
         values = {key: value for key, value in values.items() if key not in fixed}
+        if (reason := space.without_number(values)) is not None:
+            raise SweepError(f"sweep.enqueue: {point}: {reason}")
         if values and (reason := space.check_point(values)) is None:
             usable.append(values)
         elif values and "is outside of" not in str(reason):

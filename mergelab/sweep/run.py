@@ -13,15 +13,16 @@ from mergelab.console.progress import say, say_where
 from mergelab.console.tables import result_table
 from mergelab.errors import SweepError
 from mergelab.experiment.recording import open_run, record_result
-from mergelab.sweep.launcher import fit_launcher, mask_passwords
+from mergelab.sweep.launcher import fit_launcher
 from mergelab.sweep.plan import Sweep, definition, is_pruned, plan_sweep
 from mergelab.sweep.pruners import pruner_name
 from mergelab.sweep.samplers import sampler_name
 from mergelab.sweep.scheduler import Scheduler, point
 from mergelab.sweep.space import described
-from mergelab.sweep.storage import redacted, storage_errors
+from mergelab.sweep.storage import one_process_at, redacted, storage_errors
 from mergelab.sweep.study import PARENT, SWEEPER, SweepStudy
 from mergelab.tracking import names
+from mergelab.tracking.secrets import without_password
 
 if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
@@ -51,8 +52,11 @@ def run_sweep(
     from omegaconf import OmegaConf
 
     from mergelab.tracking import open_tracking
+    from mergelab.tracking.store import locate
 
     sweep = plan_sweep(node, config, loader, overrides)
+    if sweep.plan.tracking.enabled:
+        locate(sweep.plan.tracking)  # refuses an address that cannot be used before there is a study
     study = SweepStudy(
         sweep.url,
         sweep.name,
@@ -64,13 +68,12 @@ def run_sweep(
     tracker = open_tracking(sweep.plan.tracking)
     folder = Path(config.hydra.sweep.dir).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, folder / "multirun.yaml")
-    mask_passwords(folder)
+    (folder / "multirun.yaml").write_text(without_password(OmegaConf.to_yaml(config)), encoding="utf-8")
     fit_launcher(launcher, sweep.settings.retries)
     _announce(sweep, study)
     with (
         storage_errors(sweep.url),
-        _only_sweeper(study),
+        _only_sweeper(study, sweep.url),
         _parent(sweep, study, tracker, folder) as run,
         _graceful_interrupts() as interrupted,
     ):
@@ -120,18 +123,19 @@ def _launcher_line(sweep: Sweep) -> list[str]:
 
 
 @contextlib.contextmanager
-def _only_sweeper(study: SweepStudy) -> Iterator[None]:
+def _only_sweeper(study: SweepStudy, url: str) -> Iterator[None]:
     """Keep a second process from adding trials to the same study."""
     from mergelab.tracking.processes import has_ended, process_tags
 
     own = process_tags()
-    other = study.study.user_attrs.get(SWEEPER)
-    if other and other != own and not has_ended(other):
-        raise SweepError(
-            f"study {study.study.study_name}: process {other.get(names.PID)} on {other.get(names.HOST)} is sweeping "
-            "it; wait for its end, or choose another sweep.study_name"
-        )
-    study.study.set_user_attr(SWEEPER, own)
+    with one_process_at(url):
+        other = study.study.user_attrs.get(SWEEPER)
+        if other and other != own and not has_ended(other):
+            raise SweepError(
+                f"study {study.study.study_name}: process {other.get(names.PID)} on {other.get(names.HOST)} is "
+                "sweeping it; wait for its end, or choose another sweep.study_name"
+            )
+        study.study.set_user_attr(SWEEPER, own)
     try:
         yield
     finally:
@@ -166,6 +170,8 @@ def _parent(sweep: Sweep, study: SweepStudy, tracker: Tracker, folder: Path) -> 
     )
     run.set_tags({names.N_TRIALS: sweep.trials, names.RUN_FOLDER: folder})
     with run:
+        if study.count:
+            tracker.adopt(run, {names.STUDY: sweep.name})
         run.log_dict(config, names.CONFIG)
         yield run
 

@@ -18,7 +18,8 @@ from mergelab.sweep.outcome import TrialFailure, TrialOutcome
 from mergelab.sweep.plan import Sweep
 from mergelab.sweep.study import ERROR, OUTCOME, Proposal, SweepStudy
 from mergelab.tracking import names
-from mergelab.tracking.values import one_line, without_password
+from mergelab.tracking.secrets import has_secret
+from mergelab.tracking.values import one_line
 
 if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
@@ -47,7 +48,7 @@ class Scheduler:
             "folder": str(sweep.config.hydra.runtime.cwd),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "tracking": store if store and without_password(store) == store else None,
+            "tracking": store if store and not has_secret(store) else None,
         }
         self.interrupted: Callable[[], bool] = lambda: False
         self.suspects: set[int] = set()  # trials that may have killed their worker: each is retried alone

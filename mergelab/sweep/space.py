@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mergelab.config import says_what_it_is
 from mergelab.errors import SweepError
 
 _MOST_VALUES = 1_000_000
@@ -65,6 +66,16 @@ class Space:
         """Count the points of the grid."""
         return math.prod(len(values) for values in self.grid().values())
 
+    def without_number(self, point: Mapping[str, Any]) -> str | None:
+        """Say which value of a point is no finite number where the space has an interval; None if all are."""
+        from optuna.distributions import CategoricalDistribution
+
+        for key, value in point.items():
+            numeric = key in self.distributions and not isinstance(self.distributions[key], CategoricalDistribution)
+            if numeric and not _is_number(value):
+                return f"{key}={value} is not a finite number"
+        return None
+
     def check_point(self, point: Mapping[str, Any]) -> str | None:
         """Say what keeps a point from being one of the space's; None if nothing does."""
         if unknown := [key for key in point if key not in self.distributions]:
@@ -102,6 +113,8 @@ def space_from(params: Mapping[str, Any], arguments: Sequence[str], loader: Any 
     fixed: dict[str, str] = {}
     for override in [*own, *told]:
         key = str(override.key_or_group)
+        if (reason := says_what_it_is(key)) is not None:
+            raise SweepError(f"sweep.params: {reason}")
         if override.is_sweep_override():
             distributions[key] = _distribution(key, override)
             fixed.pop(key, None)
@@ -173,6 +186,8 @@ def _range(key: str, override: Override, sweep: RangeSweep) -> BaseDistribution:
 
     assert sweep.start is not None
     assert sweep.stop is not None
+    if not all(map(_is_number, (sweep.start, sweep.stop, sweep.step))):
+        raise SweepError(f"sweep: {override.input_line}: the limits and the step must be finite numbers")
     count = math.ceil(_tidy((sweep.stop - sweep.start) / sweep.step)) if sweep.step else 0
     if count < 1:
         raise SweepError(f"sweep: {key}: {str(override.input_line).partition('=')[2]} has no values")
@@ -189,6 +204,10 @@ def _values(distribution: BaseDistribution) -> list[Value]:
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     return [distribution.low, distribution.high]  # type: ignore[attr-defined]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _tidy(value: Any) -> Any:

@@ -4,42 +4,67 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.errors import SweepError
-from mergelab.tracking.values import without_password
+from mergelab.errors import ConfigError, SweepError, TrackingError
+from mergelab.tracking.locks import one_process
+from mergelab.tracking.secrets import remember, without_password
+from mergelab.tracking.sqlite_urls import absolute, is_sqlite, sqlite_path, sqlite_url
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
 DEFAULT = "outputs/sweeps.db"
-_JOURNAL = "journal:"
+_JOURNAL, _MEMORY = "journal:", ":memory:"
+_TRIES = 5
 
 
 def storage_url(wanted: str | None, folder: str) -> str:
-    """Return the storage's URL, what is relative in it being relative to ``folder``: ``outputs/sweeps.db`` there."""
+    """Return the storage's URL, what is relative in it being relative to ``folder``: ``outputs/sweeps.db`` there.
+
+    Raises:
+        SweepError: it is an SQLite address without a file.
+    """
     url = wanted or f"sqlite:///{DEFAULT}"
-    for scheme in (_JOURNAL, "sqlite:///"):
-        if url.startswith(scheme) and ":memory:" not in url:
-            return f"{scheme}{(Path(folder) / Path(url.removeprefix(scheme)).expanduser()).absolute()}"
-    return url
+    remember(url)
+    if url.startswith(_JOURNAL):
+        return f"{_JOURNAL}{absolute(Path(url.removeprefix(_JOURNAL)), folder)}"
+    if not is_sqlite(url) or url.endswith(_MEMORY):
+        return url
+    try:
+        return sqlite_url(absolute(sqlite_path(url), folder), url)
+    except ConfigError as error:
+        raise SweepError(f"sweep.storage={error}") from None
+
+
+def storage_file(url: str) -> Path | None:
+    """Return the file of a storage; None for one on a server or in memory."""
+    if url.startswith(_JOURNAL):
+        return Path(url.removeprefix(_JOURNAL))
+    return sqlite_path(url) if is_sqlite(url) and not url.endswith(_MEMORY) else None
+
+
+@contextlib.contextmanager
+def one_process_at(url: str) -> Iterator[None]:
+    """Keep other processes that use the same storage out of the same block.
+
+    Raises:
+        SweepError: another process has been in it for minutes.
+    """
+    try:
+        with one_process(url, storage_file(url)):
+            yield
+    except TrackingError as error:
+        raise SweepError(f"sweep.storage: {error}") from None
 
 
 def redacted(url: str) -> str:
     """Write a URL without its password."""
-    if url.startswith(_JOURNAL):
-        return url
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        return without_password(make_url(url).render_as_string(hide_password=True))
-    except ArgumentError:
-        scheme, separator, _ = url.partition("://")
-        return f"{scheme}{separator}…" if separator else url
+    return url if url.startswith(_JOURNAL) else without_password(url)
 
 
 def silence(optuna: Any) -> None:
@@ -63,7 +88,7 @@ def storage_errors(url: str, *others: type[Exception]) -> Iterator[None]:
         yield
     except caught as error:
         cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
-        reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
+        reason = without_password((str(getattr(cause, "orig", None) or cause).strip() or repr(cause)).splitlines()[0])
         raise SweepError(f"sweep.storage={redacted(url)}: cannot be used: {reason}") from None
 
 
@@ -96,15 +121,49 @@ def open_storage(url: str) -> BaseStorage:
     from optuna.storages.journal import JournalFileBackend
 
     silence(optuna)
+    _check_host(url)
+    file = storage_file(url)
     # What is read from a file that is no journal can be of any type.
     with storage_errors(url, OSError, RuntimeError, ValueError, LookupError, TypeError), _driver_named(url):
-        if url.startswith(_JOURNAL):
-            file = Path(url.removeprefix(_JOURNAL))
+        if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
+        if url.startswith(_JOURNAL):
             return JournalStorage(JournalFileBackend(str(file)))
-        if url.startswith("sqlite:///"):
-            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            rdb = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
-        else:
-            rdb = optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
-        return optuna.storages.get_storage(rdb)
+        arguments = {"connect_args": {"timeout": 60}} if file is not None else {"pool_pre_ping": True}
+        with one_process_at(url):
+            return optuna.storages.get_storage(_with_tables(url, arguments))
+
+
+def _check_host(url: str) -> None:
+    """Refuse an address that SQLAlchemy cuts within its password, which it would then show as the host.
+
+    Raises:
+        SweepError: the password has an @, or it is no address.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    if url.startswith(_JOURNAL):
+        return
+    try:
+        host = make_url(url).host or ""
+    except (ArgumentError, ValueError):
+        raise SweepError(
+            f"sweep.storage={redacted(url)}: is not an address; write sqlite:///FILE, "
+            "postgresql+psycopg://USER:PASSWORD@HOST/DATABASE or journal:FILE"
+        ) from None
+    if "@" in host:
+        raise SweepError(f"sweep.storage={redacted(url)}: the password has an @: write it as %40")
+
+
+def _with_tables(url: str, arguments: dict[str, Any]) -> BaseStorage:
+    """Open a database; where it is new, processes of other machines may create its tables at the same time."""
+    import optuna
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+    url = url.replace("{", "{{").replace("}", "}}")  # Optuna fills its version into {SCHEMA_VERSION}
+    for _ in range(_TRIES - 1):
+        with contextlib.suppress(IntegrityError, ProgrammingError, OperationalError):
+            return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
+        time.sleep(0.2)
+    return optuna.storages.RDBStorage(url, engine_kwargs=arguments)

@@ -23,7 +23,7 @@ from mergelab.tracking import interrupts, names
 from mergelab.tracking.config import experiment_name, tracking_config
 from mergelab.tracking.names import MODEL
 from mergelab.tracking.run import Run, Status
-from mergelab.tracking.store import mlflow_calls
+from mergelab.tracking.secrets import without_password
 from mergelab.tracking.tracker import RunRecord, Tracker, open_tracking
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class GridCallback(Callback):
             open_grid(config, self._decide())
         except MergelabError as error:
             # Hydra turns a callback's exceptions into warnings; only an exit stops the jobs from starting.
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(f"error: {without_password(str(error))}\n")
             raise SystemExit(2) from error
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -93,7 +93,7 @@ def open_grid(config: DictConfig, decide_source: Callable[[DictConfig], str | No
     varied = [f"{key}={','.join(values)}" for key, values in sweeps.items()]
     mini = source == "mini"
     name = names.grid_run(
-        " ".join(varied or config.hydra.overrides.task), names.labelled(",".join(tasks), mini=True) if mini else None
+        " ".join(varied or _typed(config)), names.labelled(",".join(tasks), mini=True) if mini else None
     )
     tracker = open_tracking(settings)
     jobs = math.prod(len(values) for values in sweeps.values())
@@ -102,17 +102,23 @@ def open_grid(config: DictConfig, decide_source: Callable[[DictConfig], str | No
         name,
         experiment=experiment_name(settings, ",".join(tasks), mini=mini),
         tags={names.KIND: "grid", names.SWEEP_DIR: sweep_dir, names.SOURCE: source},
-        params={names.OVERRIDES: " ".join(config.hydra.overrides.task), names.JOBS: jobs},
+        params={names.OVERRIDES: " ".join(_typed(config)), names.JOBS: jobs},
     )
     if not _open_grids:
         atexit.register(close_open_parents)
     _open_grids.append(_Grid(run, tracker, tuple(sweeps), jobs, os.getpid()))
 
 
+def _typed(config: DictConfig) -> list[str]:
+    """List the overrides as they were typed, references included: one may stand for an address with a password."""
+    overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    return [str(override) for override in overrides]
+
+
 def _sweeps(config: DictConfig) -> dict[str, list[str]]:
     """List what the grid varies and the values it takes, from the command line and ``hydra.sweeper.params``."""
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    lines = [f"{key}={value}" for key, value in params.items()] + list(config.hydra.overrides.task)
+    lines = [f"{key}={value}" for key, value in params.items()] + _typed(config)
     parser = OverridesParser.create()
     sweeps: dict[str, list[str]] = {}
     for override in parser.parse_overrides(lines):
@@ -210,8 +216,7 @@ def _log_best_model(grid: _Grid, children: Sequence[RunRecord], best: RunRecord)
     saved = {run: Path(folder) / MODEL for run, folder in folders.items() if folder}
     if best.id not in saved or not saved[best.id].is_dir():
         return
-    with mlflow_calls(f"log the model of run {best.name}"):
-        grid.tracker.client.log_artifacts(best.id, str(saved[best.id]), MODEL)
+    grid.tracker.log_artifacts(best.id, saved[best.id], MODEL)
     for folder in saved.values():
         shutil.rmtree(folder, ignore_errors=True)
 

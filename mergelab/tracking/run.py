@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 
 from mergelab.errors import TrackingError
 from mergelab.tracking import interrupts, names
+from mergelab.tracking.secrets import without_password
 from mergelab.tracking.store import mlflow_calls
-from mergelab.tracking.values import MAX_TAG, flatten, one_line, shortened, tidy_name, without_password
+from mergelab.tracking.values import MAX_TAG, flatten, one_line, shortened, tidy_name
 
 log = logging.getLogger(__name__)
 
@@ -29,13 +30,21 @@ class Run:
     """A run being recorded; as a context manager it ends ``FINISHED``, ``FAILED`` with its error, or ``KILLED``.
 
     Opened by ``Tracker.start_run``. Where tracking is off, ``id`` is None and nothing is recorded. ``recorded`` has the
-    names of the metrics that a resumed run had before.
+    names of the metrics that a resumed run had before. ``location`` is the folder of the run's artifacts, None where
+    MLflow's client finds the place.
     """
 
     def __init__(
-        self, client: Any, run_id: str | None, name: str, experiment: str, recorded: frozenset[str] = frozenset()
+        self,
+        client: Any,
+        run_id: str | None,
+        name: str,
+        experiment: str,
+        recorded: frozenset[str] = frozenset(),
+        location: Path | None = None,
     ) -> None:
         self.id, self.name, self.experiment, self.recorded = run_id, name, experiment, recorded
+        self._location = location
         self._client = client
         self._open = client is not None
         if self._open:
@@ -159,13 +168,16 @@ class Run:
         """Copy a file into the run, into ``folder`` of its artifacts."""
         if self._client is not None:
             with mlflow_calls(f"log artifact {Path(path).name} of run {self.name}"):
-                self._client.log_artifact(self.id, str(path), folder)
+                self._log_file(str(path), folder)
 
     def log_artifacts(self, folder: Path | str, path: str | None = None) -> None:
         """Copy a whole folder into the run, into ``path`` of its artifacts."""
         if self._client is not None:
             with mlflow_calls(f"log artifacts {Path(folder).name} of run {self.name}"):
-                self._client.log_artifacts(self.id, str(folder), path)
+                if self._location is None:
+                    self._client.log_artifacts(self.id, str(folder), path)
+                else:
+                    _local_artifacts(self._location).log_artifacts(str(folder), path)
 
     def log_text(self, text: str, path: str) -> None:
         """Write ``text`` as the artifact ``path`` (``config.yaml``, ``plots/history.html``)."""
@@ -174,13 +186,19 @@ class Run:
         target = PurePosixPath(path)
         with mlflow_calls(f"log artifact {path} of run {self.name}"), tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / target.name
-            file.write_text(text, encoding="utf-8")
-            self._client.log_artifact(self.id, str(file), str(target.parent) if len(target.parts) > 1 else None)
+            file.write_text(without_password(text), encoding="utf-8")
+            self._log_file(str(file), str(target.parent) if len(target.parts) > 1 else None)
+
+    def _log_file(self, path: str, folder: str | None) -> None:
+        if self._location is None:
+            self._client.log_artifact(self.id, path, folder)
+        else:
+            _local_artifacts(self._location).log_artifact(path, folder)
 
     def log_dict(self, values: dict[str, Any] | list[Any], path: str) -> None:
         """Write ``values`` as a ``.json`` or ``.yaml`` artifact."""
         if path.endswith((".yaml", ".yml")):
-            self.log_text(without_password(OmegaConf.to_yaml(OmegaConf.create(values))), path)
+            self.log_text(OmegaConf.to_yaml(OmegaConf.create(values)), path)
         else:
             self.log_text(json.dumps(values, indent=1, ensure_ascii=False), path)
 
@@ -197,9 +215,15 @@ class Run:
         self.log_text(text.getvalue(), path)
 
 
+def _local_artifacts(folder: Path) -> Any:
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    return LocalArtifactRepository(folder.as_uri())
+
+
 def tag_values(tags: Mapping[str, Any]) -> dict[str, str]:
-    """Return tags as MLflow takes them: strings, not too long, nothing for None."""
-    return {name: shortened(str(value), MAX_TAG) for name, value in tags.items() if value is not None}
+    """Return tags as MLflow takes them: strings, not too long, without passwords, nothing for None."""
+    return {name: shortened(without_password(str(value)), MAX_TAG) for name, value in tags.items() if value is not None}
 
 
 def outcome(error: BaseException) -> tuple[Status, str | None]:

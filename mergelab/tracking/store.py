@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -21,13 +20,17 @@ from urllib.parse import quote, urlsplit
 
 from mergelab.errors import TrackingError
 from mergelab.tracking.config import TrackingConfig
-from mergelab.tracking.values import one_line, without_password
+from mergelab.tracking.locks import one_process
+from mergelab.tracking.moved import ARTIFACTS, adapt_locations
+from mergelab.tracking.secrets import has_secret, remember, without_password
+from mergelab.tracking.sqlite_urls import absolute, is_sqlite, sqlite_path, sqlite_url
+from mergelab.tracking.values import one_line
 
 log = logging.getLogger(__name__)
 
+DEFAULT = "outputs/mlflow.db"
 _PROBE_S = 3.0  # to connect
 _RESPONSE_S = 5.0  # to respond once connected
-_LOCK_S = 120.0  # longer than creating the tables takes on a slow disk
 _LOCAL_UI = "http://127.0.0.1:5000"  # where `mlflow ui` listens
 _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 # MLflow's own defaults phone home, retry for minutes and write links to standard output.
@@ -41,39 +44,40 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Store:
-    """A tracking store's address, and where its artifacts go (None: the server decides)."""
+    """A tracking store's address, where its artifacts go (None: the server decides), and an SQLite store's file."""
 
     uri: str
     artifact_root: Path | None
+    file: Path | None = None
 
     @property
     def shown(self) -> str:
         """The address without a password, files relative to the working folder where that is shorter."""
-        return without_password(_relative_sqlite(self.uri))
+        return without_password(_relative_sqlite(self))
 
 
 def locate(config: TrackingConfig) -> Store:
-    """Return the store: ``tracking.uri``, else ``MLFLOW_TRACKING_URI``, else ``outputs/mlflow.db``."""
+    """Return the store: ``tracking.uri``, else ``MLFLOW_TRACKING_URI``, else ``outputs/mlflow.db``.
+
+    Raises:
+        ConfigError: it is an SQLite address without a file.
+        TrackingError: it is a folder.
+    """
     outputs = _launch_folder() / "outputs"
-    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{outputs / 'mlflow.db'}"
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{DEFAULT}"
+    remember(uri)
+    if is_sqlite(uri):
+        file = absolute(sqlite_path(uri), _launch_folder())
+        return Store(sqlite_url(file, uri), file.parent / ARTIFACTS, file)
     scheme = _scheme(uri)
-    if (path := sqlite_path(uri)) is not None:
-        whole = _launch_folder() / path
-        return Store(uri.replace(f":///{path}", f":///{whole}", 1), whole.parent / "mlartifacts")
     if scheme.partition("+")[0] in _DATABASE_PORTS:
-        return Store(uri, outputs / "mlartifacts")
+        return Store(uri, outputs / ARTIFACTS)
     if scheme in ("", "file"):
         folder = uri.removeprefix("file://").rstrip("/")
         raise TrackingError(
             f"tracking.uri={uri}: a folder is not a tracking store; use sqlite:///{folder}/mlflow.db or a server"
         )
     return Store(uri.rstrip("/") if scheme in ("http", "https") else uri, None)
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """Return the file of an SQLite store, None for other stores."""
-    scheme, found, path = uri.partition(":///")
-    return Path(path.partition("?")[0]) if found and scheme.partition("+")[0] == "sqlite" else None
 
 
 def _scheme(uri: str) -> str:
@@ -106,12 +110,14 @@ def connect(store: Store) -> Any:
         _create_file(store)
         client = MlflowClient(tracking_uri=store.uri)
         client.search_experiments(max_results=1)
+        if store.file is not None:
+            adapt_locations(store.file)
     return client
 
 
 def _create_file(store: Store) -> None:
     """Make a missing SQLite store: one process does it, in a file that gets its name when its tables are whole."""
-    path = sqlite_path(store.uri)
+    path = store.file
     if path is None or path.exists():
         return
     import sqlalchemy
@@ -126,7 +132,8 @@ def _create_file(store: Store) -> None:
         # Fifty migrations that each wait for the disk; nothing is lost if power fails before the renaming.
         sqlalchemy.event.listen(sqlalchemy.Engine, "connect", _do_not_wait_for_disk)
         try:
-            SqlAlchemyStore(f"sqlite:///{fresh}", str(store.artifact_root)).engine.dispose()
+            assert store.artifact_root is not None
+            SqlAlchemyStore(sqlite_url(fresh), store.artifact_root.as_uri()).engine.dispose()
         finally:
             sqlalchemy.event.remove(sqlalchemy.Engine, "connect", _do_not_wait_for_disk)
         fresh.replace(path)
@@ -139,19 +146,8 @@ def exclusively(store: Store) -> Iterator[None]:
     Raises:
         TrackingError: another process has been in it for minutes.
     """
-    from filelock import FileLock, Timeout
-
-    path = sqlite_path(store.uri)
-    if path is not None:
-        lock = path.with_name(f".{path.name}.lock")
-    else:
-        name = hashlib.sha256(f"{Path.home()} {store.uri}".encode()).hexdigest()[:16]
-        lock = Path(tempfile.gettempdir(), f"mergelab-{name}.lock")
-    try:
-        with FileLock(lock, timeout=_LOCK_S):
-            yield
-    except Timeout as error:
-        raise TrackingError(f"cannot use the tracking store {store.shown}: another process holds {lock}") from error
+    with one_process(store.uri, store.file):
+        yield
 
 
 def _do_not_wait_for_disk(connection: Any, record: Any) -> None:
@@ -159,15 +155,14 @@ def _do_not_wait_for_disk(connection: Any, record: Any) -> None:
 
 
 def _probe(store: Store) -> None:
-    parts = urlsplit(store.uri)
-    scheme = parts.scheme.partition("+")[0]
+    scheme = store.uri.partition(":")[0].partition("+")[0]
     try:
-        if scheme == "sqlite":
-            _probe_file(Path(str(sqlite_path(store.uri))))
+        if store.file is not None:
+            _probe_file(store.file)
         elif scheme in ("http", "https"):
             _probe_server(store.uri)
         elif scheme in _DATABASE_PORTS:
-            _probe_database(store.uri, parts.hostname or "localhost", parts.port or _DATABASE_PORTS[scheme])
+            _probe_database(store.uri, _DATABASE_PORTS[scheme])
     except Exception as error:
         raise TrackingError(
             f"cannot reach the tracking store {store.shown} ({one_line(str(error) or error)}); "
@@ -200,12 +195,15 @@ def _probe_server(uri: str) -> None:
         raise ConnectionError("connection refused or host unknown") from error
 
 
-def _probe_database(uri: str, host: str, port: int) -> None:
+def _probe_database(uri: str, default_port: int) -> None:
     # MLflow tries ten times, for over a minute, before it says what a first attempt says.
-    if not host.startswith("/"):
-        socket.create_connection((host, port), timeout=_PROBE_S).close()
     import sqlalchemy
 
+    url = sqlalchemy.make_url(uri)
+    if "@" in (url.host or ""):
+        raise ValueError("the password has an @: write it as %40")
+    if not (host := url.host or "localhost").startswith("/"):
+        socket.create_connection((host, url.port or default_port), timeout=_PROBE_S).close()
     engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool)
     engine.connect().close()
 
@@ -238,9 +236,12 @@ def mlflow_calls(purpose: str) -> Iterator[None]:
         _quiet.depth -= 1
 
 
+_STORAGE_PACKAGES = ("mlflow", "sqlalchemy", "sqlite3", "requests", "urllib3", "alembic")
+
+
 def _is_storage_error(error: Exception) -> bool:
     package = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError) or package in ("mlflow", "sqlalchemy", "requests", "urllib3", "alembic")
+    return isinstance(error, OSError) or package in _STORAGE_PACKAGES
 
 
 def ui_command(store: Store) -> str:
@@ -249,11 +250,19 @@ def ui_command(store: Store) -> str:
         return without_password(store.uri)
     if store.artifact_root is None:
         return f"the MLflow UI of {without_password(store.uri)}"
-    uri = _relative_sqlite(store.uri)
+    uri = _relative_sqlite(store)
     # A password is not for the console; the shell knows it where the address came from the environment.
-    if without_password(uri) != uri and os.environ.get("MLFLOW_TRACKING_URI") == uri:
+    if has_secret(uri) and os.environ.get("MLFLOW_TRACKING_URI") == uri:
         return f'{_mlflow()} ui --backend-store-uri "$MLFLOW_TRACKING_URI"'
     return f"{_mlflow()} ui --backend-store-uri {shlex.quote(without_password(uri))}"
+
+
+def restore_command(store: Store, experiment_id: str) -> str:
+    """Return the command, for the working folder, that restores a deleted experiment."""
+    uri = _relative_sqlite(store)
+    known = os.environ.get("MLFLOW_TRACKING_URI") == uri
+    setting = "" if known else f"MLFLOW_TRACKING_URI={shlex.quote(without_password(uri))} "
+    return f"{setting}{_mlflow()} experiments restore -x {experiment_id}"
 
 
 def ui_page(store: Store, experiment_id: str, run_ids: Sequence[str] = ()) -> str:
@@ -267,11 +276,10 @@ def ui_page(store: Store, experiment_id: str, run_ids: Sequence[str] = ()) -> st
     return without_password(f"{server}/#/{page}workflowType=machine_learning")
 
 
-def _relative_sqlite(uri: str) -> str:
-    path = sqlite_path(uri)
-    if path is None or not path.is_relative_to(Path.cwd()):
-        return uri
-    return uri.replace(str(path), str(path.relative_to(Path.cwd())), 1)
+def _relative_sqlite(store: Store) -> str:
+    if store.file is None or not store.file.is_relative_to(Path.cwd()):
+        return store.uri
+    return sqlite_url(store.file.relative_to(Path.cwd()), store.uri)
 
 
 def _mlflow() -> str:

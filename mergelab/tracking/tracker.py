@@ -6,19 +6,22 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mergelab.errors import TrackingError
 from mergelab.tracking import names, processes
 from mergelab.tracking.config import TrackingConfig
+from mergelab.tracking.moved import adapt_locations, bring, location_today
 from mergelab.tracking.run import Run, Status, outcome, tag_values
+from mergelab.tracking.secrets import without_password
 from mergelab.tracking.store import (
     Store,
     connect,
     exclusively,
     locate,
     mlflow_calls,
-    sqlite_path,
+    restore_command,
     ui_command,
     ui_page,
 )
@@ -79,7 +82,7 @@ class Tracker:
             with mlflow_calls(f"open experiment {name}"):
                 found = self.client.get_experiment_by_name(name) or self._create(name)
             if found.lifecycle_stage == "deleted":
-                restore = f"mlflow experiments restore -x {found.experiment_id}"
+                restore = restore_command(self.store, found.experiment_id) if self.store else ""
                 raise TrackingError(
                     f"experiment {name} was deleted; restore it with `{restore}` or set tracking.experiment"
                 )
@@ -118,11 +121,17 @@ class Tracker:
         """
         if self.client is None:
             return Run(None, None, name, experiment)
+        name = without_password(name)
         experiment_id = self.experiment(experiment)
         all_tags = processes.environment_tags() | tag_values(tags or {}) | ({names.PARENT: parent} if parent else {})
-        with mlflow_calls(f"start run {name}"):
-            created = self.client.create_run(experiment_id, tags=all_tags, run_name=name)
-        run = Run(self.client, created.info.run_id, name, experiment)
+        try:
+            with mlflow_calls(f"start run {name}"):
+                created = self.client.create_run(experiment_id, tags=all_tags, run_name=name)
+        except TrackingError:
+            del self._experiments[experiment]
+            self.experiment(experiment)  # raises where it was deleted since
+            raise
+        run = Run(self.client, created.info.run_id, name, experiment, location=self._location(created.info))
         try:
             if params:
                 run.log_params(params)
@@ -143,23 +152,50 @@ class Tracker:
             for name, value in processes.process_tags().items():
                 self.client.set_tag(run_id, name, value)
             self.client.update_run(run_id, status="RUNNING")
+            if self.store is not None and self.store.file is not None:
+                bring(self.store.file, run_id)
             experiment = self.client.get_experiment(info.experiment_id).name
-            return Run(self.client, run_id, info.run_name, experiment, frozenset(found.data.metrics))
+            location = self._location(info)
+            return Run(self.client, run_id, info.run_name, experiment, frozenset(found.data.metrics), location)
+
+    def _location(self, info: Any) -> Path | None:
+        """Return the folder of a run's artifacts; None where MLflow's client knows better."""
+        if self.store is None or self.store.file is None:
+            return None
+        with mlflow_calls(f"find the artifacts of run {info.run_name}"):
+            return location_today(self.store.file, info.artifact_uri)
+
+    def log_artifacts(self, run_id: str, folder: Path, path: str) -> None:
+        """Copy a folder into a run that another process recorded, into ``path`` of its artifacts."""
+        with mlflow_calls(f"log artifacts {path} of run {run_id}"):
+            location = self._location(self.client.get_run(run_id).info)
+        Run(self.client, run_id, run_id, "", location=location).log_artifacts(folder, path)
 
     def reopened(self, run_id: str) -> Run | None:
         """Open again a run that may be gone; None when this store does not have it, or only among the deleted."""
         if self.client is None:
             return Run(None, None, run_id, "")
+        return self.resume_run(run_id) if self._is_active(run_id) else None
+
+    def _is_active(self, run_id: str) -> bool:
         from mlflow.exceptions import MlflowException
 
         try:
-            if self.client.get_run(run_id).info.lifecycle_stage != "active":
-                return None
+            return bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
+                return False
             raise
-        return self.resume_run(run_id)
+
+    def adopt(self, run: Run, tags: Mapping[str, str]) -> None:
+        """Show, under ``run``, the runs that have all of ``tags`` and whose own parent was deleted."""
+        found = self.runs(tags, experiment=run.experiment)
+        parents = {record.tags[names.PARENT] for record in found if names.PARENT in record.tags} - {run.id}
+        with mlflow_calls(f"find the runs under {run.name}"):
+            gone = {parent for parent in parents if not self._is_active(parent)}
+            for record in found:
+                if record.tags.get(names.PARENT) in gone:
+                    self.client.set_tag(record.id, names.PARENT, run.id)
 
     def runs(
         self, tags: Mapping[str, str] | None = None, *, experiment: str | None = None, status: str | None = None
@@ -304,7 +340,10 @@ def open_tracking(config: TrackingConfig) -> Tracker:
         tracker = Tracker(connect(store), store)
         tracker.reconcile()
         _trackers[key] = tracker
-    elif (path := sqlite_path(store.uri)) is not None and not path.exists():
+    elif store.file is not None and not store.file.exists():
         # What is written through the open connection would be lost without a word.
-        raise TrackingError(f"{path} was deleted while this process had it open; start again")
+        raise TrackingError(f"{store.file} was deleted while this process had it open; start again")
+    elif store.file is not None:  # it may have been moved away and back
+        with mlflow_calls(f"use the tracking store {store.shown}"):
+            adapt_locations(store.file)
     return _trackers[key]

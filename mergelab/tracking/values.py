@@ -12,13 +12,11 @@ from typing import Any
 from omegaconf import Container, OmegaConf
 
 from mergelab.errors import MergelabError
+from mergelab.tracking.secrets import without_password
 
 MAX_NAME = 250  # MLflow's limits, in characters
 MAX_PARAM = 6000
 MAX_TAG = 5000
-
-_PASSWORD = re.compile(r"(://[^:/@\s]*):[^@/\s]+@")
-_PASSWORD_OPTION = re.compile(r"([?&]password=)[^&\s'\"]+")
 
 
 def flatten(values: Mapping[str, Any] | Container) -> dict[str, str]:
@@ -55,11 +53,6 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping | Sequence) and not isinstance(value, str):
         return without_password(json.dumps(value, ensure_ascii=False))
     return without_password(str(value))
-
-
-def without_password(text: str) -> str:
-    """Mask the password in every URL that ``text`` holds: what is logged is read by others."""
-    return _PASSWORD_OPTION.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))
 
 
 def tidy_name(name: str) -> str:

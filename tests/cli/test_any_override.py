@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mergelab.__main__ import _one_line
 from mergelab.cli.ambiguous import check_flags, refuse_ambiguous
 from mergelab.cli.overrides import in_jobs
+from mergelab.cli.quoting import as_text
 from mergelab.config import CONF_DIR
 from mergelab.errors import LONGEST_LINE, ConfigError, one_line
 from mergelab.experiment.plan import Plan, plan_experiment
@@ -33,9 +34,10 @@ def _hydra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def planned(*overrides: str) -> Plan | None:
     """Plan what the overrides ask for; None where one line refuses it."""
     try:
-        check_flags(overrides)
-        refuse_ambiguous(overrides, multirun=False)
-        return plan_experiment(compose("config", list(overrides)))
+        quoted = as_text(overrides)
+        check_flags(quoted)
+        refuse_ambiguous(quoted, multirun=False)
+        return plan_experiment(compose("config", quoted))
     except Exception as error:
         line = _one_line(error)
         if line is None:
@@ -80,8 +82,9 @@ def test_overrides_end_in_a_plan_or_in_one_line(overrides: list[str]) -> None:
 @given(arguments=st.lists(OVERRIDES | st.text(max_size=20), max_size=3), multirun=st.booleans())
 def test_what_reads_overrides_before_hydra_raises_nothing_else(arguments: list[str], multirun: bool) -> None:
     try:
-        refuse_ambiguous(arguments, multirun=multirun)
-        in_jobs(arguments)
+        quoted = as_text(arguments)
+        refuse_ambiguous(quoted, multirun=multirun)
+        in_jobs(quoted)
     except ConfigError as error:
         assert str(error).isprintable()  # noqa: PT017
 

@@ -293,3 +293,20 @@ def test_a_head_whose_output_layer_cannot_be_told_is_not_reordered(mergelab_comm
     assert outcome.code == 2
     assert "it is not known which makes the outputs" in outcome.err
     assert not (workplace / "merged").exists()
+
+
+def test_numbered_labels_that_nothing_measures_are_told(mergelab_command: Command, workplace: Path) -> None:
+    bert(workplace / "a", 1, own=tokenizer())
+    bert(workplace / "b", 2, own=tokenizer(), id2label={0: "LABEL_0", 1: "LABEL_1"})
+    models = ["models.base=null", "task=rte"]
+    outcome = mergelab_command(*SAVED, *models, "models.experts={a: ./a, b: ./b}")
+    assert outcome.code == 0, outcome.err
+    said = " ".join(outcome.err.replace("│", " ").split())
+    assert "b: labels are numbers only (LABEL_0, …), which are taken to be rte's (entailment, not_entailment)" in said
+    assert "models.experts.b.labels=[...]" in said
+    named = "models.experts={a: ./a, b: {reference: ./b, labels: [not_entailment, entailment]}}"
+    outcome = mergelab_command(*SAVED, *models, named, "output=other")
+    assert outcome.code == 0, outcome.err
+    assert "numbers only" not in outcome.err
+    a, b, merged = (load_file(workplace / name / "model.safetensors") for name in ("a", "b", "other"))
+    torch.testing.assert_close(merged["classifier.bias"], (a["classifier.bias"] + b["classifier.bias"].flip(0)) / 2)

@@ -20,7 +20,12 @@ RECORDING = {"log_dict": 1, "log_table": 1, "log_text": 1, "log_artifact": 1, "l
 NAMED_KEYS = {"log_metrics", "set_tags", "runs", "find_run"}
 # Not a tag: what an unfinished model folder is marked with.
 # A key of a file that merges write, and the composed configuration of the same name as an artifact.
-ELSEWHERE = {("weights/writer.py", "mergelab.key"), ("cli/help.py", "config.yaml")}
+ELSEWHERE = {
+    ("weights/writer.py", "mergelab.key"),
+    ("cli/help.py", "config.yaml"),
+    ("weights/files.py", "model."),  # of files and tensors
+    ("weights/wrappers.py", "model."),
+}
 
 
 def sources() -> Iterator[tuple[str, ast.AST]]:

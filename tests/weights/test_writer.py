@@ -277,7 +277,7 @@ def test_a_target_in_use_is_refused_before_anything_is_read(bert, like, tmp_path
 
 
 def test_a_model_to_take_after_must_have_a_config(tmp_path):
-    with pytest.raises(ModelError, match=r"has no readable config\.json"):
+    with pytest.raises(ModelError, match=r"config\.json is not readable JSON \(No such file"):
         save_folder({"a": torch.ones(1)}, tmp_path / "out", like=tmp_path)
 
 
