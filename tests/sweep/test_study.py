@@ -201,7 +201,7 @@ def test_relative_storage_is_relative_to_where_the_command_was_given(tmp_path: P
     ids=str,
 )
 def test_an_option_of_another_type_is_one_line(opened: Open, sampler: dict[str, Any]) -> None:
-    with pytest.raises(SweepError, match=rf"^sweep\.sampler={sampler['name']}: "):
+    with pytest.raises(SweepError, match=rf"^sweep\.sampler={sampler['name']}: "):  # noqa: PT012
         for _ in range(3):
             study = opened(sampler=sampler)
             study.tell(study.ask().number, [0.5])
