@@ -103,10 +103,11 @@ def _experiment(arguments: list[str]) -> None:
 
 
 def _fail(line: str, code: int = 2) -> int:
-    from mergelab.tracking.secrets import without_password
-
+    # Whatever has read an address has imported this; an interrupted import must not begin again.
+    if (secrets := sys.modules.get("mergelab.tracking.secrets")) is not None and hasattr(secrets, "without_password"):
+        line = secrets.without_password(line)
     with contextlib.suppress(OSError):  # standard error may be full or gone; the code still says it
-        sys.stderr.write(f"error: {one_line(without_password(line))}\n")
+        sys.stderr.write(f"error: {one_line(line)}\n")
         sys.stderr.flush()
     return code
 
