@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast check clean
+.PHONY: demo test test-fast check audit clean
 
 demo: .venv/ready-run
 	$(BIN)/python -m mergelab method=ties task=rte
@@ -19,6 +19,12 @@ check: .venv/ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml mergelab hydra_plugins
+
+# Known vulnerabilities of what is installed; asks a server, so that it is no part of `make check`.
+audit: .venv/ready-dev
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit
 
 # A new environment is made of exactly the versions in constraints.txt.
 .venv/bin/python:

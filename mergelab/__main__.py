@@ -3,39 +3,79 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import runpy
 import sys
 import traceback
 
-from mergelab.errors import MergelabError, did_you_mean, listed
+from mergelab.errors import MergelabError, did_you_mean, listed, one_line
 
 _HELP = frozenset({"-h", "--help"})
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+# Trouble of the machine, not of a program: there is one line about it whoever met it.
+_MACHINE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE})
 
 
 def main() -> None:
-    """Run what the command line asks for; bad input is one line and exit code 2."""
+    """Run what the command line asks for; bad input is one line and exit code 2, Ctrl-C one line and 130."""
+    logging.raiseExceptions = False  # what a log file cannot take is no reason for a traceback
+    try:
+        _open_streams()
+        _main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted", code=130))
+    except BrokenPipeError:  # the reader of the output has ended
+        _discard_output()
+    except OSError as error:
+        if error.errno not in _MACHINE or (line := _of_output()) is None:
+            raise
+        sys.exit(_fail(line))
+
+
+def _open_streams() -> None:
+    """Take the places of closed standard streams, so that no file that is opened gets their numbers."""
+    closed = sys.stdout is None
+    for stream in ("stdin", "stdout", "stderr"):
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "r" if stream == "stdin" else "w"))  # noqa: SIM115
+    if closed:
+        sys.exit(_fail("standard output is closed; >/dev/null discards what is shown"))
+
+
+def _of_output() -> str | None:
+    """Return one line where what is shown can no longer be written, as to a full disk; None where it can."""
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError as error:
+        _discard_output()
+        return f"standard output cannot be written to ({error.strerror})"
+    return None
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _main() -> None:
     from mergelab.cli.help import commands, help_text, version_text
 
     arguments = sys.argv[1:]
-    try:
-        if arguments and arguments[0] in commands():
-            sys.argv = [f"mergelab {arguments[0]}", *arguments[1:]]
-            runpy.run_module(f"mergelab.{arguments[0]}", run_name="__main__", alter_sys=True)
-        elif not _HELP.isdisjoint(arguments):
-            sys.stdout.write(help_text(arguments))
-        elif "--version" in arguments:
-            sys.stdout.write(version_text())
-        elif arguments and arguments[0].isidentifier():
-            there_are = f"there {'is' if len(commands()) == 1 else 'are'} {listed(commands())}"
-            hint = did_you_mean(arguments[0], commands()) or f" ({there_are}; settings are GROUP=OPTION and KEY=VALUE)"
-            sys.exit(_fail(f"{arguments[0]}: no such command{hint}"))
-        else:
-            _experiment(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if arguments and arguments[0] in commands():
+        sys.argv = [f"mergelab {arguments[0]}", *arguments[1:]]
+        runpy.run_module(f"mergelab.{arguments[0]}", run_name="__main__", alter_sys=True)
+    elif not _HELP.isdisjoint(arguments):
+        sys.stdout.write(help_text(arguments))
+    elif "--version" in arguments:
+        sys.stdout.write(version_text())
+    elif arguments and arguments[0].isidentifier():
+        there_are = f"there {'is' if len(commands()) == 1 else 'are'} {listed(commands())}"
+        hint = did_you_mean(arguments[0], commands()) or f" ({there_are}; settings are GROUP=OPTION and KEY=VALUE)"
+        sys.exit(_fail(f"{arguments[0]}: no such command{hint}"))
+    else:
+        _experiment(arguments)
 
 
 def _experiment(arguments: list[str]) -> None:
@@ -63,9 +103,12 @@ def _experiment(arguments: list[str]) -> None:
 
 
 def _fail(line: str, code: int = 2) -> int:
-    from mergelab.tracking.secrets import without_password
-
-    sys.stderr.write(f"error: {without_password(line)}\n")
+    # Whatever has read an address has imported this; an interrupted import must not begin again.
+    if (secrets := sys.modules.get("mergelab.tracking.secrets")) is not None and hasattr(secrets, "without_password"):
+        line = secrets.without_password(line)
+    with contextlib.suppress(OSError):  # standard error may be full or gone; the code still says it
+        sys.stderr.write(f"error: {one_line(line)}\n")
+        sys.stderr.flush()
     return code
 
 
@@ -83,11 +126,13 @@ def _one_line(error: BaseException) -> str | None:
     from mergelab.cli.overrides import refusal
 
     if isinstance(error, MergelabError):
-        return " ".join(str(error).split())
+        return str(error)
     if (line := refusal(error)) is not None:
         return line
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in _MACHINE:
+        return _of_output() or f"{error.strerror}, while a file was written below {os.getcwd()}"
     return None
 
 

@@ -24,7 +24,7 @@ from pydantic import (
     field_validator,
 )
 
-from mergelab.errors import ConfigError, MergeWarning, did_you_mean, listed
+from mergelab.errors import ConfigError, MergeWarning, did_you_mean, listed, shortened
 
 _PACKAGE = Path(__file__).resolve().parent
 # A wheel carries the configs inside the package; in a checkout they are next to it.
@@ -45,11 +45,22 @@ RENAMED: Mapping[str, tuple[str, Mapping[str, str]]] = {
 HEAD_POLICIES = ("average", "base", "per_task", "expert:<name>")
 
 
+_replacements: list[Path] = []
+
+
+def replace_cache(error: Exception) -> None:
+    """Let a temporary folder take the cache's place, which turned out to be full or broken, and warn that it does."""
+    why = str(getattr(error, "strerror", None) or error)
+    _replacements.append(temporary_cache(str(cache_dir()), why))
+
+
 def cache_dir() -> Path:
     """Return the folder for what can be made again: ``MERGELAB_CACHE``, else ``mergelab`` in the user's cache.
 
     Where that folder can neither be read nor made, it is a temporary one, and a `MergeWarning` says so.
     """
+    if _replacements:
+        return _replacements[-1]
     try:
         if folder := os.environ.get("MERGELAB_CACHE"):
             return _usable(Path(folder).expanduser().absolute())
@@ -63,8 +74,10 @@ def _usable(folder: Path) -> Path:
     existing = next((each for each in (folder, *folder.parents) if os.path.lexists(each)), folder)
     if not existing.is_dir():
         return temporary_cache(str(folder), f"{existing} is no folder")
-    if existing != folder and not os.access(existing, os.W_OK | os.X_OK):
-        return temporary_cache(str(folder), f"{existing} cannot be written to")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # only that shows whether it can be made
+    except OSError as error:
+        return temporary_cache(str(folder), f"{existing} cannot be written to: {error.strerror}")
     return folder
 
 
@@ -80,6 +93,24 @@ def temporary_cache(folder: str, why: str) -> Path:
         stacklevel=3,
     )
     return made
+
+
+def local_path(text: str, where: str) -> Path:
+    """Return the path that ``text`` names; ``~`` is the user's home, ``~name`` that of another.
+
+    Args:
+        text: as given by the user.
+        where: what gives it, such as ``output``.
+
+    Raises:
+        ConfigError: that user has no home, or no path can be so.
+    """
+    if "\0" in text:
+        raise ConfigError(f"{where}={text!r}: a path has no NUL characters")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{where}={text}: there is no user of that name, whose home ~ is") from None
 
 
 def warn_of_cache(folder: Path, error: Exception) -> None:
@@ -120,7 +151,7 @@ def says_what_it_is(key: str) -> str | None:
 # What a pattern asks for, in words.
 PATTERNS = {
     "device": "must be auto, cpu, cuda, cuda:<number> or mps",
-    "max_shard_size": "must be a number with kB, MB, GB or TB, such as 5GB",
+    "max_shard_size": "must be a number of at most 9 digits with kB, MB, GB or TB, such as 5GB",
 }
 
 
@@ -132,12 +163,16 @@ class Schema(BaseModel):
     )
 
 
+# What every random generator takes.
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class PairConfig(Schema):
     """An encoder and a decoder that are joined, as ``EncoderDecoderModel.from_encoder_decoder_pretrained`` does it."""
 
     encoder: str
     decoder: str
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Of the weights that neither of the two has: the cross-attention."""
     decoder_start_token_id: Annotated[int, Field(ge=0)] | None = None
     pad_token_id: Annotated[int, Field(ge=0)] | None = None
@@ -301,7 +336,7 @@ class EvalConfig(Schema):
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: Annotated[int, Field(ge=8)] | None = None
     batch_tokens: Annotated[int, Field(ge=1)] = 4096
-    bootstrap: Annotated[int, Field(ge=1)] = 1000
+    bootstrap: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
     preflight: bool = True
     cache: bool = True
 
@@ -310,12 +345,19 @@ class SaveConfig(Schema):
     """How a merged model is written."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    max_shard_size: Annotated[str, Field(pattern=r"^\d+(\.\d+)?\s?[kMGT]B$")] = "5GB"
+    max_shard_size: Annotated[str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?\s?[kMGT]B$")] = "5GB"
     tokenizer: str | None = None
     """Whose tokenizer, generation config and chat template the merged model has: ``base``, or an expert's name.
 
     It is measured with them too. With ``models.vocab`` the tokenizer is the merged vocabulary's.
     """
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _is_a_byte_at_least(cls, size: str) -> str:
+        if not any(digit in size for digit in "123456789"):
+            raise ValueError("must be above 0")
+        return size
 
     @property
     def max_shard_bytes(self) -> int:
@@ -335,12 +377,13 @@ class ExperimentConfig(Schema):
     tracking: dict[str, Any]
     source: Literal["auto", "hub", "mini"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     evaluate: bool = True
     output: str | None = None
 
 
 SchemaT = TypeVar("SchemaT", bound=BaseModel)
+_SHOWN = 3  # problems in one line
 
 
 def check(schema: type[SchemaT], values: Mapping[str, Any], where: str = "") -> SchemaT:
@@ -352,7 +395,9 @@ def check(schema: type[SchemaT], values: Mapping[str, Any], where: str = "") -> 
     try:
         return schema.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError("; ".join(_line(schema, where, problem) for problem in error.errors())) from None
+        lines = [_line(schema, where, problem) for problem in error.errors()]
+        more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        raise ConfigError("; ".join(lines[:_SHOWN]) + more) from None
 
 
 def _line(schema: type[BaseModel], where: str, problem: Any) -> str:
@@ -382,7 +427,7 @@ def _line(schema: type[BaseModel], where: str, problem: Any) -> str:
         "string_pattern_mismatch": PATTERNS.get(str(problem["loc"][-1]), "must match {pattern}"),
         "value_error": "{error}",
     }.get(kind, problem["msg"])
-    return f"{path}={value!r}: {said.format(**context)}"
+    return f"{path}={shortened(repr(value))}: {said.format(**context)}"
 
 
 def _schema_at(schema: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:

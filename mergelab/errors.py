@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
+
+LONGEST_LINE = 400
+_LONGEST_LIST, _LONGEST_NAME, _FEW = 160, 80, 3
 
 
 class MergelabError(Exception):
-    """Base of all errors that a user can fix; the command line prints the message as one line and exits with 2."""
+    """Base of all errors that a user can fix; the command line prints the message and exits with 2.
+
+    The message is one printable line, whatever goes into it. The command line cuts it to `LONGEST_LINE` characters.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message), sys.maxsize))
 
 
 class ConfigError(MergelabError):
@@ -66,10 +76,34 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 
 
 def listed(names: Iterable[str], limit: int = 8) -> str:
-    """Join the first ``limit`` of ``names`` with commas, and append how many more there are."""
-    names = list(names)
+    """Join the first ``limit`` of ``names`` with commas, the first three where that is long; append how many follow."""
+    names = [shortened(name, _LONGEST_NAME) for name in names]
     head = ", ".join(names[:limit])
+    if len(head) > _LONGEST_LIST and len(names) > _FEW:
+        limit = min(limit, _FEW)
+        head = ", ".join(names[:limit])
     return head if len(names) <= limit else f"{head} and {len(names) - limit} more"
+
+
+def shortened(value: object, limit: int = 60) -> str:
+    """Return the printable text of ``value``; of a long one, the beginning and the end, an ellipsis between them."""
+    text = _printable(str(value))
+    if len(text) <= limit:
+        return text
+    end = (limit - 1) // 3
+    return f"{text[: limit - 1 - end]}…{text[-end:]}"
+
+
+def one_line(text: str, limit: int = LONGEST_LINE) -> str:
+    """Return ``text`` as one printable line of at most ``limit`` characters; what is cut out is in the middle."""
+    return shortened(" ".join(line.strip() for line in text.splitlines() if line.strip()), limit)
+
+
+def _printable(text: str) -> str:
+    """Show as escapes what controls a terminal: names may come from files that anyone has written."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from mergelab.errors import did_you_mean, listed, nearest
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
+_NO_NAME = "Config group override"  # how Hydra's error begins that an option's name is no text
 _NO_GROUP = re.compile(r"Could not override '([^']+)'\.\s+No match in the defaults list")
 
 _SEVERAL = re.compile(
@@ -34,12 +35,16 @@ def refusal(error: BaseException) -> str | None:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, name = error.missing_cfg_file.rpartition("/")
         options = [option for option in error.options if not option.startswith("_")]
-        return f"{group}={name}: no such option{did_you_mean(name, options)} (there are {', '.join(options)})"
+        return f"{group}={name}: no such option{did_you_mean(name, options)} (there are {listed(options, 20)})"
     if isinstance(error, OverrideParseException):
         reason = (str(error).strip().splitlines() or ["cannot be read"])[0]
         return f"{error.override}: {reason}" + (f"; {instead(error.override)}" if "=" in error.override else "")
     if several := _SEVERAL.match(str(error).strip()):
         return f"{several[1]}: several values, which -m takes one after another; {instead(several[1])}"
+    if isinstance(error, ValueError) and str(error).startswith(_NO_NAME) and (read := _variables(error, "__init__")):
+        override, options = read["override"], read["repo"].get_group_options(read["override"].key_or_group)
+        there_are = listed([option for option in options if not option.startswith("_")], 20)
+        return f"{override.input_line}: must be the name of an option (there are {there_are})"
     composing = _variables(error, "_load_configuration_impl")
     applying = _variables(error, "_apply_overrides_to_config")
     if composing and applying:

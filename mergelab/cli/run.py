@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
+from mergelab.cli.ambiguous import check_flags, refuse_ambiguous
 from mergelab.cli.hidden import references
 from mergelab.cli.overrides import in_jobs, no_such_reference
 from mergelab.cli.quoting import as_text
@@ -32,7 +33,7 @@ _QUIET = frozenset({"-q", "--quiet"})
 class _Refused(SystemExit):
     """Carries an error out of a callback: Hydra turns other exceptions there into warnings."""
 
-    def __init__(self, error: MergelabError) -> None:
+    def __init__(self, error: Exception) -> None:
         super().__init__(2)
         self.error = error
 
@@ -46,12 +47,13 @@ def run(arguments: list[str]) -> None:
     """
     import hydra
 
-    failures: list[MergelabError] = []
+    failures: list[Exception] = []
 
     def job(config: Any) -> Any:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
         from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
 
         _mask_what_hydra_wrote()
         try:
@@ -64,7 +66,7 @@ def run(arguments: list[str]) -> None:
 
             with no_exit():
                 return run_experiment(config)
-        except MergelabError as error:
+        except (MergelabError, OmegaConfBaseException, OSError) as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # Hydra says which job it was, and goes on with the next
             failures.append(error)
@@ -92,6 +94,8 @@ def _for_hydra(arguments: list[str]) -> list[str]:
     """Put the flag of a grid or a sweep first, since Hydra's parser takes flags only before the overrides."""
     flags = [argument for argument in arguments if argument in _MULTIRUN]
     overrides = [argument for argument in arguments if argument not in _MULTIRUN]
+    check_flags([*flags, *overrides])
+    refuse_ambiguous(overrides, multirun=bool(flags))
     return [*flags, *(in_jobs(overrides) if flags else overrides)]
 
 
@@ -147,12 +151,12 @@ class CheckedFirst(Callback):
                     "without -m this is one experiment: leave sweep out"
                 )
             plan_experiment(config)
-        except MergelabError as error:
-            raise _Refused(error) from None
         except InterpolationKeyError as error:
             raise _Refused(ConfigError(no_such_reference(error))) from None
         except OmegaConfBaseException:  # a value refers to the folder, and is checked when there is one
             pass
+        except Exception as error:
+            raise _Refused(error) from None
         _make_private(config, "hydra.run.dir")
 
 

@@ -134,13 +134,17 @@ def _resampled_cells(
     shape = (classes,) * (len(models) + 1)
     cells = np.ravel_multi_index((*(own[:, 0] for own in pairs), pairs[0][:, 1]), shape)
     frequency = np.bincount(cells, minlength=int(np.prod(shape))) / count
-    drawn = random.multinomial(count, frequency, size=samples).reshape(samples, *shape)
     distinct = np.array(list(np.ndindex(classes, classes)), dtype=np.float64)  # (C², 2)
-    found = []
-    for model in range(len(models)):
-        confusion = drawn.sum(axis=tuple(1 + other for other in range(len(models)) if other != model))
-        counts = confusion.reshape(samples, -1).astype(np.float64)
-        found.append({name: _pair_metric(name).from_counts(distinct, counts) for name in spec.metrics})
+    found = [{name: np.empty(samples) for name in spec.metrics} for _ in models]
+    step = max(1, _CHUNK // len(frequency))
+    for start in range(0, samples, step):
+        rows = min(step, samples - start)
+        drawn = random.multinomial(count, frequency, size=rows).reshape(rows, *shape)
+        for model, values in enumerate(found):
+            confusion = drawn.sum(axis=tuple(1 + other for other in range(len(models)) if other != model))
+            counts = confusion.reshape(rows, -1).astype(np.float64)
+            for name in spec.metrics:
+                values[name][start : start + rows] = _pair_metric(name).from_counts(distinct, counts)
     return found
 
 

@@ -19,7 +19,6 @@ from mergelab.models.architecture import (
     Architecture,
     open_classifier,
     open_generator,
-    quiet_transformers,
     read_config,
     tokenizer_folder,
 )
@@ -27,6 +26,7 @@ from mergelab.models.configs import module_settings
 from mergelab.models.encoder_decoder import PAIRED, companions
 from mergelab.models.tokens import CHAT_TEMPLATE, chat_template, copy_companions, decoder_tokenizer, load_tokenizer
 from mergelab.weights.checkpoint import CONFIG
+from mergelab.weights.skeleton import opened_by_transformers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -100,7 +100,7 @@ class Description:
             from transformers import GenerationConfig
 
             opened: Any = module
-            with quiet_transformers():
+            with opened_by_transformers(self.label):
                 opened.generation_config = GenerationConfig.from_pretrained(self.generation)
         return module if self.vocabulary is None else self.vocabulary.fit(module, self.config)
 

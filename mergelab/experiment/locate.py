@@ -6,11 +6,14 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
+
+from safetensors import SafetensorError
 
 import mergelab.miniature as miniature
-from mergelab.config import ModelsConfig
+from mergelab.config import ModelsConfig, replace_cache
 from mergelab.errors import ConfigError, HubError, listed
 from mergelab.miniature import text
 from mergelab.models import hub
@@ -18,6 +21,7 @@ from mergelab.models.references import Pair, Reference, local_folder, parse_refe
 
 Source = Literal["hub", "mini", "local"]
 Progress = Callable[[str, float], None]
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,15 @@ def _revision(reference: Reference | Pair) -> str | None:
     return " + ".join(commit or "local" for commit in commits) if any(commits) else None
 
 
+def _built(build: Callable[[], Built]) -> Built:
+    """Build a miniature in the cache, or in a temporary one where that is full or cannot be written to."""
+    try:
+        return build()
+    except (OSError, SafetensorError) as error:
+        replace_cache(error)
+        return build()
+
+
 def _locate_mini(models: ModelsConfig, tasks: Sequence[str], progress: Progress) -> LocatedModels:
     """Put a miniature expert in the place of each expert, of the task that it serves or else of the measured one."""
     if models.mini is not None:
@@ -141,7 +154,7 @@ def _locate_mini(models: ModelsConfig, tasks: Sequence[str], progress: Progress)
             "local folders and task.data_dir"
         )
     sets = {
-        task: miniature.build(task, progress=progress)
+        task: _built(partial(miniature.build, task, progress=progress))
         for task in dict.fromkeys([*tasks, *filter(None, served.values())])
     }
     taken: Counter[str] = Counter()
@@ -181,7 +194,7 @@ def _locate_text(models: ModelsConfig, name: str, tasks: Sequence[str], progress
                 f"the embedded miniature mini/{name} has {most} expert{'s' * (most > 1)} for {kind}; "
                 f"{models.name} names {count}"
             )
-    made = text.build(name, progress=progress)
+    made = _built(partial(text.build, name, progress=progress))
     free = {kind: iter(folders.items()) for kind, folders in made.experts.items()}
     experts = []
     for called, kind in kinds.items():

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.config import ExperimentConfig, ModelsConfig, check
+from mergelab.config import ExperimentConfig, ModelsConfig, check, local_path
 from mergelab.console.progress import warn
-from mergelab.errors import ConfigError, did_you_mean, listed
+from mergelab.errors import ConfigError, did_you_mean, listed, shortened
 from mergelab.experiment.locate import Source, decide_source
 from mergelab.models.references import references
 
@@ -68,6 +67,7 @@ def plan_experiment(config: DictConfig) -> Plan:
     weights = [expert.weight for expert in checked.models.experts.values()]
     resolve_weights(method, parameters, tuple(checked.models.experts), weights)
     suite = tasks_from_config(checked.task)
+    _check_tasks_of_experts(checked, suite.tasks)
     if (reason := unsupported_for_generation(method, parameters)) is not None and _merges_writers(checked, suite.tasks):
         raise ConfigError(reason)
     if not checked.evaluate and checked.output is None:
@@ -123,6 +123,17 @@ def _check_method(method: MergeMethod, config: ExperimentConfig) -> None:
         )
 
 
+def _check_tasks_of_experts(config: ExperimentConfig, tasks: Sequence[TaskSpec]) -> None:
+    """Check that an expert's task is one: a misspelt one would be taken for that of the measurement."""
+    from mergelab.tasks.loading import task_names
+
+    for name, expert in config.models.experts.items():
+        known = {task.name: None for task in tasks} | dict.fromkeys(task_names())
+        if expert.task is not None and expert.task not in known and config.models.mini is None:
+            hint = did_you_mean(expert.task, known) or f" (there are {listed(known, 20)})"
+            raise ConfigError(f"models.experts.{name}.task={shortened(expert.task)}: no such task{hint}")
+
+
 def _merges_writers(config: ExperimentConfig, tasks: Sequence[TaskSpec]) -> bool:
     """Return whether an expert was made for a task whose models write text."""
     from mergelab.tasks.loading import task_of_expert
@@ -149,10 +160,14 @@ def check_output(output: str, models: ModelsConfig) -> None:
     Raises:
         ConfigError: it is a file, a folder in use, a model's own folder, or inside something that is no folder.
     """
-    from mergelab.weights.writer import is_unfinished
+    from mergelab.weights.writer import is_unfinished, making_of
 
-    folder = Path(output).expanduser()
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    folder = local_path(output, "output")
+    try:
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        making_of(folder).exists()  # its name is longer
+    except OSError as error:
+        raise ConfigError(f"output={shortened(output)}: no folder can be called so ({error.strerror})") from None
     if not existing.is_dir():
         raise ConfigError(f"output={output}: {existing} is a file; a folder that does not exist yet is needed")
     if existing == folder and any(not is_unfinished(path) for path in folder.iterdir()):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergelab.config import local_path
 from mergelab.console.progress import gathered_warnings, progress_bar, say, say_where
 from mergelab.console.tables import result_table
 from mergelab.evaluation.results import RESULT, ExperimentResult, ModelResult, peak_memory_mb, write_result
@@ -138,7 +139,7 @@ def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> 
     needed = "data" in plan.method.needs
     examples = Calibration(session, plan.method.name, plan.data_dir, progress) if needed else None
     assert plan.config.output is not None
-    folder = Path(plan.config.output).expanduser()
+    folder = local_path(plan.config.output, "output")
     merging = Merging(plan.method, plan.parameters, session, plan.config.seed, progress, examples)
     saving = Saving(session, plan.config.save)
     seconds = merging.to_disk(saving, folder, merge_key(plan, session))

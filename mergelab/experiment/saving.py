@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergelab.config import local_path
 from mergelab.console.progress import say
 from mergelab.errors import listed
 from mergelab.experiment.tying import untied_config
@@ -205,7 +206,7 @@ def keep(
     from mergelab.tracking.names import MODEL
 
     if output is not None:
-        saving.save(backbones, Path(output).expanduser())
+        saving.save(backbones, local_path(output, "output"))
         saving.say_copied()
     if log and run.id:
         with tempfile.TemporaryDirectory() as folder:

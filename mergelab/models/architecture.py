@@ -12,6 +12,7 @@ from mergelab.errors import ModelError
 from mergelab.weights import json_files
 from mergelab.weights.naming import backbone_prefix
 from mergelab.weights.pretrained import refuse_own_code
+from mergelab.weights.skeleton import opened_by_transformers
 from mergelab.weights.skeleton import quiet_transformers as quiet_transformers
 
 if TYPE_CHECKING:
@@ -173,16 +174,13 @@ def _opened(cls: Any, folder: Path, model: str, **options: Any) -> nn.Module:
     from transformers import AutoConfig, GenerationConfig
 
     refuse_own_code(f"model {model}", read_config(folder, model))
-    try:
-        with quiet_transformers(), _no_init_weights():
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-            build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
-            module: Any = build(config, dtype=torch.float32)
-            module.tie_weights()
-            if (folder / "generation_config.json").is_file():
-                module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(f"model {model}: transformers cannot open it: {' '.join(str(error).split())[:300]}") from error
+    with opened_by_transformers(f"model {model}"), _no_init_weights():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
+        module: Any = build(config, dtype=torch.float32)
+        module.tie_weights()
+        if (folder / "generation_config.json").is_file():
+            module.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return module.eval()  # type: ignore[no-any-return]
 
 

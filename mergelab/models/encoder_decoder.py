@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from mergelab.config import cache_dir, temporary_cache
-from mergelab.errors import MergeWarning, ModelError, listed
+from mergelab.errors import MergelabError, MergeWarning, ModelError, listed
 from mergelab.models.architecture import quiet_transformers, read_config, tokenizer_folder
 from mergelab.models.tokens import copy_companions, decoder_tokenizer, load_tokenizer, read_tokens, tokenizer_content
 from mergelab.weights.checkpoint import CONFIG, open_checkpoint
@@ -155,7 +155,9 @@ def _join(folder: Path, encoder: Path, decoder: Path, where: str, seed: int, tok
                 first, second = first.float(), second.float()
             generation = second.generation_config
             module: Any = EncoderDecoderModel.from_encoder_decoder_pretrained(encoder_model=first, decoder_model=second)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except MergelabError:
+            raise
+        except Exception as error:  # files that do not fit can raise anything
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{where}: transformers cannot join the two: {reason}") from error
         new = {f"encoder.{name}" for name in new_in_first} | {f"decoder.{name}" for name in new_in_second}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergelab.config import ModelsConfig, PairConfig
+from mergelab.config import ModelsConfig, PairConfig, local_path
 from mergelab.errors import ModelError
 from mergelab.models import hub
 
@@ -72,6 +72,7 @@ def parse_reference(reference: str | PairConfig) -> Reference | Pair:
 
     Raises:
         ModelError: a path without a folder, or text that is neither a path nor a hub id.
+        ConfigError: a path in the home of nobody.
     """
     if isinstance(reference, str):
         return _parsed(reference)
@@ -80,7 +81,7 @@ def parse_reference(reference: str | PairConfig) -> Reference | Pair:
 
 
 def _parsed(text: str) -> Reference:
-    folder = Path(text).expanduser()
+    folder = local_path(text, "model")
     if folder.is_dir():
         return Reference(text, folder=folder.absolute())
     if text.startswith(("/", "./", "../", "~")):

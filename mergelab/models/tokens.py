@@ -9,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.errors import ModelError, listed
+from mergelab.errors import ModelError, listed, shortened
 from mergelab.models.architecture import quiet_transformers, tokenizer_folder
 from mergelab.weights.companions import companion_files, copy_files
 from mergelab.weights.json_files import read_json
@@ -82,7 +82,10 @@ def load_tokenizer(folders: Sequence[Path], model: str) -> Any:
         raise ModelError(f"models {model}: none of the folders has a tokenizer")
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise TypeError(f"model_max_length={shortened(tokenizer.model_max_length)} is no number")
+        return tokenizer
     except Exception as error:  # a damaged tokenizer can raise any
         if (code := _json(folder / _CONFIG).get("auto_map")) and "trust_remote_code" in str(error):
             raise ModelError(

@@ -37,7 +37,8 @@ class SweepConfig(Schema):
     direction: _Directions | None = None
     storage: str | None = None
     study_name: str | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Optuna's samplers take no larger one."""
     params: dict[str, Any] | None = None
     enqueue: list[dict[str, Any]] | None = None
     """Points that are tried before the sampler's."""

@@ -47,6 +47,8 @@ def objectives(
     Raises:
         SweepError: a task does not report such a metric, or there are not as many directions as objectives.
     """
+    if wanted is not None and not wanted:
+        raise SweepError("sweep.objective: names nothing; null is the primary metric, of a suite the average")
     names = [wanted] if isinstance(wanted, str) else list(wanted or [tasks[0].primary if len(tasks) == 1 else AVERAGE])
     found = [_objective(name, tasks) for name in names]
     given = [directions] * len(found) if isinstance(directions, str) else list(directions or [])

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from mergelab.config import says_what_it_is
 from mergelab.errors import SweepError
 
+_MOST_VALUES = 1_000_000
+
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override, RangeSweep
     from optuna.distributions import BaseDistribution
@@ -55,6 +57,8 @@ class Space:
             else:
                 assert isinstance(one, FloatDistribution | IntDistribution)
                 steps = round((one.high - one.low) / (one.step or 1))
+                if steps >= _MOST_VALUES:
+                    raise SweepError(f"sweep.sampler=grid: {key} has {steps + 1} values; at most {_MOST_VALUES} fit")
                 found[key] = [_tidy(one.low + index * (one.step or 1)) for index in range(steps + 1)]
         return found
 
@@ -154,6 +158,8 @@ def _distribution(key: str, override: Override) -> BaseDistribution:
         low, high = sweep.start, sweep.end
         assert low is not None
         assert high is not None
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise SweepError(f"sweep: {key}=interval({low:g},{high:g}): the ends must be finite numbers")
         if not low < high:
             raise SweepError(f"sweep: {key}=interval({low:g},{high:g}): the first number must be less than the second")
         if "log" in tags and low <= 0:
@@ -169,6 +175,8 @@ def _distribution(key: str, override: Override) -> BaseDistribution:
         _tidy(value) if isinstance(value, int | float | bool) else text
         for value, text in zip(values, spelled, strict=True)
     ]
+    if not plain:
+        raise SweepError(f"sweep: {override.input_line}: there is nothing to choose among")
     return CategoricalDistribution(plain)
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 DEFAULT = "outputs/sweeps.db"
 _JOURNAL, _MEMORY = "journal:", ":memory:"
+# What Optuna raises about a file that is no journal.
+_OF_JOURNALS = (ValueError, LookupError, TypeError, AttributeError, AssertionError)
 _TRIES = 5
 
 
@@ -123,7 +125,8 @@ def open_storage(url: str) -> BaseStorage:
     silence(optuna)
     _check_host(url)
     file = storage_file(url)
-    with storage_errors(url, OSError, RuntimeError), _driver_named(url):
+    others = (OSError, RuntimeError, *(_OF_JOURNALS if url.startswith(_JOURNAL) else ()))
+    with storage_errors(url, *others), _driver_named(url):
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
         if url.startswith(_JOURNAL):

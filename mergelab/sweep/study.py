@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergelab.errors import SweepError
-from mergelab.sweep.samplers import make_sampler
+from mergelab.errors import SweepError, first_line
+from mergelab.sweep.samplers import make_sampler, sampler_name
 from mergelab.sweep.storage import open_storage, storage_errors
 
 if TYPE_CHECKING:
@@ -126,7 +126,11 @@ class SweepStudy:
         )
         if number < len(self.enqueued):
             self._copy.enqueue_trial(self.enqueued[number])
-        drawn = self._copy.ask(dict(self.space.distributions)).number
+        try:
+            drawn = self._copy.ask(dict(self.space.distributions)).number
+        except Exception as error:  # a sampler of the user's own, or an option of another type, can raise any
+            name = sampler_name(self.config.sampler)
+            raise SweepError(f"sweep.sampler={name}: cannot draw trial {number}: {first_line(error)}") from error
         frozen = self._copy.get_trials(deepcopy=False)[drawn]
         sampler_state = self._memory.get_study_system_attrs(self._id)
         whole = create_trial(

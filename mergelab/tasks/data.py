@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from mergelab.config import local_path
 from mergelab.errors import DataError, HubError, listed
 from mergelab.tasks.rows import TaskRows, read_rows
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
+# What follows the split in a shard's name, as ``datasets`` writes it.
+_SHARD = re.compile(r"-(?P<number>[0-9]+)-of-(?P<count>[0-9]+)")
 Origin = Literal["hub", "folder", "mini", "given"]
 
 
@@ -95,7 +98,7 @@ def load_data(
         return _prompts(spec, limit)
     if spec.kind == "lm_eval":
         return _lm_eval_data(spec)
-    folder = None if data_dir is None else Path(data_dir).expanduser()
+    folder = None if data_dir is None else local_path(str(data_dir), "task.data_dir")
     if split is not None:
         spec = replace(spec, splits=(split,))
     rows = [_from_hub(spec, name) if folder is None else _from_folder(spec, folder, name) for name in spec.splits]
@@ -127,7 +130,7 @@ def _prompts(spec: TaskSpec, limit: int | None) -> TaskData:
     """
     texts = [text for text in spec.prompts if text.strip()]
     if spec.file is not None:
-        file = Path(spec.file).expanduser()
+        file = local_path(spec.file, "task.file")
         try:
             texts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
@@ -228,11 +231,7 @@ def _files(spec: TaskSpec, folder: Path, split: str) -> list[Path]:
     for place in places:
         if (whole := place / f"{split}.parquet").is_file():
             return [whole]
-        shards = sorted(place.glob(f"{split}-[0-9]*-of-[0-9]*.parquet"))
-        if shards:
-            count = int(shards[0].stem.rsplit("-", 1)[1])
-            if len(shards) != count:
-                raise DataError(f"{spec.name}: {place} has {len(shards)} of the {count} shards of {split}")
+        if shards := _shards(spec, place, split):
             return shards
     present = sorted({re.sub(r"-\d+-of-\d+$", "", file.stem) for place in places for file in place.glob("*.parquet")})
     hint = f"; it has {listed(present)} (task.splits=[...] chooses)" if present else ""
@@ -240,6 +239,22 @@ def _files(spec: TaskSpec, folder: Path, split: str) -> list[Path]:
         f"{spec.name}: no data of the split {split} in {folder} (looked for {spec.name}/{split}.parquet, "
         f"{split}.parquet and {split}-00000-of-NNNNN.parquet){hint}"
     )
+
+
+def _shards(spec: TaskSpec, place: Path, split: str) -> list[Path]:
+    """Find the shards of a split, in order; a set is whole, and the only one."""
+    named = {path: _SHARD.fullmatch(path.stem.removeprefix(split)) for path in place.glob("*.parquet")}
+    sets: dict[int, dict[int, Path]] = {}
+    for path, match in sorted(named.items()):
+        if match is not None and path.stem.startswith(split):
+            sets.setdefault(int(match["count"]), {})[int(match["number"])] = path
+    if len(sets) > 1:
+        raise DataError(f"{spec.name}: {place} has shards of {split} of several sets: of {listed(map(str, sets))}")
+    for count, shards in sets.items():
+        if len(shards) != count or max(shards) >= count:
+            raise DataError(f"{spec.name}: {place} has {len(shards)} of the {count} shards of {split}")
+        return [shards[number] for number in range(count)]
+    return []
 
 
 def _places(spec: TaskSpec, folder: Path) -> list[Path]:
@@ -255,4 +270,4 @@ def _class_names(spec: TaskSpec, schema: Any) -> list[str] | None:
         names = features[spec.label_column]["names"]
     except (KeyError, TypeError, ValueError):
         return None
-    return [str(name) for name in names]
+    return [str(name) for name in names] if isinstance(names, list) else None

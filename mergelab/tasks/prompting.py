@@ -14,6 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
+from mergelab.config import local_path
 from mergelab.errors import ConfigError, did_you_mean, listed
 
 AnswerKind = Literal["text", "number", "label", "score"]
@@ -69,7 +70,7 @@ def fewshot_examples(name: str, count: int | None = None) -> tuple[str, ...]:
     Raises:
         ConfigError: there is no such file, or it has fewer examples.
     """
-    file = _EXAMPLES / f"{name}.txt" if re.fullmatch(r"\w+", name) else Path(name).expanduser()
+    file = _EXAMPLES / f"{name}.txt" if re.fullmatch(r"\w+", name) else local_path(name, "task.fewshot_examples")
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

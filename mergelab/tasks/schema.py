@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mergelab.config import Schema
+from mergelab.config import Schema, Seed
 from mergelab.tasks.prompting import AnswerKind
 
 Name = Annotated[str, Field(pattern=r"^[\w.\-]+$")]
@@ -26,15 +26,15 @@ class DatasetSchema(Schema):
 class DecodingSchema(Schema):
     """How texts are generated."""
 
-    max_new_tokens: Count = 64
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 64
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
-    num_beams: Count = 1
+    num_beams: Annotated[int, Field(ge=1, le=1_000)] = 1
     length_penalty: float = 1.0
     no_repeat_ngram_size: Annotated[int, Field(ge=0)] = 0
     do_sample: bool = False
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
 
 

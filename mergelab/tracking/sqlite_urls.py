@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from urllib.parse import quote, unquote
 
+from mergelab.config import local_path
 from mergelab.errors import ConfigError
 
 _ADDRESS = re.compile(r"(sqlite(?:\+\w+)?):///(?P<rest>.+)", re.DOTALL)
@@ -70,4 +71,4 @@ def sqlite_url(path: Path, given: str = "sqlite:///") -> str:
 
 def absolute(path: Path, folder: str | os.PathLike[str]) -> Path:
     """Return the file that ``path``, relative to ``folder``, leads to: the same one for every link that leads there."""
-    return Path(os.path.realpath(Path(folder) / path.expanduser()))
+    return Path(os.path.realpath(Path(folder) / local_path(str(path), "the store's file")))

@@ -69,7 +69,7 @@ def locate(config: TrackingConfig) -> Store:
     if is_sqlite(uri):
         file = absolute(sqlite_path(uri), _launch_folder())
         return Store(sqlite_url(file, uri), file.parent / ARTIFACTS, file)
-    scheme = urlsplit(uri).scheme
+    scheme = _scheme(uri)
     if scheme.partition("+")[0] in _DATABASE_PORTS:
         return Store(uri, outputs / ARTIFACTS)
     if scheme in ("", "file"):
@@ -78,6 +78,13 @@ def locate(config: TrackingConfig) -> Store:
             f"tracking.uri={uri}: a folder is not a tracking store; use sqlite:///{folder}/mlflow.db or a server"
         )
     return Store(uri.rstrip("/") if scheme in ("http", "https") else uri, None)
+
+
+def _scheme(uri: str) -> str:
+    try:
+        return urlsplit(uri).scheme
+    except ValueError as error:
+        raise TrackingError(f"the tracking store's address cannot be read: {error}") from None
 
 
 def _launch_folder() -> Path:

@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -205,7 +206,7 @@ def open_checkpoint(folder: Path | str, name: str | None = None) -> Checkpoint:
     """
     folder = Path(folder)
     name = name if name is not None else str(folder)
-    if not folder.exists():
+    if not os.path.exists(folder):  # unlike Path.exists, also for names that no system takes
         raise ModelError(f"{name}: no such folder: {folder}")
     if not folder.is_dir():
         raise ModelError(f"{name}: {folder} is a file; a model folder with {CONFIG} and weights is needed")
@@ -243,7 +244,7 @@ def _open_shards(index: Path, name: str) -> dict[Path, _WeightFile]:
         indexed.setdefault(file, set()).add(key)
     if outside := [file for file in indexed if not is_inside(index.parent, file)]:
         raise ModelError(f"{name}: {index} names files outside its folder: {listed(outside)}")
-    if absent := [file for file in sorted(indexed) if not (index.parent / file).is_file()]:
+    if absent := [file for file in sorted(indexed) if not os.path.isfile(index.parent / file)]:
         raise ModelError(f"{name}: {index.name} names files that are not in {index.parent}: {listed(absent)}")
     _check_shard_count(index, set(indexed), name)
     shards: dict[Path, _WeightFile] = {}
@@ -398,7 +399,9 @@ def _load_without_code(path: Path, name: str) -> object:
     try:
         with path.open("rb") as file:
             zipped = file.read(2) == b"PK"
-        content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of formats that torch is not sure of, before it refuses them
+            content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         return content
     except OSError:
         raise
@@ -421,4 +424,5 @@ def _damage(path: Path, error: Exception) -> str:
     if "not fully covered" in str(error) or "central directory" in str(error):
         return f"is truncated or damaged ({path.stat().st_size} bytes)"
     kind = "safetensors" if path.suffix == ".safetensors" else "PyTorch"
-    return f"is not a {kind} file, or is damaged ({first_line(error)})"
+    why = re.search(r"(?<=WeightsUnpickler error: )[^\n]+", str(error))  # torch's first line advises to run its code
+    return f"is not a {kind} file, or is damaged ({why[0] if why else first_line(error)})"

@@ -5,10 +5,12 @@ Transformers wants a variant named and an index with shards; here the only weigh
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +98,25 @@ def _complete(names: Collection[str]) -> tuple[str, ...]:
     for name in names:
         match = _SHARD.fullmatch(name)
         assert match is not None
-        sets[match["suffix"], match["count"]][int(match["number"])] = name
+        same = sets[match["suffix"], match["count"]]
+        if (other := same.setdefault(int(match["number"]), name)) != name:
+            raise ModelError(f"it has {other} and {name}, which are one shard, and no index")
     kinds = sorted(sets, reverse=True)  # .safetensors before .bin
     of_one_kind = [kind for kind in kinds if kind[0] == kinds[0][0]]
     if len(of_one_kind) > 1:
         raise ModelError(f"it has shards of several sets and no index: {listed(sorted(names))}")
     (_, count), found = of_one_kind[0], sets[of_one_kind[0]]
-    if absent := [number for number in range(1, int(count) + 1) if number not in found]:
-        example = next(iter(found.values()))
+    numbers = range(1, int(count) + 1)  # of a count that somebody wrote into a name
+    if odd := [name for number, name in found.items() if number not in numbers]:
+        raise ModelError(f"it has no index, and shards whose number is not among 1 to {int(count)}: {listed(odd)}")
+    if absent := int(count) - len(found):
+        first = [f"number {number}" for number in islice((each for each in numbers if each not in found), 3)]
+        more = f" and {absent - len(first)} more" if absent > len(first) else ""
         raise ModelError(
-            f"it has shards such as {example} and no index, and of {int(count)} shards "
-            f"{listed([f'number {number}' for number in absent])} {'is' if len(absent) == 1 else 'are'} missing"
+            f"it has shards such as {next(iter(found.values()))} and no index, and of {int(count)} shards "
+            f"{listed(first)}{more} {'is' if absent == 1 else 'are'} missing"
         )
-    return tuple(found[number] for number in sorted(found))
+    return tuple(found[number] for number in numbers)
 
 
 def find_weights(folder: Path, config: Mapping[str, Any], name: str) -> StoredWeights:
@@ -135,9 +143,10 @@ def find_weights(folder: Path, config: Mapping[str, Any], name: str) -> StoredWe
 def is_inside(folder: Path, file: str) -> bool:
     """Return whether a relative path stays in ``folder``; the file itself may be a link, as in the hub's cache."""
     path = Path(file)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
+    if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in file:
         return False
-    return (folder / path).parent.resolve().is_relative_to(folder.resolve())
+    real = os.path.realpath(folder / path.parent)  # of a loop of links too
+    return Path(real).is_relative_to(os.path.realpath(folder))
 
 
 def gguf_hint(folder: Path) -> str:

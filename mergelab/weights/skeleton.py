@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergelab.errors import MergelabError, ModelError
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -25,6 +27,23 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def opened_by_transformers(model: str) -> Iterator[None]:
+    """Turn what transformers raises about a model's files into one line: files that do not fit can raise anything.
+
+    Raises:
+        ModelError: names ``model``, and says why.
+    """
+    try:
+        with quiet_transformers():
+            yield
+    except MergelabError:
+        raise
+    except Exception as error:
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"{model}: transformers cannot open it: {why}") from error
 
 
 def skeleton(folder: Path, config: Mapping[str, Any]) -> nn.Module | None:

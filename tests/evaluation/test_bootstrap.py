@@ -243,3 +243,20 @@ def test_answered_labels_are_at_chance_where_one_word_would_do() -> None:
     assert chance_level(spec, truth) == pytest.approx(0.7)
     said = np.array(["Yes."] * 5 + ["maybe"] * 3 + ["no"] * 2, dtype=object)
     assert score(spec, said, truth) == pytest.approx({"accuracy": 0.7, "invalid_rate": 0.3})
+
+
+def test_intervals_do_not_depend_on_how_many_resamples_are_drawn_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mergelab.evaluation import bootstrap
+
+    truth = drawn_labels(BINARY, 60)
+    first, second = outputs(BINARY, truth, 1.0, 1), outputs(BINARY, truth, 0.5, 2)
+    whole = (
+        bootstrap_interval(BINARY, first, truth, samples=500),
+        paired_test(BINARY, first, second, truth, samples=500),
+    )
+    monkeypatch.setattr(bootstrap, "_CHUNK", 100)
+    parts = (
+        bootstrap_interval(BINARY, first, truth, samples=500),
+        paired_test(BINARY, first, second, truth, samples=500),
+    )
+    assert whole == parts

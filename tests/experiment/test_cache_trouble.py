@@ -133,3 +133,27 @@ def test_a_model_that_cannot_be_kept_is_made_for_the_command(tmp_path: Path, mon
         warnings.simplefilter("error")
         kept = made({"of": 1}, lambda place: (place / "config.json").write_text("{}") and None)
     assert kept.is_relative_to(tmp_path / "cache")
+
+
+def test_a_cache_that_is_full_while_a_miniature_is_built_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors import SafetensorError
+
+    from mergelab.experiment import locate
+
+    monkeypatch.setenv("MERGELAB_CACHE", str(tmp_path / "full"))
+    monkeypatch.setattr(config, "_replacements", [])
+    tried: list[Path] = []
+
+    def build() -> Path:
+        tried.append(config.cache_dir())
+        if len(tried) == 1:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        return config.cache_dir() / "mini"
+
+    with pytest.warns(MergeWarning, match=r"full cannot be used \(I/O error: No space left"):
+        made = locate._built(build)
+    assert tried[0] == tmp_path / "full"
+    assert made == config.cache_dir() / "mini" == tried[1] / "mini"
+    assert not made.is_relative_to(tmp_path / "full")

@@ -62,3 +62,8 @@ def test_each_metric_has_its_own_direction() -> None:
 def test_an_objective_that_nothing_reports_is_refused(wanted: Any, directions: Any, tasks: Any, message: str) -> None:
     with pytest.raises(SweepError, match=message):
         objectives(wanted, directions, tasks)
+
+
+def test_an_empty_list_of_objectives_is_refused() -> None:
+    with pytest.raises(SweepError, match=r"^sweep\.objective: names nothing"):
+        objectives([], None, [MRPC])

@@ -106,3 +106,14 @@ def test_a_point_outside_of_the_space_is_told_so(point: dict[str, Any], reason: 
 def test_a_space_that_is_none_is_told_so(arguments: Sequence[str], message: str) -> None:
     with pytest.raises(SweepError, match=message):
         space_from({}, arguments)
+
+
+@pytest.mark.parametrize("interval", ["interval(0,inf)", "interval(-inf,1)", "interval(nan,1)"])
+def test_the_ends_of_an_interval_are_finite(interval: str) -> None:
+    with pytest.raises(SweepError, match=r"a\.x=interval\(.*the ends must be finite numbers"):
+        space_from({"a.x": interval}, [])
+
+
+def test_a_grid_that_no_memory_holds_is_refused() -> None:
+    with pytest.raises(SweepError, match=r"a\.x has 1\d* values; at most 1000000 fit"):
+        space_from({"a.x": "range(0,1,1e-11)"}, []).grid()

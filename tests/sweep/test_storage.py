@@ -78,3 +78,11 @@ def _stop(port: int) -> None:
     process = psutil.Process(server)
     process.send_signal(signal.SIGINT)
     process.wait(30)
+
+
+@pytest.mark.parametrize("line", ["garbage", "[]", "5", '"x"', "{}", '{"op_code": 99}', '{"op_code": "x"}'])
+def test_a_file_that_is_no_journal_is_one_line(line: str, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text(f"{line}\n" * 5)
+    open_storage.cache_clear()
+    with pytest.raises(SweepError, match=r"^sweep\.storage=journal:.*: cannot be used: ."):
+        open_storage(f"journal:{tmp_path / 'log'}")

@@ -188,3 +188,20 @@ def test_relative_storage_is_relative_to_where_the_command_was_given(tmp_path: P
     assert storage_url("sqlite:////there/mine.db", "/here") == "sqlite:////there/mine.db"
     assert storage_url("journal:logs/a.log", "/here") == "journal:/here/logs/a.log"
     assert storage_url("postgresql+psycopg://u@h/d", "/here") == "postgresql+psycopg://u@h/d"
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        {"name": "tpe", "n_startup_trials": "x"},
+        {"name": "tpe", "n_ei_candidates": "x", "n_startup_trials": 0},
+        {"name": "gp", "n_startup_trials": "x"},
+        {"name": "qmc", "qmc_type": 5},
+    ],
+    ids=str,
+)
+def test_an_option_of_another_type_is_one_line(opened: Open, sampler: dict[str, Any]) -> None:
+    with pytest.raises(SweepError, match=rf"^sweep\.sampler={sampler['name']}: "):  # noqa: PT012
+        for _ in range(3):
+            study = opened(sampler=sampler)
+            study.tell(study.ask().number, [0.5])

@@ -182,3 +182,12 @@ def test_importing_tracking_does_not_import_mlflow(start: Callable[..., Any]) ->
         "import sys, mergelab.tracking; print({'mlflow', 'sqlalchemy', 'torch'} & set(sys.modules))"
     ).end()
     assert (code, out) == (0, "set()\n")
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://[::1", "http://[x]", "http://127.0.0.1:99999", "http://a b", "uc:x", "ftp://x"]
+)
+def test_an_address_that_cannot_be_read_is_one_line(uri: str) -> None:
+    with pytest.raises(TrackingError) as caught:
+        open_tracking(TrackingConfig(uri=uri))
+    assert str(caught.value).isprintable()

@@ -115,3 +115,13 @@ def test_tokenizers_are_read_or_refused(file: str, key: str, value: Any, tmp_pat
         except MergelabError as error:
             assert "\n" not in str(error)  # noqa: PT017
     differing_parts({"a": folder, "b": bert(folder.parent / "other", 0, ["new"])})
+
+
+@pytest.mark.parametrize("value", ["x", [5], {"a": 1}])
+def test_a_tokenizers_length_must_be_a_number(tmp_path: Path, value: Any) -> None:
+    folder = bert(tmp_path / "model", 0, ["new"])
+    file = folder / "tokenizer_config.json"
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(content | {"model_max_length": value}))
+    with pytest.raises(ModelError, match=r"^models a: the tokenizer in .* cannot be read: "):
+        load_tokenizer([folder], "a")
