@@ -23,7 +23,7 @@ _SMALLEST = 32
 
 
 def inference_copy(
-    model: nn.Module, device: torch.device, dtype: torch.dtype | None, *, pack: bool = True
+    model: nn.Module, device: torch.device, dtype: torch.dtype | None, *, pack: bool = True, hooks: bool = True
 ) -> nn.Module:
     """Copy a model for inference on ``device``; the given model is left as it is.
 
@@ -34,6 +34,7 @@ def inference_copy(
         model: any module.
         dtype: of the floating-point parameters; ``None`` keeps each one's own.
         pack: whether to lay out weights, which pays from some hundred tokens on.
+        hooks: whether the copy has the model's hooks.
     """
     moved: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -42,6 +43,9 @@ def inference_copy(
         moved[id(parameter)] = parameter if same else nn.Parameter(changed, requires_grad=False)
     for buffer in model.buffers():
         moved[id(buffer)] = buffer.to(device)
+    for module in () if hooks else model.modules():
+        for own in (module._forward_hooks, module._forward_pre_hooks):
+            moved[id(own)] = type(own)()
     # What the memo holds is taken instead of being copied, and ties stay ties.
     duplicate = copy.deepcopy(model, moved).eval()
     if pack and device.type == "cpu":

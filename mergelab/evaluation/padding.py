@@ -152,9 +152,12 @@ def _finite(outputs: Tensor) -> Tensor:
 
 
 def trial_copy(model: nn.Module) -> nn.Module:
-    """Copy a module, where it is, to try padding with; in float32 where that does not take much memory."""
+    """Copy a module, where it is, to try padding with; in float32 where that does not take much memory.
+
+    Hooks of the module, as of statistics that are being taken, see nothing of the trial.
+    """
     device = next(model.parameters()).device
-    return inference_copy(model, device, torch.float32 if _is_widened(model) else None, pack=False)
+    return inference_copy(model, device, torch.float32 if _is_widened(model) else None, pack=False, hooks=False)
 
 
 def _is_widened(model: nn.Module) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from mergelab.errors import DataError, ModelError
 from mergelab.evaluation import classification
@@ -125,6 +127,24 @@ def test_without_any_token_left_to_pad_with_only_equal_lengths_share_a_batch() -
             model(torch.from_numpy(row)[None]).logits[0].numpy() for row in np.split(ids, lengths.cumsum()[:-1])
         ]
     check(predict(model, encoded), np.stack(expected))
+
+
+def test_hooks_see_nothing_of_the_trial() -> None:
+    """Statistics are taken by hooks that cannot be copied."""
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    model: Any = BertForSequenceClassification(config).eval()
+    lock, seen = threading.Lock(), []
+
+    def hook(module: Any, inputs: Any, output: Any) -> None:
+        with lock:
+            seen.append(module)
+
+    model.bert.encoder.register_forward_hook(hook)
+    lengths = np.array([3, 9, 5, 7])
+    encoded = Encoded({"input_ids": np.arange(24) % 25 + 5}, lengths, 0)
+    assert layout_for(model, encoded).padding == "right"
+    assert not seen
 
 
 def test_texts_with_more_ends_than_others_are_run_by_themselves(texts: TaskData) -> None:
