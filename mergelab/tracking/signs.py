@@ -27,7 +27,7 @@ _thread: threading.Thread | None = None
 
 def now_tag() -> dict[str, str]:
     """Return the tag of a sign of life that is given now."""
-    return {names.ALIVE: f"{time.time():.0f}"}
+    return {names.ALIVE: f"{time.time():.3f}"}
 
 
 def last_sign(tags: Mapping[str, str]) -> float | None:
