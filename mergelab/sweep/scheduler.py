@@ -18,7 +18,7 @@ from mergelab.sweep.leases import Watch
 from mergelab.sweep.outcome import TrialFailure, TrialOutcome
 from mergelab.sweep.plan import Sweep
 from mergelab.sweep.study import ERROR, OUTCOME, Proposal, SweepStudy
-from mergelab.tracking import names
+from mergelab.tracking import interrupts, names
 from mergelab.tracking.secrets import has_secret
 from mergelab.tracking.values import one_line
 
@@ -71,6 +71,7 @@ class Scheduler:
             self._forgive_deaths_of_the_sweep()
         while not interrupted():
             self.sweeper.check()
+            interrupts.check()
             batch = self._next_batch()
             if not batch:
                 return

@@ -22,6 +22,7 @@ from mergelab.sweep.reporting import unpacked
 from mergelab.sweep.space import space_from
 from mergelab.sweep.storage import open_storage
 from mergelab.sweep.study import ERROR, OUTCOME, SCORES, SweepStudy
+from mergelab.tracking import interrupts
 from mergelab.tracking.processes import process_tags
 from tests.conftest import Outcome
 from tests.standins import GPT2_BASE, glue_table
@@ -322,6 +323,22 @@ def test_ctrl_c_ends_after_the_trial_and_the_same_command_goes_on(
     (again,) = runs(workplace, "sweep")
     assert (again.info.run_id, again.info.status) == (parent.info.run_id, "FINISHED")
     assert {run.info.status for run in runs(workplace, "trial")} == {"FINISHED"}
+
+
+def test_a_sweep_that_is_asked_to_end_while_a_library_swallows_it_fails_no_trial(
+    sweep: Callable[..., Outcome], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupts, "_terminated", False)
+    (workplace / "swallowing.py").write_text(
+        "import os, signal\n\ndef between(tensors, share: float):\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    except BaseException:\n        raise ImportError('half imported') from None\n"
+    )
+    monkeypatch.syspath_prepend(str(workplace))
+    swallowing = ["method=custom", "method.function=swallowing.between", "method.share=interval(0,1)"]
+    sweep("custom", *swallowing, "sweep.n_trials=2", "tracking=mlflow", code=143)
+    assert states(workplace) == ["RUNNING"]
+    assert {run.info.status for kind in ("sweep", "trial") for run in runs(workplace, kind)} == {"KILLED"}
 
 
 def test_a_trial_is_not_to_blame_when_the_whole_sweep_is_killed_unless_it_always_is(
