@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mergelab.config import warn_of_cache
+from mergelab.weights.unfinished import unfinished_file
 
 Tensors = Mapping[str, Tensor]
 Metadata = dict[str, str]
@@ -57,13 +56,9 @@ def _write(file: Path, tensors: Tensors, metadata: Metadata) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    unfinished = file.with_name(f".{file.stem}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=metadata)
-        os.replace(unfinished, file)
+        with unfinished_file(file) as unfinished:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata=metadata)
     except (OSError, SafetensorError) as error:
         warn_of_cache(file.parent, error)
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.evaluation.bootstrap import bootstrap_interval, paired_test
 from mergelab.tasks.metric import Direction, get_metric
 from mergelab.tasks.splits import holdout
+from mergelab.weights.unfinished import unfinished_file
 
 if TYPE_CHECKING:
     from mergelab.tasks.data import TaskData
@@ -158,16 +157,13 @@ class PredictionCache:
 
     def put(self, key: str, outputs: Array, seconds: float) -> None:
         """Keep ``outputs``, numbers or texts, under ``key``; where that fails, a `MergeWarning` says why."""
-        unfinished = self.folder / f".{key}.{os.getpid()}.npz"
         if outputs.dtype == object:
             outputs = np.frombuffer(json.dumps(outputs.tolist()).encode(), dtype=np.uint8)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            np.savez(unfinished, outputs=outputs, seconds=np.float64(seconds))
-            os.replace(unfinished, self.folder / f"{key}.npz")
+            with unfinished_file(self.folder / f"{key}.npz") as unfinished, unfinished.open("wb") as file:
+                np.savez(file, outputs=outputs, seconds=np.float64(seconds))
         except OSError as error:
-            with suppress(OSError):
-                unfinished.unlink(missing_ok=True)
             warn_of_cache(self.folder, error)
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -17,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mergelab.config import cache_dir
 from mergelab.miniature.recipe import EXPERTS, GRAMMARS, Expert, Recipe
 from mergelab.miniature.record import Example
+from mergelab.weights.unfinished import unfinished_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -90,24 +88,12 @@ def _build_missing(home: Path, task: str, recipe: Recipe, report: Progress) -> N
     """Build the parts that the cache lacks; for the first task, the base takes more than half of the time."""
     share = 0.0 if (home / _BASE).is_dir() else 0.6
     if share:
-        with folder_when_complete(home / _BASE) as folder:
+        with unfinished_folder(home / _BASE, remains_of="*") as folder:
             _build_base(folder, recipe, lambda done: report("training the miniature's base", share * done))
     if not (home / task).is_dir():
-        with folder_when_complete(home / task) as folder:
+        with unfinished_folder(home / task, remains_of="*") as folder:
             message = f"training the miniature's {task} experts"
             _build_task(home / _BASE, folder, task, recipe, lambda done: report(message, share + (1 - share) * done))
-
-
-@contextmanager
-def folder_when_complete(folder: Path) -> Iterator[Path]:
-    """Create a temporary folder that is renamed to ``folder`` at the end, and removed on an error."""
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield partial
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 # ----------------------------------------------------------------------------------------------------------- the base

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import shutil
 import tempfile
 import warnings
@@ -27,6 +26,7 @@ from mergelab.models.tokens import copy_companions, decoder_tokenizer, load_toke
 from mergelab.weights.checkpoint import CONFIG, open_checkpoint
 from mergelab.weights.module import load_into, named_tensors
 from mergelab.weights.pretrained import refuse_own_code
+from mergelab.weights.unfinished import unfinished_folder
 from mergelab.weights.writer import DECODER_TOKENIZER
 
 if TYPE_CHECKING:
@@ -119,12 +119,8 @@ def _made(home: Path, parts: Mapping[str, Any], write: Callable[[Path], None]) -
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / f".{folder.name}.lock"):
         if not (folder / CONFIG).is_file():
-            making = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=home))
-            try:
+            with unfinished_folder(folder, remains_of="*") as making:
                 write(making)
-                os.rename(making, folder)
-            finally:
-                shutil.rmtree(making, ignore_errors=True)
     return folder
 
 

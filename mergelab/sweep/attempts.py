@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergelab.sweep.study import ATTEMPTS
+from mergelab.sweep.leases import Watch, renewing
+from mergelab.sweep.study import ATTEMPTS, RENEWED
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Attributes of a trial: which process began it last, and how many of its attempts do not count against it.
 BEGUN, FORGIVEN = "mergelab:begun", "mergelab:forgiven"
+DEATHS = "mergelab:sweep_deaths"  # how often the whole sweep died while the trial ran
 _COUNT = "count"  # in the mark of the process: how often the trial was begun
 
 
@@ -68,7 +69,8 @@ def attempting(storage: BaseStorage, trial_id: int, attempt: int) -> Iterator[At
     storage.set_trial_user_attr(trial_id, BEGUN, mark)
     begun = Attempt(storage, trial_id, mark, known is not None)
     try:
-        yield begun
+        with renewing(lambda renewals: storage.set_trial_user_attr(trial_id, RENEWED, [attempt, renewals])):
+            yield begun
     finally:
         with contextlib.suppress(Superseded):
             begun.check()
@@ -90,14 +92,36 @@ def has_begun(trial: FrozenTrial) -> bool:
     return begun is not None and bool(begun["attempt"] == trial.user_attrs.get(ATTEMPTS))
 
 
-def measured_by(trial: FrozenTrial) -> str | None:
-    """Name the living process of this machine, other than this one, that measures the trial."""
-    from mergelab.tracking import names
-    from mergelab.tracking.processes import has_ended, process_tags
+def is_held(trial: FrozenTrial) -> bool:
+    """Return whether the process that began the trial last has not let go of it: it lives, or it was killed."""
+    return bool((trial.user_attrs.get(BEGUN) or {}).get("by"))
 
-    own = process_tags()
+
+def forgive(storage: BaseStorage, trial: FrozenTrial) -> None:
+    """Let the attempts so far of a trial that was begun not count against it."""
+    storage.set_trial_user_attr(trial._trial_id, FORGIVEN, trial.user_attrs[BEGUN][_COUNT])
+
+
+def release(storage: BaseStorage, trial: FrozenTrial) -> None:
+    """Free a trial from the dead process that held it."""
+    storage.set_trial_user_attr(trial._trial_id, BEGUN, {**trial.user_attrs[BEGUN], "by": None})
+
+
+def measured_by(trial: FrozenTrial, watch: Watch, dead: Mapping[str, str]) -> str | None:
+    """Name the living process, other than this one, that measures the trial; None where it lives no more.
+
+    Args:
+        trial: as it is in the storage now.
+        watch: tells whether a process elsewhere still renews its lease on the trial.
+        dead: the tags of a process that is known to live no more.
+    """
+    from mergelab.tracking import names
+    from mergelab.tracking.processes import has_ended, is_here, process_tags
+
     by = (trial.user_attrs.get(BEGUN) or {}).get("by") or {}
-    elsewhere = any(by.get(what) != own.get(what) for what in (names.HOST, names.PID_NAMESPACE))
-    if elsewhere or by.get(names.PID) == str(os.getpid()) or has_ended(by):
+    if not by or by == process_tags() or all(dead.get(name) == value for name, value in by.items()) or has_ended(by):
         return None
-    return str(by[names.PID])
+    if is_here(by):
+        return str(by[names.PID])
+    lease = [trial.user_attrs[BEGUN], trial.user_attrs.get(RENEWED)]
+    return None if watch.is_over(trial.number, lease) else f"{by.get(names.PID)} on {by.get(names.HOST)}"

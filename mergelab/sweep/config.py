@@ -42,8 +42,11 @@ class SweepConfig(Schema):
     params: dict[str, Any] | None = None
     enqueue: list[dict[str, Any]] | None = None
     """Points that are tried before the sampler's."""
-    retries: Annotated[int, Field(ge=0)] = 1
-    """How often a trial is started again whose process died while it was merged or measured."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """How often a trial is started again whose worker died, alone, while it was merged or measured.
+
+    When the whole sweep was killed, no trial is to blame: that is not counted.
+    """
     compile: bool = False
     """Merge with a compiled function where the method has one; equal within float32 rounding, not bit by bit."""
     max_failure_rate: Annotated[float, Field(ge=0, le=1)] = 0.2

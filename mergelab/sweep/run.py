@@ -19,8 +19,9 @@ from mergelab.sweep.pruners import pruner_name
 from mergelab.sweep.samplers import sampler_name
 from mergelab.sweep.scheduler import Scheduler, point
 from mergelab.sweep.space import described
-from mergelab.sweep.storage import one_process_at, redacted, storage_errors
-from mergelab.sweep.study import PARENT, SWEEPER, SweepStudy
+from mergelab.sweep.storage import redacted, storage_errors
+from mergelab.sweep.study import PARENT, SweepStudy
+from mergelab.sweep.sweeper import TakenOver, only_sweeper
 from mergelab.tracking import names
 from mergelab.tracking.secrets import without_password
 
@@ -73,18 +74,20 @@ def run_sweep(
     _announce(sweep, study)
     with (
         storage_errors(sweep.url),
-        _only_sweeper(study, sweep.url),
+        only_sweeper(study, sweep.url) as sweeper,
         _parent(sweep, study, tracker, folder) as run,
         _graceful_interrupts() as interrupted,
     ):
-        scheduler = Scheduler(sweep, study, launcher, run.id, tracker)
-        scheduler.run_all(interrupted)
+        scheduler = Scheduler(sweep, study, sweeper, launcher, tracker, run.id)
+        with _left_if_taken_over(run):
+            scheduler.run_all(interrupted)
+            reports = [] if interrupted() else scheduler.report()
         if interrupted():
             remaining = sweep.trials - study.count + len(study.pending())
             run.end("KILLED", "interrupted")
             say(f"interrupted with {remaining} trials to go: the same command goes on", failure=True)
             raise SystemExit(130)
-        _finish(sweep, study, run, tracker, scheduler.report(), folder)
+        _finish(sweep, study, run, tracker, reports, folder)
 
 
 def _announce(sweep: Sweep, study: SweepStudy) -> None:
@@ -123,26 +126,6 @@ def _launcher_line(sweep: Sweep) -> list[str]:
 
 
 @contextlib.contextmanager
-def _only_sweeper(study: SweepStudy, url: str) -> Iterator[None]:
-    """Keep a second process from adding trials to the same study."""
-    from mergelab.tracking.processes import has_ended, process_tags
-
-    own = process_tags()
-    with one_process_at(url):
-        other = study.study.user_attrs.get(SWEEPER)
-        if other and other != own and not has_ended(other):
-            raise SweepError(
-                f"study {study.study.study_name}: process {other.get(names.PID)} on {other.get(names.HOST)} is "
-                "sweeping it; wait for its end, or choose another sweep.study_name"
-            )
-        study.study.set_user_attr(SWEEPER, own)
-    try:
-        yield
-    finally:
-        study.study.set_user_attr(SWEEPER, None)
-
-
-@contextlib.contextmanager
 def _parent(sweep: Sweep, study: SweepStudy, tracker: Tracker, folder: Path) -> Iterator[Run]:
     """Open the sweep's run, or the one that it has, to continue it."""
     plan, settings = sweep.plan, sweep.settings
@@ -174,6 +157,16 @@ def _parent(sweep: Sweep, study: SweepStudy, tracker: Tracker, folder: Path) -> 
             tracker.adopt(run, {names.STUDY: sweep.name})
         run.log_dict(config, names.CONFIG)
         yield run
+
+
+@contextlib.contextmanager
+def _left_if_taken_over(run: Run) -> Iterator[None]:
+    """Leave the sweep's run to the process that has taken the sweep over, and has opened it again."""
+    try:
+        yield
+    except TakenOver:
+        run.abandon()
+        raise
 
 
 def _without(config: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:

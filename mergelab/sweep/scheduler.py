@@ -12,23 +12,27 @@ from typing import TYPE_CHECKING, Any
 
 from mergelab.console.progress import say, warn
 from mergelab.errors import MergelabError, SweepError
-from mergelab.sweep.attempts import FORGIVEN, has_begun, measured_by, tries
+from mergelab.sweep.attempts import DEATHS, FORGIVEN, forgive, has_begun, is_held, measured_by, release, tries
 from mergelab.sweep.launcher import end_workers, launch
+from mergelab.sweep.leases import Watch
 from mergelab.sweep.outcome import TrialFailure, TrialOutcome
 from mergelab.sweep.plan import Sweep
 from mergelab.sweep.study import ERROR, OUTCOME, Proposal, SweepStudy
-from mergelab.tracking import names
+from mergelab.tracking import interrupts, names
 from mergelab.tracking.secrets import has_secret
 from mergelab.tracking.values import one_line
 
 if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
+    from optuna.trial import FrozenTrial
 
+    from mergelab.sweep.sweeper import Sweeper
     from mergelab.sweep.winner import Report
     from mergelab.tracking import Tracker
     from mergelab.tracking.run import Status
 
 _FEW_FAILURES = 3  # a sweep is not stopped for fewer
+_MANY_DEATHS = 10  # of the whole sweep while the same trial ran: it is the trial that kills it
 _POLL_S = 0.2  # how often to look whether another process has finished a trial
 
 
@@ -36,14 +40,15 @@ class Scheduler:
     """Starts a sweep's jobs in batches and stores what they return in the study."""
 
     def __init__(
-        self, sweep: Sweep, study: SweepStudy, launcher: Launcher, parent: str | None, tracker: Tracker
+        self, sweep: Sweep, study: SweepStudy, sweeper: Sweeper, launcher: Launcher, tracker: Tracker, run: str | None
     ) -> None:
         self.sweep, self.study, self.launcher, self.tracker = sweep, study, launcher, tracker
+        self.sweeper, self.watch = sweeper, Watch()
         self.folder = str(Path(sweep.config.hydra.sweep.dir).absolute())
         store = tracker.store.uri if tracker.store else None
         self.job_settings = {
             "study": sweep.name,
-            "parent": parent,
+            "parent": run,
             "source": sweep.source,
             "folder": str(sweep.config.hydra.runtime.cwd),
             "host": socket.gethostname(),
@@ -55,10 +60,18 @@ class Scheduler:
         self.failed_launches = 0
 
     def run_all(self, interrupted: Callable[[], bool]) -> None:
-        """Run the pending trials of a dead process, then new ones up to the total."""
+        """Run the pending trials of a dead process, then new ones up to the total.
+
+        Raises:
+            TakenOver: another process sweeps the study now.
+        """
         self.interrupted = interrupted
         self._collect([trial.number for trial in self.study.pending()])
+        if not interrupted():
+            self._forgive_deaths_of_the_sweep()
         while not interrupted():
+            self.sweeper.check()
+            interrupts.check()
             batch = self._next_batch()
             if not batch:
                 return
@@ -106,6 +119,20 @@ class Scheduler:
                 self._store(number, result)
         self._collect([number for number, result in zip(numbers, returned, strict=True) if result is None])
 
+    def _forgive_deaths_of_the_sweep(self) -> None:
+        """Let attempts that ended with the whole sweep not count against their trials, unless that never ends."""
+        for trial in self.study.pending():
+            if not is_held(trial):
+                continue
+            deaths = int(trial.user_attrs.get(DEATHS, 0)) + 1
+            self.study.set_attribute(trial.number, DEATHS, deaths)
+            forgive(self.study.storage, trial)
+            release(self.study.storage, trial)
+            if deaths > 1:
+                warn(f"trial {trial.number}: {point(trial.params)}: the sweep died {deaths} times while it ran")
+            if deaths >= _MANY_DEATHS:
+                self._give_up(trial.number, f"the sweep died {deaths} times while it was merged or measured")
+
     def _discount_attempts(self, numbers: Sequence[int]) -> None:
         """End attempts for a reason that is not the trials': these do not count against them."""
         end_workers()
@@ -120,7 +147,11 @@ class Scheduler:
         """Suspect the trials that had begun; give the sweep up where again and again none had."""
         end_workers()
         trials = self.study.trials
-        self.suspects |= {number for number in numbers if has_begun(trials[number])}
+        begun = {number for number in numbers if has_begun(trials[number])}
+        self.suspects |= begun
+        if len(begun) > 1:  # any of them may have killed the worker: it counts once each is alone
+            for number in begun:
+                forgive(self.study.storage, trials[number])
         self.failed_launches = 0 if self.suspects & set(numbers) else self.failed_launches + 1
         if self.failed_launches > self.sweep.settings.retries:
             self._discount_attempts(numbers)
@@ -128,10 +159,12 @@ class Scheduler:
         warn(f"a worker died, or the launcher failed: {one_line(error)}")
 
     def _collect(self, numbers: Sequence[int]) -> None:
-        """Wait for trials that other processes of this machine run; store the results of those that have one."""
+        """Wait for trials that other processes run; store the results of those that have one."""
         announced: set[int] = set()
+        for number in numbers:  # the watch on all of them begins
+            self._measured_by(self.study.trials[number])
         for number in numbers:
-            while (process := measured_by(trial := self.study.trials[number])) and not self.interrupted():
+            while (process := self._measured_by(trial := self.study.trials[number])) and not self.interrupted():
                 if number not in announced:
                     say(f"trial {number}: process {process} measures it; waiting for that")
                     announced.add(number)
@@ -139,6 +172,9 @@ class Scheduler:
             if (stored := trial.user_attrs.get(OUTCOME)) is not None:
                 self._end_run(number, "FINISHED")
                 self._store(number, TrialOutcome.read(stored))
+
+    def _measured_by(self, trial: FrozenTrial) -> str | None:
+        return measured_by(trial, self.watch, self.sweeper.predecessor)
 
     def _give_up(self, number: int, error: str) -> None:
         self._end_run(number, "FAILED", error)
@@ -159,6 +195,7 @@ class Scheduler:
     def _store(self, number: int, result: TrialOutcome | TrialFailure) -> None:
         """Give a trial its result in the study, and say so."""
         study = self.study
+        self.sweeper.check()
         if isinstance(result, TrialFailure):
             study.set_attribute(number, ERROR, result.error)
             study.tell(number, None)
@@ -191,6 +228,7 @@ class Scheduler:
 
     def report(self) -> list[Report]:
         """Evaluate the winner (of several objectives: the best by the first) on the reporting examples."""
+        self.sweeper.check()
         best = self.study.best()
         if best is None:
             return []

@@ -24,6 +24,8 @@ ATTEMPTS, OUTCOME, ERROR, SCORES = "mergelab:attempts", "mergelab:outcome", "mer
 _SAMPLER_STATE = "mergelab:sampler"
 # Attributes of a study.
 _DEFINITION, SWEEPER, PARENT = "mergelab:definition", "mergelab:sweeper", "mergelab:parent"
+# Of a study and of a trial: changes as long as the process that sweeps or measures it lives.
+RENEWED = "mergelab:renewed"
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,20 @@ class SweepStudy:
         directions: Sequence[Direction],
         definition: Mapping[str, str],
     ) -> None:
-        import optuna
-
         self.space, self.config, self.directions = space, config, tuple(directions)
         self.enqueued = list(config.enqueue or [])
         self.storage = open_storage(url)
         self.study = self._opened(url, name, dict(definition))
+        self.load()
+
+    def load(self) -> None:
+        """Copy the study into memory as it is now; from here on nobody else may add trials."""
+        import optuna
+
         self._memory = optuna.storages.InMemoryStorage()
-        self._copy = optuna.create_study(storage=self._memory, directions=list(directions), study_name=name)
+        self._copy = optuna.create_study(
+            storage=self._memory, directions=list(self.directions), study_name=self.study.study_name
+        )
         for trial in self.study.get_trials(deepcopy=False):
             self._copy.add_trial(trial)
             self._restore(trial.system_attrs.get(_SAMPLER_STATE, {}))
@@ -112,7 +120,11 @@ class SweepStudy:
         return len(self.trials)
 
     def ask(self, *, parallel: bool = False) -> Proposal:
-        """Draw the next trial's point and store the trial."""
+        """Draw the next trial's point and store the trial.
+
+        Raises:
+            SweepError: another process adds trials to the study.
+        """
         from optuna.trial import create_trial
 
         number = self.count
@@ -140,7 +152,8 @@ class SweepStudy:
             system_attrs={**frozen.system_attrs, _SAMPLER_STATE: sampler_state},
         )
         self.study.add_trial(whole)
-        assert self.count == number + 1, "another process adds trials to this study"
+        if self.count != number + 1:
+            raise SweepError(f"study {self.study.study_name}: another process adds trials to it")
         return Proposal(number, frozen.params)
 
     def new_attempt(self, number: int) -> int:

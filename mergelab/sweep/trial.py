@@ -30,7 +30,7 @@ from mergelab.sweep.selecting import SelectingEvaluation
 from mergelab.sweep.storage import storage_url
 from mergelab.sweep.study import OUTCOME
 from mergelab.sweep.winner import Report, report_winner
-from mergelab.tracking import names
+from mergelab.tracking import interrupts, names
 from mergelab.tracking.values import one_line
 
 if TYPE_CHECKING:
@@ -212,4 +212,5 @@ def _failures_of_trial() -> Iterator[None]:
     except Pruned:
         raise
     except Exception as error:
+        interrupts.check()
         raise _Failed(one_line(error)) from error

@@ -43,6 +43,12 @@ def terminated() -> bool:
     return _terminated
 
 
+def check() -> None:
+    """Raise ``Terminated`` again where SIGTERM came: libraries swallow what is raised while they are imported."""
+    if _terminated:
+        raise Terminated(128 + signal.SIGTERM)
+
+
 def _restore() -> None:
     global _installed
     if _installed and signal.getsignal(signal.SIGTERM) is _terminate:

@@ -75,7 +75,10 @@ def best_parameter(key: str) -> str:
 HOST = "mergelab.host"
 PID = "mergelab.pid"
 STARTED = "mergelab.process_start"
+STARTED_TICKS = "mergelab.process_start_ticks"  # since the machine's start, where the system tells
 PID_NAMESPACE = "mergelab.pid_namespace"
+BOOT = "mergelab.boot"  # the machine's start, which no other machine has; containers on it have the same
+ALIVE = "mergelab.alive"  # when the run's process last gave a sign of life, in seconds since the epoch
 PYTHON = "python"
 PLATFORM = "platform"
 # MLflow's own.

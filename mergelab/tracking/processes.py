@@ -22,22 +22,35 @@ _START_TOLERANCE_S = 10.0
 
 
 def process_tags() -> dict[str, str]:
-    """Name this process so that another can later find out whether it still lives: host, pid, when it started."""
+    """Name this process so that another can later find out whether it still lives."""
     import psutil
 
     tags = {
         names.HOST: socket.gethostname(),
         names.PID: str(os.getpid()),
         names.STARTED: f"{psutil.Process().create_time():.2f}",
+        names.STARTED_TICKS: _started_ticks(os.getpid()),
+        names.BOOT: _boot(),
+        names.PID_NAMESPACE: _pid_namespace(),
     }
-    return tags | ({names.PID_NAMESPACE: namespace} if (namespace := _pid_namespace()) else {})
+    return {name: value for name, value in tags.items() if value}
+
+
+def is_here(tags: Mapping[str, str]) -> bool:
+    """Return whether process numbers mean the same where the process of ``tags`` ran: not in another container.
+
+    The host's name says so only where the system does not tell more: containers change it, and machines share it.
+    """
+    if (tags.get(names.BOOT, ""), tags.get(names.PID_NAMESPACE, "")) != (_boot(), _pid_namespace()):
+        return False
+    return bool(_boot() and _pid_namespace()) or tags.get(names.HOST) == socket.gethostname()
 
 
 def has_ended(tags: Mapping[str, str]) -> bool:
     """Return whether the process that ``tags`` name ran here and is no more; False when that cannot be known."""
     import psutil
 
-    if tags.get(names.HOST) != socket.gethostname() or tags.get(names.PID_NAMESPACE, "") != _pid_namespace():
+    if not is_here(tags):
         return False
     try:
         pid, started = int(tags[names.PID]), float(tags[names.STARTED])
@@ -47,6 +60,8 @@ def has_ended(tags: Mapping[str, str]) -> bool:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
             return True
+        if names.STARTED_TICKS in tags and (ticks := _started_ticks(pid)):
+            return ticks != tags[names.STARTED_TICKS]
         return bool(abs(process.create_time() - started) > _START_TOLERANCE_S)
     except psutil.NoSuchProcess:
         return True
@@ -59,6 +74,22 @@ def _pid_namespace() -> str:
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
+        return ""
+
+
+@functools.cache
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _started_ticks(pid: int) -> str:
+    try:
+        # The second field is the program's name in parentheses, which may have blanks and parentheses of its own.
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
         return ""
 
 

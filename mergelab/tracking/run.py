@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from omegaconf import OmegaConf
 
 from mergelab.errors import TrackingError
-from mergelab.tracking import interrupts, names
+from mergelab.tracking import interrupts, names, signs
 from mergelab.tracking.secrets import without_password
 from mergelab.tracking.store import mlflow_calls
 from mergelab.tracking.values import MAX_TAG, flatten, one_line, shortened, tidy_name
@@ -49,6 +49,7 @@ class Run:
         self._open = client is not None
         if self._open:
             interrupts.hold()
+            signs.begin(client, str(run_id))
 
     def __enter__(self) -> Self:
         return self
@@ -70,6 +71,7 @@ class Run:
         if not self._open:
             return
         self._open = False
+        signs.end(str(self.id))
         try:
             with mlflow_calls(f"close run {self.name}"):
                 if error:
@@ -82,6 +84,7 @@ class Run:
         """Leave the run, as it is, to the process that has opened it again since."""
         if self._open:
             self._open = False
+            signs.end(str(self.id))
             interrupts.release()
 
     def log_params(self, values: Mapping[str, Any]) -> None:

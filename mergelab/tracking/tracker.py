@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.errors import TrackingError
-from mergelab.tracking import names, processes
+from mergelab.tracking import names, processes, signs
 from mergelab.tracking.config import TrackingConfig
 from mergelab.tracking.moved import adapt_locations, bring, location_today
 from mergelab.tracking.run import Run, Status, outcome, tag_values
@@ -123,7 +123,8 @@ class Tracker:
             return Run(None, None, name, experiment)
         name = without_password(name)
         experiment_id = self.experiment(experiment)
-        all_tags = processes.environment_tags() | tag_values(tags or {}) | ({names.PARENT: parent} if parent else {})
+        own = processes.environment_tags() | signs.now_tag()
+        all_tags = own | tag_values(tags or {}) | ({names.PARENT: parent} if parent else {})
         try:
             with mlflow_calls(f"start run {name}"):
                 created = self.client.create_run(experiment_id, tags=all_tags, run_name=name)
@@ -149,7 +150,7 @@ class Tracker:
             info = found.info
             if names.ERROR in found.data.tags:  # of what ended it before
                 self.client.delete_tag(run_id, names.ERROR)
-            for name, value in processes.process_tags().items():
+            for name, value in (processes.process_tags() | signs.now_tag()).items():
                 self.client.set_tag(run_id, name, value)
             self.client.update_run(run_id, status="RUNNING")
             if self.store is not None and self.store.file is not None:
@@ -248,23 +249,29 @@ class Tracker:
         return self._parents[folder]
 
     def reconcile(self) -> list[str]:
-        """Close as killed the runs whose process ended here without closing them; return their ids.
+        """Close as killed the runs whose process ended without closing them; return their ids.
 
-        Runs of other hosts and of living processes are left alone.
+        Of a process here that is known at once; one elsewhere has given no sign of life for long.
         """
-        ended = [
-            run for run in self.runs({names.HOST: _this_host()}, status="RUNNING") if processes.has_ended(run.tags)
-        ]
-        for run in ended:
-            self.close(run.id, "KILLED", f"process {run.tags[names.PID]} ended without closing the run")
-        return [run.id for run in ended]
+        closed = []
+        for run in self.runs(status="RUNNING"):
+            process = f"process {run.tags.get(names.PID)}"
+            if processes.has_ended(run.tags):
+                self.close(run.id, "KILLED", f"{process} ended without closing the run")
+            elif not processes.is_here(run.tags) and signs.is_silent(run.tags):
+                self.close(run.id, "KILLED", f"{process} on {run.tags.get(names.HOST)} gave no more sign of life")
+            else:
+                continue
+            closed.append(run.id)
+        return closed
 
     def close(self, run_id: str, status: Status, error: str | None = None) -> None:
         """Give a run that another process opened its final status."""
         with mlflow_calls(f"close run {run_id}"):
             run = self.client.get_run(run_id)
             # Its last sign of life, so that a run that died last week does not seem to have taken a week.
-            last = max([run.info.start_time, *self._metric_times(run)])
+            sign = int(1000 * (signs.last_sign(run.data.tags) or 0))
+            last = max([run.info.start_time, sign, *self._metric_times(run)])
             if error:
                 self.client.set_tag(run_id, names.ERROR, error)
             self.client.set_terminated(run_id, status, end_time=last)
@@ -280,10 +287,6 @@ class Tracker:
     def ui_page(self, experiment: str, run_ids: Sequence[str] = ()) -> str:
         """Return the address, in the UI that ``ui_command`` opens, of an experiment's runs or of their comparison."""
         return ui_page(self.store, self.experiment(experiment), run_ids) if self.store else ""
-
-
-def _this_host() -> str:
-    return processes.process_tags()[names.HOST]
 
 
 def _filter(tags: Mapping[str, str], status: str | None) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from mergelab.config import cache_dir
+from mergelab.weights.unfinished import unfinished_file
 
 
 def file_sha256(path: Path) -> str:
@@ -56,11 +56,5 @@ def _store_digest(path: str, entry: dict[str, object]) -> None:
         digests = _digests_file()
         digests.parent.mkdir(parents=True, exist_ok=True)
         entries = {known: value for known, value in _read_digests().items() if os.path.exists(known)}
-        handle, temporary = tempfile.mkstemp(dir=digests.parent, prefix=".sha256-")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(entries | {path: entry}, file, indent=1)
-            os.replace(temporary, digests)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with unfinished_file(digests) as temporary:
+            temporary.write_text(json.dumps(entries | {path: entry}, indent=1), encoding="utf-8")

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import errno
-import glob
-import hashlib
 import os
-import platform
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -25,6 +21,7 @@ from mergelab.weights.locking import only_writer, place_of
 from mergelab.weights.quantised import quantisation, without_quantisation
 from mergelab.weights.shards import PARTIAL_SUFFIX, WeightFiles, as_stored, byte_size, write_json
 from mergelab.weights.source import DictSource, TensorInfo, TensorPart
+from mergelab.weights.unfinished import hidden_folder
 
 # Subfolder for an encoder-decoder's output tokenizer, when it differs from the input tokenizer.
 DECODER_TOKENIZER = "decoder_tokenizer"
@@ -173,19 +170,13 @@ def _partial_folder(folder: Path, size: int, key: str | None) -> Iterator[Path]:
     with _os_errors_named(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     if key is None:
-        place = place_of(folder)
-        partial = place.parent / f".{place.name}.{_machine_id()}-{os.getpid()}-{uuid.uuid4().hex[:12]}.partial"
-        with _os_errors_named(folder):
-            _remove_remains(folder)
-            _check_free_space(folder, size)
-            partial.mkdir()
-        try:
+        with ExitStack() as stack:
+            with _os_errors_named(folder):
+                partial = stack.enter_context(hidden_folder(place_of(folder)))
+                _check_free_space(folder, size)
             yield partial
             with _os_errors_named(folder):
                 os.rename(partial, place_of(folder))  # replaces an empty folder, fails on any other
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
         return
     partial = making_of(folder)
     with _locked(folder):
@@ -229,22 +220,6 @@ def making_of(folder: Path) -> Path:
     """Return the hidden folder in which ``folder`` is written when it has a key: beside the place its path leads to."""
     place = place_of(folder)
     return place.parent / f".{place.name}.partial"
-
-
-def _remove_remains(folder: Path) -> None:
-    """Remove the remains of killed processes of this machine that wrote ``folder`` without a key."""
-    import psutil
-
-    place = place_of(folder)
-    for path in place.parent.glob(f".{glob.escape(place.name)}.{_machine_id()}-*-*.partial"):
-        process = path.name.split("-")[-2]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _machine_id() -> str:
-    """Return an identifier of this machine; other machines may write to the same disk."""
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,9 +12,11 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
+from mergelab.sweep import leases
 from mergelab.sweep.attempts import BEGUN, FORGIVEN, Superseded, attempting, has_begun, measured_by, tries
+from mergelab.sweep.leases import Watch, renewing
 from mergelab.sweep.storage import open_storage
-from mergelab.sweep.study import ATTEMPTS
+from mergelab.sweep.study import ATTEMPTS, RENEWED
 from mergelab.tracking.processes import process_tags
 
 
@@ -109,23 +111,66 @@ def test_what_the_user_ended_does_not_count(storage: optuna.storages.BaseStorage
         assert tries(trial(storage)) == 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "alive"),
-    [({}, True), ({"mergelab.host": "elsewhere"}, False), ({"mergelab.pid_namespace": "pid:[1]"}, False)],
-)
-def test_only_a_living_process_of_this_machine_is_waited_for(
-    storage: optuna.storages.BaseStorage, changes: Mapping[str, str], alive: bool
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leases, "RENEW_S", 0.05)
+    monkeypatch.setattr(leases, "GRACE_S", 1.0)
+
+
+def marked(storage: optuna.storages.BaseStorage, process: subprocess.Popen[bytes], **changes: str) -> FrozenTrial:
+    ticks = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    place = {f"mergelab.{name}": value for name, value in changes.items()}
+    tags = process_tags() | {"mergelab.pid": str(process.pid), "mergelab.process_start_ticks": ticks, **place}
+    storage.set_trial_user_attr(0, BEGUN, {"attempt": 1, "count": 1, "by": tags})
+    return trial(storage)
+
+
+@pytest.mark.parametrize("changes", [{}, {"host": "another name in the same container"}], ids=["same", "renamed"])
+def test_a_process_here_is_alive_as_long_as_its_number_is_its_own(
+    storage: optuna.storages.BaseStorage, changes: Mapping[str, str]
 ) -> None:
-    def marked(pid: int) -> FrozenTrial:
-        tags = process_tags() | {"mergelab.pid": str(pid), "mergelab.process_start": started, **changes}
-        storage.set_trial_user_attr(0, BEGUN, {"attempt": 1, "count": 1, "by": tags})
-        return trial(storage)
-
-    import psutil
-
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        started = f"{psutil.Process(other.pid).create_time():.2f}"
-        assert measured_by(marked(other.pid)) == (str(other.pid) if alive else None)
-        assert measured_by(marked(os.getpid())) is None  # a job of the sweeper's own process
+        found = marked(storage, other, **changes)
+        assert measured_by(found, Watch(), {}) == str(other.pid)
+        assert measured_by(found, Watch(), found.user_attrs[BEGUN]["by"]) is None  # known to be dead
+        begun = found.user_attrs[BEGUN]
+        earlier = begun["by"] | {"mergelab.process_start_ticks": "1"}
+        storage.set_trial_user_attr(0, BEGUN, begun | {"by": earlier})
+        assert measured_by(trial(storage), Watch(), {}) is None  # another process has the number now
+        storage.set_trial_user_attr(0, BEGUN, begun | {"by": process_tags()})
+        assert measured_by(trial(storage), Watch(), {}) is None  # a job of the sweeper's own process
         other.kill()
-    assert measured_by(marked(other.pid)) is None
+    storage.set_trial_user_attr(0, BEGUN, begun)
+    assert measured_by(trial(storage), Watch(), {}) is None
+
+
+@pytest.mark.parametrize("changes", [{"boot": "another machine"}, {"pid_namespace": "pid:[1]"}], ids=str)
+@pytest.mark.parametrize("running", [True, False], ids=["number taken here", "number free here"])
+def test_whether_a_process_elsewhere_lives_is_seen_by_its_lease_alone(
+    storage: optuna.storages.BaseStorage, changes: Mapping[str, str], running: bool, soon: None
+) -> None:
+    watch = Watch()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        marked(storage, other, **changes)
+        if not running:
+            other.kill()
+            other.wait()
+        with renewing(lambda count: storage.set_trial_user_attr(0, RENEWED, count)):
+            end = time.monotonic() + 2.5
+            while time.monotonic() < end:
+                assert str(measured_by(trial(storage), watch, {})).startswith(f"{other.pid} on ")
+                time.sleep(0.1)
+        while measured_by(trial(storage), watch, {}):
+            time.sleep(0.1)
+        other.kill()
+
+
+def test_a_process_renews_its_lease_while_it_measures_and_no_longer(
+    storage: optuna.storages.BaseStorage, soon: None
+) -> None:
+    with attempting(storage, 0, 1):
+        while (trial(storage).user_attrs.get(RENEWED) or [0, 0])[1] < 3:
+            time.sleep(0.02)
+    last = trial(storage).user_attrs[RENEWED]
+    time.sleep(0.3)
+    assert trial(storage).user_attrs[RENEWED] == last

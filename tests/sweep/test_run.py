@@ -6,7 +6,6 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,14 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from mergelab.engine import warm_session
-from mergelab.sweep.attempts import attempting
+from mergelab.sweep.attempts import BEGUN, DEATHS, attempting
 from mergelab.sweep.config import SweepConfig
 from mergelab.sweep.reporting import unpacked
 from mergelab.sweep.space import space_from
 from mergelab.sweep.storage import open_storage
 from mergelab.sweep.study import ERROR, OUTCOME, SCORES, SweepStudy
+from mergelab.tracking import interrupts
+from mergelab.tracking.processes import process_tags
 from tests.conftest import Outcome
 from tests.standins import GPT2_BASE, glue_table
 
@@ -324,28 +325,51 @@ def test_ctrl_c_ends_after_the_trial_and_the_same_command_goes_on(
     assert {run.info.status for run in runs(workplace, "trial")} == {"FINISHED"}
 
 
-def test_a_trial_whose_process_died_is_tried_once_more(sweep: Callable[..., Outcome], workplace: Path) -> None:
+def test_a_sweep_that_is_asked_to_end_while_a_library_swallows_it_fails_no_trial(
+    sweep: Callable[..., Outcome], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupts, "_terminated", False)
+    (workplace / "swallowing.py").write_text(
+        "import os, signal\n\ndef between(tensors, share: float):\n"
+        "    try:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    except BaseException:\n        raise ImportError('half imported') from None\n"
+    )
+    monkeypatch.syspath_prepend(str(workplace))
+    swallowing = ["method=custom", "method.function=swallowing.between", "method.share=interval(0,1)"]
+    sweep("custom", *swallowing, "sweep.n_trials=2", "tracking=mlflow", code=143)
+    assert states(workplace) == ["RUNNING"]
+    assert {run.info.status for kind in ("sweep", "trial") for run in runs(workplace, kind)} == {"KILLED"}
+
+
+def test_a_trial_is_not_to_blame_when_the_whole_sweep_is_killed_unless_it_always_is(
+    sweep: Callable[..., Outcome], workplace: Path
+) -> None:
     sweep("task_arithmetic", "sweep.n_trials=2")
-    # Process by process: had it begun the trial when it died, or was it loading the models?
-    for deaths in ([True], [True, True], [False, False, False]):
+    url = f"sqlite:///{workplace}/outputs/sweeps.db"
+    space = space_from({"method.lambda": "interval(0.05,1.0)"}, [])
+    # How often the sweep was killed before and while the trial was measured.
+    for loading, deaths in ((3, 0), (0, 1), (1, 5), (0, 10)):
         number = len(trials(workplace))
-        url = f"sqlite:///{workplace}/outputs/sweeps.db"
         study = optuna.load_study(storage=url, study_name="s")
-        space = space_from({"method.lambda": "interval(0.05,1.0)"}, [])
         left = SweepStudy(url, "s", space, SweepConfig(), ["maximize"], study.user_attrs["mergelab:definition"])
         asked = left.ask()
         trial_id = left.trials[asked.number]._trial_id
-        for begun in deaths:
-            attempt = left.new_attempt(asked.number)
-            with attempting(left.storage, trial_id, attempt) if begun else nullcontext():
+        for _ in range(loading):
+            left.new_attempt(asked.number)
+        if deaths:
+            with attempting(left.storage, trial_id, left.new_attempt(asked.number)) as attempt:
                 pass
-        sweep("task_arithmetic", f"sweep.n_trials={number + 2}")
+            dead = process_tags() | {"mergelab.pid": "999999999"}
+            left.set_attribute(asked.number, BEGUN, {**attempt.mark, "count": deaths, "by": dead})
+            left.set_attribute(asked.number, DEATHS, deaths - 1)
+        outcome = sweep("task_arithmetic", f"sweep.n_trials={number + 2}")
         found = trials(workplace)
         assert len(found) == number + 2
         assert found[asked.number].params == asked.params
-        given_up = sum(deaths) == 2
-        assert (found[asked.number].state.name == "FAIL") == given_up
-        assert found[asked.number].user_attrs.get(ERROR) == ("its process died 2 times" if given_up else None)
+        assert (found[asked.number].state.name == "FAIL") == (deaths == 10)
+        said = f"trial {asked.number}: lambda={asked.params['method.lambda']:.4g}: the sweep died {deaths} times"
+        assert (said in outcome.err) == (deaths > 1)
+    assert found[asked.number].user_attrs[ERROR] == "the sweep died 10 times while it was merged or measured"
 
 
 # ---------------------------------------------------------------------------------------------------- pruning

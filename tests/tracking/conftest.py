@@ -75,6 +75,7 @@ class Process:
         self.popen = subprocess.Popen(
             [sys.executable, "-u", *arguments],
             env=environment(),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -84,13 +85,16 @@ def test_a_run_whose_process_vanished_is_closed_when_the_store_is_opened_next(
 
 
 def of_process(process: psutil.Process) -> dict[str, str]:
-    return {"mergelab.pid": str(process.pid), "mergelab.process_start": str(process.create_time())}
+    ticks = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    started = {"mergelab.process_start": str(process.create_time()), "mergelab.process_start_ticks": ticks}
+    return {"mergelab.pid": str(process.pid), **started}
 
 
 def test_runs_of_living_processes_and_of_other_hosts_are_left_alone(tracker: Tracker, mlflow_client: Any) -> None:
     living = of_process(psutil.Process(os.getppid()))
     gone = {"mergelab.pid": "999999999", "mergelab.process_start": "1.0"}
-    tags = [{}, living, gone | {"mergelab.host": "elsewhere"}, gone | {"mergelab.pid_namespace": "pid:[1]"}]
+    places = [{"mergelab.boot": "another"}, {"mergelab.pid_namespace": "pid:[1]"}]
+    tags = [{}, living, *(gone | place for place in places)]
     runs = [tracker.start_run("left alone", experiment="rte", tags=each) for each in tags]
     foreign = mlflow_client.create_run(tracker.experiment("rte")).info.run_id
     assert tracker.reconcile() == []
@@ -102,8 +106,8 @@ def test_runs_of_living_processes_and_of_other_hosts_are_left_alone(tracker: Tra
 def test_another_process_under_the_same_number_does_not_keep_a_dead_run_alive(
     tracker: Tracker, mlflow_client: Any
 ) -> None:
-    an_hour_before = psutil.Process().create_time() - 3600
-    run = tracker.start_run("ties", experiment="rte", tags={"mergelab.process_start": str(an_hour_before)})
+    ticks = of_process(psutil.Process())["mergelab.process_start_ticks"]
+    run = tracker.start_run("ties", experiment="rte", tags={"mergelab.process_start_ticks": str(int(ticks) - 1)})
     assert tracker.reconcile() == [run.id]
     run.end("KILLED")
 

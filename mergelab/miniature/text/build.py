@@ -9,8 +9,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.miniature.build import Progress, cache_home, folder_when_complete, save_model
+from mergelab.miniature.build import Progress, cache_home, save_model
 from mergelab.miniature.text.recipe import COLUMNS, SETS, Base, TextExpert, TextRecipe
+from mergelab.weights.unfinished import unfinished_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,7 +54,7 @@ def build(name: str, *, progress: Progress | None = None, recipe: TextRecipe | N
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f".{name}.lock"):
             if not folder.is_dir():
-                with folder_when_complete(folder) as partial:
+                with unfinished_folder(folder, remains_of="*") as partial:
                     _build(partial, name, recipe, progress or (lambda _message, _done: None))
     return TextSet(
         name,
