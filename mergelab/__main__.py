@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
 import runpy
 import sys
@@ -19,6 +21,7 @@ def main() -> None:
     from mergelab.cli.help import commands, help_text, version_text
 
     arguments = sys.argv[1:]
+    atexit.register(gc.freeze)  # the last collection would walk over all that was imported, to free what ends anyway
     try:
         if arguments and arguments[0] in commands():
             sys.argv = [f"mergelab {arguments[0]}", *arguments[1:]]
@@ -44,6 +47,7 @@ def _experiment(arguments: list[str]) -> None:
     from mergelab.weights import truncated_file
 
     traceback_wanted = os.environ.get(_FULL_ERROR) == "1"
+    gc.disable()  # until the job starts: imports make objects that stay
     os.environ[_FULL_ERROR] = "1"  # Hydra then lets its errors through instead of printing them over many lines
     try:
         with truncated_file.reported():
@@ -60,6 +64,8 @@ def _experiment(arguments: list[str]) -> None:
             sys.stderr.write(without_password(traceback.format_exc()))
             sys.exit(1)
         sys.exit(_fail(line))
+    finally:
+        gc.enable()
 
 
 def _fail(line: str, code: int = 2) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import traceback
@@ -53,6 +54,9 @@ def run(arguments: list[str]) -> None:
         from hydra.types import RunMode
         from omegaconf import OmegaConf
 
+        if not gc.isenabled():  # what was imported stays, and is never walked over again
+            gc.freeze()
+            gc.enable()
         _mask_what_hydra_wrote()
         try:
             if OmegaConf.select(config, "sweep.job") is not None:
