@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import gc
 import logging
 import os
 import runpy
@@ -63,6 +65,7 @@ def _main() -> None:
     from mergelab.cli.help import commands, help_text, version_text
 
     arguments = sys.argv[1:]
+    atexit.register(gc.freeze)  # the last collection would walk over all that was imported, to free what ends anyway
     if arguments and arguments[0] in commands():
         sys.argv = [f"mergelab {arguments[0]}", *arguments[1:]]
         runpy.run_module(f"mergelab.{arguments[0]}", run_name="__main__", alter_sys=True)
@@ -84,6 +87,7 @@ def _experiment(arguments: list[str]) -> None:
     from mergelab.weights import truncated_file
 
     traceback_wanted = os.environ.get(_FULL_ERROR) == "1"
+    gc.disable()  # until the job starts: imports make objects that stay
     os.environ[_FULL_ERROR] = "1"  # Hydra then lets its errors through instead of printing them over many lines
     try:
         with truncated_file.reported():
@@ -100,6 +104,8 @@ def _experiment(arguments: list[str]) -> None:
             sys.stderr.write(without_password(traceback.format_exc()))
             sys.exit(1)
         sys.exit(_fail(line))
+    finally:
+        gc.enable()
 
 
 def _fail(line: str, code: int = 2) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 import traceback
@@ -55,6 +56,7 @@ def run(arguments: list[str]) -> None:
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
+        _collect_garbage()
         _mask_what_hydra_wrote()
         try:
             if OmegaConf.select(config, "sweep.job") is not None:
@@ -116,6 +118,13 @@ def no_exit() -> Iterator[None]:
         raise ConfigError(f"{where}: calls sys.exit({stop.code}); raise an error instead") from None
 
 
+def _collect_garbage() -> None:
+    """Turn garbage collection on, which is off during start-up; what was imported stays and is left out of it."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
+
 def _mask_what_hydra_wrote() -> None:
     """Mask the passwords of addresses that came from files of configs, in what Hydra has written about this job."""
     from hydra.core.hydra_config import HydraConfig
@@ -135,6 +144,7 @@ class CheckedFirst(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Make the folder of a grid or a sweep."""
+        _collect_garbage()
         _make_private(config, "hydra.sweep.dir")
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:

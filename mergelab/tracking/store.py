@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -103,7 +104,7 @@ def connect(store: Store) -> Any:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _probe(store)
-    with mlflow_calls(f"open the tracking store {store.shown}"):
+    with mlflow_calls(f"open the tracking store {store.shown}"), _no_collection():
         from mlflow import MlflowClient
 
         _silence_mlflow()
@@ -113,6 +114,19 @@ def connect(store: Store) -> Any:
         if store.file is not None:
             adapt_locations(store.file)
     return client
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pause garbage collection, and leave out of later ones what is there: MLflow's imports make objects that stay."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 def _create_file(store: Store) -> None:
