@@ -148,14 +148,14 @@ class Heads:
         return True
 
     def _say_assumed(self) -> None:
-        """Warn of experts whose labels are numbers only, which are taken to be in the task's order unmeasured."""
+        """Warn of experts whose labels are numbers, beside others with names, that nothing shows to be in one order."""
         task = next(task for task in self._tasks if task.outputs)
         names = [
             expert.name
             for expert, model in zip(self._located.experts, self._opened.experts, strict=True)
             if task.labels and not expert.labels and model.labels and numbered_order(model.labels)
         ]
-        if names:
+        if names and len(names) < len(self._located.experts):
             warnings.warn(
                 f"{listed(names)}: labels are numbers only (LABEL_0, …), which are taken to be {task.name}'s "
                 f"({listed(task.labels or ())}), and nothing is measured that would show it; "

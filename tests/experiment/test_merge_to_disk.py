@@ -121,7 +121,7 @@ def test_the_tokenizer_and_its_template_are_the_chosen_models(
     ("setting", "said"),
     [
         ("save.max_shard_size=5", "save.max_shard_size=5: must be text"),
-        ("save.max_shard_size=fiveGB", "must be a number with kB, MB, GB or TB, such as 5GB"),
+        ("save.max_shard_size=fiveGB", "must be a number of at most 9 digits with kB, MB, GB or TB, such as 5GB"),
         ("save.dtype=int8", "save.dtype='int8': must be one of 'float32', 'bfloat16' or 'float16'"),
         ("output=a", "output=a: the folder is that of an input model; choose another one"),
         ("output=./base/../link", "link: the folder is that of an input model"),
