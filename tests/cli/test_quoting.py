@@ -121,7 +121,8 @@ def test_pieces_of_lists_and_mappings_are_quoted_one_by_one(
         if outcome.code != 0 and "," not in name:
             outcome = mergelab_command(*TO_DISK, "models.base=plain/base", shown(outcome), f"output=m{number}")
         assert outcome.code == (2 if "," in name else 0), outcome
-        assert outcome.err.count("\n") == outcome.code / 2
+        if outcome.code:
+            assert outcome.err.count("\n") == 1
 
 
 @pytest.mark.slow
