@@ -20,7 +20,7 @@ NAMES = sorted({code for code in CODE if re.fullmatch(r"[\w/]+\.py:[\w.]+", code
 
 
 def questions() -> list[tuple[str, str]]:
-    rows = [line.strip("| ").split(" | ") for line in TEXT.partition("## Twenty questions")[2].splitlines()[4:]]
+    rows = [line.strip("| ").split(" | ") for line in TEXT.partition("## Questions")[2].splitlines()[4:]]
     return [(question, answer) for question, answer in rows]
 
 
@@ -42,9 +42,9 @@ def test_a_name_exists_in_its_file(name: str) -> None:
     assert getattr(found, "__module__", module.__name__) == module.__name__, "it is defined elsewhere"
 
 
-def test_twenty_questions_are_answered_each_by_a_file() -> None:
+def test_questions_are_answered_each_by_a_file() -> None:
     asked = questions()
-    assert len(asked) == len({question for question, _ in asked}) == 20
+    assert len(asked) == len({question for question, _ in asked}) >= 20
     assert all(question.endswith("?") for question, _ in asked)
     assert all(re.search(r"`(mergelab|conf)/[\w/]+\.(py|yaml)", answer) for _, answer in asked)
 
