@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +130,9 @@ def named(
         found = {name: at for name, at in found.items() if _part_of(at) == part}
         if not found:
             raise KeyMismatch(f"{label}: part={part}: the adapter changes nothing in the {part} of {base.name}")
-    return Names(label, source, stored, found, frozenset(own - set(stored)), module, other_class)
+    names = Names(label, source, stored, found, frozenset(), module, other_class)
+    new = {name for name in own - stored.keys() if stored.keys().isdisjoint(names.tied.get(name, ()))}
+    return replace(names, new=frozenset(new))
 
 
 def _stored(base: Checkpoint, module: nn.Module | None, other_class: bool) -> tuple[TensorSource, dict[str, str]]:

@@ -184,6 +184,8 @@ def scale_of(site: str, rank: int, config: Mapping[str, Any], name: str) -> floa
     alpha = config.get("lora_alpha", 8)
     patterns = config.get("alpha_pattern") or {}
     try:
+        if not isinstance(patterns, Mapping):
+            raise TypeError(f"{patterns!r:.60}")
         fitting = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", site)), None)
     except (re.error, TypeError) as error:
         raise ModelError(f"{name}: alpha_pattern in its adapter_config.json is no set of patterns ({error})") from error

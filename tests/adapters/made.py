@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +102,13 @@ def adapter(folder: Path, model: Any, config: Any, *, seed: int = 0, scale: floa
     return folder, wrapped
 
 
+def tokenizer(folder: Path) -> None:
+    """Write a tokenizer with a word for each row of the embeddings."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(43))]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    transformers.BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+
+
 def loaded(checkpoint: Any) -> nn.Module:
     """Load an opened model into transformers' class, from its config and its tensors alone, as float64."""
     config = transformers.AutoConfig.from_pretrained(checkpoint.folder)
@@ -118,6 +124,3 @@ def loaded(checkpoint: Any) -> nn.Module:
 def outputs(module: Any, **inputs: Any) -> Tensor:
     with torch.no_grad():
         return module(**inputs).logits
-
-
-Builder = Callable[..., nn.Module]
