@@ -70,7 +70,7 @@ class AdaptedCheckpoint(Checkpoint):
         if (new := self._placement.new.get(self._held(key))) is not None:
             return tuple(new.values.shape)
         shape = tuple(self._source.shape(self._at(key)))
-        for change in self._changes(key):
+        for change in self.changes(key):
             after = change.shape(shape)
             assert after is not None  # checked when the adapter was placed
             shape = after
@@ -87,7 +87,7 @@ class AdaptedCheckpoint(Checkpoint):
         held = self._held(key)
         if (new := self._placement.new.get(held)) is not None:
             return new.values.to(self._own_dtype)
-        changes = self._changes(key)
+        changes = self.changes(key)
         if not changes:
             return self._source.get(self._at(key))
         with self._lock:
@@ -116,7 +116,8 @@ class AdaptedCheckpoint(Checkpoint):
         kinds = (self._source.dtype(key) for key in names)
         return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
 
-    def _changes(self, key: str) -> Sequence[Change]:
+    def changes(self, key: str) -> Sequence[Change]:
+        """Return what the adapter changes in ``key`` of the base, in order."""
         return self._placement.changes.get(self._held(key), ())
 
     def _held(self, key: str) -> str:
