@@ -151,7 +151,8 @@ def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> 
         assert plan.config.models.base is not None
         base = parse_reference(plan.config.models.base)
         assert isinstance(base, Reference)
-        where = base.repository or str(base.folder)
+        assert located.base is not None
+        where = str(located.base.folder) if base.folder or source == "mini" else str(base.repository)
         seconds = AdapterOutput(merging, plan.config.save).write(folder, where, base.revision)
 
     label = f"{plan.method.name} of {len(located.experts)}"
