@@ -7,6 +7,7 @@ two when they are read.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mergelab.adapters.placing import Placement, place
 from mergelab.errors import ModelError
 from mergelab.models.architecture import tokenizer_folder
 from mergelab.models.configs import untied_config
+from mergelab.models.encoder_decoder import NEW, newly_initialised
 from mergelab.models.made import made
 from mergelab.models.parts import ModelPart, with_part
 from mergelab.models.tokens import CHAT_TEMPLATE, copy_companions
@@ -78,6 +80,7 @@ def on_base(base: Path, adapter: Path, *, where: str, part: str | None = None) -
         "adapter": str(adapter.absolute()),
         "part": part,
         "config": config,
+        "new": sorted(newly_initialised(base) - placement.changes.keys()),
         "files": [[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in small],
     }
 
@@ -87,6 +90,8 @@ def on_base(base: Path, adapter: Path, *, where: str, part: str | None = None) -
             copy_companions(tokenizer, folder, tokenizer=True)
             if (tokenizer / CHAT_TEMPLATE).is_file():
                 (folder / CHAT_TEMPLATE).write_bytes((tokenizer / CHAT_TEMPLATE).read_bytes())
+        if parts["new"]:
+            (folder / NEW).write_text(json.dumps(parts["new"]), encoding="utf-8")
         write_json(folder / MARKER, {key: parts[key] for key in ("base", "adapter", "part")})
         write_json(folder / CONFIG, config)
 

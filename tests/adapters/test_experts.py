@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
@@ -16,9 +18,11 @@ import mergelab as ml
 from mergelab.engine.registry import get_method, method_names
 from mergelab.errors import ModelError
 from mergelab.models.adapted import on_base, open_model
+from mergelab.models.encoder_decoder import NEW, newly_initialised
 from mergelab.weights.writer import save_folder
 from tests.adapters import made as small
 from tests.conftest import Outcome
+from tests.standins import glue_table
 
 Command = Callable[..., Outcome]
 peft = pytest.importorskip("peft")
@@ -158,3 +162,33 @@ def test_an_adapter_that_fits_both_parts_needs_to_say_which(tmp_path: Path) -> N
     folder, _ = small.adapter(tmp_path / "adapter", whole.encoder, peft.LoraConfig(r=2, target_modules=["query"]))
     with pytest.raises(ModelError, match="fits both parts of its base; say which one with part"):
         on_base(tmp_path / "base", folder, where="a")
+
+
+def test_what_no_checkpoint_had_stays_so_unless_the_adapter_trained_it(tmp_path: Path) -> None:
+    whole: Any = small.bert2bert()
+    whole.save_pretrained(tmp_path / "base")
+    crossing = [name for name in load_file(tmp_path / "base" / "model.safetensors") if "crossattention" in name]
+    (tmp_path / "base" / NEW).write_text(json.dumps(crossing))
+    config = peft.LoraConfig(r=2, target_modules=r"decoder\..*crossattention\.self\.query")
+    folder, _ = small.adapter(tmp_path / "adapter", whole, config)
+    overlay = on_base(tmp_path / "base", folder, where="a")
+    trained = {name for name in crossing if name.endswith("self.query.weight")}
+    assert len(trained) == 2
+    assert newly_initialised(overlay) == set(crossing) - trained
+
+
+def test_adapters_are_measured_as_their_dense_forms(
+    models: dict[str, Path], workplace: Path, mergelab_command: Command
+) -> None:
+    pq.write_table(glue_table("rte", 40, 1), workplace / "validation.parquet")
+    scores = []
+    for a, b in (("a", "b"), ("dense a", "dense b")):
+        outcome = mergelab_command(
+            f"models.base={models['base']}",
+            f"models.experts={{a: {models[a]}, b: {models[b]}}}",
+            *("task=rte", f"task.data_dir={workplace}", "method=ties", "tracking=none", "eval.preflight=false"),
+        )
+        assert outcome.code == 0, outcome.err
+        scores.append(re.findall(r"│ (?:ties|base|\S*[ab]|\S+ of 2|…\S+) [^│]*│ *(\d\.\d{4})", outcome.out))
+    assert len(scores[0]) >= 3, outcome.out
+    assert scores[0] == scores[1]
