@@ -28,14 +28,14 @@ from mergelab.engine.run import merge
 from mergelab.errors import ConfigError, listed
 from mergelab.experiment.opening import MergeScope, open_models
 from mergelab.experiment.sources import ModelSource, from_list
-from mergelab.experiment.tying import untied_config
 from mergelab.models.architecture import quiet_transformers
+from mergelab.models.configs import untied_config
 from mergelab.models.encoder_decoder import PAIRED
 from mergelab.models.vocabulary import MergedVocabulary, Policy
 from mergelab.weights.align import AlignedModels, check_finite
 from mergelab.weights.conversion import load_weights
 from mergelab.weights.module import copy_module
-from mergelab.weights.pretrained import load_pipeline, pipeline_with
+from mergelab.weights.pretrained import from_tensors, load_pipeline, pipeline_with
 from mergelab.weights.source import DictSource
 from mergelab.weights.state_dict import StateDict, dict_map
 
@@ -104,6 +104,7 @@ def _usage(method: MergeMethod) -> str:
         "``models`` are hub ids, local folders, pairs ``{'encoder': …, 'decoder': …}`` of these, modules, pipelines\n"
         "or state dicts, ``base_index`` says which is the base; the result is of the last one's kind (a pipeline of\n"
         "``task`` for ids and folders; without ``task`` an ``EncoderDecoderModel`` for pairs and folders of such).\n"
+        "An expert may be a PEFT adapter, on the base, or without one on the base that it names.\n"
         "An expert for one part of an encoder-decoder base is ``{'reference': …, 'part': 'encoder'}``.\n"
         "Classifiers' heads are merged in the order of the last one's labels; names that do not match are an error.\n"
         "Tensors that match ``passthrough`` skip the merge: the experts' mean is taken. The layers ``leave_out``\n"
@@ -273,6 +274,8 @@ def _same_kind(
         from transformers import EncoderDecoderModel
 
         with quiet_transformers():
+            if template.checkpoint is not None and not template.checkpoint.standard:
+                return filled(from_tensors(EncoderDecoderModel, template.checkpoint))
             module = EncoderDecoderModel.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, dtype="auto"
             )
@@ -282,6 +285,7 @@ def _same_kind(
             folder,
             task,
             tokenizer=stack.enter_context(vocabulary.companions(folder)) if vocabulary else None,
+            checkpoint=template.checkpoint,
             adapt=functools.partial(vocabulary.fit, folder=folder) if vocabulary else None,
         )
     filled(pipe.model)

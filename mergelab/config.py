@@ -359,6 +359,12 @@ class SaveConfig(Schema):
             raise ValueError("must be above 0")
         return size
 
+    form: Literal["dense", "lora_cat", "lora_svd"] = "dense"
+    """As a model, or as an adapter on the base: adapters joined exactly, or any merge at a rank or an energy."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None
+    """For ``lora_svd`` one of these two: the rank of each layer, or the share of its squared change to keep."""
+
     @property
     def max_shard_bytes(self) -> int:
         """``max_shard_size`` in bytes; 1 kB is 1000 of them."""

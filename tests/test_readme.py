@@ -43,6 +43,9 @@ def own_models(workplace: Path) -> None:
     pairs.bert(workplace / "bert")
     pairs.bert(workplace / "other-bert", seed=1)
     pairs.gpt2(workplace / "gpt2")
+    for seed, name in enumerate(("legal-lora", "medical-lora", "recipes-lora")):
+        pairs.lora(workplace / name, workplace / "bert", seed)
+    pairs.changed(workplace / "legal-bert", workplace / "bert")
 
 
 @pytest.fixture

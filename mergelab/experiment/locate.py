@@ -17,6 +17,7 @@ from mergelab.config import ModelsConfig, replace_cache
 from mergelab.errors import ConfigError, HubError, listed
 from mergelab.miniature import text
 from mergelab.models import hub
+from mergelab.models.adapted import base_reference, in_part, is_adapter_folder, on_base
 from mergelab.models.references import Pair, Reference, local_folder, parse_reference, references
 
 Source = Literal["hub", "mini", "local"]
@@ -109,10 +110,11 @@ def locate(
         progress(f"reading {reference.text}", count / len(models.experts))
         folder, label = local_folder(reference, where), reference.label
         if expert.part is not None:
-            from mergelab.models.parts import with_part
-
             assert base is not None
-            folder, label = with_part(base.folder, folder, expert.part, where=where), f"{label} ({expert.part})"
+            folder, label = in_part(base.folder, folder, expert.part, where=where), f"{label} ({expert.part})"
+        elif is_adapter_folder(folder):
+            on = base.folder if base else local_folder(parse_reference(base_reference(folder, where)), where)
+            folder = on_base(on, folder, where=where)
         labels = tuple(expert.labels) if expert.labels else None
         experts.append(
             LocatedExpert(name, label, folder, _revision(reference), expert.weight, expert.task or name, labels)

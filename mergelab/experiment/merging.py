@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mergelab.experiment.saving import Saving
     from mergelab.experiment.selection import EvaluatorSelection
     from mergelab.experiment.session import Session
+    from mergelab.weights.align import AlignedModels
     from mergelab.weights.source import TensorPart
 
 
@@ -86,6 +87,11 @@ class Merging:
             report(part.name, part.entries)
             yield part
             del part  # let it go before the next one is made
+
+    def on(self, models: AlignedModels, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Merge other models with the same method, parameters and weights, whatever dtype they are saved in."""
+        settings = {**self._settings(None), "dtype": None}
+        return merge(self.method, self.parameters, models, **settings, only=only)
 
     def _settings(self, output: str | None) -> dict[str, Any]:
         return {

@@ -72,6 +72,7 @@ def plan_experiment(config: DictConfig) -> Plan:
         raise ConfigError(reason)
     if not checked.evaluate and checked.output is None:
         raise ConfigError("evaluate=false: nothing would be made; say where the merged model goes with output=<folder>")
+    _check_form(checked)
     if checked.output is not None:
         check_output(checked.output, checked.models)
     return Plan(
@@ -132,6 +133,30 @@ def _check_tasks_of_experts(config: ExperimentConfig, tasks: Sequence[TaskSpec])
         if expert.task is not None and expert.task not in known and config.models.mini is None:
             hint = did_you_mean(expert.task, known) or f" (there are {listed(known, 20)})"
             raise ConfigError(f"models.experts.{name}.task={shortened(expert.task)}: no such task{hint}")
+
+
+def _check_form(config: ExperimentConfig) -> None:
+    """Check that what a merged model is written as fits the rest.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    save = config.save
+    if save.form == "lora_svd" and (save.rank is None) == (save.energy is None):
+        raise ConfigError("save.form=lora_svd: give one of save.rank and save.energy")
+    if save.form != "lora_svd" and (save.rank is not None or save.energy is not None):
+        key = "rank" if save.rank is not None else "energy"
+        raise ConfigError(f"save.{key}: belongs to save.form=lora_svd, and save.form is {save.form}")
+    if save.form == "dense":
+        return
+    if config.evaluate:
+        raise ConfigError(
+            f"save.form={save.form}: needs evaluate=false; the adapter that is written can be measured as an expert"
+        )
+    if not isinstance(config.models.base, str):
+        raise ConfigError(f"save.form={save.form}: an adapter needs a base (models.base) that is a folder or a hub id")
+    if save.dtype is not None:
+        raise ConfigError(f"save.dtype={save.dtype}: adapters are written in float32; leave it out")
 
 
 def _merges_writers(config: ExperimentConfig, tasks: Sequence[TaskSpec]) -> bool:

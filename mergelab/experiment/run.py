@@ -130,6 +130,7 @@ def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> 
     from mergelab.experiment.merging import Merging
     from mergelab.experiment.saving import Saving, merge_key
     from mergelab.experiment.session import open_session
+    from mergelab.models.references import Reference, parse_reference
 
     located = locate(plan.config.models, source, [task.name for task in plan.tasks if task.path], progress)
     session = open_session(located, plan.tasks, plan.config, module_names=bool(plan.method.needs))
@@ -141,9 +142,19 @@ def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> 
     assert plan.config.output is not None
     folder = local_path(plan.config.output, "output")
     merging = Merging(plan.method, plan.parameters, session, plan.config.seed, progress, examples)
-    saving = Saving(session, plan.config.save)
-    seconds = merging.to_disk(saving, folder, merge_key(plan, session))
-    saving.say_copied()
+    if plan.config.save.form == "dense":
+        saving = Saving(session, plan.config.save)
+        seconds = merging.to_disk(saving, folder, merge_key(plan, session))
+        saving.say_copied()
+    else:
+        from mergelab.experiment.adapter_output import AdapterOutput
+
+        assert plan.config.models.base is not None
+        base = parse_reference(plan.config.models.base)
+        assert isinstance(base, Reference)
+        assert located.base is not None
+        where = str(located.base.folder) if base.folder or source == "mini" else str(base.repository)
+        seconds = AdapterOutput(merging, plan.config.save).write(folder, where, base.revision)
 
     label = f"{plan.method.name} of {len(located.experts)}"
     merged = ModelResult(label, "merged", {}, merge_seconds=seconds, peak_mb=peak_memory_mb())

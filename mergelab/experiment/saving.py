@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from mergelab.config import local_path
 from mergelab.console.progress import say
 from mergelab.errors import listed
-from mergelab.experiment.tying import untied_config
 from mergelab.models.architecture import read_config
+from mergelab.models.configs import untied_config
 from mergelab.models.encoder_decoder import PAIRED
 from mergelab.weights.source import TensorInfo, TensorPart, layout_of
 from mergelab.weights.writer import complete_files, is_unfinished, making_of, stay, writing_folder

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from mergelab.config import PairConfig, ReferenceConfig, Schema, check
 from mergelab.errors import ConfigError, ModelError
+from mergelab.models.adapted import base_reference, in_part, is_adapter_folder, on_base, open_model
 from mergelab.models.architecture import Architecture, architecture, architecture_of
 from mergelab.models.encoder_decoder import newly_initialised
-from mergelab.models.parts import ModelPart, with_part
+from mergelab.models.parts import ModelPart
 from mergelab.models.references import local_folder, parse_reference
 from mergelab.models.unnamed_class import class_by_tensors
 from mergelab.models.vocabulary import LoadedTokens
-from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
+from mergelab.weights.checkpoint import Checkpoint
 from mergelab.weights.conversion import is_transformers_model
 from mergelab.weights.module import mergeable, module_of
 from mergelab.weights.source import DictSource, TensorSource
@@ -108,11 +109,11 @@ class _PartConfig(Schema):
 
 
 def from_folder(folder: Path, name: str, *, label: str = "", given: Any = None) -> ModelSource:
-    """Open a model folder; see `mergelab.weights.checkpoint.open_checkpoint` for the errors.
+    """Open a model folder; see `mergelab.models.adapted.open_model` for the errors.
 
     Where its config names no class, it is the one that has the folder's tensors.
     """
-    checkpoint = open_checkpoint(folder, name)
+    checkpoint = open_model(folder, name)
     if not checkpoint.config.get("architectures") and (found := class_by_tensors(checkpoint)) is not None:
         checkpoint.config["architectures"] = [found]
     return ModelSource(name, checkpoint, given, label)
@@ -121,26 +122,27 @@ def from_folder(folder: Path, name: str, *, label: str = "", given: Any = None) 
 def from_list(models: Sequence[Any], base_index: int | None) -> list[ModelSource]:
     """Open models of any kind; the base first, since an expert for one part of it has the base's other part."""
     at = None if base_index is None else base_index % len(models)
-    base = None if at is None else from_given(models[at], f"models[{at}]")
+    base = None if at is None else from_given(models[at], f"models[{at}]", is_base=True)
     return [
         base if base is not None and index == at else from_given(model, f"models[{index}]", base)
         for index, model in enumerate(models)
     ]
 
 
-def from_given(given: Any, name: str, base: ModelSource | None = None) -> ModelSource:
+def from_given(given: Any, name: str, base: ModelSource | None = None, *, is_base: bool = False) -> ModelSource:
     """Open a model: a hub id, a folder, a pair, a part of an encoder-decoder, a module, a pipeline or a state dict.
 
     Args:
         given: the model.
         name: what errors call it where it has no name; a key of the user's.
-        base: the model that has the other part, for ``{"reference": …, "part": "encoder"}``.
+        base: the model that has the other part, for ``{"reference": …, "part": "encoder"}``; an adapter's base.
+        is_base: whether it is the base of a merge, which no adapter can be.
 
     Raises:
         ModelError, HubError: it cannot be had, or is nothing of this kind. ConfigError: it is not fully described.
     """
     if isinstance(given, str | Path):
-        return _from_reference(given, str(given), name)
+        return _from_reference(given, str(given), name, base, is_base=is_base)
     if isinstance(given, Mapping) and isinstance(given.get("part"), str):
         return _from_part(given, name, base)
     if isinstance(given, Mapping) and any(isinstance(value, str | Path) for value in given.values()):
@@ -168,9 +170,23 @@ def _check_not_wrapped(module: nn.Module, name: str) -> None:
         )
 
 
-def _from_reference(given: Any, reference: str | PairConfig, name: str) -> ModelSource:
+def _from_reference(
+    given: Any, reference: str | PairConfig, name: str, base: ModelSource | None = None, *, is_base: bool = False
+) -> ModelSource:
     parsed = parse_reference(reference)
-    return from_folder(local_folder(parsed, name), parsed.text, given=given)
+    folder = local_folder(parsed, name)
+    if is_adapter_folder(folder) and not is_base:
+        folder = on_base(_base_folder(folder, name, base), folder, where=parsed.text)
+    return from_folder(folder, parsed.text, given=given)
+
+
+def _base_folder(adapter: Path, name: str, base: ModelSource | None) -> Path:
+    """Return the folder of an adapter's base: the merge's base, or else the one that the adapter names."""
+    if base is None:
+        return local_folder(parse_reference(base_reference(adapter, name)), name)
+    if base.folder is None:
+        raise ModelError(f"{name} is an adapter, and the base is a model in memory; give a hub id or a folder as base")
+    return base.folder
 
 
 def _from_part(given: Mapping[str, Any], name: str, base: ModelSource | None) -> ModelSource:
@@ -182,7 +198,7 @@ def _from_part(given: Mapping[str, Any], name: str, base: ModelSource | None) ->
             "pair for the other part"
         )
     reference = parse_reference(wanted.reference)
-    folder = with_part(base.folder, local_folder(reference, name), wanted.part, where=name)
+    folder = in_part(base.folder, local_folder(reference, name), wanted.part, where=name)
     return from_folder(folder, f"{reference.text} ({wanted.part})", given=given)
 
 

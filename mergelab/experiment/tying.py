@@ -115,22 +115,6 @@ def with_ties(models: Sequence[ModelSource], sources: Sequence[TensorSource], *,
     return Tying(result, bool(apart), all_names)
 
 
-def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a ``config.json`` that say that its model ties nothing; none of an encoder-decoder.
-
-    With some encoder-decoders (T5) the key has a second meaning, the scale of the output; transformers does not tie
-    tensors that differ in any case.
-    """
-    if config.get("is_encoder_decoder") or config.get("model_type") == "encoder-decoder":
-        return {}
-    inner = {
-        name: {**part, "tie_word_embeddings": False}
-        for name, part in config.items()
-        if isinstance(part, dict) and "tie_word_embeddings" in part
-    }
-    return {"tie_word_embeddings": False, **inner}
-
-
 def _may_matter(models: Sequence[ModelSource], sources: Sequence[TensorSource]) -> bool:
     """Return whether names, shapes and first rows leave it possible that a tie is stored twice, or not in all models.
 

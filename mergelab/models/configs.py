@@ -199,3 +199,19 @@ def _matches(key: str, patterns: Iterable[str]) -> bool:
 def _short(value: Any) -> str:
     text = "not set" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a ``config.json`` that say that its model ties nothing; none of an encoder-decoder.
+
+    With some encoder-decoders (T5) the key has a second meaning, the scale of the output; transformers does not tie
+    tensors that differ in any case.
+    """
+    if config.get("is_encoder_decoder") or config.get("model_type") == "encoder-decoder":
+        return {}
+    inner = {
+        name: {**part, "tie_word_embeddings": False}
+        for name, part in config.items()
+        if isinstance(part, dict) and "tie_word_embeddings" in part
+    }
+    return {"tie_word_embeddings": False, **inner}

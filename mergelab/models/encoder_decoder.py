@@ -12,21 +12,18 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
-from mergelab.config import cache_dir, temporary_cache
 from mergelab.errors import MergelabError, MergeWarning, ModelError, listed
 from mergelab.models.architecture import quiet_transformers, read_config, tokenizer_folder
+from mergelab.models.made import made
 from mergelab.models.tokens import copy_companions, decoder_tokenizer, load_tokenizer, read_tokens, tokenizer_content
 from mergelab.weights.checkpoint import CONFIG, open_checkpoint
 from mergelab.weights.module import load_into, named_tensors
 from mergelab.weights.pretrained import refuse_own_code
-from mergelab.weights.unfinished import unfinished_folder
 from mergelab.weights.writer import DECODER_TOKENIZER
 
 if TYPE_CHECKING:
@@ -35,7 +32,7 @@ if TYPE_CHECKING:
 PAIRED = "EncoderDecoderModel"
 KIND = "encoder-decoder"  # its model_type
 NEW = "newly_initialised.json"
-_HOME = "encoder-decoders"  # in the cache
+HOME = "encoder-decoders"  # in the cache
 _GENERATION = "generation_config.json"
 _IDS = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
 # Bidirectional although transformers has a causal and no masked language model of them.
@@ -88,40 +85,7 @@ def warm_start(
         "token_ids": dict(token_ids or {}),
         "versions": [version("torch"), version("transformers")],
     }
-    return made(parts, lambda folder: _join(folder, encoder, decoder, where, seed, token_ids or {}))
-
-
-def made(parts: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
-    """Return the folder in the cache that ``parts`` name; the first time it is written.
-
-    Where the cache cannot be written to, a temporary one takes its place, and a `MergeWarning` says so.
-
-    Raises:
-        ModelError: that one cannot be written to either.
-    """
-    try:
-        return _made(cache_dir() / _HOME, parts, write)
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-    home = temporary_cache(str(cache_dir() / _HOME), why) / _HOME
-    try:
-        return _made(home, parts, write)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{home}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _made(home: Path, parts: Mapping[str, Any], write: Callable[[Path], None]) -> Path:
-    from filelock import FileLock
-
-    folder = home / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-    if (folder / CONFIG).is_file():
-        return folder
-    home.mkdir(parents=True, exist_ok=True)
-    with FileLock(home / f".{folder.name}.lock"):
-        if not (folder / CONFIG).is_file():
-            with unfinished_folder(folder, remains_of="*") as making:
-                write(making)
-    return folder
+    return made(HOME, parts, lambda folder: _join(folder, encoder, decoder, where, seed, token_ids or {}))
 
 
 def _content(folder: Path) -> list[str]:

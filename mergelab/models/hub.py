@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.errors import HubError, ModelError, listed
-from mergelab.weights.adapters import ADAPTER_CONFIG, adapter_refusal, is_adapter
+from mergelab.weights.adapters import ADAPTER_CONFIG, PEFT_WEIGHTS, adapter_refusal, is_adapter
 from mergelab.weights.companions import is_companion, is_module_weights, module_folders
 from mergelab.weights.files import WEIGHT_FILES, StoredWeights, is_inside, weight_files
 
@@ -70,11 +70,16 @@ def reachable(timeout: float = 2.0) -> bool:
 def cached(repo_id: str, revision: str | None = None) -> Path | None:
     """Find a model's folder in the local cache, without network; None unless config, weights and tokenizer are there.
 
-    A model that has no tokenizer is complete when the cache has that on record, as after `fetch`.
+    An adapter of PEFT is complete with its configuration and its weights. A model that has no tokenizer is complete
+    when the cache has that on record, as after `fetch`.
     """
     from huggingface_hub import try_to_load_from_cache
 
     try:
+        adapter = try_to_load_from_cache(repo_id, ADAPTER_CONFIG, revision=revision)
+        if isinstance(adapter, str):
+            folder = Path(adapter).parent
+            return folder if any((folder / name).is_file() for name in PEFT_WEIGHTS) else None
         config = try_to_load_from_cache(repo_id, "config.json", revision=revision)
         if not isinstance(config, str):
             return None
@@ -93,8 +98,8 @@ def fetch(repo_id: str, revision: str | None = None) -> Path:
     """Download what a transformers checkpoint needs and return the local snapshot's folder.
 
     That is configuration and companion files (tokenizer, generation settings, chat templates, licence, …), then the
-    weights in one format: safetensors, or PyTorch's where there are no safetensors. Files that the cache has are not
-    fetched again. When the hub cannot be reached, a complete copy in the cache serves.
+    weights in one format: safetensors, or PyTorch's where there are no safetensors; of an adapter its own. Files that
+    the cache has are not fetched again. When the hub cannot be reached, a complete copy in the cache serves.
 
     Raises:
         HubError: the repository or revision does not exist, is gated, has no weights, or the hub cannot be reached.
@@ -159,6 +164,10 @@ def _download(repo_id: str, revision: str | None) -> Path:
     names = {sibling.rfilename for sibling in information.siblings or ()}
     if outside := sorted(name for name in names if name.startswith("/") or ".." in name.split("/")):
         raise HubError(f"{what} names files outside its folder: {listed(outside, 3)}")
+    if ADAPTER_CONFIG in names and (adapter := next((name for name in PEFT_WEIGHTS if name in names), None)):
+        small = {name for name in names if name in ("config.json", ADAPTER_CONFIG) or is_companion(name)}
+        _snapshot(repo_id, revision, small)
+        return _snapshot(repo_id, revision, [adapter])
     if is_adapter(names):
         raise HubError(adapter_refusal(what, _adapter_config(repo_id, information.sha, names)))
     if "config.json" not in names:

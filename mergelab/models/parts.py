@@ -13,7 +13,8 @@ from typing import Literal
 from torch import Tensor
 
 from mergelab.errors import ModelError, ShapeMismatch, listed
-from mergelab.models.encoder_decoder import NEW, made, newly_initialised
+from mergelab.models.encoder_decoder import HOME, NEW, newly_initialised
+from mergelab.models.made import made
 from mergelab.weights.align import RenamedSource, align
 from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
 from mergelab.weights.companions import companion_files
@@ -58,7 +59,7 @@ def with_part(base: Path, checkpoint: Path, part: ModelPart, *, where: str) -> P
         ],
         "new": sorted(newly_initialised(checkpoint)),
     }
-    return made(parts, lambda folder: _write(folder, whole, _exchanged(whole, other, part, where), other, part))
+    return made(HOME, parts, lambda folder: _write(folder, whole, _exchanged(whole, other, part, where), other, part))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Adapters, such as LoRA's: recognised in folders, names and modules, and refused until they can be merged."""
+"""Adapters, such as LoRA's: recognised in folders, names and modules, and refused where a whole model is needed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch import nn
 from mergelab.errors import ModelError
 
 ADAPTER_CONFIG = "adapter_config.json"
+# In the order in which PEFT looks for them.
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Files of PEFT, the Adapters library, Diffusers and MLX.
 ADAPTER_WEIGHTS = (
-    "adapter_model.safetensors",
-    "adapter_model.bin",
+    *PEFT_WEIGHTS,
     "adapter.safetensors",
     "pytorch_adapter.bin",
     "adapters.safetensors",
@@ -27,12 +28,20 @@ _NAMES = re.compile(
     r"(lora_(A|B|E|embedding_A|embedding_B|magnitude_vector)|hada_(w1|w2)_[ab]|lokr_(w1|w2)(_[ab])?|vera_lambda_[bd]"
     r"|ia3_l|oft_[rRs]|boft_[Rs]|modules_to_save|original_module)"
 )
-_WHAT_TO_DO = "adapters cannot be merged yet; merge it into its base first (PeftModel.merge_and_unload) and save that"
+_WHAT_TO_DO = (
+    "PEFT's adapters are merged as experts, from their folders, on their base; where a whole model is needed, merge it "
+    "into its base first (PeftModel.merge_and_unload) and save that"
+)
 
 
 def is_adapter(names: Iterable[str]) -> bool:
     """Return whether a folder with files of these names, or a repository, is an adapter."""
     return not {ADAPTER_CONFIG, *ADAPTER_WEIGHTS}.isdisjoint(names)
+
+
+def is_adapter_tensor(name: str) -> bool:
+    """Return whether a part of a tensor's name is one that PEFT gives to adapters' tensors."""
+    return any(_NAMES.fullmatch(part) for part in name.split("."))
 
 
 def refuse_adapter(name: str, folder: Path) -> None:

@@ -60,14 +60,20 @@ if hasattr(torch, "float8_e8m0fnu"):  # since PyTorch 2.7
 _MAP_NORESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
-class _WeightFile(Protocol):
+class WeightFile(Protocol):
+    """A file of tensors by name."""
+
     infos: dict[str, TensorInfo]
     ties: dict[str, str]
     nested: bool  # whether the tensors are not at the top of the file
 
-    def get(self, key: str) -> Tensor: ...
+    def get(self, key: str) -> Tensor:
+        """Return a tensor that must not be written to."""
+        ...
 
-    def prefetch(self, key: str) -> None: ...
+    def prefetch(self, key: str) -> None:
+        """Request that it be read ahead."""
+        ...
 
 
 class Checkpoint:
@@ -86,7 +92,7 @@ class Checkpoint:
         name: str,
         folder: Path,
         config: dict[str, Any],
-        shards: Mapping[Path, _WeightFile],
+        shards: Mapping[Path, WeightFile],
         *,
         standard: bool = True,
     ) -> None:
@@ -177,7 +183,7 @@ class Checkpoint:
         file = self._file(key)
         return file.infos[self._stored[self._aliases.get(key, key)]]
 
-    def _file(self, key: str) -> _WeightFile:
+    def _file(self, key: str) -> WeightFile:
         held = self._aliases.get(key, key)
         if held not in self._home or held in self._hidden:
             raise KeyMismatch(f"{self.name}: has no tensor {key!r} in {self.folder}")
@@ -219,13 +225,13 @@ def open_checkpoint(folder: Path | str, name: str | None = None) -> Checkpoint:
     if found.index is not None:
         shards = _open_shards(folder / found.index, name)
     else:
-        shards = {folder / file: _open_file(folder / file, name) for file in found.files}
+        shards = {folder / file: open_weight_file(folder / file, name) for file in found.files}
         _check_distinct(shards, name)
     read_as_stored = all(not file.nested for file in shards.values())
     return Checkpoint(name, folder, config, shards, standard=found.standard and read_as_stored)
 
 
-def _check_distinct(shards: Mapping[Path, _WeightFile], name: str) -> None:
+def _check_distinct(shards: Mapping[Path, WeightFile], name: str) -> None:
     """Raise `ModelError` when a tensor is in two shards that no index divides the tensors among."""
     first: dict[str, Path] = {}
     for path, shard in shards.items():
@@ -234,7 +240,7 @@ def _check_distinct(shards: Mapping[Path, _WeightFile], name: str) -> None:
                 raise ModelError(f"{name}: {key} is in {other.name} and in {path.name}, and there is no index")
 
 
-def _open_shards(index: Path, name: str) -> dict[Path, _WeightFile]:
+def _open_shards(index: Path, name: str) -> dict[Path, WeightFile]:
     """Open every shard that ``index`` names and check that each holds exactly the tensors that the index says."""
     weight_map = read_json(index, name).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
@@ -247,9 +253,9 @@ def _open_shards(index: Path, name: str) -> dict[Path, _WeightFile]:
     if absent := [file for file in sorted(indexed) if not os.path.isfile(index.parent / file)]:
         raise ModelError(f"{name}: {index.name} names files that are not in {index.parent}: {listed(absent)}")
     _check_shard_count(index, set(indexed), name)
-    shards: dict[Path, _WeightFile] = {}
+    shards: dict[Path, WeightFile] = {}
     for file, keys in indexed.items():
-        shard = shards[index.parent / file] = _open_file(index.parent / file, name)
+        shard = shards[index.parent / file] = open_weight_file(index.parent / file, name)
         if lost := sorted(keys - shard.infos.keys() - shard.ties.keys()):
             raise ModelError(f"{name}: {index.name} names tensors that {file} does not hold: {listed(lost)}")
         if extra := sorted(shard.infos.keys() - keys):
@@ -264,7 +270,12 @@ def _check_shard_count(index: Path, files: set[str], name: str) -> None:
         raise ModelError(f"{name}: {index} names {len(files)} of {count} shards")
 
 
-def _open_file(path: Path, name: str) -> _WeightFile:
+def open_weight_file(path: Path, name: str) -> WeightFile:
+    """Open a safetensors or PyTorch file; ``name`` is the model's in errors.
+
+    Raises:
+        ModelError: it cannot be read, is truncated, or needs arbitrary unpickling.
+    """
     try:
         return _SafetensorsFile(path, name) if path.suffix == ".safetensors" else _TorchFile(path, name)
     except OSError as error:

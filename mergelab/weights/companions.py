@@ -102,7 +102,7 @@ def companion_files(folder: Path, wanted: Callable[[str], bool] = lambda _name: 
     for name in _files(folder, modules):
         if not (is_companion(name) or is_module_weights(name, modules)) or not wanted(name):
             continue
-        if _is_inside(folder / name, folder):
+        if leads_inside(folder / name, folder):
             found.append(name)
         else:
             foreign.append(name)
@@ -167,7 +167,7 @@ def _is_other_model(files: Sequence[str]) -> bool:
     return "config.json" in files and any(_fits(file, _WEIGHTS) for file in files)
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
+def leads_inside(path: Path, folder: Path) -> bool:
     """Return whether a path leads to a file in the folder, or in the hub's cache for one of its snapshots."""
     home = folder.resolve()
     real = path.resolve()

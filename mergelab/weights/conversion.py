@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -151,6 +152,18 @@ def as_in(module: nn.Module, source: TensorSource) -> TensorSource:
 def names_in(module: nn.Module, source: TensorSource) -> dict[str, str]:
     """Return the stored name of each tensor that ``module`` has as it is stored, by its name in the module."""
     return dict(_plan(module, [*source.keys(), *source.aliases()], source.name).renamed)
+
+
+def module_names(module: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """Return what ``module`` calls tensors that transformers would read under these names, each by its name here.
+
+    Those that it would compute of several are not among them, nor those that it would call as another one.
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        with suppress(KeyMismatch, ModelError):
+            found.update({stored: new for new, stored in _plan(module, [name], type(module).__name__).renamed.items()})
+    return found
 
 
 def fit(module: nn.Module, names: Collection[str]) -> tuple[int, int]:

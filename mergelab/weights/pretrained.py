@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _SEQ2SEQ_TASKS = ("text2text-generation", "summarization", "translation")
 
 
-def load_model(name: str | Path, task: str, **kwargs: Any) -> PreTrainedModel:
+def load_model(name: str | Path, task: str, *, checkpoint: Checkpoint | None = None, **kwargs: Any) -> PreTrainedModel:
     """Load a model for ``task`` from a hub id or a local folder, in its stored dtype.
 
     Weights that the checkpoint lacks (the head of a base model) are initialised with a fixed seed.
@@ -33,6 +33,7 @@ def load_model(name: str | Path, task: str, **kwargs: Any) -> PreTrainedModel:
     Args:
         name: hub id or folder.
         task: a transformers pipeline task, e.g. ``text-classification``.
+        checkpoint: the folder, opened, where that takes more than its path; default: as it is.
         kwargs: arguments of ``from_pretrained`` (``revision``, ``dtype``, …), and ``device`` to move the model to.
 
     Raises:
@@ -45,11 +46,10 @@ def load_model(name: str | Path, task: str, **kwargs: Any) -> PreTrainedModel:
     device = kwargs.pop("device", None)
     kwargs.setdefault("dtype", kwargs.pop("torch_dtype", "auto"))
     kwargs.setdefault("trust_remote_code", False)  # else transformers asks the user, who may not be there
-    checkpoint = None
     if Path(name).is_dir():
         refuse_adapter(str(name), Path(name))
     if Path(name, "config.json").is_file() and not kwargs.keys() & {"subfolder", "variant"}:
-        checkpoint = open_checkpoint(name)  # raises errors that name the damaged file
+        checkpoint = checkpoint or open_checkpoint(name)  # raises errors that name the damaged file
         if not kwargs["trust_remote_code"]:
             refuse_own_code(str(name), checkpoint.config)
     failure: Exception | None = None

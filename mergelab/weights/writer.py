@@ -143,7 +143,7 @@ def writing_folder(
     """
     folder, like = Path(folder), Path(like)
     config = read_config(like, str(like))
-    _check_target(folder, [like, *map(Path, inputs)])
+    check_target(folder, [like, *map(Path, inputs)])
     names = {info.name for info in layout}
     ties = {alias: key for alias, key in (aliases or {}).items() if key in names}  # else only the alias is stored
     stored = [as_stored(info, dtype) for info in layout if info.name not in ties]
@@ -290,7 +290,8 @@ def _config_for(
     return {**result, **(updates or {})}
 
 
-def _check_target(folder: Path, inputs: Sequence[Path]) -> None:
+def check_target(folder: Path, inputs: Sequence[Path]) -> None:
+    """Raise `ModelError` for a target that is in use, is a file, or is the folder of one of ``inputs``."""
     if folder.exists():
         for path in inputs:
             if path.exists() and os.path.samefile(path, folder):

@@ -19,7 +19,7 @@ from mergelab.errors import MergeWarning
 from mergelab.estimation.disk_cache import disk_cached
 from mergelab.evaluation import scoring
 from mergelab.evaluation.scoring import PredictionCache
-from mergelab.models.encoder_decoder import made
+from mergelab.models.made import made
 from tests.conftest import Outcome
 
 Command = Callable[..., Outcome]
@@ -126,12 +126,12 @@ def test_a_model_that_cannot_be_kept_is_made_for_the_command(tmp_path: Path, mon
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "encoder-decoders").touch()
     with pytest.warns(MergeWarning, match="encoder-decoders cannot be used"):
-        folder = made({"of": 1}, lambda place: (place / "config.json").write_text("{}") and None)
+        folder = made("encoder-decoders", {"of": 1}, lambda place: (place / "config.json").write_text("{}") and None)
     assert (folder / "config.json").read_text() == "{}"
     shutil.rmtree(tmp_path / "cache")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        kept = made({"of": 1}, lambda place: (place / "config.json").write_text("{}") and None)
+        kept = made("encoder-decoders", {"of": 1}, lambda place: (place / "config.json").write_text("{}") and None)
     assert kept.is_relative_to(tmp_path / "cache")
 
 

@@ -118,3 +118,39 @@ def bert2bert(folder: Path, seed: int = 0) -> Path:
         return model
 
     return words(saved(folder, make, seed))
+
+
+def lora(folder: Path, base: Path, seed: int) -> Path:
+    """Write a LoRA adapter of the attention of a model in ``base``, as PEFT does."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    draw = torch.Generator().manual_seed(seed)
+    held = {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        if name.endswith(("query.weight", "value.weight")):
+            layer = f"base_model.model.{name.removesuffix('.weight')}"
+            held[f"{layer}.lora_A.weight"] = torch.randn(4, tensor.shape[1], generator=draw)
+            held[f"{layer}.lora_B.weight"] = 0.1 * torch.randn(tensor.shape[0], 4, generator=draw)
+    folder.mkdir()
+    save_file(held, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    return folder
+
+
+def changed(folder: Path, base: Path) -> Path:
+    """Copy the model in ``base`` with other weights in its attention."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, folder)
+    draw = torch.Generator().manual_seed(9)
+    held = load_file(base / "model.safetensors")
+    for name, tensor in held.items():
+        if ".attention." in name:
+            held[name] = tensor + 0.1 * torch.randn(tensor.shape, generator=draw)
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    return folder

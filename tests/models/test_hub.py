@@ -106,22 +106,36 @@ def test_fetch_brings_all_that_belongs_to_a_model_and_neither_other_formats_nor_
 
 
 @pytest.mark.parametrize("with_config", [False, True])
-def test_an_adapter_on_the_hub_is_said_to_be_one(
+def test_an_adapter_is_fetched_with_its_tokenizer(
     with_config: bool, empty_hub: HubServer, client: Client, checkpoint: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
-    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    for name in ("adapter_model.safetensors", "adapter_model.bin", "optimizer.pt", "tokenizer.json"):
+        (folder / name).write_bytes(b"content")
     if with_config:
         shutil.copy(checkpoint / "config.json", folder)
+    empty_hub.add_model("org/adapter", folder)
+    assert client(CACHED.format("org/adapter", None)) is None
+    answer = client(FETCH.format("org/adapter", None))
+    own = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert set(answer["files"]) == own | ({"config.json"} if with_config else set())
+    assert client(CACHED.format("org/adapter", None)) is not None
+
+
+def test_an_adapter_of_another_library_on_the_hub_is_said_to_be_one(
+    empty_hub: HubServer, client: Client, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"config": {"architecture": "lora"}, "model_name": "org/base"}')
+    (folder / "pytorch_adapter.bin").write_bytes(b"weights")
     empty_hub.add_model("org/adapter", folder)
     answer = client(FETCH.format("org/adapter", None))
     assert answer["error"] == "HubError"
     line = answer["message"]
-    assert line.startswith(
-        "model org/adapter: is a LoRA adapter of org/base (peft_type LORA): adapters cannot be merged"
-    )
+    assert line.startswith("model org/adapter: is a LoRA adapter of org/base (lora): PEFT's adapters are merged")
     assert "\n" not in line
 
 

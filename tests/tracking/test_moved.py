@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sqlite3
 import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,7 @@ def test_a_database_moved_alone_still_finds_artifacts_and_writes_beside_itself(
     # The artifacts follow later.
     shutil.copytree(location(workplace) / other, location(there) / other)
     script = "from mergelab.tracking import *; open_tracking(TrackingConfig())"
-    subprocess.run(["python", "-c", script], cwd=there, check=True, env=os.environ)
+    subprocess.run([sys.executable, "-c", script], cwd=there, check=True, env=os.environ)
     assert place(client, other).is_relative_to(there)
 
 

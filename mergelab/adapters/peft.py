@@ -1,0 +1,267 @@
+"""Read PEFT's adapters: LoRA and its relatives, IA³ and trained tokens, from their configuration and tensors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergelab.adapters.files import AdapterFiles
+from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
+from mergelab.weights.adapters import is_adapter_tensor
+
+KINDS = ("LORA", "IA3", "TRAINABLE_TOKENS")
+_PREFIX = "base_model.model."
+_LORA = re.compile(r"(?P<site>.+)\.lora_(?P<factor>[AB])\.(?P<leaf>weight|bias)")
+_EMBEDDING = re.compile(r"(?P<site>.+)\.lora_embedding_(?P<factor>[AB])")
+_MAGNITUDE = re.compile(r"(?P<site>.+)\.lora_magnitude_vector(\.weight)?")
+_IA3 = re.compile(r"(?P<site>.+)\.ia3_l")
+_TOKENS = re.compile(r"(?P<site>.+?)(\.token_adapter)?\.trainable_tokens_delta")
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save)(?=\.(weight|bias)$)")
+
+# Settings that the tensors show, that matter in training alone, or that are read by name below.
+_KNOWN = frozenset(
+    {
+        *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+        *("inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "bias"),
+        *("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "modules_to_save", "init_lora_weights"),
+        *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "trainable_token_indices"),
+        *("ensure_weight_tying", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"),
+        *("lora_ga_config", "qalora_group_size", "runtime_config", "ephemeral_gpu_offload"),
+        *("feedforward_modules", "init_ia3_weights", "token_indices", "init_weights"),
+    }
+)
+# Initialisations that leave the base's weights as they are.
+_PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The low-rank change ``scale · B · A`` of one layer, as it was trained.
+
+    Attributes:
+        a: (r, inputs), of a convolution (r, channels · height · width), of an embedding (r, tokens).
+        b: (outputs, r).
+        scale: α/r, or α/√r for rsLoRA.
+        embedding: whether the layer is an embedding, whose stored weight is (tokens, width).
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of A."""
+        return int(self.a.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An adapter in canonical form, by the names that it gives to the layers and tensors of its base.
+
+    Attributes:
+        name: what errors call it.
+        kind: its ``peft_type``.
+        base: the base that it names, if it does, and at which revision.
+        task_type: as PEFT calls it ("SEQ_CLS"); None where it says nothing.
+        class_name: the class of its base, where it says so.
+        fan_in_fan_out: whether it was made for (inputs, outputs) weights, where the base's modules do not tell.
+        keeps_ties: whether what it changes at one end of tied embeddings holds for both.
+        factors: low-rank changes, by layer.
+        magnitudes: DoRA's lengths, by layer.
+        biases: the bias of B, by layer; it is scaled as the product is.
+        vectors: IA³'s factors, by layer: (outputs, 1) or (1, inputs).
+        rows: the numbers of the trained tokens and their rows, by layer.
+        tensors: whole tensors, by name: trained biases, heads, other modules.
+    """
+
+    name: str
+    kind: str
+    base: str | None
+    revision: str | None
+    task_type: str | None
+    class_name: str | None
+    fan_in_fan_out: bool
+    keeps_ties: bool
+    factors: dict[str, Factors] = field(default_factory=dict)
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tensors that it changes, in its own spelling."""
+        layers = dict.fromkeys([*self.factors, *self.vectors, *self.rows])
+        return [*(f"{layer}.weight" for layer in layers), *self.tensors]
+
+
+def read_peft(files: AdapterFiles) -> Adapter:
+    """Bring a PEFT adapter into canonical form.
+
+    Raises:
+        ModelError: its type, a setting or a tensor is none that can be merged; the line names it.
+        KeyMismatch: a factor is without its counterpart. ShapeMismatch: the two do not fit together.
+    """
+    config, name = files.config, files.name
+    check_settings(config, name)
+    found = Adapter(
+        name=name,
+        kind=str(config["peft_type"]),
+        base=_text(config, "base_model_name_or_path", name),
+        revision=_text(config, "revision", name),
+        task_type=_text(config, "task_type", name),
+        class_name=_class_name(config),
+        fan_in_fan_out=bool(config.get("fan_in_fan_out")),
+        keeps_ties=bool(config.get("ensure_weight_tying")),
+    )
+    halves: dict[str, dict[str, Tensor]] = {}
+    for stored, tensor in files.tensors.items():
+        key = stored.removeprefix(_PREFIX)
+        if match := _LORA.fullmatch(key) or _EMBEDDING.fullmatch(key):
+            factor, leaf = match["factor"], match.groupdict().get("leaf", "embedding")
+            if leaf == "bias" and factor == "B":
+                found.biases[match["site"]] = tensor
+            elif leaf == "bias":
+                raise ModelError(f"{name}: {stored} is a bias of A, which no adapter of PEFT has")
+            else:
+                halves.setdefault(match["site"], {})[factor] = tensor
+                halves[match["site"]].setdefault(leaf, tensor)
+        elif match := _MAGNITUDE.fullmatch(key):
+            found.magnitudes[match["site"]] = tensor.reshape(-1)
+        elif match := _IA3.fullmatch(key):
+            found.vectors[match["site"]] = tensor
+        elif match := _TOKENS.fullmatch(key):
+            found.rows[match["site"]] = _rows(match["site"], tensor, config, name)
+        else:
+            _add_whole(found, key, stored, tensor)
+    for site, parts in halves.items():
+        found.factors[site] = _factors(site, parts, config, name)
+    _check_complete(found, config)
+    return found
+
+
+def check_settings(config: Mapping[str, Any], name: str) -> None:
+    """Check that an ``adapter_config.json`` describes what can be merged.
+
+    Raises:
+        ModelError: it does not; the line names the type or the setting.
+    """
+    kind = config.get("peft_type")
+    if kind not in KINDS:
+        what = "names no peft_type" if kind is None else f"is of peft_type {kind!r}"
+        raise ModelError(
+            f"{name}: its adapter_config.json {what}; adapters of type {', '.join(KINDS)} can be merged, others after "
+            "PeftModel.merge_and_unload or peft's convert_to_lora"
+        )
+    init = config.get("init_lora_weights")
+    if not any(init is each or (isinstance(each, str) and init == each) for each in _PLAIN_INITIALISATIONS):
+        raise ModelError(
+            f"{name}: init_lora_weights={init!r} changed the base's weights when it was made, so that it does not fit "
+            "the base as stored; save it again with path_initial_model_for_weight_conversion, which converts it"
+        )
+    if unknown := [key for key, value in config.items() if key not in _KNOWN and value not in (None, False, {}, [])]:
+        raise ModelError(
+            f"{name}: {listed(f'{key}={config[key]!r:.60}' for key in unknown)} in its adapter_config.json cannot be "
+            "merged; merge it into its base (PeftModel.merge_and_unload) and save that"
+        )
+
+
+def scale_of(site: str, rank: int, config: Mapping[str, Any], name: str) -> float:
+    """Return LoRA's scale of a layer by PEFT's rule: α by the first pattern that fits its name, r by the tensor.
+
+    Raises:
+        ModelError: α is no number, or a pattern is no regular expression.
+    """
+    alpha = config.get("lora_alpha", 8)
+    patterns = config.get("alpha_pattern") or {}
+    try:
+        if not isinstance(patterns, Mapping):
+            raise TypeError(f"{patterns!r:.60}")
+        fitting = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", site)), None)
+    except (re.error, TypeError) as error:
+        raise ModelError(f"{name}: alpha_pattern in its adapter_config.json is no set of patterns ({error})") from error
+    if fitting is not None:
+        alpha = patterns[fitting]
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ModelError(f"{name}: the lora_alpha of {site} must be a number, and is {alpha!r}")
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _factors(site: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> Factors:
+    if {"A", "B"} - parts.keys():
+        (lacking,) = {"A", "B"} - parts.keys()
+        raise KeyMismatch(f"{name}: {site} has lora_{'B' if lacking == 'A' else 'A'} without lora_{lacking}")
+    a, b, embedding = parts["A"], parts["B"], "embedding" in parts
+    if embedding and "weight" in parts:
+        raise ModelError(f"{name}: {site} has factors of an embedding and of a linear layer")
+    if a.dim() < 2 or b.dim() < 2 or 0 in (*a.shape, *b.shape):
+        raise ShapeMismatch(
+            f"{name}: the factors of {site} must be matrices; A is {list(a.shape)} and B is {list(b.shape)} (weights "
+            "that were saved before their parts were gathered look so)"
+        )
+    if a.shape[0] != b.shape[1] or b[0, 0].numel() != 1:
+        raise ShapeMismatch(
+            f"{name}: the ranks of {site} differ: A is {list(a.shape)} (r, inputs) and B is {list(b.shape)} "
+            "(outputs, r)"
+        )
+    scale = scale_of(site, a.shape[0], config, name)
+    return Factors(a.flatten(1), b.flatten(1), scale, embedding)
+
+
+def _rows(site: str, values: Tensor, config: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
+    """Return which rows of an embedding were trained, and their values."""
+    given = config.get("trainable_token_indices") or config.get("token_indices")
+    if isinstance(given, Mapping):
+        given = next((numbers for layer, numbers in given.items() if f".{site}".endswith(f".{layer}")), None)
+    if not isinstance(given, list) or not all(isinstance(each, int) and each >= 0 for each in given):
+        raise ModelError(f"{name}: its adapter_config.json does not say which tokens the rows of {site} belong to")
+    if values.dim() != 2 or len(given) != values.shape[0] or len(set(given)) != len(given):
+        raise ShapeMismatch(f"{name}: {site} has trained rows of shape {list(values.shape)} for {len(given)} tokens")
+    return torch.tensor(given), values
+
+
+def _add_whole(found: Adapter, key: str, stored: str, tensor: Tensor) -> None:
+    """Add a whole tensor; a second spelling of one that is there must be equal, and PEFT's unused copies are left."""
+    if ".original_module." in key:
+        return
+    plain = _WRAPPED.sub("", key)
+    if is_adapter_tensor(plain) or not plain.endswith((".weight", ".bias")):
+        raise ModelError(f"{found.name}: the tensor {stored} is none that an adapter of type {found.kind} should have")
+    if plain in found.tensors and not torch.equal(found.tensors[plain], tensor):
+        raise ModelError(f"{found.name}: it holds two different tensors for {plain}")
+    found.tensors[plain] = tensor
+
+
+def _check_complete(found: Adapter, config: Mapping[str, Any]) -> None:
+    """Check that magnitudes and biases belong to low-rank changes, and that the type's own tensors are there."""
+    for what, layers in (("a magnitude", found.magnitudes), ("a bias of B", found.biases)):
+        if odd := [layer for layer in layers if layer not in found.factors]:
+            raise KeyMismatch(f"{found.name}: {listed(odd, 3)} has {what} without lora_A and lora_B")
+    if config.get("use_dora") and (odd := [layer for layer in found.factors if layer not in found.magnitudes]):
+        raise KeyMismatch(f"{found.name}: use_dora is set, and {listed(odd, 3)} has no lora_magnitude_vector")
+    own = {"LORA": found.factors or found.rows, "IA3": found.vectors, "TRAINABLE_TOKENS": found.rows}[found.kind]
+    if not own:
+        raise ModelError(f"{found.name}: it is of type {found.kind} and has no tensors of this type")
+
+
+def _class_name(config: Mapping[str, Any]) -> str | None:
+    mapping = config.get("auto_mapping")
+    if not isinstance(mapping, Mapping) or not str(mapping.get("parent_library")).startswith("transformers."):
+        return None
+    return str(mapping.get("base_model_class"))
+
+
+def _text(config: Mapping[str, Any], key: str, name: str) -> str | None:
+    value = config.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ModelError(f"{name}: {key} in its adapter_config.json must be text, and is {value!r:.60}")
+    return value or None

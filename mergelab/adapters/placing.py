@@ -1,0 +1,223 @@
+"""Find the tensors of a base that an adapter changes, by the names that transformers has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mergelab.adapters.changes import Change, Factor, LowRank, Magnitude, Replacement, Rows, Shift
+from mergelab.adapters.names import Names, adapted_class, named
+from mergelab.adapters.ties import Ties, kept_ties
+from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch
+from mergelab.weights.agreement import dtype_and_shape
+from mergelab.weights.skeleton import skeleton
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mergelab.adapters.peft import Adapter
+    from mergelab.weights.checkpoint import Checkpoint
+    from mergelab.weights.source import TensorSource
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """An adapter on its base.
+
+    Attributes:
+        class_name: the class of the adapted model.
+        source: the base's tensors, under the names that the adapted model's are read under.
+        changes: what is changed, by these names.
+        new: tensors that the base does not have, such as a head.
+        apart: names that the base has tied to another one and the adapted model has not, each with the name under which
+            the base's tensor is read.
+        sizes: keys of the config that follow from tensors which the adapter replaces: ``vocab_size``, ``num_labels``.
+    """
+
+    class_name: str
+    source: TensorSource
+    changes: dict[str, list[Change]]
+    new: dict[str, Replacement]
+    apart: dict[str, str]
+    sizes: dict[str, int]
+
+
+def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placement:
+    """Find what an adapter changes in a base.
+
+    Args:
+        adapter: in canonical form.
+        base: the model that it was trained on.
+        part: ``encoder`` or ``decoder`` for an adapter of a model that is one part of the base.
+
+    Raises:
+        KeyMismatch: names match nothing in the base; the line gives the first three and their number.
+        ShapeMismatch: a tensor of the base has another shape than the adapter was trained for.
+        ModelError: the base is quantised; the adapted model would have weights that are nowhere.
+    """
+    if base.is_quantised:
+        raise ModelError(
+            f"{adapter.name}: its base {base.name} is quantised; give the unquantised one, on which adapters that were "
+            "trained with a quantised base (QLoRA) are merged too"
+        )
+    class_name = adapted_class(adapter.task_type, adapter.class_name, base.config)
+    module = skeleton(base.folder, {**base.config, "architectures": [class_name]})
+    names = named(adapter.names, base, module, class_name, adapter.name, part)
+    changes: dict[str, list[Change]] = {}
+    for name, change in _changes(adapter, names, module):
+        changes.setdefault(name, []).append(change)
+    new = {name: _only_replacement(name, changes.pop(name), adapter) for name in list(changes) if name in names.new}
+    ties = kept_ties(changes, names, adapter, is_pair=_is_pair(base))
+    _check_shapes(ties, names, adapter, base)
+    _check_whole(module, names, new, base, adapter)
+    return Placement(class_name, names.source, ties.changes, new, ties.apart, _sizes(module, names, changes, new))
+
+
+def _changes(adapter: Adapter, names: Names, module: nn.Module | None) -> Iterable[tuple[str, Change]]:
+    """Yield what is changed, by the names of the module's tensors, in the order in which it applies to one tensor."""
+    for name, tensor in adapter.tensors.items():
+        if (at := names.of(name)) is not None:
+            yield at, Replacement(tensor, may_grow=_may_grow(at, module))
+    for layer, factors in adapter.factors.items():
+        if (at := names.of(f"{layer}.weight")) is None:
+            continue
+        across = factors.embedding or _is_transposed(at, module, adapter)
+        left, right = (factors.a.T, factors.b.T) if across else (factors.b, factors.a)
+        yield at, LowRank(left, right, factors.scale)
+        if layer in adapter.magnitudes:
+            yield at, Magnitude(adapter.magnitudes[layer], by_column=across)
+        if layer in adapter.biases:
+            yield _bias(at, names, adapter), Shift(adapter.biases[layer], factors.scale)
+    for layer, vector in adapter.vectors.items():
+        if (at := names.of(f"{layer}.weight")) is None:
+            continue
+        if vector.dim() != 2 or 1 not in vector.shape:
+            raise ModelError(
+                f"{adapter.name}: the IA³ vector of {layer} is {list(vector.shape)}: of linear layers only"
+            )
+        of_outputs = vector.shape[1] == 1
+        yield at, Factor(vector.reshape(-1), axis=int(of_outputs == _is_transposed(at, module, adapter)))
+        if of_outputs and (bias := names.bias(at)) is not None:
+            yield bias, Factor(vector.reshape(-1), axis=0)
+    for layer, (indices, values) in adapter.rows.items():
+        if (at := names.of(f"{layer}.weight")) is not None:
+            yield at, Rows(indices, values)
+
+
+def _is_transposed(name: str, module: nn.Module | None, adapter: Adapter) -> bool:
+    """Return whether a layer's weight is stored as (inputs, outputs)."""
+    if module is None:
+        return adapter.fan_in_fan_out
+    try:
+        return type(module.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
+    except AttributeError:
+        return False
+
+
+def _bias(weight: str, names: Names, adapter: Adapter) -> str:
+    if (bias := names.bias(weight)) is None:
+        raise KeyMismatch(f"{adapter.name}: lora_bias is set, and the base has no bias beside {weight}")
+    return bias
+
+
+def _may_grow(name: str, module: nn.Module | None) -> bool:
+    """Return whether a tensor may have other rows than the base's: embeddings of tokens, and heads."""
+    if module is None:
+        return False
+    prefix = str(getattr(module, "base_model_prefix", ""))
+    is_head = hasattr(module, prefix) and not name.startswith(f"{prefix}.")
+    return is_head or name in embeddings(module)
+
+
+def embeddings(module: Any) -> list[str]:
+    """Return the names of a model's input and output embedding, those that it has, the input's first."""
+    found: list[str] = []
+    parameters = list(module.named_parameters(remove_duplicate=False))
+    for get in (module.get_input_embeddings, module.get_output_embeddings):
+        try:
+            weight = getattr(get(), "weight", None)
+        except (NotImplementedError, AttributeError):
+            continue
+        found += [name for name, own in parameters if weight is not None and own is weight]
+    return list(dict.fromkeys(found))
+
+
+def _is_pair(base: Checkpoint) -> bool:
+    return bool(base.config.get("is_encoder_decoder")) or base.config.get("model_type") == "encoder-decoder"
+
+
+def _only_replacement(name: str, changes: Sequence[Change], adapter: Adapter) -> Replacement:
+    first = changes[0]
+    if len(changes) != 1 or not isinstance(first, Replacement):
+        raise KeyMismatch(f"{adapter.name}: it changes {name}, which the base does not have")
+    return first
+
+
+def _check_shapes(ties: Ties, names: Names, adapter: Adapter, base: Checkpoint) -> None:
+    for name, changes in ties.changes.items():
+        held = ties.apart.get(name, name)
+        dtype, stored = names.source.dtype(held), tuple(names.source.shape(held))
+        if not dtype.is_floating_point:
+            raise ModelError(f"{adapter.name}: it changes {name}, which holds integers in {base.name}")
+        shape = stored
+        for change in changes:
+            after = change.shape(shape)
+            if after is None:
+                raise ShapeMismatch(
+                    f"{adapter.name}: it was trained for a {name} of shape {_wanted(change)}, and that of {base.name} "
+                    f"is {dtype_and_shape(stored, dtype)}: it belongs to another base"
+                )
+            shape = after
+
+
+def _wanted(change: Change) -> list[int] | str:
+    """Return the shape that a change is for, in the layout in which the tensor is stored."""
+    if isinstance(change, LowRank):
+        return list(change.product_shape)
+    if isinstance(change, Replacement):
+        return list(change.values.shape)
+    if isinstance(change, Rows):
+        return f"[more than {int(change.indices.max())}, {change.values.shape[1]}]"
+    vector = change.magnitude if isinstance(change, Magnitude) else change.vector  # type: ignore[attr-defined]
+    return f"with {vector.numel()} entries along one axis"
+
+
+def _check_whole(
+    module: nn.Module | None, names: Names, new: dict[str, Replacement], base: Checkpoint, adapter: Adapter
+) -> None:
+    """Check that a model of another class than the base's has all its weights, in the base or in the adapter."""
+    if module is None or not names.other_class:
+        return
+    available = {*names.source.keys(), *names.source.aliases(), *new}
+    lacking = [
+        name
+        for name, _ in module.named_parameters()
+        if name not in available and not any(other in available for other in names.tied.get(name, ()))
+    ]
+    if lacking:
+        shown = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+        raise ModelError(
+            f"{adapter.name}: a {type(module).__name__} has {shown}, which are neither in the adapter nor in its base "
+            f"{base.name}: transformers would draw them at random"
+        )
+
+
+def _sizes(
+    module: nn.Module | None, names: Names, changes: dict[str, list[Change]], new: dict[str, Replacement]
+) -> dict[str, int]:
+    """Find the keys of the config that follow from replaced tensors."""
+    if module is None:
+        return {}
+    own = module.state_dict()
+    replaced = {**{name: each for name, all_of in changes.items() for each in all_of[:1]}, **new}
+    grown = {
+        name: each.values.shape[0]
+        for name, each in replaced.items()
+        if isinstance(each, Replacement) and name in own and each.values.shape != own[name].shape
+    }
+    tokens = {grown[name] for name in embeddings(module) if name in grown}
+    outputs = {rows for name, rows in grown.items() if name not in embeddings(module)}
+    if len(tokens) > 1 or len(outputs) > 1:
+        raise ShapeMismatch(f"{names.label}: the tensors of {', '.join(grown)} do not fit together")
+    return {**({"vocab_size": tokens.pop()} if tokens else {}), **({"num_labels": outputs.pop()} if outputs else {})}
