@@ -326,6 +326,6 @@ def test_a_source_that_is_no_model_has_neither_labels_nor_tokens() -> None:
 def test_a_folder_whose_class_transformers_does_not_have_is_named(tmp_path: Path) -> None:
     classifier(0).save_pretrained(tmp_path / "a")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
-    (tmp_path / "a" / "config.json").write_text(json.dumps({**config, "architectures": ["Nothing"]}))
+    (tmp_path / "a" / "config.json").write_text(json.dumps({**config, "architectures": None, "model_type": "x"}))
     with pytest.raises(ModelError, match="names no model class that transformers has"):
         ml.soup([tmp_path / "a", classifier(1)])
