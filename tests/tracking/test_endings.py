@@ -32,7 +32,7 @@ def test_a_run_that_raises_is_failed_with_its_error_in_one_line(tracker: Tracker
         raise ModelError("expert howey/rte: no config.json\nmore")
     recorded = mlflow_client.get_run(run.id)
     assert recorded.info.status == "FAILED"
-    assert recorded.data.tags["error"] == "expert howey/rte: no config.json"
+    assert recorded.data.tags["error"] == "expert howey/rte: no config.json more"  # as the command line says it
 
 
 @pytest.mark.parametrize(
