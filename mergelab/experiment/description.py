@@ -22,7 +22,7 @@ from mergelab.models.architecture import (
     read_config,
     tokenizer_folder,
 )
-from mergelab.models.configs import module_settings
+from mergelab.models.configs import head_settings, module_settings
 from mergelab.models.encoder_decoder import PAIRED, companions
 from mergelab.models.tokens import CHAT_TEMPLATE, chat_template, copy_companions, decoder_tokenizer, load_tokenizer
 from mergelab.weights.checkpoint import CONFIG
@@ -52,6 +52,7 @@ class Description:
         tokenizer: where its tokenizer is; another model's folder where it has none itself; None: no model has one.
         architecture: its class and labels.
         vocabulary: its tokens, where they are those of several models.
+        head: the model whose ``config.json`` says how the head works, by its folder; None: its own.
     """
 
     label: str
@@ -60,13 +61,14 @@ class Description:
     tokenizer: Path | None
     architecture: Architecture | None
     vocabulary: MergedVocabulary | None = None
+    head: Path | None = None
 
     @cached_property
     def module_key(self) -> str:
         """What a module that is built for the model depends on; equal for models that can be run in one module."""
         parts = [module_settings(read_config(self.config, self.label)), self._generation_settings]
         parts.append(None if self.vocabulary is None else self.vocabulary.digest)
-        return json.dumps(parts)
+        return json.dumps([*parts, self._head_settings])
 
     @cached_property
     def config_digest(self) -> str:
@@ -93,9 +95,10 @@ class Description:
         if not (kind.is_sequence_classifier if outputs else kind.is_generator):
             asked = "classification" if outputs else "generation or language modelling"
             raise ModelError(f"{self.label}: a {kind.name} cannot be measured on a {asked} task")
-        module = (
-            open_classifier(self.config, self.label, outputs) if outputs else open_generator(self.config, self.label)
-        )
+        if outputs:
+            module = open_classifier(self.config, self.label, outputs, **self._head_settings)
+        else:
+            module = open_generator(self.config, self.label)
         if self.generation != self.config and (self.generation / GENERATION).is_file():
             from transformers import GenerationConfig
 
@@ -145,6 +148,16 @@ class Description:
             if (text := chat_template(self.tokenizer)) is not None:
                 (folder / CHAT_TEMPLATE).write_text(text, encoding="utf-8")
 
+    @cached_property
+    def _head_settings(self) -> dict[str, Any]:
+        """The head's settings, where they are another model's and differ from its own."""
+        if self.head is None:
+            return {}
+        own, wanted = (
+            head_settings(read_config(folder, self.label), self.label) for folder in (self.config, self.head)
+        )
+        return {} if own == wanted else wanted
+
     @property
     def _generation_settings(self) -> str | None:
         file = self.generation / GENERATION
@@ -159,24 +172,21 @@ class Descriptions:
         merged: the merged model's.
         experts: in the order of the experts.
         base: None without a base.
-        configs_agree: whether the configs differ at most in what only heads read.
     """
 
     merged: Description
     experts: tuple[Description, ...]
     base: Description | None
-    configs_agree: bool = True
 
     def of_base(self, outputs: int) -> Description:
-        """Return what the base is measured with.
+        """Return what the base is measured with: its own config and tokens, on a task with outputs behind a head.
 
-        On a task with outputs it has the merged model's head, and where the configs agree that head's config.
+        The head is the merged model's.
         """
         assert self.base is not None
         if not outputs:
             return self.base
-        config = self.merged.config if self.configs_agree else self.base.config
-        return replace(self.base, config=config, architecture=self.merged.architecture)
+        return replace(self.base, architecture=self.merged.architecture, head=self.merged.config)
 
 
 def describe(
@@ -218,7 +228,7 @@ def describe(
         )
     merged = replace(merged, vocabulary=opened.vocabulary)
     experts = tuple(own[expert.name] for expert in located.experts)
-    return Descriptions(merged, experts, own.get("base"), configs_agree=config is None)
+    return Descriptions(merged, experts, own.get("base"))
 
 
 def config_owner(

@@ -122,17 +122,17 @@ def tokenizer_folder(folders: Iterable[Path]) -> Path | None:
     return next((folder for folder in folders if any((folder / file).exists() for file in _TOKENIZER_FILES)), None)
 
 
-def open_classifier(folder: Path, model: str, num_labels: int) -> nn.Module:
+def open_classifier(folder: Path, model: str, num_labels: int, **settings: Any) -> nn.Module:
     """Open a sequence classifier with ``num_labels`` outputs, float32, in evaluation mode, to load weights into.
 
-    Only its config is read: what the weights are is no matter of this.
+    Only its config is read, in which ``settings`` take the place of its own: what the weights are is no matter of this.
 
     Raises:
         ModelError: transformers cannot build it.
     """
     from transformers import AutoModelForSequenceClassification
 
-    return _opened(AutoModelForSequenceClassification, folder, model, num_labels=num_labels)
+    return _opened(AutoModelForSequenceClassification, folder, model, num_labels=num_labels, **settings)
 
 
 def open_generator(folder: Path, model: str) -> nn.Module:

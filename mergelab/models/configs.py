@@ -15,32 +15,21 @@ from typing import Any, NamedTuple
 from mergelab.errors import ModelError
 
 # What does not change the outputs of a trained model: where it comes from, how it is stored and run, training alone.
-# Head and labels, vocabulary, ties and quantisation are compared by the parts of mergelab that handle them.
+# Head and labels, vocabulary and quantisation are compared by the parts of mergelab that handle them.
 _HARMLESS = (
     *("_name_or_path", "_commit_hash", "transformers_version", "architectures", "auto_map", "custom_pipelines"),
-    *("dtype", "torch_dtype", "use_bfloat16", "torchscript", "quantization_config", "tie_word_embeddings"),
-    *(
-        "id2label",
-        "label2id",
-        "num_labels",
-        "_num_labels",
-        "finetuning_task",
-        "vocab_size",
-        "vocab_size_or_config_json_file",
-    ),
+    *("dtype", "torch_dtype", "use_bfloat16", "torchscript", "quantization_config", "finetuning_task"),
+    *("id2label", "label2id", "num_labels", "_num_labels", "vocab_size", "vocab_size_or_config_json_file"),
     *("use_cache", "output_attentions", "output_hidden_states", "output_past", "return_dict", "output_router_logits"),
     *("gradient_checkpointing", "*attn_implementation*", "*experts_implementation*", "chunk_size_feed_forward"),
     *("*dropout*", "*_pdrop", "*drop_path*", "*layerdrop*", "initializer_*", "init_std", "*_initializer_range"),
-    *(
-        "router_aux_loss_coef",
-        "router_z_loss_coef",
-        "router_jitter_noise",
-        "*_loss_coef",
-        "label_smoothing",
-        "mask_*_prob",
-    ),
-    *("mask_*_length", "apply_spec_augment", "unsloth_*", "pretraining_tp"),
+    *("*_loss_coef", "router_jitter_noise", "label_smoothing", "mask_*_prob", "mask_*_length", "apply_spec_augment"),
+    *("unsloth_*", "pretraining_tp"),
 )
+# What these patterns would take for training alone, and scales what a trained model computes: in ESM and NLLB-MoE.
+_NOT_HARMLESS = ("token_dropout", "moe_token_dropout")
+# Which tensors are tied shows in the tensors. In T5 and its like the key also says whether outputs are scaled.
+_TIES = ("tie_word_embeddings",)
 # What says which token is which: the tokenizer's business. Each model is measured with its own.
 _TOKENS = ("*_token_id", "*_token_ids", "*_token_index")
 # How text is written: each model is measured with its own settings.
@@ -88,12 +77,13 @@ def differences(models: Sequence[Named], *, ignore: Iterable[str] = ()) -> list[
     Raises:
         ModelError: transformers cannot read a configuration.
     """
-    skipped = (*_HARMLESS, *_TOKENS, *_GENERATION, *ignore)
+    in_pairs = any(model.config.get("is_encoder_decoder") for model in models)
+    skipped = (*_TOKENS, *_GENERATION, *ignore, *(() if in_pairs else _TIES))
 
     def read(model: Named) -> dict[str, Any]:
         return _flat(_with_problem_type(_complete(model)))
 
-    return _differences(models, lambda key: not _matches(key, skipped), read)
+    return _differences(models, lambda key: not (_is_harmless(key) or _matches(key, skipped)), read)
 
 
 def writing_differences(models: Sequence[Named]) -> list[Difference]:
@@ -112,7 +102,21 @@ def writing_differences(models: Sequence[Named]) -> list[Difference]:
 def module_settings(config: Mapping[str, Any]) -> str:
     """Return all settings that a module's outputs depend on, as text that is equal where these are."""
     flat = _flat(config)
-    return json.dumps({key: flat[key] for key in sorted(flat) if not _matches(key, _HARMLESS)}, default=str)
+    return json.dumps({key: flat[key] for key in sorted(flat) if not _is_harmless(key)}, default=str)
+
+
+def head_settings(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the settings that only a model's head reads, defaults among them.
+
+    Raises:
+        ModelError: transformers cannot read the configuration, of the model ``name``.
+    """
+    content = _complete(Named(name, config))
+    return {key: value for key, value in content.items() if _matches(key, OF_HEADS) and not _matches(key, _TOKENS)}
+
+
+def _is_harmless(key: str) -> bool:
+    return _matches(key, _HARMLESS) and not _matches(key, _NOT_HARMLESS)
 
 
 def _differences(

@@ -166,6 +166,44 @@ def test_a_base_of_another_config_is_refused_and_measured_under_its_own(
     assert (saved["hidden_act"], saved["architectures"]) == ("relu", ["BertForSequenceClassification"])
 
 
+def test_the_base_behind_the_merged_head_has_that_heads_settings(
+    mergelab_command: Command, workplace: Path, texts: list[tuple[str, str]]
+) -> None:
+    """ModernBERT's head takes the first token's state or the mean, as its config says."""
+    from transformers import ModernBertConfig, ModernBertForMaskedLM, ModernBertForSequenceClassification
+
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4}
+    ids = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
+    labels = {"id2label": {0: "entailment", 1: "not_entailment"}}
+    for seed, (name, kind, pooling) in enumerate(
+        (
+            ("base", ModernBertForMaskedLM, "cls"),
+            ("a", ModernBertForSequenceClassification, "mean"),
+            ("hybrid", ModernBertForSequenceClassification, "mean"),
+        )
+    ):
+        torch.manual_seed(seed)
+        config = ModernBertConfig(
+            **size, **ids, **labels, vocab_size=len(WORDS) + 5, classifier_pooling=pooling, max_position_embeddings=48
+        )
+        model = kind(config)
+        with torch.no_grad():
+            for weights in model.parameters():
+                weights += 0.3 * torch.randn(weights.shape)
+        model.save_pretrained(workplace / name)
+        tokenizer().save_pretrained(workplace / name)
+    outcome = mergelab_command(*MEASURED, "models.base=./base", "models.experts=[./a]")
+    assert outcome.code == 0, outcome.err
+    from safetensors.torch import save_file
+
+    base, a = (load_file(workplace / name / "model.safetensors") for name in ("base", "a"))
+    body = {name: tensor for name, tensor in base.items() if name.startswith("model.")}
+    save_file({**a, **body}, workplace / "hybrid" / "model.safetensors", metadata={"format": "pt"})
+    assert recorded(workplace)[0] == accuracy(workplace / "hybrid", texts)
+    config = ModernBertConfig.from_pretrained(workplace / "hybrid", classifier_pooling="cls")
+    assert accuracy(workplace / "hybrid", texts, config=config) != recorded(workplace)[0]
+
+
 def test_each_model_reads_with_its_own_tokenizer(
     mergelab_command: Command, workplace: Path, texts: list[tuple[str, str]]
 ) -> None:

@@ -232,6 +232,17 @@ def accuracy(folder: Path, data: Path) -> float:
     return sum(a == b for a, b in zip(found, table["label"].to_pylist(), strict=True)) / len(found)
 
 
+def test_the_base_is_measured_with_its_own_tokens_whichever_expert_comes_first(
+    mergelab_command: Command, classifiers: list[str], workplace: Path
+) -> None:
+    found = []
+    for experts in ("{a: ./a, c: ./c}", "{c: ./c, a: ./a}"):
+        outcome = mergelab_command(*classifiers, f"models.experts={experts}", "models.vocab=union", "eval.cache=false")
+        assert outcome.code == 0, outcome.err
+        found.append(scores(workplace)[0])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("vocab", ["base", "union"])
 def test_what_is_measured_in_the_merged_vocabulary_is_what_is_saved(
     mergelab_command: Command, classifiers: list[str], workplace: Path, vocab: str

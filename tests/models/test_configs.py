@@ -33,6 +33,8 @@ FUNCTIONAL: list[tuple[str, str, Any, Any]] = [
     ("t5", "feed_forward_proj", "relu", "gated-gelu"),
     ("t5", "relative_attention_max_distance", 128, 64),
     ("bart", "scale_embedding", False, True),
+    ("esm", "token_dropout", True, False),
+    ("nllb-moe", "moe_token_dropout", 0.2, 0.0),
 ]
 HARMLESS: list[tuple[str, str, Any, Any]] = [
     ("bert", "_name_or_path", "a", "b"),
@@ -101,6 +103,18 @@ def test_a_default_is_the_same_written_or_left_out(kind: str, key: str, default:
     assert differences([with_it, without]) == []
     changed = Named("c", {"model_type": kind, key: 0.5 if isinstance(default, float) else "relu"})
     assert [found.key for found in differences([without, changed])] == [key]
+
+
+@pytest.mark.parametrize("kind", ["t5", "longt5"])
+def test_ties_of_encoder_decoders_count_as_they_say_whether_outputs_are_scaled(kind: str) -> None:
+    a, b = (
+        Named(name, {"model_type": kind, "is_encoder_decoder": True, "tie_word_embeddings": tied})
+        for name, tied in (("a", True), ("b", False))
+    )
+    assert {found.key for found in differences([a, b])} & {"tie_word_embeddings", "scale_decoder_outputs"}
+    assert module_settings(a.config) != module_settings(b.config)
+    alone = [Named(each.name, {**each.config, "model_type": "llama", "is_encoder_decoder": False}) for each in (a, b)]
+    assert differences(alone) == []  # there the tensors show it
 
 
 def test_old_and_new_spellings_of_the_rotary_base_are_one() -> None:
