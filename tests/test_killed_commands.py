@@ -56,7 +56,7 @@ for line in sys.stdin:
         sys.argv = ["mergelab", *arguments]
         try:
             if arguments[0] == "build the miniature":
-                miniature.build("cola", recipe=Recipe(documents=96, size=0.02))
+                miniature("cola", recipe=Recipe(documents=96, size=0.02))
             else:
                 main()
         except SystemExit as end:

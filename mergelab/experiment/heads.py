@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergelab.errors import ConfigError, DataError, MergeWarning, listed
+from mergelab.errors import ConfigError, DataError, MergeWarning, ModelError, listed
 from mergelab.experiment.label_orders import Labels, label_orders
 from mergelab.models.heads import Head, mean_head, read_head
 from mergelab.tasks.labels import label_order, numbered_order
@@ -35,7 +35,7 @@ class Heads:
 
     Raises:
         ConfigError: the policy does not fit the models.
-        DataError: a model's labels cannot be matched with a task's.
+        DataError: a model's labels cannot be matched with a task's. ModelError: nor with another expert's.
         KeyMismatch, ShapeMismatch: heads that are to be averaged differ. NonFinite: a head holds NaN or infinity.
     """
 
@@ -51,26 +51,22 @@ class Heads:
         self.policy = policy
         self._opened, self._located, self._tasks = opened, located, tuple(tasks)
         self._averaged = frozenset(expert.name for expert in located.experts)
-        self._own = not any(task.outputs for task in tasks) or not (measured or policy == "per_task" or self._match())
-        self._merged = {} if self._own and opened.head_names else self._choose()
+        known = any(task.outputs for task in tasks) and (measured or policy == "per_task" or self._match())
+        self._own = bool(opened.head_names) and not known
+        self._labels: tuple[str, ...] = ()
+        self._merged = self._choose()
         if opened.head_names and not (self._own or measured):
             self._say_assumed()
 
     def __getitem__(self, task: str) -> Head:
-        return self._merged.get(task) or Head({}, "none")
+        return self._merged[task]
 
     def to_save(self, task: TaskSpec) -> tuple[Head, dict[str, Any]]:
-        """Return the head that is saved for ``task``, and the keys of ``config.json`` that say what its outputs mean.
-
-        Raises:
-            ConfigError, ModelError, KeyMismatch, ShapeMismatch, NonFinite: the experts' heads do not make one.
-        """
+        """Return the head that is saved for ``task``, and the keys of ``config.json`` that name its outputs."""
         if not self._opened.head_names:
             return Head({}, "none"), {}
-        if not self._own:
-            return self._merged[task.name], label_config(task.labels or ["LABEL_0"])
-        head, labels = self._own_head()
-        return head, label_config(labels) if labels else {}
+        labels = self._labels if self._own else task.labels or ("LABEL_0",)
+        return self._merged[task.name], label_config(labels) if labels else {}
 
     def serves(self, expert: LocatedExpert, task: TaskSpec) -> bool:
         """Return whether an expert's own head is for ``task``."""
@@ -99,6 +95,9 @@ class Heads:
             self._merged = self._choose()
 
     def _choose(self) -> dict[str, Head]:
+        if self._own:
+            head, self._labels = self._own_head()
+            return {task.name: head for task in self._tasks}
         return {task.name: self._merged_head(task) for task in self._tasks}
 
     def _merged_head(self, task: TaskSpec) -> Head:
@@ -171,6 +170,9 @@ class Heads:
             Labels(expert.label, expert.labels or model.labels)
             for expert, model in zip(self._located.experts, opened.experts, strict=True)
         ]
+        for own, model in zip(labels, opened.experts, strict=True):
+            if len(own.labels) != len(model.labels):
+                raise ModelError(f"{own.name} has {len(model.labels)} labels, and {len(own.labels)} are given for it")
         if policy.startswith("expert:"):
             at = [expert.name for expert in self._located.experts].index(policy.removeprefix("expert:"))
             return read_head(opened.aligned.experts[at], names, None), labels[at].labels

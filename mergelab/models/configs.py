@@ -83,7 +83,11 @@ def differences(models: Sequence[Named], *, ignore: Iterable[str] = ()) -> list[
     def read(model: Named) -> dict[str, Any]:
         return _flat(_with_problem_type(_complete(model)))
 
-    return _differences(models, lambda key: not (_is_harmless(key) or _matches(key, skipped)), read)
+    def counts(key: str) -> bool:
+        is_of_a_parts_head = "." in key and _matches(key.rpartition(".")[2], OF_HEADS)  # an encoder-decoder has none
+        return not (_is_harmless(key) or is_of_a_parts_head or _matches(key, skipped))
+
+    return _differences(models, counts, read)
 
 
 def writing_differences(models: Sequence[Named]) -> list[Difference]:

@@ -123,6 +123,8 @@ def _join(folder: Path, encoder: Path, decoder: Path, where: str, seed: int, tok
         new = {f"encoder.{name}" for name in new_in_first} | {f"decoder.{name}" for name in new_in_second}
         new |= {name for name, _ in module.named_parameters() if name.startswith("enc_to_dec_proj.")}
         _set_tokens(module, generation, _token_ids(decoder, where, token_ids))
+        for part in (module.config.encoder, module.config.decoder):
+            part.name_or_path = ""  # where the folder was on this machine belongs into no model
         module.save_pretrained(folder)
     (folder / NEW).write_text(json.dumps(sorted(new), indent=1) + "\n", encoding="utf-8")
     copy_companions(encoder, folder, tokenizer=True)

@@ -278,6 +278,31 @@ def test_heads_that_no_task_knows_are_kept(mergelab_command: Command, workplace:
     assert model.config.architectures == [f"BertFor{head}"]
 
 
+@pytest.mark.parametrize("task", ["task=rte", "task=prompts"])
+def test_a_method_with_a_model_for_each_expert_keeps_such_heads_too(
+    mergelab_command: Command, workplace: Path, task: str
+) -> None:
+    bert(workplace / "base", 0, "MaskedLM", own=tokenizer())
+    for name, seed in (("a", 1), ("b", 2)):
+        bert(workplace / name, seed, "TokenClassification", own=tokenizer(), id2label=NER)
+    models = ["models.base=./base", "models.experts={a: ./a, b: ./b}", "models.head=expert:b"]
+    outcome = mergelab_command("method=emr", *SAVED[1:], *models, task)
+    assert outcome.code == 0, outcome.err
+    b, merged = (load_file(workplace / name / "model.safetensors") for name in ("b", "merged"))
+    assert torch.equal(merged["classifier.weight"], b["classifier.weight"])
+    assert merged.keys() == b.keys()
+
+
+def test_given_labels_must_be_as_many_as_outputs(mergelab_command: Command, workplace: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        bert(workplace / name, seed, "TokenClassification", own=tokenizer(), id2label=NER)
+    experts = "models.experts={a: ./a, b: {reference: ./b, labels: [one, two]}}"
+    outcome = mergelab_command(*SAVED, "models.base=null", experts)
+    assert outcome.code == 2
+    assert "has 5 labels, and 2 are given for it" in outcome.err
+    assert not (workplace / "merged").exists()
+
+
 @pytest.mark.parametrize("head", ["TokenClassification", "SequenceClassification"])
 def test_labels_are_matched_by_name_or_refused(mergelab_command: Command, workplace: Path, head: str) -> None:
     order = [4, 0, 1, 2, 3]

@@ -134,6 +134,8 @@ def test_parts_are_compared_too() -> None:
         "decoder.num_attention_heads"
     ]
     assert differences([Named("a", pair(12)), Named("b", pair(12) | {"_name_or_path": "x"})]) == []
+    of_a_classifier = {"model_type": "bert", "problem_type": "single_label_classification", "classifier_dropout": 0.1}
+    assert differences([Named("a", pair(12)), Named("b", pair(12) | {"encoder": of_a_classifier})]) == []
 
 
 def test_what_another_version_wrote_and_this_one_does_not_know_is_no_difference() -> None:
