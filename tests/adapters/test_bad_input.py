@@ -197,7 +197,9 @@ def test_the_links_of_a_hub_cache_are_followed(pair: tuple[Path, Path], tmp_path
     for file in adapter.iterdir():
         shutil.copy(file, repository / "blobs" / file.name)
         (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
-    open_model(on_base(base, snapshot, where="a"))
+    linked, plain = (open_model(on_base(base, folder, where="a")) for folder in (snapshot, adapter))
+    assert linked.keys() == plain.keys()
+    assert all(torch.equal(linked.get(name), plain.get(name)) for name in plain.keys())  # noqa: SIM118
 
 
 def test_a_file_of_plain_tensors_is_read_without_safetensors(pair: tuple[Path, Path]) -> None:

@@ -100,10 +100,14 @@ def classifier() -> tuple[torch.nn.Module, Encoded]:
     return BertForSequenceClassification(config).eval(), Encoded({"input_ids": ids}, lengths, 0)
 
 
-def outputs(kind: str, folder: Path) -> Callable[[], Any]:
+def outputs(kind: str, folder: Path, *, stop: bool = False) -> Callable[[], Any]:
+    def watch(members: Any, found: Any) -> None:
+        if stop:
+            raise KeyError("stopped")
+
     if kind == "classification":
         model, encoded = classifier()
-        return lambda: predict(model, encoded, EvaluationOptions(batch_tokens=200))
+        return lambda: predict(model, encoded, EvaluationOptions(batch_tokens=200), watch=watch)
     generator = AutoModelForCausalLM.from_pretrained(llama(folder / "llama", 0)).eval()
     reads = AutoTokenizer.from_pretrained(folder / "llama")
     words = ["alpha", "beta", "gamma", "delta", "eps"]
@@ -114,9 +118,9 @@ def outputs(kind: str, folder: Path) -> Callable[[], Any]:
     data = TaskData(spec, texts, zeros, np.arange(len(texts)), zeros, "validation", "folder", "", "")
     if kind == "generation":
         prompts = encode_prompts(data, generator.config, reads)
-        return lambda: prompts.run(generator, EvaluationOptions(batch_tokens=200))
+        return lambda: prompts.run(generator, EvaluationOptions(batch_tokens=200), watch=watch)
     windows = encode_windows(data, generator.config, reads, 32)
-    return lambda: windows.run(generator, EvaluationOptions(batch_tokens=200))
+    return lambda: windows.run(generator, EvaluationOptions(batch_tokens=200), watch=watch)
 
 
 @pytest.mark.parametrize("kind", ["classification", "generation", "perplexity"])
@@ -133,3 +137,21 @@ def test_no_bit_depends_on_the_number_of_threads(kind: str, tmp_path: Path, monk
     torch.set_num_threads(before)
     assert used == [1, 2, 5]
     assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("kind", ["classification", "generation", "perplexity"])
+def test_where_an_evaluation_is_stopped_torch_has_its_threads_again(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the exception is still held, as a caller may do."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(threads, "_usable_cores", lambda: 8)
+    run = outputs(kind, tmp_path, stop=True)
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(KeyError) as held:
+            run()
+        assert torch.get_num_threads() == 3
+        assert held.value.args == ("stopped",)
+    finally:
+        torch.set_num_threads(before)
