@@ -26,6 +26,8 @@ LONG = (
     "test_launchers.py",
     "test_readme.py",
     "test_killed.py",
+    "test_killed_commands.py",
+    "test_containers.py",
     "test_hub_experiment.py",
 )
 

@@ -32,7 +32,7 @@ from tests.tracking.conftest import empty_store
 __all__ = ["empty_store"]
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("MERGELAB_KILLS", "2"))
+KILLS = int(os.environ.get("MERGELAB_KILLS", "1"))
 # Starts commands as forks of one process, so that imports are paid once: a line of JSON is a folder and arguments.
 FORKING = """
 import json, os, sys, traceback
