@@ -191,7 +191,7 @@ def merge_key(plan: Plan, session: Session) -> str:
         "method": [plan.method.name, plan.parameters.by_key()],
         "models": [config.models.model_dump(), stamps],
         "vocabulary": opened.vocabulary and opened.vocabulary.digest,
-        "tasks": [task.name for task in session.tasks],
+        "tasks": [[task.name, session.heads[task.name].digest] for task in session.tasks],
         "save": config.save.model_dump(),
         "seed": config.seed,
     }

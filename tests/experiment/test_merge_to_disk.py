@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -305,6 +306,36 @@ main()
     assert ended.returncode == -signal.SIGKILL
     (folder,) = workplace.glob(".merged.partial")
     return folder
+
+
+def test_complete_files_are_written_again_when_labels_were_corrected(
+    mergelab_command: Command, workplace: Path
+) -> None:
+    def label(name: str, *labels: str) -> None:
+        file = workplace / name / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "id2label": dict(enumerate(labels))}))
+
+    for seed, name in enumerate(("a", "b")):
+        bert(workplace / name, seed)
+        label(name, "entailment", "not_entailment")
+    models = ["models.base=null", "models.experts=[./a,./b]", "evaluate=false", "tracking=none", "task=rte"]
+    settings = [*models, "method=soup", "save.max_shard_size=1kB"]
+    partial_merge(workplace, [*settings, "output=merged"], 3)
+    assert "classifier.bias" in written_names(workplace / ".merged.partial")
+    label("b", "not_entailment", "entailment")
+    assert mergelab_command(*settings, "output=merged").code == 0
+    a, b, merged = (tensors(workplace / name) for name in ("a", "b", "merged"))
+    torch.testing.assert_close(merged["classifier.bias"], (a["classifier.bias"] + b["classifier.bias"].flip(0)) / 2)
+
+
+def written_names(folder: Path) -> set[str]:
+    """Name the tensors of an unfinished merge's complete files."""
+    found: set[str] = set()
+    for part in folder.glob("*.part"):
+        with part.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            found |= json.loads(file.read(length)).keys() if length else set()
+    return found
 
 
 def test_complete_files_are_not_written_again_unless_the_merge_is_another(
