@@ -86,7 +86,7 @@ def _experiment(arguments: list[str]) -> None:
     from mergelab.tracking.secrets import without_password
     from mergelab.weights import truncated_file
 
-    traceback_wanted = os.environ.get(_FULL_ERROR) == "1"
+    before = os.environ.get(_FULL_ERROR)
     gc.disable()  # until the job starts: imports make objects that stay
     os.environ[_FULL_ERROR] = "1"  # Hydra then lets its errors through instead of printing them over many lines
     try:
@@ -100,12 +100,15 @@ def _experiment(arguments: list[str]) -> None:
     except Exception as error:
         _close_grid("FAILED")
         line = _one_line(error)
-        if traceback_wanted or line is None:
+        if before == "1" or line is None:
             sys.stderr.write(without_password(traceback.format_exc()))
             sys.exit(1)
         sys.exit(_fail(line))
     finally:
         gc.enable()
+        os.environ.pop(_FULL_ERROR, None)
+        if before is not None:
+            os.environ[_FULL_ERROR] = before
 
 
 def _fail(line: str, code: int = 2) -> int:

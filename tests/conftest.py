@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -76,6 +77,14 @@ class Outcome:
     code: int
     out: str
     err: str
+
+
+@pytest.fixture(autouse=True)
+def process_left_as_it_was() -> Iterator[None]:
+    """Fail the test that leaves a run open or a setting of Hydra's behind, not one of those that come after it."""
+    before = signal.getsignal(signal.SIGTERM), os.environ.get("HYDRA_FULL_ERROR")
+    yield
+    assert (signal.getsignal(signal.SIGTERM), os.environ.get("HYDRA_FULL_ERROR")) == before
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ class Terminated(SystemExit):
     """SIGTERM came; ends the process with 143 once everything is unwound."""
 
 
+_counting = threading.Lock()
 _open_runs = 0
 _installed = False
 _terminated = False
@@ -22,7 +23,8 @@ def hold() -> None:
     A handler that somebody else installed (a cluster launcher's requeueing, say) is left alone.
     """
     global _open_runs, _installed
-    _open_runs += 1
+    with _counting:
+        _open_runs += 1
     if _installed or threading.current_thread() is not threading.main_thread():
         return
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -33,7 +35,8 @@ def hold() -> None:
 def release() -> None:
     """Note a closed run; the last one gives SIGTERM its default meaning back."""
     global _open_runs
-    _open_runs -= 1
+    with _counting:
+        _open_runs -= 1
     if _open_runs <= 0 and threading.current_thread() is threading.main_thread():
         _restore()
 
