@@ -321,11 +321,13 @@ def test_complete_files_are_written_again_when_labels_were_corrected(
     models = ["models.base=null", "models.experts=[./a,./b]", "evaluate=false", "tracking=none", "task=rte"]
     settings = [*models, "method=soup", "save.max_shard_size=1kB"]
     partial_merge(workplace, [*settings, "output=merged"], 3)
-    assert "classifier.bias" in written_names(workplace / ".merged.partial")
+    assert "classifier.weight" in written_names(workplace / ".merged.partial")
     label("b", "not_entailment", "entailment")
     assert mergelab_command(*settings, "output=merged").code == 0
     a, b, merged = (tensors(workplace / name) for name in ("a", "b", "merged"))
-    torch.testing.assert_close(merged["classifier.bias"], (a["classifier.bias"] + b["classifier.bias"].flip(0)) / 2)
+    torch.testing.assert_close(
+        merged["classifier.weight"], (a["classifier.weight"] + b["classifier.weight"].flip(0)) / 2
+    )
 
 
 def written_names(folder: Path) -> set[str]:
