@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +15,9 @@ from mergelab.console.progress import say, say_where
 from mergelab.console.tables import result_table
 from mergelab.tracking import TrackingConfig, open_tracking, tracking_config
 from mergelab.tracking.grid import BASIC_SWEEPER
+
+if TYPE_CHECKING:
+    from mergelab.evaluation.results import ExperimentResult, ModelResult
 
 _open: list[tuple[Path, TrackingConfig]] = []
 
@@ -44,7 +48,7 @@ def show_open_grids() -> None:
 
 
 def _show(folder: Path) -> None:
-    from mergelab.evaluation.results import RESULT, ExperimentResult, ModelResult, read_result
+    from mergelab.evaluation.results import RESULT, read_result
 
     files = sorted(folder.glob(f"*/{RESULT}"), key=_job_number)
     overrides = {file: _overrides(file.parent) for file in files}
@@ -56,11 +60,22 @@ def _show(folder: Path) -> None:
         models = (*result.models[:-1], replace(result.merged, label=name))
         groups.setdefault(result.tasks, []).append(replace(result, models=models))
     for results in groups.values():
-        baselines: dict[str, ModelResult] = {m.label: m for result in results for m in result.models[:-1]}
-        models = (*baselines.values(), *(result.merged for result in results))
+        models = (*_baselines(results), *(result.merged for result in results))
         name = results[0].title.partition(" on ")[2]
         result_table(replace(results[0], title=f"grid of {len(results)} on {name}", models=models))
     sys.stdout.flush()
+
+
+def _baselines(results: Sequence[ExperimentResult]) -> Iterator[ModelResult]:
+    """Yield the models that were merged, once for each score: a split or a merged head may differ between jobs."""
+    found: dict[str, list[tuple[ModelResult, str]]] = {}
+    for result in results:
+        for model in result.models[:-1]:
+            same = found.setdefault(model.label, [])
+            if all(model.results != other.results for other, _ in same):
+                same.append((model, result.merged.label))
+    for label, same in found.items():
+        yield from (replace(model, label=f"{label} ({job})" if len(same) > 1 else label) for model, job in same)
 
 
 def _job_number(file: Path) -> int:

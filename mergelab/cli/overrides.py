@@ -28,6 +28,7 @@ _NO_GROUP = re.compile(r"Could not override '([^']+)'\.\s+No match in the defaul
 _SEVERAL = re.compile(
     r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?:\n| requires --multirun)", re.DOTALL
 )
+_LAUNCHER = re.compile(r"hydra_plugins\.hydra_(\w+)_launcher\b")
 
 
 def refusal(error: BaseException) -> str | None:
@@ -56,9 +57,22 @@ def refusal(error: BaseException) -> str | None:
         return f"{unknown[1]}: no such group{did_you_mean(unknown[1], known)} (there are {listed(known, 20)})"
     if isinstance(error, InterpolationKeyError):
         return no_such_reference(error)
+    if (launcher := _launcher(error)) is not None:
+        said = " ".join(str(error).split()) or type(error).__name__
+        return f"hydra/launcher={launcher}: {said} (its settings are hydra.launcher.KEY=VALUE)"
     of_flags = _frames(error)[-1].f_code.co_name == "_run_hydra" and isinstance(error, ValueError)
     known_kind = of_flags or isinstance(error, HydraException | OmegaConfBaseException)
     return " ".join(str(error).split()) if known_kind else None
+
+
+def _launcher(error: BaseException) -> str | None:
+    """Return the name of the launcher that refused its settings or its machine; None for an error from elsewhere."""
+    modules = [str(frame.f_globals.get("__name__")) for frame in _frames(error)]
+    names = [match[1] if (match := _LAUNCHER.match(module)) else None for module in modules]
+    if not any(names) or (isinstance(error, OSError) and error.filename is not None):
+        return None
+    last = max(place for place, name in enumerate(names) if name)
+    return None if any(module.partition(".")[0] == "mergelab" for module in modules[last:]) else names[last]
 
 
 def no_such_reference(error: InterpolationKeyError) -> str:

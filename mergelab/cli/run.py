@@ -103,19 +103,22 @@ def _for_hydra(arguments: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def no_exit() -> Iterator[None]:
-    """Take ``sys.exit`` in code of the user's own (a metric, a sampler) for an error.
+    """Take ``sys.exit``, and what else is no `Exception`, in code of the user's own (a metric, a sampler) for an error.
 
     Raises:
         ConfigError: names the line.
     """
     try:
         yield
-    except SystemExit as stop:
+    except BaseException as stop:
+        if isinstance(stop, Exception | KeyboardInterrupt):
+            raise
         frame, line = list(traceback.walk_tb(stop.__traceback__))[-1]
         if str(frame.f_globals.get("__name__")).partition(".")[0] in _OWN:
             raise
+        what = f"calls sys.exit({stop.code})" if isinstance(stop, SystemExit) else f"raises {type(stop).__name__}"
         where = f"{frame.f_code.co_filename}, line {line}"
-        raise ConfigError(f"{where}: calls sys.exit({stop.code}); raise an error instead") from None
+        raise ConfigError(f"{where}: {what}; raise an error instead") from None
 
 
 def _collect_garbage() -> None:

@@ -64,7 +64,7 @@ def run_experiment(config: DictConfig) -> float | None:
 
 
 def decide_source(config: DictConfig) -> str:
-    """Decide for a whole grid where its models come from, and say so once."""
+    """Decide for the jobs of a grid where their models come from, and say so once."""
     return _source(plan_experiment(config), None)
 
 

@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,7 +32,9 @@ from mergelab.tracking.tracker import RunRecord, Tracker, open_tracking
 
 log = logging.getLogger(__name__)
 
-BASIC_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+BASIC_SWEEPER = f"{BasicSweeper.__module__}.{BasicSweeper.__qualname__}"
+# Where the models and data of a job come from follows from overrides that begin so.
+_OF_SOURCE = ("models", "task", "source", "experiment")
 _SETTLE_S = 3.0  # for killed workers to be gone
 
 
@@ -48,8 +54,8 @@ class GridCallback(Callback):
     """Hydra callback that gives each grid its parent run; does nothing for single runs and for other sweepers.
 
     Args:
-        decide_source: dotted path of a function of the whole config that decides once, for all jobs, where models come
-            from (``hub`` or ``mini``); the jobs read it from the parent's tag.
+        decide_source: dotted path of a function of a job's whole config that decides where its models come from
+            (``hub`` or ``mini``); where this is the same for all jobs, they read it from the parent's tag.
     """
 
     def __init__(self, decide_source: str | None = None) -> None:
@@ -61,6 +67,8 @@ class GridCallback(Callback):
             return
         try:
             open_grid(config, self._decide())
+        except HydraException:  # the sweeper says so when it makes the jobs
+            return
         except MergelabError as error:
             # Hydra turns a callback's exceptions into warnings; only an exit stops the jobs from starting.
             sys.stderr.write(f"error: {without_password(str(error))}\n")
@@ -88,7 +96,7 @@ def open_grid(config: DictConfig, decide_source: Callable[[DictConfig], str | No
     if not settings.enabled:
         return
     sweeps = _sweeps(config)
-    source = decide_source(config)
+    source = _source(config, decide_source)
     tasks = sweeps.get("task") or [str(OmegaConf.select(config, "task.name", default="default"))]
     varied = [f"{key}={','.join(values)}" for key, values in sweeps.items()]
     mini = source == "mini"
@@ -115,16 +123,42 @@ def _typed(config: DictConfig) -> list[str]:
     return [str(override) for override in overrides]
 
 
-def _sweeps(config: DictConfig) -> dict[str, list[str]]:
-    """List what the grid varies and the values it takes, from the command line and ``hydra.sweeper.params``."""
+def _source(config: DictConfig, decide_source: Callable[[DictConfig], str | None]) -> str | None:
+    """Decide where the models of all jobs come from; None where that is not the same for all of them.
+
+    Raises:
+        MergelabError: no job can run; what is wrong with the first one. Other failing jobs say so themselves.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    decided: dict[tuple[str, ...], str | None] = {}
+    errors: list[MergelabError] = []
+    for job in BasicSweeper.split_arguments(_overrides(config), None)[0]:
+        of_source = tuple(override for override in job if override.lstrip("+~").startswith(_OF_SOURCE))
+        if of_source not in decided:
+            try:
+                decided[of_source] = decide_source(loader.load_sweep_config(config, job))
+            except MergelabError as error:
+                errors.append(error)
+    if errors and not decided:
+        raise errors[0]
+    return decided.popitem()[1] if len(set(decided.values())) == 1 else None
+
+
+def _overrides(config: DictConfig) -> list[Override]:
+    """Parse what the jobs are made of, from the command line and ``hydra.sweeper.params``."""
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     lines = [f"{key}={value}" for key, value in params.items()] + _typed(config)
-    parser = OverridesParser.create()
-    sweeps: dict[str, list[str]] = {}
-    for override in parser.parse_overrides(lines):
-        if override.is_discrete_sweep():
-            sweeps[str(override.key_or_group)] = [str(value) for value in override.sweep_string_iterator()]
-    return sweeps
+    parsed = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides(lines)
+    return list(parsed)
+
+
+def _sweeps(config: DictConfig) -> dict[str, list[str]]:
+    """List what the grid varies and the values it takes."""
+    return {
+        str(override.key_or_group): [str(value) for value in override.sweep_string_iterator()]
+        for override in _overrides(config)
+        if override.is_discrete_sweep()
+    }
 
 
 def close_open_parents(status: Status | None = None) -> None:

@@ -13,7 +13,7 @@ from mergelab.errors import TrackingError
 from mergelab.tracking import names, processes, signs
 from mergelab.tracking.config import TrackingConfig
 from mergelab.tracking.moved import adapt_locations, bring, location_today
-from mergelab.tracking.run import Run, Status, outcome, tag_values
+from mergelab.tracking.run import Run, Status, copy_artifacts, outcome, tag_values
 from mergelab.tracking.secrets import without_password
 from mergelab.tracking.store import (
     Store,
@@ -170,7 +170,7 @@ class Tracker:
         """Copy a folder into a run that another process recorded, into ``path`` of its artifacts."""
         with mlflow_calls(f"log artifacts {path} of run {run_id}"):
             location = self._location(self.client.get_run(run_id).info)
-        Run(self.client, run_id, run_id, "", location=location).log_artifacts(folder, path)
+            copy_artifacts(self.client, run_id, location, folder, path)
 
     def reopened(self, run_id: str) -> Run | None:
         """Open again a run that may be gone; None when this store does not have it, or only among the deleted."""
