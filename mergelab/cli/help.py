@@ -37,6 +37,7 @@ _FLAGS = """\
 Flags:
   -m, --multirun     a grid or a sweep
   -q, --quiet        print the result alone
+  --format=FORMAT    print it as markdown, latex, csv or json (table)
   --cfg job          show the composed config, run nothing
   --config-dir DIR   a folder of configs of your own, which add to the groups
   --version          show mergelab's version

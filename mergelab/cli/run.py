@@ -18,8 +18,9 @@ from mergelab.cli.hidden import references
 from mergelab.cli.overrides import in_jobs, no_such_reference
 from mergelab.cli.quoting import as_text
 from mergelab.config import CONF_DIR
+from mergelab.console.formats import FORMAT, FORMATS, checked_format
 from mergelab.console.progress import QUIET
-from mergelab.errors import ConfigError, MergelabError
+from mergelab.errors import ConfigError, MergelabError, listed
 from mergelab.tracking.secrets import in_reach, mask_passwords, private_folder
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _MULTIRUN = frozenset({"-m", "--multirun"})
 # Packages that end the process with good reason.
 _OWN = frozenset({"mergelab", "hydra_plugins", "hydra", "argparse", "__main__"})
 _QUIET = frozenset({"-q", "--quiet"})
+_FORMAT = "--format"
 
 
 class _Refused(SystemExit):
@@ -76,20 +78,35 @@ def run(arguments: list[str]) -> None:
 
     if "${" in (folder := os.getcwd()):
         raise ConfigError(f"{folder}: Hydra reads ${{ in the working folder's name as a reference; rename the folder")
-    before = os.environ.get(QUIET)
-    if not _QUIET.isdisjoint(arguments):
-        os.environ[QUIET] = "1"  # for the jobs in other processes too
-    sys.argv = ["mergelab", *_for_hydra(references(as_text([each for each in arguments if each not in _QUIET])))]
+    before = {name: os.environ.get(name) for name in (QUIET, FORMAT)}
+    os.environ |= _of_output(arguments)  # for the jobs in other processes too
+    sys.argv = ["mergelab", *_for_hydra(references(as_text([each for each in arguments if not _is_of_output(each)])))]
     try:
         with no_exit():
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
     except _Refused as stop:
         raise stop.error from None
     finally:
-        if before is None:
-            os.environ.pop(QUIET, None)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
     if failures:
         raise failures[0]
+
+
+def _is_of_output(argument: str) -> bool:
+    return argument in _QUIET or argument == _FORMAT or argument.startswith(f"{_FORMAT}=")
+
+
+def _of_output(arguments: list[str]) -> dict[str, str]:
+    """Return the variables that flags of the output stand for."""
+    variables = {QUIET: "1"} if not _QUIET.isdisjoint(arguments) else {}
+    for flag in (each for each in arguments if each.startswith(_FORMAT) and _is_of_output(each)):
+        if flag == _FORMAT:
+            raise ConfigError(f"{_FORMAT}: needs a format, as in {_FORMAT}=csv (there are {listed(FORMATS)})")
+        variables[FORMAT] = checked_format(flag.partition("=")[2])
+    return variables
 
 
 def _for_hydra(arguments: list[str]) -> list[str]:

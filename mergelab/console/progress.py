@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from mergelab.console.formats import chosen_format
 from mergelab.errors import MergeWarning
 
 if TYPE_CHECKING:
@@ -27,30 +28,33 @@ _SHOWN_WARNINGS = 6
 
 
 def console(*, error: bool = False) -> Console:
-    """Open standard output (or standard error) for writing; wide enough for any table where it is not a terminal."""
+    """Open standard output (or standard error) for writing, where it is no terminal ``COLUMNS`` wide, or 200."""
     from rich.console import Console
 
     stream = sys.stderr if error else sys.stdout
-    return Console(file=stream, width=None if stream.isatty() else 200, highlight=False, soft_wrap=not stream.isatty())
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 200
+    return Console(file=stream, width=width, highlight=False, soft_wrap=not stream.isatty())
 
 
-def say(text: str, *, result: bool = False, failure: bool = False) -> None:
+def say(text: str, *, result: bool = False, failure: bool = False, to_copy: bool = False) -> None:
     """Write a line to standard output.
 
-    With ``--quiet`` only what is part of the ``result`` is written there; a ``failure`` goes to standard error.
+    With ``--quiet`` only what is part of the ``result`` is written there; a ``failure`` goes to standard error. With a
+    ``--format`` that is no table, both go there. A line ``to_copy`` is not broken at the terminal's end.
     """
     if result or failure or not _quiet():
-        console(error=failure and _quiet()).print(text, markup=False)
+        error = chosen_format() != "table" or (failure and _quiet())
+        console(error=error).print(text, markup=False, soft_wrap=True if to_copy else None)
 
 
 def _quiet() -> bool:
-    return os.environ.get(QUIET, "0") not in ("", "0")
+    return os.environ.get(QUIET, "0") not in ("", "0") or chosen_format() != "table"
 
 
 def say_where(tracker: Tracker, experiment: str) -> None:
     """Write how to see an experiment's runs in the MLflow UI."""
-    say(f"compare runs in the MLflow UI: {tracker.ui_command()}")
-    say(f"then open {tracker.ui_page(experiment)}")
+    say(f"compare runs in the MLflow UI: {tracker.ui_command()}", to_copy=True)
+    say(f"then open {tracker.ui_page(experiment)}", to_copy=True)
 
 
 def warn(text: str) -> None:
