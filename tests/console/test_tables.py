@@ -96,6 +96,12 @@ def test_names_and_scores_are_whole_at_every_width(
         assert (in_header != told) == asked
 
 
+def test_scores_in_rows_have_their_intervals_beside_them_where_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "0.8000 [0.769, 0.829] *" in printed(RESULTS["five tasks"], monkeypatch, capsys, 120)
+
+
 def test_what_is_wider_than_the_terminal_is_not_cut(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
