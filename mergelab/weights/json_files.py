@@ -42,6 +42,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     """
     config = read_json(folder / CONFIG, name)
     _check(config, f"{name}: {folder / CONFIG}", "")
+    _check_code(config, f"{name}: {folder / CONFIG}")
     return config
 
 
@@ -87,6 +88,22 @@ def _check(config: Mapping[str, Any], where: str, prefix: str) -> None:
             ids = value if isinstance(value, list) else [value]
             if not all(_is_number(each) for each in ids):
                 raise ModelError(f"{where}: {prefix}{key} must be a whole number, and is {_short(value)}")
+
+
+def _check_code(config: Mapping[str, Any], where: str) -> None:
+    """Refuse attention and the like by a repository's kernel, which transformers would fetch and run."""
+    nested: list[tuple[str, Mapping[str, Any]]] = [("", config)]
+    while nested:
+        prefix, part = nested.pop()
+        for key, value in part.items():
+            inner = value if isinstance(value, Mapping) else {}
+            if "implementation" not in key:
+                nested += [(f"{prefix}{key}.", inner)] if inner else []
+            elif code := [each for each in (*inner.values(), value) if isinstance(each, str) and "/" in each]:
+                raise ModelError(
+                    f"{where}: {prefix}{key} names the code of a repository ({_short(code[0])}), and mergelab runs no "
+                    "code of models; remove the key, or name an implementation of transformers such as sdpa"
+                )
 
 
 def _short(value: Any) -> str:

@@ -43,7 +43,20 @@ WRONG: list[tuple[str, Any]] = [
     ("eos_token_id", [1, "two"]),
     ("text_config", {"vocab_size": "many"}),
     ("encoder", {"architectures": 4}),
+    ("attn_implementation", "someone/kernel"),  # code that transformers would fetch and run
+    ("_attn_implementation", "flash|someone/kernel@main"),
+    ("attn_implementation", {"": "sdpa", "vision_config": "someone/kernel"}),
+    ("experts_implementation", "someone/kernel"),
+    ("audio_config", {"inner": {"attn_implementation": "someone/kernel"}}),
 ]
+
+
+def test_implementations_of_transformers_itself_may_be_named(tmp_path: Path) -> None:
+    folder = bert(tmp_path / "model", 0)
+    content = json.loads((folder / "config.json").read_text())
+    named = {"attn_implementation": {"": "sdpa", "text_config": "eager"}, "_attn_implementation": "eager"}
+    (folder / "config.json").write_text(json.dumps(content | named))
+    assert read_config(folder, "a")["_attn_implementation"] == "eager"
 
 
 @pytest.mark.parametrize(("key", "value"), WRONG)
