@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mergelab.config import warn_of_cache
+from mergelab.cache import warn_of_cache
 from mergelab.weights.unfinished import unfinished_file
 
 Tensors = Mapping[str, Tensor]

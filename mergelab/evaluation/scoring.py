@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergelab.config import EvalConfig, cache_dir, warn_of_cache
+from mergelab.cache import cache_dir, warn_of_cache
+from mergelab.config import EvalConfig
 from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.evaluation.bootstrap import bootstrap_interval, paired_test
 from mergelab.tasks.metric import Direction, get_metric

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mergelab.config import cache_dir
+from mergelab.cache import cache_dir
 from mergelab.errors import ConfigError, DataError
 from mergelab.estimation.examples import LABELS, Batch, Padding
 from mergelab.weights.conversion import load_weights

@@ -13,7 +13,8 @@ from typing import Literal, TypeVar
 from safetensors import SafetensorError
 
 import mergelab.miniature as miniature
-from mergelab.config import ModelsConfig, replace_cache
+from mergelab.cache import replace_cache
+from mergelab.config import ModelsConfig
 from mergelab.errors import ConfigError, HubError, listed
 from mergelab.miniature import text
 from mergelab.models import hub

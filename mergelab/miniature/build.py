@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.config import cache_dir
+from mergelab.cache import cache_dir
 from mergelab.miniature.recipe import EXPERTS, GRAMMARS, Expert, Recipe
 from mergelab.miniature.record import Example
 from mergelab.weights.unfinished import unfinished_folder

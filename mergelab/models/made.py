@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from mergelab.config import cache_dir, temporary_cache
+from mergelab.cache import cache_dir, temporary_cache
 from mergelab.errors import ModelError
 from mergelab.weights.checkpoint import CONFIG
 from mergelab.weights.unfinished import unfinished_folder

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from mergelab.config import cache_dir
+from mergelab.cache import cache_dir
 from mergelab.weights.unfinished import unfinished_file
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from mergelab import config
+from mergelab import cache
 from mergelab.errors import MergeWarning
 from mergelab.estimation.disk_cache import disk_cached
 from mergelab.evaluation import scoring
@@ -27,8 +27,8 @@ Command = Callable[..., Outcome]
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
-    config._usable.cache_clear()
-    config.temporary_cache.cache_clear()
+    cache._usable.cache_clear()
+    cache.temporary_cache.cache_clear()
 
 
 def accuracies(workplace: Path) -> list[float]:
@@ -66,7 +66,7 @@ def test_no_home_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.warns(MergeWarning, match="the user's home cannot be used"):
-        assert config.cache_dir().is_dir()
+        assert cache.cache_dir().is_dir()
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
@@ -143,17 +143,17 @@ def test_a_cache_that_is_full_while_a_miniature_is_built_is_replaced(
     from mergelab.experiment import locate
 
     monkeypatch.setenv("MERGELAB_CACHE", str(tmp_path / "full"))
-    monkeypatch.setattr(config, "_replacements", [])
+    monkeypatch.setattr(cache, "_replacements", [])
     tried: list[Path] = []
 
     def build() -> Path:
-        tried.append(config.cache_dir())
+        tried.append(cache.cache_dir())
         if len(tried) == 1:
             raise SafetensorError("I/O error: No space left on device (os error 28)")
-        return config.cache_dir() / "mini"
+        return cache.cache_dir() / "mini"
 
     with pytest.warns(MergeWarning, match=r"full cannot be used \(I/O error: No space left"):
         made = locate._built(build)
     assert tried[0] == tmp_path / "full"
-    assert made == config.cache_dir() / "mini" == tried[1] / "mini"
+    assert made == cache.cache_dir() / "mini" == tried[1] / "mini"
     assert not made.is_relative_to(tmp_path / "full")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mergelab.config import cache_dir
+from mergelab.cache import cache_dir
 from mergelab.errors import ModelError
 from mergelab.models.encoder_decoder import newly_initialised, warm_start
 from tests.models import pairs

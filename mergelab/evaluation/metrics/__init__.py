@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergelab.config import cache_dir
+from mergelab.cache import cache_dir
 from mergelab.errors import DataError
 from mergelab.tasks.metric import LabelMetric, Metric, ScoreMetric, get_metric
 from mergelab.tasks.prompting import answer
