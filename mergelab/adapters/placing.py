@@ -16,7 +16,7 @@ from mergelab.weights.skeleton import skeleton
 if TYPE_CHECKING:
     from torch import nn
 
-    from mergelab.adapters.peft import Adapter
+    from mergelab.adapters.canonical import Adapter
     from mergelab.weights.checkpoint import Checkpoint
     from mergelab.weights.source import TensorSource
 
