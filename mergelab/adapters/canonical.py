@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mergelab.adapters.changes import Product
+    from mergelab.adapters.vera import Projected
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +46,11 @@ class Adapter:
         class_name: the class of its base, where it says so.
         fan_in_fan_out: whether it was made for (inputs, outputs) weights, where the base's modules do not tell.
         keeps_ties: whether what it changes at one end of tied embeddings holds for both.
+        layer_classes: the classes of the layers that its type adapts; empty: all.
+        residual: whether its base is what PiSSA leaves of the one that it names.
         factors: low-rank changes, by layer.
+        products: changes that are products of matrices of any rank, by layer: LoHa and LoKr.
+        projected: low-rank changes whose factors follow from the layers' sizes, by layer: VeRA.
         magnitudes: DoRA's lengths, by layer.
         biases: the bias of B, by layer; it is scaled as the product is.
         vectors: IA³'s factors, by layer: (outputs, 1) or (1, inputs).
@@ -57,7 +66,11 @@ class Adapter:
     class_name: str | None
     fan_in_fan_out: bool
     keeps_ties: bool
+    layer_classes: tuple[str, ...] = ()
+    residual: bool = False
     factors: dict[str, Factors] = field(default_factory=dict)
+    products: dict[str, Product] = field(default_factory=dict)
+    projected: dict[str, Projected] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
@@ -67,5 +80,5 @@ class Adapter:
     @property
     def names(self) -> list[str]:
         """The names of the tensors that it changes, in its own spelling."""
-        layers = dict.fromkeys([*self.factors, *self.vectors, *self.rows])
+        layers = dict.fromkeys([*self.factors, *self.products, *self.projected, *self.vectors, *self.rows])
         return [*(f"{layer}.weight" for layer in layers), *self.tensors]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +11,11 @@ from torch import Tensor
 
 from mergelab.adapters.canonical import Adapter, Factors
 from mergelab.adapters.files import AdapterFiles
+from mergelab.adapters.peft_types import TYPES, layer_parts, scale_of, way_out
 from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
 from mergelab.weights.adapters import is_adapter_tensor
 
-KINDS = ("LORA", "IA3", "TRAINABLE_TOKENS")
+KINDS = ("LORA", "IA3", "TRAINABLE_TOKENS", *TYPES)
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<site>.+)\.lora_(?P<factor>[AB])\.(?P<leaf>weight|bias)")
 _EMBEDDING = re.compile(r"(?P<site>.+)\.lora_embedding_(?P<factor>[AB])")
@@ -24,7 +24,7 @@ _IA3 = re.compile(r"(?P<site>.+)\.ia3_l")
 _TOKENS = re.compile(r"(?P<site>.+?)(\.token_adapter)?\.trainable_tokens_delta")
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save)(?=\.(weight|bias)$)")
 
-# Settings that the tensors show, that matter in training alone, or that are read by name below.
+# Settings that the tensors show, that matter in training alone, or that are read by name below; `TYPES` has others.
 _KNOWN = frozenset(
     {
         *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
@@ -36,8 +36,9 @@ _KNOWN = frozenset(
         *("feedforward_modules", "init_ia3_weights", "token_indices", "init_weights"),
     }
 )
-# Initialisations that leave the base's weights as they are.
+# Initialisations that leave the base's weights as they are, and one whose change of them is computed again.
 _PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+_PISSA = "pissa"
 
 
 def read_peft(files: AdapterFiles) -> Adapter:
@@ -49,20 +50,35 @@ def read_peft(files: AdapterFiles) -> Adapter:
     """
     config, name = files.config, files.name
     check_settings(config, name)
+    kind = str(config["peft_type"])
     found = Adapter(
         name=name,
-        kind=str(config["peft_type"]),
+        kind=kind,
         base=_text(config, "base_model_name_or_path", name),
         revision=_text(config, "revision", name),
         task_type=_text(config, "task_type", name),
         class_name=_class_name(config),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         keeps_ties=bool(config.get("ensure_weight_tying")),
+        layer_classes=TYPES[kind].layers if kind in TYPES else (),
+        residual=config.get("init_lora_weights") == _PISSA,
     )
+    others = dict(files.tensors)
+    if kind in TYPES:
+        layers, others = layer_parts(TYPES[kind], files.tensors, _PREFIX)
+        TYPES[kind].read(found, layers, config)
+    _read_others(found, others, config)
+    _check_complete(found, config)
+    return found
+
+
+def _read_others(found: Adapter, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Read LoRA's factors, IA³'s vectors, rows of tokens and whole tensors."""
+    name, is_lora = found.name, found.kind == "LORA"
     halves: dict[str, dict[str, Tensor]] = {}
-    for stored, tensor in files.tensors.items():
+    for stored, tensor in tensors.items():
         key = stored.removeprefix(_PREFIX)
-        if match := _LORA.fullmatch(key) or _EMBEDDING.fullmatch(key):
+        if is_lora and (match := _LORA.fullmatch(key) or _EMBEDDING.fullmatch(key)):
             factor, leaf = match["factor"], match.groupdict().get("leaf", "embedding")
             if leaf == "bias" and factor == "B":
                 found.biases[match["site"]] = tensor
@@ -71,9 +87,9 @@ def read_peft(files: AdapterFiles) -> Adapter:
             else:
                 halves.setdefault(match["site"], {})[factor] = tensor
                 halves[match["site"]].setdefault(leaf, tensor)
-        elif match := _MAGNITUDE.fullmatch(key):
+        elif is_lora and (match := _MAGNITUDE.fullmatch(key)):
             found.magnitudes[match["site"]] = tensor.reshape(-1)
-        elif match := _IA3.fullmatch(key):
+        elif found.kind == "IA3" and (match := _IA3.fullmatch(key)):
             found.vectors[match["site"]] = tensor
         elif match := _TOKENS.fullmatch(key):
             found.rows[match["site"]] = _rows(match["site"], tensor, config, name)
@@ -81,8 +97,6 @@ def read_peft(files: AdapterFiles) -> Adapter:
             _add_whole(found, key, stored, tensor)
     for site, parts in halves.items():
         found.factors[site] = _factors(site, parts, config, name)
-    _check_complete(found, config)
-    return found
 
 
 def check_settings(config: Mapping[str, Any], name: str) -> None:
@@ -95,41 +109,21 @@ def check_settings(config: Mapping[str, Any], name: str) -> None:
     if kind not in KINDS:
         what = "names no peft_type" if kind is None else f"is of peft_type {kind!r}"
         raise ModelError(
-            f"{name}: its adapter_config.json {what}; adapters of type {', '.join(KINDS)} can be merged, others after "
-            "PeftModel.merge_and_unload or peft's convert_to_lora"
+            f"{name}: its adapter_config.json {what}; adapters of type {', '.join(KINDS)} can be merged{way_out(kind)}"
         )
     init = config.get("init_lora_weights")
-    if not any(init is each or (isinstance(each, str) and init == each) for each in _PLAIN_INITIALISATIONS):
+    accepted = (*_PLAIN_INITIALISATIONS, *((_PISSA,) if kind == "LORA" else ()))
+    if not any(init is each or (isinstance(each, str) and init == each) for each in accepted):
         raise ModelError(
             f"{name}: init_lora_weights={init!r} changed the base's weights when it was made, so that it does not fit "
             "the base as stored; save it again with path_initial_model_for_weight_conversion, which converts it"
         )
-    if unknown := [key for key, value in config.items() if key not in _KNOWN and value not in (None, False, {}, [])]:
+    known = TYPES[kind].settings if kind in TYPES else _KNOWN
+    if unknown := [key for key, value in config.items() if key not in known and value not in (None, False, {}, [])]:
         raise ModelError(
             f"{name}: {listed(f'{key}={config[key]!r:.60}' for key in unknown)} in its adapter_config.json cannot be "
             "merged; merge it into its base (PeftModel.merge_and_unload) and save that"
         )
-
-
-def scale_of(site: str, rank: int, config: Mapping[str, Any], name: str) -> float:
-    """Return LoRA's scale of a layer by PEFT's rule: α by the first pattern that fits its name, r by the tensor.
-
-    Raises:
-        ModelError: α is no number, or a pattern is no regular expression.
-    """
-    alpha = config.get("lora_alpha", 8)
-    patterns = config.get("alpha_pattern") or {}
-    try:
-        if not isinstance(patterns, Mapping):
-            raise TypeError(f"{patterns!r:.60}")
-        fitting = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", site)), None)
-    except (re.error, TypeError) as error:
-        raise ModelError(f"{name}: alpha_pattern in its adapter_config.json is no set of patterns ({error})") from error
-    if fitting is not None:
-        alpha = patterns[fitting]
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ModelError(f"{name}: the lora_alpha of {site} must be a number, and is {alpha!r}")
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def _factors(site: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> Factors:
@@ -184,8 +178,8 @@ def _check_complete(found: Adapter, config: Mapping[str, Any]) -> None:
             raise KeyMismatch(f"{found.name}: {listed(odd, 3)} has {what} without lora_A and lora_B")
     if config.get("use_dora") and (odd := [layer for layer in found.factors if layer not in found.magnitudes]):
         raise KeyMismatch(f"{found.name}: use_dora is set, and {listed(odd, 3)} has no lora_magnitude_vector")
-    own = {"LORA": found.factors or found.rows, "IA3": found.vectors, "TRAINABLE_TOKENS": found.rows}[found.kind]
-    if not own:
+    own = {"LORA": found.factors or found.rows, "IA3": found.vectors, "TRAINABLE_TOKENS": found.rows}
+    if not own.get(found.kind, True):
         raise ModelError(f"{found.name}: it is of type {found.kind} and has no tensors of this type")
 
 

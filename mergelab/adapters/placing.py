@@ -6,17 +6,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergelab.adapters.changes import Change, Factor, LowRank, Magnitude, Replacement, Rows, Shift
+from mergelab.adapters.changes import Change, Factor, LowRank, Magnitude, Product, Replacement, Rows, Shift
 from mergelab.adapters.names import Names, adapted_class, named
 from mergelab.adapters.ties import Ties, kept_ties
+from mergelab.adapters.vera import projected_factors
 from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch
 from mergelab.weights.agreement import dtype_and_shape
 from mergelab.weights.skeleton import skeleton
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
-    from mergelab.adapters.canonical import Adapter
+    from mergelab.adapters.canonical import Adapter, Factors
     from mergelab.weights.checkpoint import Checkpoint
     from mergelab.weights.source import TensorSource
 
@@ -64,6 +66,7 @@ def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placem
     class_name = adapted_class(adapter.task_type, adapter.class_name, base.config)
     module = skeleton(base.folder, {**base.config, "architectures": [class_name]})
     names = named(adapter.names, base, module, class_name, adapter.name, part)
+    _check_layers(adapter, names, module)
     changes: dict[str, list[Change]] = {}
     for name, change in _changes(adapter, names, module):
         changes.setdefault(name, []).append(change)
@@ -79,7 +82,10 @@ def _changes(adapter: Adapter, names: Names, module: nn.Module | None) -> Iterab
     for name, tensor in adapter.tensors.items():
         if (at := names.of(name)) is not None:
             yield at, Replacement(tensor, may_grow=_may_grow(at, module))
-    for layer, factors in adapter.factors.items():
+    for layer, product in adapter.products.items():
+        if (at := names.of(f"{layer}.weight")) is not None:
+            yield at, product
+    for layer, factors in {**adapter.factors, **_projected(adapter, names, module)}.items():
         if (at := names.of(f"{layer}.weight")) is None:
             continue
         across = factors.embedding or _is_transposed(at, module, adapter)
@@ -103,6 +109,39 @@ def _changes(adapter: Adapter, names: Names, module: nn.Module | None) -> Iterab
     for layer, (indices, values) in adapter.rows.items():
         if (at := names.of(f"{layer}.weight")) is not None:
             yield at, Rows(indices, values)
+
+
+def _projected(adapter: Adapter, names: Names, module: nn.Module | None) -> dict[str, Factors]:
+    """Return VeRA's factors, which follow from the sizes of all its layers."""
+    sizes: dict[str, tuple[int, int]] = {}
+    dtypes: set[torch.dtype] = set()
+    for layer in adapter.projected:
+        if (at := names.of(f"{layer}.weight")) is None:
+            continue
+        if len(shape := names.source.shape(names.at(at))) != 2:
+            raise ShapeMismatch(f"{adapter.name}: VeRA changes matrices, and {at} has {len(shape)} dimensions")
+        sizes[layer] = (shape[1], shape[0]) if _is_transposed(at, module, adapter) else (shape[0], shape[1])
+        dtypes.add(names.source.dtype(names.at(at)))
+    return projected_factors(adapter.projected, sizes, dtypes, adapter.name)
+
+
+def _check_layers(adapter: Adapter, names: Names, module: nn.Module | None) -> None:
+    """Check that the adapter's type is one for the layers that it changes.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if module is None or not adapter.layer_classes:
+        return
+    for layer in (*adapter.factors, *adapter.products, *adapter.projected):
+        if (at := names.of(f"{layer}.weight")) is None:
+            continue
+        classes = [cls.__name__ for cls in type(module.get_submodule(at.rpartition(".")[0])).__mro__]
+        if not set(classes) & set(adapter.layer_classes):
+            raise ModelError(
+                f"{adapter.name}: adapters of type {adapter.kind} are of layers of the classes "
+                f"{', '.join(adapter.layer_classes)}, and {layer} is a {classes[0]}"
+            )
 
 
 def _is_transposed(name: str, module: nn.Module | None, adapter: Adapter) -> bool:
@@ -173,7 +212,7 @@ def _check_shapes(ties: Ties, names: Names, adapter: Adapter, base: Checkpoint) 
 
 def _wanted(change: Change) -> list[int] | str:
     """Return the shape that a change is for, in the layout in which the tensor is stored."""
-    if isinstance(change, LowRank):
+    if isinstance(change, LowRank | Product):
         return list(change.product_shape)
     if isinstance(change, Replacement):
         return list(change.values.shape)

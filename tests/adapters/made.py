@@ -59,6 +59,20 @@ def convnet(**settings: Any) -> nn.Module:
     return _drawn(transformers.ResNetForImageClassification, config)
 
 
+def speech() -> nn.Module:
+    """A model with convolutions of one dimension."""
+    config = transformers.Wav2Vec2Config(
+        **SIZES | {"vocab_size": 12, "num_hidden_layers": 1},
+        intermediate_size=24,
+        conv_dim=(8, 8),
+        conv_kernel=(3, 3),
+        conv_stride=(2, 2),
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    return _drawn(transformers.Wav2Vec2ForCTC, config)
+
+
 def _drawn(cls: Any, config: Any) -> nn.Module:
     torch.manual_seed(1)
     model: nn.Module = cls(config).eval()
@@ -96,7 +110,7 @@ def adapter(folder: Path, model: Any, config: Any, *, seed: int = 0, scale: floa
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False).double().eval()
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if parameter.requires_grad or "trainable_tokens" in name:
+            if (parameter.requires_grad or "trainable_tokens" in name) and "ranknum" not in name:  # it is not saved
                 parameter.add_(torch.randn_like(parameter) * scale)
     wrapped.save_pretrained(folder)
     return folder, wrapped
