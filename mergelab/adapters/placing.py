@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergelab.adapters.changes import Change, Factor, LowRank, Magnitude, Product, Replacement, Rows, Shift
 from mergelab.adapters.names import Names, adapted_class, named
+from mergelab.adapters.pissa import Residual
 from mergelab.adapters.ties import Ties, kept_ties
 from mergelab.adapters.vera import projected_factors
 from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch
@@ -88,6 +89,8 @@ def _changes(adapter: Adapter, names: Names, module: nn.Module | None) -> Iterab
     for layer, factors in {**adapter.factors, **_projected(adapter, names, module)}.items():
         if (at := names.of(f"{layer}.weight")) is None:
             continue
+        if adapter.residual and not factors.embedding:
+            yield at, _residual(layer, at, factors, names, adapter)
         across = factors.embedding or _is_transposed(at, module, adapter)
         left, right = (factors.a.T, factors.b.T) if across else (factors.b, factors.a)
         yield at, LowRank(left, right, factors.scale)
@@ -109,6 +112,17 @@ def _changes(adapter: Adapter, names: Names, module: nn.Module | None) -> Iterab
     for layer, (indices, values) in adapter.rows.items():
         if (at := names.of(f"{layer}.weight")) is not None:
             yield at, Rows(indices, values)
+
+
+def _residual(layer: str, at: str, factors: Factors, names: Names, adapter: Adapter) -> Residual:
+    """Return what PiSSA did to a weight before it was trained."""
+    if len(group := names.tied.get(at, (at,))) > 1:
+        raise ModelError(
+            f"{adapter.name}: init_lora_weights='pissa' changed {layer} together with "
+            f"{next(each for each in group if each != at)}, which is tied to it; save it again with "
+            "path_initial_model_for_weight_conversion, which converts it"
+        )
+    return Residual(factors.rank, f"{adapter.name}: {layer}")
 
 
 def _projected(adapter: Adapter, names: Names, module: nn.Module | None) -> dict[str, Factors]:
@@ -218,6 +232,8 @@ def _wanted(change: Change) -> list[int] | str:
         return list(change.values.shape)
     if isinstance(change, Rows):
         return f"[more than {int(change.indices.max())}, {change.values.shape[1]}]"
+    if isinstance(change, Residual):
+        return "(outputs, inputs)"
     vector = change.magnitude if isinstance(change, Magnitude) else change.vector  # type: ignore[attr-defined]
     return f"with {vector.numel()} entries along one axis"
 
