@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from mergelab.adapters.changes import Change, LowRank, Product, Stacked
+
 if TYPE_CHECKING:
-    from mergelab.adapters.changes import Product
-    from mergelab.adapters.vera import Projected
+    from mergelab.weights.conversion import StackedPart
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,66 @@ class Factors:
 
 
 @dataclass(frozen=True, eq=False)
+class Stack:
+    """The low-rank change of one parameter.
+
+    Attributes:
+        left: (experts, rows, r), in the layout in which the module has the parameter.
+        right: (experts, r, columns).
+        scale: as of `Factors`.
+        is_stacked: whether the parameter has a dimension of experts.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float
+    is_stacked: bool
+
+    def change(self) -> Change:
+        """Return the change of the parameter as the module has it."""
+        if self.is_stacked:
+            return Stacked(self.left, self.right, self.scale)
+        return LowRank(self.left[0], self.right[0], self.scale)
+
+    def change_of(self, part: StackedPart) -> LowRank:
+        """Return the change of one matrix that transformers reads into the parameter."""
+        left, right = self.left[part.expert], self.right[part.expert]
+        if part.transposed:
+            return LowRank(right.T[part.places], left.T, self.scale)
+        return LowRank(left[part.places], right, self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class Projections:
+    """What all layers of VeRA share.
+
+    Attributes:
+        a: (r, most inputs); None: it is drawn.
+        b: (most outputs, r); None: it is drawn.
+        seed: what they are drawn from.
+    """
+
+    a: Tensor | None
+    b: Tensor | None
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Projected:
+    """The low-rank change ``diag(b) · B · diag(d) · A`` of one layer of VeRA.
+
+    Attributes:
+        by_output: b (outputs,).
+        by_rank: d (r,).
+        shared: A and B, of which the layer takes the first columns and the first rows.
+    """
+
+    by_output: Tensor
+    by_rank: Tensor
+    shared: Projections
+
+
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """An adapter in canonical form, by the names that it gives to the layers and tensors of its base.
 
@@ -48,7 +110,10 @@ class Adapter:
         keeps_ties: whether what it changes at one end of tied embeddings holds for both.
         layer_classes: the classes of the layers that its type adapts; empty: all.
         residual: whether its base is what PiSSA leaves of the one that it names.
+        target_parameters: ends of the names of parameters that are no layer's weight, as PEFT was told them.
+        settings: its configuration.
         factors: low-rank changes, by layer.
+        stacks: low-rank changes of such parameters, by their names.
         products: changes that are products of matrices of any rank, by layer: LoHa and LoKr.
         projected: low-rank changes whose factors follow from the layers' sizes, by layer: VeRA.
         magnitudes: DoRA's lengths, by layer.
@@ -68,7 +133,10 @@ class Adapter:
     keeps_ties: bool
     layer_classes: tuple[str, ...] = ()
     residual: bool = False
+    target_parameters: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
     factors: dict[str, Factors] = field(default_factory=dict)
+    stacks: dict[str, Stack] = field(default_factory=dict)
     products: dict[str, Product] = field(default_factory=dict)
     projected: dict[str, Projected] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
@@ -81,4 +149,4 @@ class Adapter:
     def names(self) -> list[str]:
         """The names of the tensors that it changes, in its own spelling."""
         layers = dict.fromkeys([*self.factors, *self.products, *self.projected, *self.vectors, *self.rows])
-        return [*(f"{layer}.weight" for layer in layers), *self.tensors]
+        return [*(f"{layer}.weight" for layer in layers), *self.stacks, *self.tensors]

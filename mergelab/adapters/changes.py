@@ -81,6 +81,43 @@ class LowRank:
 
 
 @dataclass(frozen=True, eq=False)
+class Stacked:
+    """Add ``scale · left · right`` to each matrix of a stack: the experts of mixture models.
+
+    Attributes:
+        left: (experts, rows, r).
+        right: (experts, r, columns).
+        scale: as of `LowRank`.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float
+
+    @property
+    def product_shape(self) -> Shape:
+        """The shape of the product, (experts, rows, columns)."""
+        return (*self.left.shape[:2], self.right.shape[2])
+
+    def shape(self, stored: Shape) -> Shape | None:
+        """Return ``stored`` where it is that of the product."""
+        return stored if stored == self.product_shape else None
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """Return the sums."""
+        return torch.baddbmm(tensor, self.left.to(tensor), self.right.to(tensor), alpha=self.scale)
+
+    def same_as(self, other: Change) -> bool:
+        """Return whether factors and scale are equal."""
+        return (
+            isinstance(other, Stacked)
+            and self.scale == other.scale
+            and torch.equal(self.left, other.left)
+            and torch.equal(self.right, other.right)
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Product:
     """Add ``scale`` times the product of two matrices: of their entries (LoHa), or Kronecker's (LoKr).
 

@@ -31,6 +31,7 @@ _KNOWN = frozenset(
         *("inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "bias"),
         *("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "modules_to_save", "init_lora_weights"),
         *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "trainable_token_indices"),
+        *("target_parameters",),
         *("ensure_weight_tying", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"),
         *("lora_ga_config", "qalora_group_size", "runtime_config", "ephemeral_gpu_offload"),
         *("feedforward_modules", "init_ia3_weights", "token_indices", "init_weights"),
@@ -62,6 +63,8 @@ def read_peft(files: AdapterFiles) -> Adapter:
         keeps_ties=bool(config.get("ensure_weight_tying")),
         layer_classes=TYPES[kind].layers if kind in TYPES else (),
         residual=config.get("init_lora_weights") == _PISSA,
+        target_parameters=_target_parameters(config, name),
+        settings=config,
     )
     others = dict(files.tensors)
     if kind in TYPES:
@@ -181,6 +184,17 @@ def _check_complete(found: Adapter, config: Mapping[str, Any]) -> None:
     own = {"LORA": found.factors or found.rows, "IA3": found.vectors, "TRAINABLE_TOKENS": found.rows}
     if not own.get(found.kind, True):
         raise ModelError(f"{found.name}: it is of type {found.kind} and has no tensors of this type")
+
+
+def _target_parameters(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    given = config.get("target_parameters") or []
+    if not isinstance(given, list) or not all(isinstance(each, str) and each for each in given):
+        raise ModelError(f"{name}: target_parameters in its adapter_config.json is no list of names: {given!r:.60}")
+    if given and (trained_otherwise := [key for key in ("use_dora", "lora_bias") if config.get(key)]):
+        raise ModelError(f"{name}: target_parameters cannot go with {trained_otherwise[0]}")
+    if given and config.get("init_lora_weights") == _PISSA:
+        raise ModelError(f"{name}: target_parameters cannot go with init_lora_weights={_PISSA!r}")
+    return tuple(given)
 
 
 def _class_name(config: Mapping[str, Any]) -> str | None:

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mergelab.adapters.canonical import Adapter, Factors
+from mergelab.adapters.canonical import Adapter, Factors, Projected, Projections
 from mergelab.adapters.changes import Product, wide
-from mergelab.adapters.vera import Projected, Projections
 from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
 
 Parts = Mapping[str, Tensor]

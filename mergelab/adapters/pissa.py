@@ -1,7 +1,7 @@
 """PiSSA: the base that an adapter was trained on is what is left of the stored one without its leading directions.
 
-Meng et al. 2024, arXiv:2404.02948. At the start ``scale · B₀ · A₀`` is the best approximation of rank r of a weight, and
-the rest of the weight is frozen. B₀ · A₀ follows from the stored weight, whatever the signs of its singular vectors.
+Meng et al. 2024, arXiv:2404.02948. At the start ``scale · B₀ · A₀`` is the best approximation of rank r of a weight,
+and the rest of the weight is frozen. B₀ · A₀ follows from the stored weight, whatever the signs of singular vectors.
 """
 
 from __future__ import annotations

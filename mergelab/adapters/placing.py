@@ -6,13 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergelab.adapters.changes import Change, Factor, LowRank, Magnitude, Product, Replacement, Rows, Shift
+from mergelab.adapters.changes import Change, Factor, LowRank, Magnitude, Product, Replacement, Rows, Shift, Stacked
 from mergelab.adapters.names import Names, adapted_class, named
+from mergelab.adapters.parameters import with_parameters
 from mergelab.adapters.pissa import Residual
 from mergelab.adapters.ties import Ties, kept_ties
 from mergelab.adapters.vera import projected_factors
 from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch
 from mergelab.weights.agreement import dtype_and_shape
+from mergelab.weights.conversion import stacked_parts
 from mergelab.weights.skeleton import skeleton
 
 if TYPE_CHECKING:
@@ -66,23 +68,29 @@ def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placem
         )
     class_name = adapted_class(adapter.task_type, adapter.class_name, base.config)
     module = skeleton(base.folder, {**base.config, "architectures": [class_name]})
+    adapter = with_parameters(adapter, module)
     names = named(adapter.names, base, module, class_name, adapter.name, part)
     _check_layers(adapter, names, module)
     changes: dict[str, list[Change]] = {}
-    for name, change in _changes(adapter, names, module):
+    for name, change in _changes(adapter, names, module, base):
         changes.setdefault(name, []).append(change)
     new = {name: _only_replacement(name, changes.pop(name), adapter) for name in list(changes) if name in names.new}
+    if parts := stacked_parts(module, base, new):
+        raise KeyMismatch(f"{adapter.name}: it replaces {next(iter(parts))}, which {base.name} stores in parts")
     ties = kept_ties(changes, names, adapter, is_pair=_is_pair(base))
     _check_shapes(ties, names, adapter, base)
     _check_whole(module, names, new, base, adapter)
     return Placement(class_name, names.source, ties.changes, new, ties.apart, _sizes(module, names, changes, new))
 
 
-def _changes(adapter: Adapter, names: Names, module: nn.Module | None) -> Iterable[tuple[str, Change]]:
+def _changes(
+    adapter: Adapter, names: Names, module: nn.Module | None, base: Checkpoint
+) -> Iterable[tuple[str, Change]]:
     """Yield what is changed, by the names of the module's tensors, in the order in which it applies to one tensor."""
     for name, tensor in adapter.tensors.items():
         if (at := names.of(name)) is not None:
             yield at, Replacement(tensor, may_grow=_may_grow(at, module))
+    yield from _of_parameters(adapter, names, module, base)
     for layer, product in adapter.products.items():
         if (at := names.of(f"{layer}.weight")) is not None:
             yield at, product
@@ -112,6 +120,19 @@ def _changes(adapter: Adapter, names: Names, module: nn.Module | None) -> Iterab
     for layer, (indices, values) in adapter.rows.items():
         if (at := names.of(f"{layer}.weight")) is not None:
             yield at, Rows(indices, values)
+
+
+def _of_parameters(
+    adapter: Adapter, names: Names, module: nn.Module | None, base: Checkpoint
+) -> Iterable[tuple[str, Change]]:
+    """Yield the changes of parameters, or of the matrices that are stored of them."""
+    found = {at: stack for name, stack in adapter.stacks.items() if (at := names.of(name)) is not None}
+    parts = {} if names.other_class else stacked_parts(module, base, found)
+    for at, stack in found.items():
+        if at in parts:
+            yield from ((part.stored, stack.change_of(part)) for part in parts[at])
+        else:
+            yield at, stack.change()
 
 
 def _residual(layer: str, at: str, factors: Factors, names: Names, adapter: Adapter) -> Residual:
@@ -226,7 +247,7 @@ def _check_shapes(ties: Ties, names: Names, adapter: Adapter, base: Checkpoint) 
 
 def _wanted(change: Change) -> list[int] | str:
     """Return the shape that a change is for, in the layout in which the tensor is stored."""
-    if isinstance(change, LowRank | Product):
+    if isinstance(change, LowRank | Product | Stacked):
         return list(change.product_shape)
     if isinstance(change, Replacement):
         return list(change.values.shape)

@@ -8,44 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mergelab.adapters.canonical import Factors
+from mergelab.adapters.canonical import Factors, Projected
 from mergelab.adapters.changes import wide
 from mergelab.errors import ModelError, ShapeMismatch, listed
-
-
-@dataclass(frozen=True, eq=False)
-class Projections:
-    """What all layers share.
-
-    Attributes:
-        a: (r, most inputs); None: it is drawn.
-        b: (most outputs, r); None: it is drawn.
-        seed: what they are drawn from.
-    """
-
-    a: Tensor | None
-    b: Tensor | None
-    seed: int
-
-
-@dataclass(frozen=True, eq=False)
-class Projected:
-    """The change of one layer.
-
-    Attributes:
-        by_output: b (outputs,).
-        by_rank: d (r,).
-        shared: A and B.
-    """
-
-    by_output: Tensor
-    by_rank: Tensor
-    shared: Projections
 
 
 def projected_factors(

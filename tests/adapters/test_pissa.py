@@ -66,7 +66,7 @@ def test_the_base_is_what_the_library_leaves_of_it(tmp_path: Path, kind: str) ->
     found = small.outputs(small.loaded(opened).float(), **inputs)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     plain = small.outputs(build().float(), **inputs)
-    assert not torch.allclose(expected, plain, atol=1e-2), "the adapter does nothing"
+    assert not torch.allclose(expected, plain, atol=1e-3), "the adapter does nothing"
     library = wrapped.merge_and_unload().state_dict()
     for name in list(opened.keys()):
         torch.testing.assert_close(opened.get(name), library[name], rtol=1e-5, atol=1e-5, msg=f"{kind}: {name}")
@@ -178,7 +178,7 @@ def test_what_it_cannot_be_computed_for_writes_nothing(
 def test_a_tied_weight_that_it_changed_is_refused(tmp_path: Path) -> None:
     config = pissa(target_modules=["lm_head", "q_proj"])
     base, folder, _ = made(tmp_path, lambda: small.llama(tie_word_embeddings=True), config)
-    with pytest.raises(ModelError, match="changed lm_head together with model.embed_tokens.weight, which is tied"):
+    with pytest.raises(ModelError, match=r"changed lm_head together with model.embed_tokens.weight, which is tied"):
         on_base(base, folder, where="a")
 
 
