@@ -237,6 +237,7 @@ def _read_tuned(found: Adapter, layers: Mapping[str, Parts], config: Mapping[str
     """Read layers that were trained whole, such as norms (Zhao et al. 2024, arXiv:2312.11420)."""
     del config
     for site, parts in layers.items():
+        _check_parts(found, site, parts, [{"weight"}, {"weight", "bias"}])
         found.tensors.update({f"{site}.{part}": tensor for part, tensor in parts.items()})
 
 

@@ -71,6 +71,7 @@ def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placem
     adapter = with_parameters(adapter, module)
     names = named(adapter.names, base, module, class_name, adapter.name, part)
     _check_layers(adapter, names, module)
+    _check_modules(adapter, names, module)
     changes: dict[str, list[Change]] = {}
     for name, change in _changes(adapter, names, module, base):
         changes.setdefault(name, []).append(change)
@@ -120,6 +121,25 @@ def _changes(
     for layer, (indices, values) in adapter.rows.items():
         if (at := names.of(f"{layer}.weight")) is not None:
             yield at, Rows(indices, values)
+
+
+def _check_modules(adapter: Adapter, names: Names, module: nn.Module | None) -> None:
+    """Check that modules which are stored whole have a weight and a bias; biases alone may be trained too.
+
+    Raises:
+        KeyMismatch: one of them is missing.
+    """
+    if module is None:
+        return
+    given, own = {names.of(name) for name in adapter.tensors}, module.state_dict().keys()
+    whole = [f".{each}." for each in adapter.settings.get("modules_to_save") or ()]
+    for at in sorted(name for name in given if name is not None):
+        parent, _, leaf = at.rpartition(".")
+        other = f"{parent}.{'bias' if leaf == 'weight' else 'weight'}"
+        if leaf != "weight" and not any(each in f".{parent}." for each in whole):
+            continue
+        if other in own and given.isdisjoint(names.tied.get(other, (other,))):
+            raise KeyMismatch(f"{adapter.name}: it has {at} without {other}, which belongs to the same module")
 
 
 def _of_parameters(
@@ -292,6 +312,14 @@ def _sizes(
         for name, each in replaced.items()
         if isinstance(each, Replacement) and name in own and each.values.shape != own[name].shape
     }
+    for name, rows in grown.items():
+        for leaf in ("weight", "bias"):
+            beside = f"{name.rpartition('.')[0]}.{leaf}"
+            if beside in own and grown.get(beside, own[beside].shape[0]) != rows:
+                raise ShapeMismatch(
+                    f"{names.label}: its {name} has {rows} rows, and {beside} has "
+                    f"{grown.get(beside, own[beside].shape[0])}: they do not fit together"
+                )
     tokens = {grown[name] for name in embeddings(module) if name in grown}
     outputs = {rows for name, rows in grown.items() if name not in embeddings(module)}
     if len(tokens) > 1 or len(outputs) > 1:

@@ -201,7 +201,7 @@ class AdapterOutput:
     def _refuse_cat(self, place: str) -> None:
         if self._settings.form == "lora_cat":
             raise ConfigError(
-                f"save.form=lora_cat: {place} is changed by more than LoRA (DoRA, IA³, LoHa, token rows, a whole tensor …); "
+                f"save.form=lora_cat: {place} is changed by more than LoRA (DoRA, IA³, LoHa, token rows, whole tensors); "
                 "save.form=dense and save.form=lora_svd can hold it"
             )
 

@@ -1,4 +1,4 @@
-"""PEFT's types beside LoRA: AdaLoRA, LoHa, LoKr, VeRA and tuned norms are the library's own models; others are refused."""
+"""PEFT's types beside LoRA are the library's own models: AdaLoRA, LoHa, LoKr, VeRA and tuned norms."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import mergelab as ml
-from mergelab.errors import MergelabError
 from mergelab.models.adapted import on_base, open_model
 from tests.adapters import made as small
 from tests.adapters.test_dense import BOTH, IMAGE, TEXT
@@ -24,6 +23,7 @@ from tests.conftest import Outcome
 
 peft = pytest.importorskip("peft")
 
+Command = Callable[..., Outcome]
 ATTENTION = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
 MLP = {"target_modules": ["query", "intermediate.dense", "output.dense"], "task_type": "SEQ_CLS"}
 
@@ -133,3 +133,133 @@ def test_an_adapter_computes_what_the_library_does(tmp_path: Path, kind: str) ->
     for name in list(checkpoint.keys()):
         torch.testing.assert_close(checkpoint.get(name), library[name], rtol=1e-10, atol=1e-10, msg=f"{kind}: {name}")
         assert tuple(checkpoint.get(name).shape) == checkpoint.shape(name)
+
+
+def test_a_pruned_adapter_is_what_the_library_loads(tmp_path: Path) -> None:
+    """AdaLoRA stores the ranks that are left, and divides by those of the start."""
+    made = small.made(tmp_path, small.bert(), adalora(**MLP))
+    sites = [name for name, _ in made.peft.base_model.model.named_modules() if name.endswith("lora_E")]
+    kept = [[True, False, True, True, False], [False] * 5, [True] * 5]
+    made.peft.peft_config["default"].rank_pattern = {f"{site}.default": kept[at % 3] for at, site in enumerate(sites)}
+    made.peft.save_pretrained(made.adapter)
+    shapes = {tuple(tensor.shape) for name, tensor in stored(made.adapter).items() if name.endswith("lora_E")}
+    assert shapes == {(3, 1), (0, 1), (5, 1)}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(made.base, dtype=torch.float64)
+    library = peft.PeftModel.from_pretrained(model, made.adapter, autocast_adapter_dtype=False).double().eval()
+    opened = open_model(on_base(made.base, made.adapter, where="a"))
+    expected = small.outputs(library, **TEXT)
+    torch.testing.assert_close(small.outputs(small.loaded(opened), **TEXT), expected, rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- the papers' formulas
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+QUERY = "bert.encoder.layer.1.attention.self.query"
+
+
+def reference(kind: str, p: dict[str, np.ndarray]) -> np.ndarray:
+    """The change of a layer, in float64, entry by entry."""
+    if kind == "adalora":
+        ranks = range(len(p["lora_E"]))
+        change = sum(np.outer(p["lora_B"][:, r], p["lora_A"][r]) * p["lora_E"][r, 0] for r in ranks)
+        return np.asarray(change * 7 / (5 + 1e-5))
+    if kind == "loha":
+        products = [sum(np.outer(p[f"hada_w{i}_a"][:, r], p[f"hada_w{i}_b"][r]) for r in range(4)) for i in (1, 2)]
+        return np.asarray(products[0] * products[1] * 5 / 4)
+    if kind == "lokr":
+        second = p["lokr_w2_a"] @ p["lokr_w2_b"]
+        rows, columns = second.shape
+        change = np.empty((16, 16))
+        for i in range(16):
+            for j in range(16):
+                change[i, j] = p["lokr_w1"][i // rows, j // columns] * second[i % rows, j % columns]
+        return change * 5
+    a, b = p["vera_A"][:, :16], p["vera_B"][:16]
+    return np.asarray(np.diag(p["vera_lambda_b"]) @ b @ np.diag(p["vera_lambda_d"]) @ a)
+
+
+FORMULAS = {"adalora": adalora(**MLP), "loha": loha(**MLP), "lokr": lokr(r=1, **MLP), "vera": vera(**MLP)}
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_a_change_is_its_papers_formula(kind: str, tmp_path: Path) -> None:
+    made = small.made(tmp_path, small.bert(), FORMULAS[kind])
+    opened = open_model(on_base(made.base, made.adapter, where="a"))
+    parts = {
+        name.rpartition(".")[2]: tensor.double().numpy()
+        for name, tensor in stored(made.adapter).items()
+        if f".{QUERY}." in name or name.startswith("base_model.vera_")
+    }
+    base = load_file(made.base / "model.safetensors")[f"{QUERY}.weight"].numpy()
+    change = opened.get(f"{QUERY}.weight").numpy() - base
+    assert np.abs(change).max() > 1e-2
+    np.testing.assert_allclose(change, reference(kind, parts), rtol=1e-9, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------ merged, written
+
+
+def experts(folder: Path, config: Any, build: Any = small.bert) -> dict[str, Path]:
+    """A base in float32 and two adapters on it."""
+    found: dict[str, Path] = {}
+    for seed, name in enumerate("ab"):
+        made = small.made(folder, build(), config, dtype=torch.float32, seed=seed)
+        found |= {"base": made.base, name: made.adapter}
+    small.tokenizer(found["base"])
+    return found
+
+
+PLAIN: dict[str, Any] = {**FORMULAS, "norms": peft.LNTuningConfig(target_modules=["LayerNorm"], task_type="SEQ_CLS")}
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "task_arithmetic"])
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_method_gives_what_it_gives_on_the_dense_experts(kind: str, method: str, tmp_path: Path) -> None:
+    models = experts(tmp_path, PLAIN[kind])
+    results = []
+    for form in ("adapters", "dense"):
+        given = [models["base"], models["a"], models["b"]]
+        if form == "dense":
+            given[1:] = [dense(tmp_path / f"dense{at}", given[0], given[at]) for at in (1, 2)]
+        function = getattr(ml, method)
+        results.append(function([str(path) for path in given], task="text-classification", base_index=0).model)
+    own, reference = (result.state_dict() for result in results)
+    base = load_file(models["base"] / "model.safetensors")
+    assert all(torch.equal(tensor, reference[name]) for name, tensor in own.items())
+    assert any(not torch.equal(tensor, base[name]) for name, tensor in own.items() if name.startswith("bert."))
+
+
+ARITHMETIC = ("method=task_arithmetic", "method.lambda=0.6", "method.weights=[1.0,-0.5]")
+FORMS = [
+    *((kind, ARITHMETIC, ("save.form=lora_cat",)) for kind in ("adalora", "vera")),
+    *((kind, ARITHMETIC, ("save.form=lora_svd", "save.energy=1.0")) for kind in PLAIN if kind != "norms"),
+    *((kind, ("method=ties",), ("save.form=lora_svd", "save.energy=1.0")) for kind in ("loha", "lokr", "adalora")),
+]
+
+
+@pytest.mark.parametrize(("kind", "method", "form"), FORMS)
+def test_a_merge_is_written_as_lora_that_the_library_loads(
+    kind: str, method: tuple[str, ...], form: tuple[str, ...], tmp_path: Path, mergelab_command: Command
+) -> None:
+    models = experts(tmp_path, PLAIN[kind])
+    whole = merged(mergelab_command, models, "dense", *method)
+    adapter = merged(mergelab_command, models, "adapter", *method, *form)
+    assert json.loads((adapter / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert_equal(whole, through_peft("bert", models["base"], adapter), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_what_has_no_low_rank_factors_is_not_joined(kind: str, tmp_path: Path, mergelab_command: Command) -> None:
+    models = experts(tmp_path, PLAIN[kind])
+    outcome = mergelab_command(
+        f"models.base={models['base']}",
+        f"models.experts={{a: {models['a']}, b: {models['b']}}}",
+        *("task=rte", "evaluate=false", "tracking=none", "output=out", "method=soup", "save.form=lora_cat"),
+    )
+    assert outcome.code == 2
+    assert "save.form=dense and save.form=lora_svd can hold it" in outcome.err
+    assert not Path("out").exists()
