@@ -201,8 +201,8 @@ class AdapterOutput:
     def _refuse_cat(self, place: str) -> None:
         if self._settings.form == "lora_cat":
             raise ConfigError(
-                f"save.form=lora_cat: {place} is changed by more than LoRA (DoRA, IA³, LoHa, token rows, whole tensors); "
-                "save.form=dense and save.form=lora_svd can hold it"
+                f"save.form=lora_cat: {place} is changed by more than LoRA (DoRA, IA³, LoHa, LoKr, PiSSA, token rows, "
+                "whole tensors); save.form=dense and save.form=lora_svd can hold it"
             )
 
     def _add(self, found: LoraFolder, wholes: dict[str, float], name: str, fitted: factored.Fitted) -> None:
