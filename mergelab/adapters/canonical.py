@@ -11,7 +11,7 @@ from torch import Tensor
 from mergelab.adapters.changes import Change, LowRank, Product, Stacked
 
 if TYPE_CHECKING:
-    from mergelab.weights.conversion import StackedPart
+    from mergelab.weights.stored_rows import StoredRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +38,10 @@ class Factors:
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """The low-rank change of one parameter.
+    """The low-rank change of one parameter, in the layout in which the module has it.
 
     Attributes:
-        left: (experts, rows, r), in the layout in which the module has the parameter.
+        left: (experts, rows, r); of a matrix (1, rows, r).
         right: (experts, r, columns).
         scale: as of `Factors`.
         is_stacked: whether the parameter has a dimension of experts.
@@ -58,12 +58,13 @@ class Stack:
             return Stacked(self.left, self.right, self.scale)
         return LowRank(self.left[0], self.right[0], self.scale)
 
-    def change_of(self, part: StackedPart) -> LowRank:
-        """Return the change of one matrix that transformers reads into the parameter."""
-        left, right = self.left[part.expert], self.right[part.expert]
+    def change_of(self, part: StoredRows) -> LowRank:
+        """Return the change of a stored matrix, rows of which are a part of the parameter."""
+        left, right = self.left[part.matrix], self.right[part.matrix]
         if part.transposed:
-            return LowRank(right.T[part.places], left.T, self.scale)
-        return LowRank(left[part.places], right, self.scale)
+            left, right = right.T, left.T
+        rows = left.new_zeros(part.count, left.shape[1]).index_copy_(0, part.rows, left[part.places])
+        return LowRank(rows, right, self.scale)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mergelab.adapters.canonical import Stack
 from mergelab.adapters.changes import Change, Factor, LowRank, Magnitude, Product, Replacement, Rows, Shift, Stacked
 from mergelab.adapters.names import Names, adapted_class, named
 from mergelab.adapters.parameters import with_parameters
@@ -14,8 +15,8 @@ from mergelab.adapters.ties import Ties, kept_ties
 from mergelab.adapters.vera import projected_factors
 from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch
 from mergelab.weights.agreement import dtype_and_shape
-from mergelab.weights.conversion import stacked_parts
 from mergelab.weights.skeleton import skeleton
+from mergelab.weights.stored_rows import StoredRows, stored_rows
 
 if TYPE_CHECKING:
     import torch
@@ -76,8 +77,8 @@ def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placem
     for name, change in _changes(adapter, names, module, base):
         changes.setdefault(name, []).append(change)
     new = {name: _only_replacement(name, changes.pop(name), adapter) for name in list(changes) if name in names.new}
-    if parts := stacked_parts(module, base, new):
-        raise KeyMismatch(f"{adapter.name}: it replaces {next(iter(parts))}, which {base.name} stores in parts")
+    if not names.other_class and (computed := stored_rows(module, base, new)):
+        raise KeyMismatch(f"{adapter.name}: it replaces {next(iter(computed))}, which {base.name} stores otherwise")
     ties = kept_ties(changes, names, adapter, is_pair=_is_pair(base))
     _check_shapes(ties, names, adapter, base)
     _check_whole(module, names, new, base, adapter)
@@ -91,7 +92,12 @@ def _changes(
     for name, tensor in adapter.tensors.items():
         if (at := names.of(name)) is not None:
             yield at, Replacement(tensor, may_grow=_may_grow(at, module))
-    yield from _of_parameters(adapter, names, module, base)
+    parts = _computed(adapter, names, module, base)
+    for name, stack in adapter.stacks.items():
+        if (at := names.of(name)) in parts:
+            yield from ((part.stored, stack.change_of(part)) for part in parts[at])
+        elif at is not None:
+            yield at, stack.change()
     for layer, product in adapter.products.items():
         if (at := names.of(f"{layer}.weight")) is not None:
             yield at, product
@@ -102,7 +108,7 @@ def _changes(
             yield at, _residual(layer, at, factors, names, adapter)
         across = factors.embedding or _is_transposed(at, module, adapter)
         left, right = (factors.a.T, factors.b.T) if across else (factors.b, factors.a)
-        yield at, LowRank(left, right, factors.scale)
+        yield from _low_rank(layer, at, LowRank(left, right, factors.scale), parts, adapter)
         if layer in adapter.magnitudes:
             yield at, Magnitude(adapter.magnitudes[layer], by_column=across)
         if layer in adapter.biases:
@@ -142,17 +148,31 @@ def _check_modules(adapter: Adapter, names: Names, module: nn.Module | None) -> 
             raise KeyMismatch(f"{adapter.name}: it has {at} without {other}, which belongs to the same module")
 
 
-def _of_parameters(
+def _computed(
     adapter: Adapter, names: Names, module: nn.Module | None, base: Checkpoint
+) -> dict[str, list[StoredRows]]:
+    """Return the stored rows of those weights that the base does not store as the model has them."""
+    if names.other_class:
+        return {}
+    wanted = [*adapter.stacks, *(f"{layer}.weight" for layer in (*adapter.factors, *adapter.projected))]
+    found = {at for name in wanted if (at := names.of(name)) is not None}
+    return stored_rows(module, base, found & names.new)
+
+
+def _low_rank(
+    layer: str, at: str, change: LowRank, parts: Mapping[str, Sequence[StoredRows]], adapter: Adapter
 ) -> Iterable[tuple[str, Change]]:
-    """Yield the changes of parameters, or of the matrices that are stored of them."""
-    found = {at: stack for name, stack in adapter.stacks.items() if (at := names.of(name)) is not None}
-    parts = {} if names.other_class else stacked_parts(module, base, found)
-    for at, stack in found.items():
-        if at in parts:
-            yield from ((part.stored, stack.change_of(part)) for part in parts[at])
-        else:
-            yield at, stack.change()
+    """Yield a layer's low-rank change, for the matrices that are stored of its weight."""
+    if at not in parts:
+        yield at, change
+        return
+    if adapter.residual or layer in adapter.magnitudes or layer in adapter.biases:
+        raise ModelError(
+            f"{adapter.name}: it changes {layer} by more than a low-rank product, and the base stores the weight of it "
+            f"in {parts[at][0].stored}; merge it into its base (PeftModel.merge_and_unload) and save that"
+        )
+    stack = Stack(change.left[None], change.right[None], change.scale, is_stacked=False)
+    yield from ((part.stored, stack.change_of(part)) for part in parts[at])
 
 
 def _residual(layer: str, at: str, factors: Factors, names: Names, adapter: Adapter) -> Residual:

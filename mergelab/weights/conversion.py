@@ -24,7 +24,7 @@ from mergelab.weights.source import DictSource, TensorSource
 
 
 @dataclass(frozen=True)
-class _Computed:
+class Computed:
     """Tensors that transformers computes together from stored ones.
 
     Attributes:
@@ -54,28 +54,11 @@ class _Plan:
     """How stored tensors become a model's: by renaming (new name to stored name), or by computing."""
 
     renamed: dict[str, str]
-    computed: tuple[_Computed, ...] = ()
+    computed: tuple[Computed, ...] = ()
 
     @property
     def is_identity(self) -> bool:
         return not self.computed and all(name == stored for name, stored in self.renamed.items())
-
-
-@dataclass(frozen=True, eq=False)
-class StackedPart:
-    """A stored matrix as a part of a parameter that transformers computes of several, such as stacked experts.
-
-    Attributes:
-        stored: its name.
-        expert: the index of the matrix in the parameter that it is in.
-        places: (rows,) where its rows are in that matrix; its columns, where it is transposed.
-        transposed: whether it is transposed there.
-    """
-
-    stored: str
-    expert: int
-    places: Tensor
-    transposed: bool
 
 
 class ConvertedSource:
@@ -92,7 +75,7 @@ class ConvertedSource:
     def __init__(self, source: TensorSource, plan: _Plan) -> None:
         self.source = source
         self._renamed = RenamedSource(source, plan.renamed)
-        self._computed: dict[str, _Computed] = {}
+        self._computed: dict[str, Computed] = {}
         self._like: dict[str, Tensor] = {}
         for group in plan.computed:
             try:
@@ -183,56 +166,9 @@ def module_names(module: nn.Module, names: Collection[str]) -> dict[str, str]:
     return found
 
 
-def stacked_parts(
-    module: nn.Module | None, source: TensorSource, wanted: Collection[str]
-) -> dict[str, list[StackedPart]]:
-    """Find which rows of which stored matrix each row of a stacked parameter is, as transformers computes it.
-
-    Args:
-        module: a model of transformers; its values do not matter.
-        source: what a checkpoint stores.
-        wanted: names that the module has for parameters.
-
-    Returns:
-        By name; those of ``wanted`` that are computed of several stored tensors.
-
-    Raises:
-        ModelError: one is computed of stored tensors otherwise than by stacking their rows.
-    """
-    if module is None or not wanted:
-        return {}
-    plan = _plan(module, [*source.keys(), *source.aliases()], source.name)
-    return {group.name: _stacked(group, source) for group in plan.computed if group.name in wanted}
-
-
-def _stacked(group: _Computed, source: TensorSource) -> list[StackedPart]:
-    """Compute the parameter of matrices that hold their numbers and those of their rows alone, and read them there."""
-    number = {stored: at for at, (_, stored) in enumerate(group.parts)}
-    shapes = {stored: tuple(source.shape(stored)) for stored in number}
-    target = tuple(group.module.get_parameter(group.name).shape)
-    widths = {shape[1:] for shape in shapes.values()}
-    refused = ModelError(f"{source.name}: {group.name} is computed of {listed(number)} otherwise than by stacking rows")
-    if len(target) != 3 or len(widths) != 1 or any(len(shape) != 2 for shape in shapes.values()):
-        raise refused
-    ((width,),) = widths
-    most = max(shape[0] for shape in shapes.values())
-    numbered = group.convert(lambda stored: (torch.arange(shapes[stored][0]) + most * number[stored])[:, None])
-    columns = group.convert(lambda stored: torch.arange(width)[None])
-    rows, across = numbered[group.name], columns[group.name]
-    transposed = rows.shape == (target[0], 1, target[2]) != (target[0], target[1], 1)
-    if transposed:
-        rows, across, target = rows.mT, across.mT, (target[0], target[2], target[1])
-    if rows.shape != (*target[:2], 1) or width != target[2] or not bool((across == torch.arange(width)).all()):
-        raise refused
-    found: list[StackedPart] = []
-    for stored, at in number.items():
-        expert, place = (rows[..., 0] // most == at).nonzero(as_tuple=True)
-        order = rows[expert, place, 0].argsort()
-        whole = torch.equal(rows[expert, place, 0][order], torch.arange(shapes[stored][0]) + most * at)
-        if not whole or len(set(expert.tolist())) != 1:
-            raise refused
-        found.append(StackedPart(stored, int(expert[0]), place[order], transposed))
-    return found
+def computed(module: nn.Module, source: TensorSource) -> tuple[Computed, ...]:
+    """Return what transformers computes of stored tensors for ``module``."""
+    return _plan(module, [*source.keys(), *source.aliases()], source.name).computed
 
 
 def fit(module: nn.Module, names: Collection[str]) -> tuple[int, int]:
@@ -336,7 +272,7 @@ def _plan_by_transforms(module: Any, names: Iterable[str], label: str) -> _Plan:
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     own, prefix = module.state_dict(), module.base_model_prefix
     renamed: dict[str, str] = {}
-    computed: dict[str, _Computed] = {}
+    computed: dict[str, Computed] = {}
     for stored in sorted(names, key=dot_natural_key):
         name, pattern = rename_source_key(stored, renamings, converters, prefix, own)
         if name not in own and stored in own:
@@ -344,7 +280,7 @@ def _plan_by_transforms(module: Any, names: Iterable[str], label: str) -> _Plan:
         if pattern is None:
             _add(renamed, name, stored, label)
         elif name in own:
-            group = computed.setdefault(name, _Computed(name, by_pattern[pattern], module=module))
+            group = computed.setdefault(name, Computed(name, by_pattern[pattern], module=module))
             group.parts.append((pattern, stored))
         else:
             _add(renamed, stored, stored, label)

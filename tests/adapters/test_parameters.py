@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from mergelab.models.adapted import on_base, open_model
 from tests.adapters import made as small
 from tests.adapters.test_dense import TEXT, lora
 from tests.adapters.test_experts import dense
+from tests.adapters.test_peft_types import adalora
 from tests.conftest import Outcome
 
 peft = pytest.importorskip("peft")
@@ -87,6 +89,54 @@ def test_the_change_of_each_expert_is_a_product_of_its_own_factors(tmp_path: Pat
             key = f"model.layers.1.mlp.experts.{expert}.{name}.weight"
             change = (opened.get(key) - base[key]).numpy()
             np.testing.assert_allclose(change, product[half * 12 : half * 12 + 12], rtol=1e-9, atol=1e-12)
+
+
+def test_a_classifier_on_a_base_without_a_head(tmp_path: Path) -> None:
+    """It is of another class than its base, whose experts are read stacked."""
+    base: Any = small.mixtral(pad_token_id=0)
+    config = copy.deepcopy(base.config)
+    config.num_labels = 3
+    model: Any = transformers.MixtralForSequenceClassification(config).eval()
+    model.set_experts_implementation("eager")
+    model.model.load_state_dict(base.model.state_dict())
+    base.double().save_pretrained(tmp_path / "base")
+    folder, wrapped = small.adapter(tmp_path / "a", model.double(), lora(**EXPERTS, task_type="SEQ_CLS"))
+    opened = open_model(on_base(tmp_path / "base", folder, where="a"))
+    expected = small.outputs(wrapped, **TEXT)
+    assert expected.shape == (2, 3)
+    torch.testing.assert_close(small.outputs(small.loaded(opened), **TEXT), expected, rtol=1e-9, atol=1e-9)
+
+
+def joined() -> Any:
+    """A model whose queries, keys and values are layers of their own, and one tensor in its files."""
+    sizes = {**small.SIZES, "intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 8}
+    torch.manual_seed(3)
+    return transformers.HrmTextForCausalLM(transformers.HrmTextConfig(**sizes)).eval()
+
+
+LAYERS = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("config", [lora(target_modules=LAYERS), adalora(target_modules=["k_proj", "gate_proj"])])
+def test_layers_that_are_stored_as_one_are_changed_in_their_rows(config: Any, tmp_path: Path) -> None:
+    made = small.made(tmp_path, joined(), config)
+    held = load_file(made.base / "model.safetensors")
+    assert any("gqkv_proj" in name for name in held)
+    opened = open_model(on_base(made.base, made.adapter, where="a"))
+    expected = small.outputs(made.peft, **TEXT)
+    torch.testing.assert_close(small.outputs(small.loaded(opened), **TEXT), expected, rtol=1e-9, atol=1e-9)
+    made.peft.merge_and_unload().save_pretrained(tmp_path / "dense")
+    library = load_file(tmp_path / "dense" / "model.safetensors")
+    changed = [name for name in opened.keys() if not torch.equal(library[name], held[name])]  # noqa: SIM118
+    assert any("gqkv_proj" in name for name in changed)
+    for name in held:
+        torch.testing.assert_close(opened.get(name), library[name], rtol=1e-10, atol=1e-10, msg=name)
+
+
+def test_more_than_a_product_in_such_layers_is_refused(tmp_path: Path) -> None:
+    made = small.made(tmp_path, joined(), lora(target_modules=["q_proj"], use_dora=True))
+    with pytest.raises(MergelabError, match=r"^a: it changes model.* by more than a low-rank product, .*gqkv_proj"):
+        on_base(made.base, made.adapter, where="a")
 
 
 def test_an_adapter_of_version_4_is_the_model_that_the_library_makes_of_it(tmp_path: Path) -> None:
