@@ -310,9 +310,9 @@ _CONVERTIBLE = frozenset(
 
 def way_out(kind: object) -> str:
     """Return how an adapter of another type can be merged, to append to a line."""
-    if kind in _BESIDE:
+    if str(kind) in _BESIDE:
         return "; this type has no weights of the base to merge"
-    convert = ", or peft's convert_to_lora, which fits it by LoRA" if kind in _CONVERTIBLE else ""
+    convert = ", or peft's convert_to_lora, which fits it by LoRA" if str(kind) in _CONVERTIBLE else ""
     return f", others after PeftModel.merge_and_unload{convert}"
 
 

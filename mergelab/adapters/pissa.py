@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergelab.adapters.changes import Change, Shape
-from mergelab.errors import ModelError
+from mergelab.errors import ModelError, NonFinite
 
 # In float32, directions whose singular values are nearer than this share of the largest are mixed by 1 % or more.
 _NEAR = 1e-5
@@ -66,9 +66,11 @@ def leading(matrix: Tensor, rank: int, where: str) -> tuple[Tensor, Tensor]:
         where: what errors call the matrix.
 
     Raises:
-        ModelError: the singular values r and r + 1 are equal within rounding, and not small.
+        ModelError: the singular values r and r + 1 are equal within rounding, and not small. NonFinite: it holds NaN.
     """
     wide = matrix.double()
+    if not bool(wide.isfinite().all()):
+        raise NonFinite(f"{where}: the base's weight holds NaN or infinity")
     rows, columns = wide.shape
     values, vectors = torch.linalg.eigh(wide @ wide.T if rows < columns else wide.T @ wide)
     singular = values.clamp(min=0).sqrt()

@@ -138,7 +138,8 @@ def _check_modules(adapter: Adapter, names: Names, module: nn.Module | None) -> 
     if module is None:
         return
     given, own = {names.of(name) for name in adapter.tensors}, module.state_dict().keys()
-    whole = [f".{each}." for each in adapter.settings.get("modules_to_save") or ()]
+    saved = adapter.settings.get("modules_to_save")
+    whole = [f".{each}." for each in saved] if isinstance(saved, list) else []
     for at in sorted(name for name in given if name is not None):
         parent, _, leaf = at.rpartition(".")
         other = f"{parent}.{'bias' if leaf == 'weight' else 'weight'}"
@@ -211,7 +212,10 @@ def _check_layers(adapter: Adapter, names: Names, module: nn.Module | None) -> N
     for layer in (*adapter.factors, *adapter.products, *adapter.projected):
         if (at := names.of(f"{layer}.weight")) is None:
             continue
-        classes = [cls.__name__ for cls in type(module.get_submodule(at.rpartition(".")[0])).__mro__]
+        try:
+            classes = [cls.__name__ for cls in type(module.get_submodule(at.rpartition(".")[0])).__mro__]
+        except AttributeError:  # a layer in the files alone, as one of stacked experts
+            continue
         if not set(classes) & set(adapter.layer_classes):
             raise ModelError(
                 f"{adapter.name}: adapters of type {adapter.kind} are of layers of the classes "

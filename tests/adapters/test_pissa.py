@@ -119,6 +119,14 @@ def test_equal_singular_values_at_the_rank_are_refused(gap: float, tmp_path: Pat
     assert len(str(caught.value)) <= 400
 
 
+def test_a_base_that_holds_nan_is_named(tmp_path: Path) -> None:
+    base, folder, _ = made(tmp_path, small.bert, pissa(target_modules=["query"]))
+    spectrum(base, torch.full((16,), float("nan")))
+    opened = open_model(on_base(base, folder, where="a"), "a")
+    with pytest.raises(ModelError, match=r"^a: bert.*query: the base's weight holds NaN or infinity"):
+        opened.get("bert.encoder.layer.0.attention.self.query.weight")
+
+
 def test_small_singular_values_do_not_matter(tmp_path: Path) -> None:
     base, folder, _ = made(tmp_path, small.bert, pissa(target_modules=["query"]))
     spectrum(base, torch.tensor([1.0, 0.5, 0.2, *[0.0] * 13]))

@@ -214,13 +214,13 @@ def converts(kind: str) -> bool:
     return any("supports_lora_conversion" in vars(each) for each in own)
 
 
-@pytest.mark.parametrize("kind", [*OTHERS, "BONE", "SOMETHING"])
-def test_every_other_type_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [*OTHERS, "BONE", "SOMETHING", ["LORA"], 3])
+def test_every_other_type_is_refused_by_name(kind: Any, tmp_path: Path) -> None:
     made = small.made(tmp_path, small.bert(), peft.LoraConfig(target_modules=["query"]), dtype=torch.float32)
     broken(made, same, peft_type=kind)
     line = refusal(made)
     assert f"is of peft_type {kind!r}; adapters of type {', '.join(KINDS)} can be merged" in line
-    if kind in {each.value for each in peft.PeftType}:
+    if kind in OTHERS:
         learns_prompts = issubclass(
             peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)], peft.PromptLearningConfig
         )
