@@ -85,7 +85,8 @@ def _rows_of(group: Computed, name: str, made: Tensor, source: TensorSource) -> 
     shape = (*target[:-2], target[-1], target[-2]) if transposed else target
     widths = {source.shape(stored)[1] for _, stored in group.parts}
     plain = stack.shape[2] == _PROBE and torch.equal(stack, rows[..., None] * _PROBE + columns)
-    if not plain or widths != {shape[-1]} or rows.shape != (shape[0] if len(shape) == 3 else 1, shape[-2]):
+    ambiguous = transposed and target[-1] == target[-2]  # some conversions transpose what has not the sizes they expect
+    if ambiguous or not plain or widths != {shape[-1]} or rows.shape != (shape[0] if len(shape) == 3 else 1, shape[-2]):
         raise _otherwise(group, name, source)
     order = rows.flatten().argsort()
     numbers = rows.flatten()[order]
