@@ -76,9 +76,10 @@ def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placem
     changes: dict[str, list[Change]] = {}
     for name, change in _changes(adapter, names, module, base):
         changes.setdefault(name, []).append(change)
+    if not names.other_class and (odd := stored_rows(module, base, changes.keys() & names.new)):
+        name, parts = next(iter(odd.items()))
+        raise _stored_otherwise(name, parts, adapter)
     new = {name: _only_replacement(name, changes.pop(name), adapter) for name in list(changes) if name in names.new}
-    if not names.other_class and (computed := stored_rows(module, base, new)):
-        raise KeyMismatch(f"{adapter.name}: it replaces {next(iter(computed))}, which {base.name} stores otherwise")
     ties = kept_ties(changes, names, adapter, is_pair=_is_pair(base))
     _check_shapes(ties, names, adapter, base)
     _check_whole(module, names, new, base, adapter)
@@ -149,6 +150,13 @@ def _check_modules(adapter: Adapter, names: Names, module: nn.Module | None) -> 
             raise KeyMismatch(f"{adapter.name}: it has {at} without {other}, which belongs to the same module")
 
 
+def _stored_otherwise(name: str, parts: Sequence[StoredRows], adapter: Adapter) -> KeyMismatch:
+    return KeyMismatch(
+        f"{adapter.name}: it changes {name} by more than a low-rank product, and the base stores that in "
+        f"{parts[0].stored}; merge it into its base (PeftModel.merge_and_unload) and save that"
+    )
+
+
 def _computed(
     adapter: Adapter, names: Names, module: nn.Module | None, base: Checkpoint
 ) -> dict[str, list[StoredRows]]:
@@ -168,10 +176,7 @@ def _low_rank(
         yield at, change
         return
     if adapter.residual or layer in adapter.magnitudes or layer in adapter.biases:
-        raise ModelError(
-            f"{adapter.name}: it changes {layer} by more than a low-rank product, and the base stores the weight of it "
-            f"in {parts[at][0].stored}; merge it into its base (PeftModel.merge_and_unload) and save that"
-        )
+        raise _stored_otherwise(at, parts[at], adapter)
     stack = Stack(change.left[None], change.right[None], change.scale, is_stacked=False)
     yield from ((part.stored, stack.change_of(part)) for part in parts[at])
 
@@ -194,6 +199,8 @@ def _projected(adapter: Adapter, names: Names, module: nn.Module | None) -> dict
     for layer in adapter.projected:
         if (at := names.of(f"{layer}.weight")) is None:
             continue
+        if at in names.new:
+            raise KeyMismatch(f"{adapter.name}: it changes {at}, which the base does not store by itself")
         if len(shape := names.source.shape(names.at(at))) != 2:
             raise ShapeMismatch(f"{adapter.name}: VeRA changes matrices, and {at} has {len(shape)} dimensions")
         sizes[layer] = (shape[1], shape[0]) if _is_transposed(at, module, adapter) else (shape[0], shape[1])

@@ -133,9 +133,25 @@ def test_layers_that_are_stored_as_one_are_changed_in_their_rows(config: Any, tm
         torch.testing.assert_close(opened.get(name), library[name], rtol=1e-10, atol=1e-10, msg=name)
 
 
-def test_more_than_a_product_in_such_layers_is_refused(tmp_path: Path) -> None:
-    made = small.made(tmp_path, joined(), lora(target_modules=["q_proj"], use_dora=True))
-    with pytest.raises(MergelabError, match=r"^a: it changes model.* by more than a low-rank product, .*gqkv_proj"):
+OTHER_CHANGES = {
+    "dora": lora(target_modules=["q_proj"], use_dora=True),
+    "pissa": lora(target_modules=["q_proj"], init_lora_weights="pissa"),
+    "loha": peft.LoHaConfig(target_modules=["q_proj"]),
+    "ia3": peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_CHANGES)
+def test_more_than_a_product_in_such_layers_is_refused(what: str, tmp_path: Path) -> None:
+    made = small.made(tmp_path, joined(), OTHER_CHANGES[what], dtype=torch.float32)
+    line = r"^a: it changes model.*q_proj.weight by more than a low-rank product, .* stores that in .*gqkv_proj.weight;"
+    with pytest.raises(MergelabError, match=line):
+        on_base(made.base, made.adapter, where="a")
+
+
+def test_shared_projections_in_such_layers_are_refused(tmp_path: Path) -> None:
+    made = small.made(tmp_path, joined(), peft.VeraConfig(r=4, target_modules=["q_proj"]), dtype=torch.float32)
+    with pytest.raises(MergelabError, match=r"^a: it changes .*q_proj.weight, which the base does not store by itself"):
         on_base(made.base, made.adapter, where="a")
 
 
