@@ -81,6 +81,93 @@ class LowRank:
 
 
 @dataclass(frozen=True, eq=False)
+class Stacked:
+    """Add ``scale · left · right`` to each matrix of a stack: the experts of mixture models.
+
+    Attributes:
+        left: (experts, rows, r).
+        right: (experts, r, columns).
+        scale: as of `LowRank`.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float
+
+    @property
+    def product_shape(self) -> Shape:
+        """The shape of the product, (experts, rows, columns)."""
+        return (*self.left.shape[:2], self.right.shape[2])
+
+    def shape(self, stored: Shape) -> Shape | None:
+        """Return ``stored`` where it is that of the product."""
+        return stored if stored == self.product_shape else None
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """Return the sums."""
+        return torch.baddbmm(tensor, self.left.to(tensor), self.right.to(tensor), alpha=self.scale)
+
+    def same_as(self, other: Change) -> bool:
+        """Return whether factors and scale are equal."""
+        return (
+            isinstance(other, Stacked)
+            and self.scale == other.scale
+            and torch.equal(self.left, other.left)
+            and torch.equal(self.right, other.right)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """Add ``scale`` times the product of two matrices: of their entries (LoHa), or Kronecker's (LoKr).
+
+    Each matrix is given as (X,), which is X; as (X, Y), X · Y; or, for a convolution, as (T, X, Y), which is
+    Σ T[i, j] · X[i]ᵀ Y[j] with T (r, r, height, width), X (r, outputs) and Y (r, inputs).
+
+    Attributes:
+        first, second: the two; for LoKr the second may be (outputs, inputs, …), with the sizes of a kernel.
+        scale: α/r.
+        kronecker: which product.
+    """
+
+    first: tuple[Tensor, ...]
+    second: tuple[Tensor, ...]
+    scale: float
+    kronecker: bool
+
+    @property
+    def factor_shapes(self) -> tuple[Shape, Shape]:
+        """The shapes of the two matrices."""
+        return _shape_of(self.first), _shape_of(self.second)
+
+    @property
+    def product_shape(self) -> Shape:
+        """The shape of the product, (outputs, inputs, …)."""
+        first, second = self.factor_shapes
+        return (first[0] * second[0], first[1] * second[1], *second[2:]) if self.kronecker else first
+
+    def shape(self, stored: Shape) -> Shape | None:
+        """Return ``stored`` where it is that of the product."""
+        own = self.product_shape
+        return stored if len(stored) >= 2 and own in (stored, _as_matrix(stored), (*stored, 1)) else None
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """Return the sum."""
+        first, second = _multiplied(self.first, tensor), _multiplied(self.second, tensor)
+        if self.kronecker and second.dim() == 4:
+            first = first[:, :, None, None]
+        product = torch.kron(first, second) if self.kronecker else first * second
+        return tensor.add_(product.reshape(tensor.shape), alpha=self.scale)
+
+    def same_as(self, other: Change) -> bool:
+        """Return whether the matrices and the scale are equal."""
+        if not isinstance(other, Product) or (self.scale, self.kronecker) != (other.scale, other.kronecker):
+            return False
+        own, others = (*self.first, *self.second), (*other.first, *other.second)
+        return self.factor_shapes == other.factor_shapes and all(map(torch.equal, own, others))
+
+
+@dataclass(frozen=True, eq=False)
 class Magnitude:
     """Give each output of a layer the length that DoRA has learnt: ``m · V / ‖V‖``, after the low-rank change.
 
@@ -222,14 +309,18 @@ class Replacement:
         return isinstance(other, Replacement) and torch.equal(self.values, other.values)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor as float32, or as it is where it is float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def apply_all(changes: Sequence[Change], tensor: Tensor) -> Tensor:
     """Apply changes in their order, in float32 (float64 for a float64 tensor), rounded once to the tensor's dtype.
 
     Returns:
         A new tensor.
     """
-    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    changed = tensor.to(wide, copy=True)
+    changed = tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=True)
     for change in changes:
         changed = change.apply(changed)
     return changed.to(tensor.dtype)
@@ -242,3 +333,18 @@ def same_changes(a: Sequence[Change], b: Sequence[Change]) -> bool:
 
 def _as_matrix(shape: Shape) -> Shape:
     return shape[0], int(torch.Size(shape[1:]).numel())
+
+
+def _multiplied(factors: tuple[Tensor, ...], like: Tensor) -> Tensor:
+    """Return the matrix that a `Product` has as factors."""
+    own = [factor.to(like) for factor in factors]
+    if len(own) < 3:
+        return own[0] @ own[1] if len(own) == 2 else own[0]
+    return torch.einsum("ijkl,ip,jr->prkl", *own)
+
+
+def _shape_of(factors: tuple[Tensor, ...]) -> Shape:
+    if len(factors) < 3:
+        return (factors[0].shape[0], *factors[-1].shape[1:])
+    core, x, y = factors
+    return x.shape[1], y.shape[1], *core.shape[2:]

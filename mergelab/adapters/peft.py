@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mergelab.adapters.canonical import Adapter, Factors
 from mergelab.adapters.files import AdapterFiles
+from mergelab.adapters.peft_types import TYPES, layer_parts, scale_of, way_out
 from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
 from mergelab.weights.adapters import is_adapter_tensor
 
-KINDS = ("LORA", "IA3", "TRAINABLE_TOKENS")
+KINDS = ("LORA", "IA3", "TRAINABLE_TOKENS", *TYPES)
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(?P<site>.+)\.lora_(?P<factor>[AB])\.(?P<leaf>weight|bias)")
 _EMBEDDING = re.compile(r"(?P<site>.+)\.lora_embedding_(?P<factor>[AB])")
@@ -24,84 +24,22 @@ _IA3 = re.compile(r"(?P<site>.+)\.ia3_l")
 _TOKENS = re.compile(r"(?P<site>.+?)(\.token_adapter)?\.trainable_tokens_delta")
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save)(?=\.(weight|bias)$)")
 
-# Settings that the tensors show, that matter in training alone, or that are read by name below.
+# Settings that the tensors show, that matter in training alone, or that are read by name below; `TYPES` has others.
 _KNOWN = frozenset(
     {
         *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
         *("inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "bias"),
         *("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "modules_to_save", "init_lora_weights"),
         *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "trainable_token_indices"),
+        *("target_parameters",),
         *("ensure_weight_tying", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"),
         *("lora_ga_config", "qalora_group_size", "runtime_config", "ephemeral_gpu_offload"),
         *("feedforward_modules", "init_ia3_weights", "token_indices", "init_weights"),
     }
 )
-# Initialisations that leave the base's weights as they are.
+# Initialisations that leave the base's weights as they are, and one whose change of them is computed again.
 _PLAIN_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
-
-
-@dataclass(frozen=True, eq=False)
-class Factors:
-    """The low-rank change ``scale · B · A`` of one layer, as it was trained.
-
-    Attributes:
-        a: (r, inputs), of a convolution (r, channels · height · width), of an embedding (r, tokens).
-        b: (outputs, r).
-        scale: α/r, or α/√r for rsLoRA.
-        embedding: whether the layer is an embedding, whose stored weight is (tokens, width).
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    embedding: bool = False
-
-    @property
-    def rank(self) -> int:
-        """The number of rows of A."""
-        return int(self.a.shape[0])
-
-
-@dataclass(frozen=True, eq=False)
-class Adapter:
-    """An adapter in canonical form, by the names that it gives to the layers and tensors of its base.
-
-    Attributes:
-        name: what errors call it.
-        kind: its ``peft_type``.
-        base: the base that it names, if it does, and at which revision.
-        task_type: as PEFT calls it ("SEQ_CLS"); None where it says nothing.
-        class_name: the class of its base, where it says so.
-        fan_in_fan_out: whether it was made for (inputs, outputs) weights, where the base's modules do not tell.
-        keeps_ties: whether what it changes at one end of tied embeddings holds for both.
-        factors: low-rank changes, by layer.
-        magnitudes: DoRA's lengths, by layer.
-        biases: the bias of B, by layer; it is scaled as the product is.
-        vectors: IA³'s factors, by layer: (outputs, 1) or (1, inputs).
-        rows: the numbers of the trained tokens and their rows, by layer.
-        tensors: whole tensors, by name: trained biases, heads, other modules.
-    """
-
-    name: str
-    kind: str
-    base: str | None
-    revision: str | None
-    task_type: str | None
-    class_name: str | None
-    fan_in_fan_out: bool
-    keeps_ties: bool
-    factors: dict[str, Factors] = field(default_factory=dict)
-    magnitudes: dict[str, Tensor] = field(default_factory=dict)
-    biases: dict[str, Tensor] = field(default_factory=dict)
-    vectors: dict[str, Tensor] = field(default_factory=dict)
-    rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the tensors that it changes, in its own spelling."""
-        layers = dict.fromkeys([*self.factors, *self.vectors, *self.rows])
-        return [*(f"{layer}.weight" for layer in layers), *self.tensors]
+_PISSA = "pissa"
 
 
 def read_peft(files: AdapterFiles) -> Adapter:
@@ -113,20 +51,37 @@ def read_peft(files: AdapterFiles) -> Adapter:
     """
     config, name = files.config, files.name
     check_settings(config, name)
+    kind = str(config["peft_type"])
     found = Adapter(
         name=name,
-        kind=str(config["peft_type"]),
+        kind=kind,
         base=_text(config, "base_model_name_or_path", name),
         revision=_text(config, "revision", name),
         task_type=_text(config, "task_type", name),
         class_name=_class_name(config),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
         keeps_ties=bool(config.get("ensure_weight_tying")),
+        layer_classes=TYPES[kind].layers if kind in TYPES else (),
+        residual=config.get("init_lora_weights") == _PISSA,
+        target_parameters=_target_parameters(config, name),
+        settings=config,
     )
+    others = dict(files.tensors)
+    if kind in TYPES:
+        layers, others = layer_parts(TYPES[kind], files.tensors, _PREFIX)
+        TYPES[kind].read(found, layers, config)
+    _read_others(found, others, config)
+    _check_complete(found, config)
+    return found
+
+
+def _read_others(found: Adapter, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Read LoRA's factors, IA³'s vectors, rows of tokens and whole tensors."""
+    name, is_lora = found.name, found.kind == "LORA"
     halves: dict[str, dict[str, Tensor]] = {}
-    for stored, tensor in files.tensors.items():
+    for stored, tensor in tensors.items():
         key = stored.removeprefix(_PREFIX)
-        if match := _LORA.fullmatch(key) or _EMBEDDING.fullmatch(key):
+        if is_lora and (match := _LORA.fullmatch(key) or _EMBEDDING.fullmatch(key)):
             factor, leaf = match["factor"], match.groupdict().get("leaf", "embedding")
             if leaf == "bias" and factor == "B":
                 found.biases[match["site"]] = tensor
@@ -135,9 +90,9 @@ def read_peft(files: AdapterFiles) -> Adapter:
             else:
                 halves.setdefault(match["site"], {})[factor] = tensor
                 halves[match["site"]].setdefault(leaf, tensor)
-        elif match := _MAGNITUDE.fullmatch(key):
+        elif is_lora and (match := _MAGNITUDE.fullmatch(key)):
             found.magnitudes[match["site"]] = tensor.reshape(-1)
-        elif match := _IA3.fullmatch(key):
+        elif found.kind == "IA3" and (match := _IA3.fullmatch(key)):
             found.vectors[match["site"]] = tensor
         elif match := _TOKENS.fullmatch(key):
             found.rows[match["site"]] = _rows(match["site"], tensor, config, name)
@@ -145,8 +100,6 @@ def read_peft(files: AdapterFiles) -> Adapter:
             _add_whole(found, key, stored, tensor)
     for site, parts in halves.items():
         found.factors[site] = _factors(site, parts, config, name)
-    _check_complete(found, config)
-    return found
 
 
 def check_settings(config: Mapping[str, Any], name: str) -> None:
@@ -159,41 +112,21 @@ def check_settings(config: Mapping[str, Any], name: str) -> None:
     if kind not in KINDS:
         what = "names no peft_type" if kind is None else f"is of peft_type {kind!r}"
         raise ModelError(
-            f"{name}: its adapter_config.json {what}; adapters of type {', '.join(KINDS)} can be merged, others after "
-            "PeftModel.merge_and_unload or peft's convert_to_lora"
+            f"{name}: its adapter_config.json {what}; adapters of type {', '.join(KINDS)} can be merged{way_out(kind)}"
         )
     init = config.get("init_lora_weights")
-    if not any(init is each or (isinstance(each, str) and init == each) for each in _PLAIN_INITIALISATIONS):
+    accepted = (*_PLAIN_INITIALISATIONS, *((_PISSA,) if kind == "LORA" else ()))
+    if not any(init is each or (isinstance(each, str) and init == each) for each in accepted):
         raise ModelError(
             f"{name}: init_lora_weights={init!r} changed the base's weights when it was made, so that it does not fit "
             "the base as stored; save it again with path_initial_model_for_weight_conversion, which converts it"
         )
-    if unknown := [key for key, value in config.items() if key not in _KNOWN and value not in (None, False, {}, [])]:
+    known = TYPES[kind].settings if kind in TYPES else _KNOWN
+    if unknown := [key for key, value in config.items() if key not in known and value not in (None, False, {}, [])]:
         raise ModelError(
             f"{name}: {listed(f'{key}={config[key]!r:.60}' for key in unknown)} in its adapter_config.json cannot be "
             "merged; merge it into its base (PeftModel.merge_and_unload) and save that"
         )
-
-
-def scale_of(site: str, rank: int, config: Mapping[str, Any], name: str) -> float:
-    """Return LoRA's scale of a layer by PEFT's rule: α by the first pattern that fits its name, r by the tensor.
-
-    Raises:
-        ModelError: α is no number, or a pattern is no regular expression.
-    """
-    alpha = config.get("lora_alpha", 8)
-    patterns = config.get("alpha_pattern") or {}
-    try:
-        if not isinstance(patterns, Mapping):
-            raise TypeError(f"{patterns!r:.60}")
-        fitting = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", site)), None)
-    except (re.error, TypeError) as error:
-        raise ModelError(f"{name}: alpha_pattern in its adapter_config.json is no set of patterns ({error})") from error
-    if fitting is not None:
-        alpha = patterns[fitting]
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ModelError(f"{name}: the lora_alpha of {site} must be a number, and is {alpha!r}")
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def _factors(site: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], name: str) -> Factors:
@@ -248,9 +181,20 @@ def _check_complete(found: Adapter, config: Mapping[str, Any]) -> None:
             raise KeyMismatch(f"{found.name}: {listed(odd, 3)} has {what} without lora_A and lora_B")
     if config.get("use_dora") and (odd := [layer for layer in found.factors if layer not in found.magnitudes]):
         raise KeyMismatch(f"{found.name}: use_dora is set, and {listed(odd, 3)} has no lora_magnitude_vector")
-    own = {"LORA": found.factors or found.rows, "IA3": found.vectors, "TRAINABLE_TOKENS": found.rows}[found.kind]
-    if not own:
+    own = {"LORA": found.factors or found.rows, "IA3": found.vectors, "TRAINABLE_TOKENS": found.rows}
+    if not own.get(found.kind, True):
         raise ModelError(f"{found.name}: it is of type {found.kind} and has no tensors of this type")
+
+
+def _target_parameters(config: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    given = config.get("target_parameters") or []
+    if not isinstance(given, list) or not all(isinstance(each, str) and each for each in given):
+        raise ModelError(f"{name}: target_parameters in its adapter_config.json is no list of names: {given!r:.60}")
+    if given and (trained_otherwise := [key for key in ("use_dora", "lora_bias") if config.get(key)]):
+        raise ModelError(f"{name}: target_parameters cannot go with {trained_otherwise[0]}")
+    if given and config.get("init_lora_weights") == _PISSA:
+        raise ModelError(f"{name}: target_parameters cannot go with init_lora_weights={_PISSA!r}")
+    return tuple(given)
 
 
 def _class_name(config: Mapping[str, Any]) -> str | None:

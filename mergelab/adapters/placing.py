@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergelab.adapters.changes import Change, Factor, LowRank, Magnitude, Replacement, Rows, Shift
+from mergelab.adapters.canonical import Stack
+from mergelab.adapters.changes import Change, Factor, LowRank, Magnitude, Product, Replacement, Rows, Shift, Stacked
 from mergelab.adapters.names import Names, adapted_class, named
+from mergelab.adapters.parameters import with_parameters
+from mergelab.adapters.pissa import Residual
 from mergelab.adapters.ties import Ties, kept_ties
+from mergelab.adapters.vera import projected_factors
 from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch
 from mergelab.weights.agreement import dtype_and_shape
 from mergelab.weights.skeleton import skeleton
+from mergelab.weights.stored_rows import StoredRows, stored_rows
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
-    from mergelab.adapters.peft import Adapter
+    from mergelab.adapters.canonical import Adapter, Factors
     from mergelab.weights.checkpoint import Checkpoint
     from mergelab.weights.source import TensorSource
 
@@ -63,10 +69,16 @@ def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placem
         )
     class_name = adapted_class(adapter.task_type, adapter.class_name, base.config)
     module = skeleton(base.folder, {**base.config, "architectures": [class_name]})
+    adapter = with_parameters(adapter, module)
     names = named(adapter.names, base, module, class_name, adapter.name, part)
+    _check_layers(adapter, names, module)
+    _check_modules(adapter, names, module)
     changes: dict[str, list[Change]] = {}
-    for name, change in _changes(adapter, names, module):
+    for name, change in _changes(adapter, names, module, base):
         changes.setdefault(name, []).append(change)
+    if not names.other_class and (odd := stored_rows(module, base, changes.keys() & names.new)):
+        name, parts = next(iter(odd.items()))
+        raise _stored_otherwise(name, parts, adapter)
     new = {name: _only_replacement(name, changes.pop(name), adapter) for name in list(changes) if name in names.new}
     ties = kept_ties(changes, names, adapter, is_pair=_is_pair(base))
     _check_shapes(ties, names, adapter, base)
@@ -74,17 +86,30 @@ def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placem
     return Placement(class_name, names.source, ties.changes, new, ties.apart, _sizes(module, names, changes, new))
 
 
-def _changes(adapter: Adapter, names: Names, module: nn.Module | None) -> Iterable[tuple[str, Change]]:
+def _changes(
+    adapter: Adapter, names: Names, module: nn.Module | None, base: Checkpoint
+) -> Iterable[tuple[str, Change]]:
     """Yield what is changed, by the names of the module's tensors, in the order in which it applies to one tensor."""
     for name, tensor in adapter.tensors.items():
         if (at := names.of(name)) is not None:
             yield at, Replacement(tensor, may_grow=_may_grow(at, module))
-    for layer, factors in adapter.factors.items():
+    parts = _computed(adapter, names, module, base)
+    for name, stack in adapter.stacks.items():
+        if (at := names.of(name)) in parts:
+            yield from ((part.stored, stack.change_of(part)) for part in parts[at])
+        elif at is not None:
+            yield at, stack.change()
+    for layer, product in adapter.products.items():
+        if (at := names.of(f"{layer}.weight")) is not None:
+            yield at, product
+    for layer, factors in {**adapter.factors, **_projected(adapter, names, module)}.items():
         if (at := names.of(f"{layer}.weight")) is None:
             continue
+        if adapter.residual and not factors.embedding:
+            yield at, _residual(layer, at, factors, names, adapter)
         across = factors.embedding or _is_transposed(at, module, adapter)
         left, right = (factors.a.T, factors.b.T) if across else (factors.b, factors.a)
-        yield at, LowRank(left, right, factors.scale)
+        yield from _low_rank(layer, at, LowRank(left, right, factors.scale), parts, adapter)
         if layer in adapter.magnitudes:
             yield at, Magnitude(adapter.magnitudes[layer], by_column=across)
         if layer in adapter.biases:
@@ -103,6 +128,106 @@ def _changes(adapter: Adapter, names: Names, module: nn.Module | None) -> Iterab
     for layer, (indices, values) in adapter.rows.items():
         if (at := names.of(f"{layer}.weight")) is not None:
             yield at, Rows(indices, values)
+
+
+def _check_modules(adapter: Adapter, names: Names, module: nn.Module | None) -> None:
+    """Check that modules which are stored whole have a weight and a bias; biases alone may be trained too.
+
+    Raises:
+        KeyMismatch: one of them is missing.
+    """
+    if module is None:
+        return
+    given, own = {names.of(name) for name in adapter.tensors}, module.state_dict().keys()
+    saved = adapter.settings.get("modules_to_save")
+    whole = [f".{each}." for each in saved] if isinstance(saved, list) else []
+    for at in sorted(name for name in given if name is not None):
+        parent, _, leaf = at.rpartition(".")
+        other = f"{parent}.{'bias' if leaf == 'weight' else 'weight'}"
+        if leaf != "weight" and not any(each in f".{parent}." for each in whole):
+            continue
+        if other in own and given.isdisjoint(names.tied.get(other, (other,))):
+            raise KeyMismatch(f"{adapter.name}: it has {at} without {other}, which belongs to the same module")
+
+
+def _stored_otherwise(name: str, parts: Sequence[StoredRows], adapter: Adapter) -> KeyMismatch:
+    return KeyMismatch(
+        f"{adapter.name}: it changes {name} by more than a low-rank product, and the base stores that in "
+        f"{parts[0].stored}; merge it into its base (PeftModel.merge_and_unload) and save that"
+    )
+
+
+def _computed(
+    adapter: Adapter, names: Names, module: nn.Module | None, base: Checkpoint
+) -> dict[str, list[StoredRows]]:
+    """Return the stored rows of those weights that the base does not store as the model has them."""
+    if names.other_class:
+        return {}
+    wanted = [*adapter.stacks, *(f"{layer}.weight" for layer in (*adapter.factors, *adapter.projected))]
+    found = {at for name in wanted if (at := names.of(name)) is not None}
+    return stored_rows(module, base, found & names.new)
+
+
+def _low_rank(
+    layer: str, at: str, change: LowRank, parts: Mapping[str, Sequence[StoredRows]], adapter: Adapter
+) -> Iterable[tuple[str, Change]]:
+    """Yield a layer's low-rank change, for the matrices that are stored of its weight."""
+    if at not in parts:
+        yield at, change
+        return
+    if adapter.residual or layer in adapter.magnitudes or layer in adapter.biases:
+        raise _stored_otherwise(at, parts[at], adapter)
+    stack = Stack(change.left[None], change.right[None], change.scale, is_stacked=False)
+    yield from ((part.stored, stack.change_of(part)) for part in parts[at])
+
+
+def _residual(layer: str, at: str, factors: Factors, names: Names, adapter: Adapter) -> Residual:
+    """Return what PiSSA did to a weight before it was trained."""
+    if len(group := names.tied.get(at, (at,))) > 1:
+        raise ModelError(
+            f"{adapter.name}: init_lora_weights='pissa' changed {layer} together with "
+            f"{next(each for each in group if each != at)}, which is tied to it; save it again with "
+            "path_initial_model_for_weight_conversion, which converts it"
+        )
+    return Residual(factors.rank, f"{adapter.name}: {layer}")
+
+
+def _projected(adapter: Adapter, names: Names, module: nn.Module | None) -> dict[str, Factors]:
+    """Return VeRA's factors, which follow from the sizes of all its layers."""
+    sizes: dict[str, tuple[int, int]] = {}
+    dtypes: set[torch.dtype] = set()
+    for layer in adapter.projected:
+        if (at := names.of(f"{layer}.weight")) is None:
+            continue
+        if at in names.new:
+            raise KeyMismatch(f"{adapter.name}: it changes {at}, which the base does not store by itself")
+        if len(shape := names.source.shape(names.at(at))) != 2:
+            raise ShapeMismatch(f"{adapter.name}: VeRA changes matrices, and {at} has {len(shape)} dimensions")
+        sizes[layer] = (shape[1], shape[0]) if _is_transposed(at, module, adapter) else (shape[0], shape[1])
+        dtypes.add(names.source.dtype(names.at(at)))
+    return projected_factors(adapter.projected, sizes, dtypes, adapter.name)
+
+
+def _check_layers(adapter: Adapter, names: Names, module: nn.Module | None) -> None:
+    """Check that the adapter's type is one for the layers that it changes.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if module is None or not adapter.layer_classes:
+        return
+    for layer in (*adapter.factors, *adapter.products, *adapter.projected):
+        if (at := names.of(f"{layer}.weight")) is None:
+            continue
+        try:
+            classes = [cls.__name__ for cls in type(module.get_submodule(at.rpartition(".")[0])).__mro__]
+        except AttributeError:  # a layer in the files alone, as one of stacked experts
+            continue
+        if not set(classes) & set(adapter.layer_classes):
+            raise ModelError(
+                f"{adapter.name}: adapters of type {adapter.kind} are of layers of the classes "
+                f"{', '.join(adapter.layer_classes)}, and {layer} is a {classes[0]}"
+            )
 
 
 def _is_transposed(name: str, module: nn.Module | None, adapter: Adapter) -> bool:
@@ -173,12 +298,14 @@ def _check_shapes(ties: Ties, names: Names, adapter: Adapter, base: Checkpoint) 
 
 def _wanted(change: Change) -> list[int] | str:
     """Return the shape that a change is for, in the layout in which the tensor is stored."""
-    if isinstance(change, LowRank):
+    if isinstance(change, LowRank | Product | Stacked):
         return list(change.product_shape)
     if isinstance(change, Replacement):
         return list(change.values.shape)
     if isinstance(change, Rows):
         return f"[more than {int(change.indices.max())}, {change.values.shape[1]}]"
+    if isinstance(change, Residual):
+        return "(outputs, inputs)"
     vector = change.magnitude if isinstance(change, Magnitude) else change.vector  # type: ignore[attr-defined]
     return f"with {vector.numel()} entries along one axis"
 
@@ -216,6 +343,14 @@ def _sizes(
         for name, each in replaced.items()
         if isinstance(each, Replacement) and name in own and each.values.shape != own[name].shape
     }
+    for name, rows in grown.items():
+        for leaf in ("weight", "bias"):
+            beside = f"{name.rpartition('.')[0]}.{leaf}"
+            if beside in own and grown.get(beside, own[beside].shape[0]) != rows:
+                raise ShapeMismatch(
+                    f"{names.label}: its {name} has {rows} rows, and {beside} has "
+                    f"{grown.get(beside, own[beside].shape[0])}: they do not fit together"
+                )
     tokens = {grown[name] for name in embeddings(module) if name in grown}
     outputs = {rows for name, rows in grown.items() if name not in embeddings(module)}
     if len(tokens) > 1 or len(outputs) > 1:

@@ -10,8 +10,8 @@ from mergelab.adapters.changes import Change, Rows, same_changes
 from mergelab.errors import ModelError
 
 if TYPE_CHECKING:
+    from mergelab.adapters.canonical import Adapter
     from mergelab.adapters.names import Names
-    from mergelab.adapters.peft import Adapter
 
 
 @dataclass(frozen=True, eq=False)

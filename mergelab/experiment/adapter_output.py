@@ -169,6 +169,8 @@ class AdapterOutput:
                 self._add(found, wholes, name, fitted)
             elif kind is not None and place.endswith(".bias"):
                 found.biases[place] = tensor.float()
+            elif not place.endswith((".weight", ".bias")):
+                raise ConfigError(f"save.form={self._settings.form}: {place} is no layer's weight; save.form=dense")
             else:
                 found.modules[place] = tensor.float()
         self._complete(found)
@@ -199,8 +201,8 @@ class AdapterOutput:
     def _refuse_cat(self, place: str) -> None:
         if self._settings.form == "lora_cat":
             raise ConfigError(
-                f"save.form=lora_cat: {place} is changed by more than LoRA (DoRA, IA³, token rows or a whole tensor); "
-                "save.form=dense and save.form=lora_svd can hold it"
+                f"save.form=lora_cat: {place} is changed by more than LoRA (DoRA, IA³, LoHa, LoKr, PiSSA, token rows, "
+                "whole tensors); save.form=dense and save.form=lora_svd can hold it"
             )
 
     def _add(self, found: LoraFolder, wholes: dict[str, float], name: str, fitted: factored.Fitted) -> None:

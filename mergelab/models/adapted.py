@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mergelab.adapters.canonical import Adapter
 from mergelab.adapters.checkpoint import AdaptedCheckpoint
 from mergelab.adapters.files import AdapterFiles, open_adapter_files
-from mergelab.adapters.peft import Adapter, check_settings, read_peft
+from mergelab.adapters.peft import check_settings, read_peft
 from mergelab.adapters.placing import Placement, place
 from mergelab.errors import ModelError
 from mergelab.models.architecture import tokenizer_folder

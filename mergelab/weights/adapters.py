@@ -25,8 +25,9 @@ ADAPTER_WEIGHTS = (
 )
 # Parts of the names that PEFT gives to an adapter's tensors, and to the modules that it replaces.
 _NAMES = re.compile(
-    r"(lora_(A|B|E|embedding_A|embedding_B|magnitude_vector)|hada_(w1|w2)_[ab]|lokr_(w1|w2)(_[ab])?|vera_lambda_[bd]"
-    r"|ia3_l|oft_[rRs]|boft_[Rs]|modules_to_save|original_module)"
+    r"(lora_(A|B|E|embedding_A|embedding_B|magnitude_vector)|ranknum|hada_((w1|w2)_[ab]|t[12])"
+    r"|lokr_((w1|w2)(_[ab])?|t2)|vera_(lambda_[bd]|[AB])|ln_tuning_layers|ia3_l|oft_[rRs]|boft_[Rs]|modules_to_save"
+    r"|original_module)"
 )
 _WHAT_TO_DO = (
     "PEFT's adapters are merged as experts, from their folders, on their base; where a whole model is needed, merge it "

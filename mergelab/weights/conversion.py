@@ -24,7 +24,7 @@ from mergelab.weights.source import DictSource, TensorSource
 
 
 @dataclass(frozen=True)
-class _Computed:
+class Computed:
     """Tensors that transformers computes together from stored ones.
 
     Attributes:
@@ -54,7 +54,7 @@ class _Plan:
     """How stored tensors become a model's: by renaming (new name to stored name), or by computing."""
 
     renamed: dict[str, str]
-    computed: tuple[_Computed, ...] = ()
+    computed: tuple[Computed, ...] = ()
 
     @property
     def is_identity(self) -> bool:
@@ -75,7 +75,7 @@ class ConvertedSource:
     def __init__(self, source: TensorSource, plan: _Plan) -> None:
         self.source = source
         self._renamed = RenamedSource(source, plan.renamed)
-        self._computed: dict[str, _Computed] = {}
+        self._computed: dict[str, Computed] = {}
         self._like: dict[str, Tensor] = {}
         for group in plan.computed:
             try:
@@ -164,6 +164,11 @@ def module_names(module: nn.Module, names: Collection[str]) -> dict[str, str]:
         with suppress(KeyMismatch, ModelError):
             found.update({stored: new for new, stored in _plan(module, [name], type(module).__name__).renamed.items()})
     return found
+
+
+def computed(module: nn.Module, source: TensorSource) -> tuple[Computed, ...]:
+    """Return what transformers computes of stored tensors for ``module``."""
+    return _plan(module, [*source.keys(), *source.aliases()], source.name).computed
 
 
 def fit(module: nn.Module, names: Collection[str]) -> tuple[int, int]:
@@ -267,7 +272,7 @@ def _plan_by_transforms(module: Any, names: Iterable[str], label: str) -> _Plan:
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     own, prefix = module.state_dict(), module.base_model_prefix
     renamed: dict[str, str] = {}
-    computed: dict[str, _Computed] = {}
+    computed: dict[str, Computed] = {}
     for stored in sorted(names, key=dot_natural_key):
         name, pattern = rename_source_key(stored, renamings, converters, prefix, own)
         if name not in own and stored in own:
@@ -275,7 +280,7 @@ def _plan_by_transforms(module: Any, names: Iterable[str], label: str) -> _Plan:
         if pattern is None:
             _add(renamed, name, stored, label)
         elif name in own:
-            group = computed.setdefault(name, _Computed(name, by_pattern[pattern], module=module))
+            group = computed.setdefault(name, Computed(name, by_pattern[pattern], module=module))
             group.parts.append((pattern, stored))
         else:
             _add(renamed, stored, stored, label)

@@ -30,6 +30,24 @@ def llama(cls: str = "LlamaForCausalLM", **settings: Any) -> nn.Module:
     return _drawn(getattr(transformers, cls), transformers.LlamaConfig(**settings))
 
 
+def mixtral(**settings: Any) -> nn.Module:
+    sizes = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 2, "num_local_experts": 3} | settings
+    return _drawn(transformers.MixtralForCausalLM, transformers.MixtralConfig(**sizes, num_experts_per_tok=2))
+
+
+def qwen3_moe(**settings: Any) -> nn.Module:
+    sizes = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 8} | settings
+    sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "decoder_sparse_step": 1}
+    return _drawn(transformers.Qwen3MoeForCausalLM, transformers.Qwen3MoeConfig(**sizes))
+
+
+def gpt_oss(**settings: Any) -> nn.Module:
+    """A mixture whose experts are stored as one tensor, of (inputs, outputs) matrices."""
+    sizes = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 2, "num_local_experts": 3, "head_dim": 8}
+    sizes |= {"num_experts_per_tok": 2} | settings
+    return _drawn(transformers.GptOssForCausalLM, transformers.GptOssConfig(**sizes))
+
+
 def t5(**settings: Any) -> nn.Module:
     settings = {"vocab_size": 48, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2} | settings
     settings |= {"decoder_start_token_id": 0}
@@ -59,12 +77,33 @@ def convnet(**settings: Any) -> nn.Module:
     return _drawn(transformers.ResNetForImageClassification, config)
 
 
+def speech() -> nn.Module:
+    """A model with convolutions of one dimension."""
+    config = transformers.Wav2Vec2Config(
+        **SIZES | {"vocab_size": 12, "num_hidden_layers": 1},
+        intermediate_size=24,
+        conv_dim=(8, 8),
+        conv_kernel=(3, 3),
+        conv_stride=(2, 2),
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    return _drawn(transformers.Wav2Vec2ForCTC, config)
+
+
 def _drawn(cls: Any, config: Any) -> nn.Module:
     torch.manual_seed(1)
-    model: nn.Module = cls(config).eval()
+    model: nn.Module = _eager(cls(config).eval())
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too, so that nothing is 0 or 1
             parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def _eager(model: Any) -> Any:
+    """Compute experts one by one: the faster ways do not take float64."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
     return model
 
 
@@ -96,7 +135,7 @@ def adapter(folder: Path, model: Any, config: Any, *, seed: int = 0, scale: floa
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False).double().eval()
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if parameter.requires_grad or "trainable_tokens" in name:
+            if (parameter.requires_grad or "trainable_tokens" in name) and "ranknum" not in name:  # it is not saved
                 parameter.add_(torch.randn_like(parameter) * scale)
     wrapped.save_pretrained(folder)
     return folder, wrapped
@@ -118,7 +157,7 @@ def loaded(checkpoint: Any) -> nn.Module:
         None, config=config, state_dict=tensors, dtype=torch.float64, output_loading_info=True
     )
     assert not info["missing_keys"], info
-    return module.eval()
+    return _eager(module.eval())
 
 
 def outputs(module: Any, **inputs: Any) -> Tensor:

@@ -123,7 +123,11 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "peft_type": (config(peft_type="PREFIX_TUNING"), r"is of peft_type 'PREFIX_TUNING'; adapters of type LORA, IA3"),
     "no peft_type": (config(peft_type=None), r"names no peft_type"),
-    "not LoRA": (config(peft_type="IA3"), r"it is of type IA3 and has no tensors of this type"),
+    "not LoRA": (config(peft_type="IA3"), rf"the tensor {QUERY}.lora_A.weight is none that an adapter of type IA3"),
+    "a head alone": (
+        tensors(lambda held: [held.pop(name) for name in list(held) if "lora" in name]),
+        r"it is of type LORA and has no tensors of this type",
+    ),
     "pissa": (config(init_lora_weights="pissa_niter_4"), r"init_lora_weights='pissa_niter_4' changed the base's"),
     "number as initialisation": (config(init_lora_weights=7), r"init_lora_weights=7"),
     "alora": (config(alora_invocation_tokens=[3]), r"alora_invocation_tokens=\[3\] in its adapter_config.json cannot"),

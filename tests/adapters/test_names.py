@@ -57,14 +57,8 @@ def test_old_spellings_of_the_base_are_found(tmp_path: Path) -> None:
     agrees(made)
 
 
-def mixtral() -> Any:
-    sizes = {**small.SIZES, "intermediate_size": 24, "num_key_value_heads": 2, "num_local_experts": 3}
-    torch.manual_seed(3)
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).eval()
-
-
 def test_layers_beside_fused_experts_are_found(tmp_path: Path) -> None:
-    made = small.made(tmp_path, mixtral(), peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
+    made = small.made(tmp_path, small.mixtral(), peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"]))
     opened, dense = open_model(on_base(made.base, made.adapter, where="a")), made.dense()
     attention = [name for name in opened.keys() if "self_attn" in name]  # noqa: SIM118
     assert len(attention) == 8
@@ -77,7 +71,7 @@ def test_layers_beside_fused_experts_are_found(tmp_path: Path) -> None:
 def test_experts_that_were_adapted_one_by_one_are_found_where_the_base_stores_them_so(tmp_path: Path) -> None:
     """As with version 4 of transformers, which does not stack them."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
-    mixtral().save_pretrained(base)
+    small.mixtral().save_pretrained(base)
     stored = load_file(base / "model.safetensors")
     site = next(name for name in stored if name.endswith("experts.1.w2.weight")).removesuffix(".weight")
     a, b = torch.randn(2, 24), torch.randn(16, 2)
