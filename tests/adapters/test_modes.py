@@ -27,9 +27,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def loras(count: int, kind: str = "llama", **settings: Any) -> list[Any]:
-    return [
-        peft.LoraConfig(**{"r": 3, "lora_alpha": 4 + 2 * at} | KINDS[kind][1] | settings) for at in range(count)
-    ]
+    return [peft.LoraConfig(**{"r": 3, "lora_alpha": 4 + 2 * at} | KINDS[kind][1] | settings) for at in range(count)]
 
 
 def assert_same_factors(own: dict[str, LowRank], theirs: Any) -> None:
@@ -119,7 +117,7 @@ def test_random_masks_keep_the_share_that_density_says_and_depend_on_the_seed_al
         assert not torch.equal(a, b)  # their masks are not the same numbers again
 
 
-# ------------------------------------------------------------------------- Adapters' modes, from their formulas in NumPy
+# ------------------------------------------------------------------------ Adapters' modes, from their formulas in NumPy
 
 
 def average_in_numpy(
@@ -260,5 +258,5 @@ def test_a_mode_merges_no_models_that_are_not_adapters(tmp_path: Path) -> None:
     (one,) = merging.several(tmp_path, small.llama, loras(1))
     small.llama().save_pretrained(tmp_path / "dense")
     models = merging.opened([one, small.Made(one.base, tmp_path / "dense", None)])
-    with pytest.raises(ConfigError, match="dense is no LoRA adapter, .*task_arithmetic merges any models"):
+    with pytest.raises(ConfigError, match=r"dense is no LoRA adapter, .*task_arithmetic merges any models"):
         merging.factors(models, "peft_linear")
