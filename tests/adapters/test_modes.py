@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ import pytest
 import torch
 
 from mergelab.adapters.changes import LowRank
+from mergelab.engine.registry import get_method, method_names
+from mergelab.engine.request import checked_job, merged_adapter, prepared_job
+from mergelab.engine.run import merge
+from mergelab.engine.warm_session import MergeSession
 from mergelab.errors import ConfigError
 from tests.adapters import made as small
 from tests.adapters import merging
@@ -260,3 +265,55 @@ def test_a_mode_merges_no_models_that_are_not_adapters(tmp_path: Path) -> None:
     models = merging.opened([one, small.Made(one.base, tmp_path / "dense", None)])
     with pytest.raises(ConfigError, match=r"dense is no LoRA adapter, .*task_arithmetic merges any models"):
         merging.factors(models, "peft_linear")
+
+
+# ------------------------------------------------------------------------------- what holds for every method of weights
+
+
+MODES_OF = [name for name in method_names() if get_method(name).takes_adapters]
+
+
+def in_bfloat16(folder: Path, count: int = 2) -> list[small.Made]:
+    build = small.llama
+    return [
+        small.made(folder, build(), config, dtype=torch.bfloat16, seed=seed)
+        for seed, config in enumerate(loras(count, lora_alpha=5))
+    ]
+
+
+@pytest.mark.parametrize("method", MODES_OF)
+def test_a_merge_is_rounded_once_and_the_same_however_it_is_done(method: str, tmp_path: Path) -> None:
+    models = merging.opened(in_bfloat16(tmp_path)).aligned
+    assert models.base is not None
+    merged = dict(merge(get_method(method), {}, models))
+    job = prepared_job(checked_job(get_method(method), {}, models))
+    for name in models.names:
+        base, change = models.base.get(name), merged_adapter(job, job.site(name))
+        assert merged[name].dtype == torch.bfloat16
+        if change is None:
+            assert torch.equal(merged[name], base), name
+            continue
+        product = change.left.float() @ change.right.float()
+        assert torch.equal(merged[name], (product + base.float()).bfloat16()), name
+    targets = {name: torch.empty_like(merged[name]) for name in models.names}
+    session = MergeSession(models, targets)
+    for parameters in ({"weights": [0.3, 1.0]}, {}):  # nothing of the first merge stays in the second
+        session.merge(get_method(method), parameters)
+    backwards = dict(merge(get_method(method), {}, replace(models, names=models.names[::-1])))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    threaded = dict(merge(get_method(method), {}, models))
+    torch.set_num_threads(before)
+    for name, tensor in merged.items():
+        for other in (targets, backwards, threaded):
+            assert torch.equal(tensor, other.get(name, tensor)), name
+
+
+@pytest.mark.parametrize("method", MODES_OF)
+def test_weights_of_the_models_are_those_of_the_method(method: str, tmp_path: Path) -> None:
+    models = merging.opened(merging.several(tmp_path, small.llama, loras(2, lora_alpha=5))).aligned
+    given = dict(merge(get_method(method), {"weights": [2.0, 0.5]}, models))
+    own = dict(merge(get_method(method), {}, models, weights=[2.0, 0.5]))
+    plain = dict(merge(get_method(method), {}, models))
+    assert all(torch.equal(given[name], own[name]) for name in models.names)
+    assert any(not torch.equal(given[name], plain[name]) for name in models.names)
