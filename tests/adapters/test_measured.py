@@ -108,3 +108,27 @@ def test_the_factors_of_a_mode_are_applied_to_the_base_where_a_model_is_asked_fo
             torch.testing.assert_close(tensor, base[name] + product, rtol=1e-5, atol=1e-5)
             changed += 1
     assert changed == len([name for name in tensors if "lora_A" in name])
+
+
+@pytest.mark.slow
+def test_a_sweep_of_a_mode_writes_the_winners_factors(models: dict[str, Path], mergelab_command: Command) -> None:
+    holdout = "eval.protocol=holdout"
+    swept = scores(
+        mergelab_command, models, both(models), "-m", "sweep=peft_ties", "sweep.n_trials=3", holdout, "output=out"
+    )
+    read = scores(mergelab_command, models, "{folder: out}", "method=soup", holdout)
+    (folder,) = (score for name, score in read.items() if name.endswith("out"))
+    (base,) = (score for name, score in swept.items() if name.endswith("base"))
+    assert swept["best peft_ties"] == folder != base
+
+
+def test_a_sweep_does_not_measure_what_a_rank_keeps(models: dict[str, Path], mergelab_command: Command) -> None:
+    outcome = mergelab_command(
+        f"models.base={models['base']}",
+        f"models.experts={both(models)}",
+        *("-m", "sweep=ties", "task=stsb", f"task.data_dir={models['data']}", "tracking=none"),
+        *("save.form=lora_svd", "save.rank=2", "eval.protocol=holdout", "output=out"),
+    )
+    assert outcome.code == 2
+    assert "save.form=lora_svd: a sweep measures the merges themselves" in outcome.err
+    assert not Path("out").exists()
