@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mergelab.adapters.changes import LowRank
 from mergelab.engine.registry import get_method, method_names
@@ -126,15 +127,20 @@ def test_random_masks_keep_the_share_that_density_says_and_depend_on_the_seed_al
 
 
 def average_in_numpy(
-    factors: list[list[LowRank]], weights: Sequence[float], *, normalize: bool, negate_b: bool
+    factors: list[list[tuple[np.ndarray, np.ndarray]]],
+    scale: float,
+    weights: Sequence[float],
+    *,
+    normalize: bool,
+    negate_b: bool,
 ) -> list[np.ndarray]:
     """Adapters 1.3: weights over their sum; each factor's weighted sum; the product of the averages, times α/r."""
     shares = [weight / sum(weights) if normalize else weight for weight in weights]
     products = []
     for layer in factors:
-        a = sum((abs(w) if negate_b else w) * each.a.numpy() for w, each in zip(shares, layer, strict=True))
-        b = sum(w * each.b.numpy() for w, each in zip(shares, layer, strict=True))
-        products.append(layer[0].scale * (b @ a))
+        a: Any = sum((abs(w) if negate_b else w) * a for w, (a, _) in zip(shares, layer, strict=True))
+        b: Any = sum(w * b for w, (_, b) in zip(shares, layer, strict=True))
+        products.append(scale * (b @ a))
     return products
 
 
@@ -148,15 +154,17 @@ def test_adapters_modes_are_their_formulas(
 ) -> None:
     adapters = merging.several(tmp_path, small.llama, loras(len(weights), lora_alpha=5))
     models = merging.opened(adapters)
-    single = [merging.factors(merging.opened([each]), "adapters_linear") for each in adapters]
-    names = list(single[0])
+    files = [load_file(each.adapter / "adapter_model.safetensors") for each in adapters]
+    layers = [key.removesuffix(".lora_A.weight") for key in sorted(files[0]) if key.endswith("lora_A.weight")]
+    names = [f"{layer.removeprefix('base_model.model.')}.weight" for layer in layers]
     trained = [
-        [LowRank.of(each[name].a, each[name].b / (5 / 3), 5 / 3, transposed=False) for each in single] for name in names
+        [(file[f"{layer}.lora_A.weight"].numpy(), file[f"{layer}.lora_B.weight"].numpy()) for file in files]
+        for layer in layers
     ]
-    wanted = average_in_numpy(trained, weights, normalize=normalize, negate_b=negate_b)
+    wanted = average_in_numpy(trained, 5 / 3, weights, normalize=normalize, negate_b=negate_b)
     method = "adapters_linear_negate_b" if negate_b else "adapters_linear"
     found = merging.changes(models, method, weights=list(weights), normalize=normalize)
-    assert list(found) == names
+    assert sorted(found) == names
     for name, product in zip(names, wanted, strict=True):
         np.testing.assert_allclose(found[name].numpy(), product, rtol=1e-9, atol=1e-10)
 
@@ -253,8 +261,8 @@ def test_what_a_mode_cannot_combine_is_refused_in_one_line(what: str, tmp_path: 
     build = (lambda: small.gpt2(tie_word_embeddings=False)) if what == "token rows" else small.gpt2
     common = {"r": 3, "lora_alpha": 4, "target_modules": ["c_attn", "c_proj"]}
     adapters = merging.several(tmp_path, build, [peft.LoraConfig(**common | own) for own in settings])
-    with pytest.raises(ConfigError, match=line) as caught:
-        merging.factors(merging.opened(adapters), method, **parameters)
+    with pytest.raises(ConfigError, match=line) as caught:  # when the settings are checked, before anything is merged
+        checked_job(get_method(method), parameters, merging.opened(adapters).aligned)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) <= 400 + 2 * len(str(tmp_path))
 
