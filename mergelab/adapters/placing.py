@@ -108,8 +108,8 @@ def _changes(
         if adapter.residual and not factors.embedding:
             yield at, _residual(layer, at, factors, names, adapter)
         across = factors.embedding or _is_transposed(at, module, adapter)
-        left, right = (factors.a.T, factors.b.T) if across else (factors.b, factors.a)
-        yield from _low_rank(layer, at, LowRank(left, right, factors.scale), parts, adapter)
+        change = LowRank.of(factors.a, factors.b, factors.scale, transposed=across)
+        yield from _low_rank(layer, at, change, parts, adapter)
         if layer in adapter.magnitudes:
             yield at, Magnitude(adapter.magnitudes[layer], by_column=across)
         if layer in adapter.biases:

@@ -21,9 +21,9 @@ from mergelab.errors import MergelabError
 # From how many columns of the terminal on a column of the table is shown; the others always are.
 _FROM_WIDTH = {"cost": 110, "parameters": 110, "family": 150, "paper": 150}
 LEGEND = (
-    "B: a base model, D: the experts' training examples, G: gradients, S: examples that select, 2: exactly two "
-    "experts\nevery number may also be given by layer or by tensor name, and many for each expert; "
-    "mergelab methods NAME describes one"
+    "B: a base model, D: the experts' training examples, G: gradients, S: examples that select, L: experts that are "
+    "LoRA adapters, 2: exactly two experts\nevery number may also be given by layer or by tensor name, and many for "
+    "each expert; mergelab methods NAME describes one"
 )
 
 
