@@ -6,14 +6,17 @@ for float64 tensors) and rounds once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mergelab.ops.blocks import blocks
+
 Shape = tuple[int, ...]
+ROWS = 1 << 19  # entries of the rows of a product that are computed at once, which stay in a core's cache
 
 
 class Change(Protocol):
@@ -229,10 +232,53 @@ def apply_all(changes: Sequence[Change], tensor: Tensor) -> Tensor:
         A new tensor.
     """
     wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    if changes and all(isinstance(change, LowRank) for change in changes):
+        left, right = joined([(1.0, change) for change in changes if isinstance(change, LowRank)])
+        found = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        for rows, sums in added(tensor, left.to(tensor.device, wide), right.to(tensor.device, wide)):
+            found.view(left.shape[0], -1)[rows] = sums
+        return found
     changed = tensor.to(wide, copy=True)
     for change in changes:
         changed = change.apply(changed)
     return changed.to(tensor.dtype)
+
+
+def joined(changes: Sequence[tuple[float, LowRank]]) -> tuple[Tensor, Tensor]:
+    """Join a weighted sum of changes to one of rank Σr, exactly.
+
+    Args:
+        changes: each with its weight; all of one shape.
+
+    Returns:
+        (rows, Σr) and (Σr, columns), float64: Σ w_t s_t L_t R_t is their product.
+    """
+    left = torch.cat([change.left.double() * (weight * change.scale) for weight, change in changes], dim=1)
+    return left, torch.cat([change.right.double() for _, change in changes])
+
+
+def rows_at_once(columns: int) -> int:
+    """Return how many rows of a matrix `added` computes at once."""
+    return max(1, ROWS // max(1, columns))
+
+
+def added(tensor: Tensor, left: Tensor, right: Tensor, part: slice = slice(None)) -> Iterator[tuple[slice, Tensor]]:
+    """Add a product to a tensor, some rows at a time, in the factors' dtype.
+
+    Args:
+        tensor: contiguous, with as many entries as the product.
+        left, right: (rows, r) and (r, columns), float32 or float64.
+        part: the rows that are computed; a value does not depend on it where it begins at a multiple of `rows_at_once`.
+
+    Returns:
+        Rows, and the sum in them, which is overwritten by the next one.
+    """
+    flat = tensor.reshape(left.shape[0], -1)
+    start, stop, _ = part.indices(left.shape[0])
+    buffer = left.new_empty(min(rows_at_once(right.shape[1]), stop - start), right.shape[1])
+    for rows in blocks(stop, rows_at_once(right.shape[1]), start):
+        sums = buffer[: rows.stop - rows.start].copy_(flat[rows])
+        yield rows, sums.addmm_(left[rows], right) if left.shape[1] else sums
 
 
 def same_changes(a: Sequence[Change], b: Sequence[Change]) -> bool:

@@ -285,7 +285,7 @@ def _spread(
     waiting: list[Callable[[], None]] = []
     for name, target in targets.items():
         flat, vector = target.view(-1), vectors[name].view(-1) if name in vectors else None
-        for chunk in chunks_of(job, target.numel()):
+        for chunk in chunks_of(job, name, target.numel()):
             work = partial(merge_into, job, name, flat[chunk], chunk, None if vector is None else vector[chunk])
             waiting.append(work if workers is None else workers.submit(work).result)
     yield from waiting
