@@ -155,10 +155,12 @@ def svd_loop(files: Files, out: Path) -> None:
 def dense_loop(files: Files, out: Path) -> None:
     """Read the base, add one product to each site, write."""
     made = {}
-    with opened([files.base]) as (base,), opened(files.adapters) as readers, safe_open(
-        files.base / "model.safetensors", "pt"
-    ) as stored:
-        for name in sorted(stored.keys()):  # noqa: SIM118
+    with (
+        opened([files.base]) as (base,),
+        opened(files.adapters) as readers,
+        safe_open(files.base / "model.safetensors", "pt") as stored,
+    ):
+        for name in sorted(stored.keys()):
             tensor = base(name)
             if (site := name.removesuffix(".weight")) in files.sites:
                 left, right = factors(readers, site, 2.0 / len(readers))
@@ -195,7 +197,8 @@ def planned(files: Files, out: Path, *arguments: str, adapters: bool = True) -> 
 def merge(plan: Plan) -> None:
     """Merge into the plan's folder, as the command does."""
     config = plan.config
-    assert config.output is not None and config.models.base is not None
+    assert config.output is not None
+    assert config.models.base is not None
     session = open_session(locate(config.models, "local", []), plan.tasks, config)
     merging = Merging(plan.method, plan.parameters, session, config.seed, lambda *_: None)
     if config.save.form == "dense":

@@ -6,16 +6,21 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from mergelab.adapters.changes import LowRank, joined
 from mergelab.errors import ModelError
 from mergelab.weights.adapters import ADAPTER_CONFIG, PEFT_WEIGHTS
+from mergelab.weights.shards import WeightFiles
+from mergelab.weights.source import TensorInfo
 from mergelab.weights.writer import check_target
 
 SITES = "mergelab_sites.json"  # rank and kept energy of each layer
@@ -37,6 +42,7 @@ class LoraFolder:
     Attributes:
         module: the model that it is for, without weights: it says which layers are stored transposed.
         factors: by layer, A (r, inputs) and B (outputs, r), in the layout of the stored weight: left and right.
+        sums: by layer, weighted changes that are joined exactly when they are written.
         biases: trained biases, by the tensor's name.
         modules: whole modules beside the adapted layers, such as norms; their tensors by name.
         heads: the tensors of a classifier's head, by name.
@@ -45,29 +51,46 @@ class LoraFolder:
 
     module: nn.Module
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    sums: dict[str, list[tuple[float, LowRank]]] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     modules: dict[str, Tensor] = field(default_factory=dict)
     heads: dict[str, Tensor] = field(default_factory=dict)
     energy: dict[str, float] = field(default_factory=dict)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors under PEFT's names."""
-        found: dict[str, Tensor] = {}
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each adapted layer."""
+        joined_ranks = {layer: sum(change.rank for _, change in changes) for layer, changes in self.sums.items()}
+        return {layer: left.shape[1] for layer, (left, _) in self.factors.items()} | joined_ranks
+
+    def tensors(self, *, stand_ins: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors under PEFT's names; with ``stand_ins`` nothing is joined, and only the shapes are right."""
         for layer, (left, right) in self.factors.items():
-            kind = self.module.get_submodule(layer)
-            if isinstance(kind, nn.Embedding):
-                found[f"{_START}{layer}.lora_embedding_A"] = left.T
-                found[f"{_START}{layer}.lora_embedding_B"] = right.T
-                continue
-            a, b = (left.T, right.T) if type(kind).__name__ == "Conv1D" else (right, left)
-            if isinstance(kind, nn.Conv2d):
-                a, b = a.reshape(-1, *kind.weight.shape[1:]), b[:, :, None, None]
-            found[f"{_START}{layer}.lora_A.weight"], found[f"{_START}{layer}.lora_B.weight"] = a, b
+            yield from self._named(layer, left, right)
+        for layer, changes in self.sums.items():
+            rows, columns = changes[0][1].product_shape
+            rank = self.ranks[layer]
+            stand_in = torch.empty(rows, rank, device="meta"), torch.empty(rank, columns, device="meta")
+            left, right = stand_in if stand_ins else joined(changes)
+            yield from self._named(layer, left.float(), right.float())
         for name, tensor in self.biases.items():
             layer = name.removesuffix(".bias")
-            found[f"{_START}{layer}{'.base_layer' if layer in self.factors else ''}.bias"] = tensor
-        found |= {f"{_START}{name}": tensor for name, tensor in {**self.modules, **self.heads}.items()}
-        return {name: tensor.contiguous().clone() for name, tensor in found.items()}
+            yield f"{_START}{layer}{'.base_layer' if layer in self.ranks else ''}.bias", tensor
+        for name, tensor in {**self.modules, **self.heads}.items():
+            yield f"{_START}{name}", tensor
+
+    def _named(self, layer: str, left: Tensor, right: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield a layer's factors as A and B of its kind of layer."""
+        kind = self.module.get_submodule(layer)
+        if isinstance(kind, nn.Embedding):
+            yield f"{_START}{layer}.lora_embedding_A", left.T
+            yield f"{_START}{layer}.lora_embedding_B", right.T
+            return
+        a, b = (left.T, right.T) if type(kind).__name__ == "Conv1D" else (right, left)
+        if isinstance(kind, nn.Conv2d):
+            a, b = a.reshape(-1, *kind.weight.shape[1:]), b[:, :, None, None]
+        yield f"{_START}{layer}.lora_A.weight", a
+        yield f"{_START}{layer}.lora_B.weight", b
 
     def _whole_modules(self) -> set[str]:
         """Return the names of the modules that are stored whole; PEFT takes a head as one module."""
@@ -76,7 +99,7 @@ class LoraFolder:
 
     def config(self, base: str, revision: str | None) -> dict[str, Any]:
         """Return an ``adapter_config.json`` that needs no default of PEFT's."""
-        ranks = {layer: int(left.shape[1]) for layer, (left, _) in self.factors.items()}
+        ranks = self.ranks
         counts = sorted(ranks.values(), key=list(ranks.values()).count)
         usual = counts[-1]
         patterns = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != usual}
@@ -119,18 +142,15 @@ def write_lora(
     Raises:
         ModelError: there is nothing that changes, or the folder is in use or cannot be written.
     """
-    from safetensors.torch import save_file
-
-    if not adapter.factors:
+    if not adapter.ranks:
         raise ModelError(f"{folder}: the merged model is its base, so that there is nothing to write as an adapter")
     check_target(folder, [])
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
         try:
-            save_file(adapter.tensors(), making / PEFT_WEIGHTS[0], {"format": "pt"})
-            ranks = {layer: int(left.shape[1]) for layer, (left, _) in adapter.factors.items()}
-            sites = {layer: {"rank": rank, "energy": adapter.energy[layer]} for layer, rank in ranks.items()}
+            _write_weights(adapter, making)
+            sites = {layer: {"rank": rank, "energy": adapter.energy[layer]} for layer, rank in adapter.ranks.items()}
             _json(making / SITES, sites)
             if config is not None:
                 _json(making / "config.json", config)
@@ -141,6 +161,19 @@ def write_lora(
             shutil.rmtree(making, ignore_errors=True)
     except OSError as error:
         raise ModelError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def _write_weights(adapter: LoraFolder, folder: Path) -> None:
+    """Write the tensors one after the other; none but those of one layer are in memory at once."""
+    layout = [TensorInfo(name, tuple(each.shape), each.dtype) for name, each in adapter.tensors(stand_ins=True)]
+    files = WeightFiles(folder, layout, sys.maxsize, {})
+    try:
+        for name, tensor in adapter.tensors():
+            files.write(name, tensor)
+        files.finish()
+    finally:
+        files.close()
+    os.replace(folder / "model.safetensors", folder / PEFT_WEIGHTS[0])
 
 
 def _json(file: Path, content: Mapping[str, Any]) -> None:

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergelab.adapters import factored
-from mergelab.adapters.changes import LowRank, Replacement
+from mergelab.adapters.changes import LowRank, joined
 from mergelab.adapters.checkpoint import AdaptedCheckpoint
+from mergelab.adapters.deltas import delta_of
 from mergelab.adapters.writing import LoraFolder, write_lora
 from mergelab.console.progress import say
+from mergelab.engine.finite_check import finite_checked
+from mergelab.engine.low_rank import weighted
 from mergelab.errors import ConfigError, ModelError, listed
 from mergelab.models.architecture import read_config
-from mergelab.weights.align import AlignedModels, RenamedSource
 from mergelab.weights.conversion import module_names, tied_parameters
-from mergelab.weights.source import DictSource
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,7 +59,7 @@ class AdapterOutput:
         self._base: TensorSource = opened.aligned.base
         self._folder, self._module = base.folder, module
         self._names = self._in_module(module, opened.aligned.names)
-        self._coefficients = self._linear()
+        self._coefficients = self._sum()
 
     def write(self, folder: Path, reference: str, revision: str | None) -> float:
         """Write the adapter, say what it keeps of the change, and return the seconds it took.
@@ -78,13 +79,13 @@ class AdapterOutput:
             if changes is None:
                 rest.append(name)
             elif changes:
-                self._add(found, wholes, name, self._fitted(factored.joined(changes)))
+                self._add_sum(found, wholes, name, changes)
         self._add_dense(found, wholes, rest)
         head, updates = self._session.heads.to_save(self._session.tasks[0])
         found.heads |= head.tensors
         config = {**read_config(self._session.opened.experts[0].folder or self._folder, "a"), **updates}
         write_lora(folder, found, base=reference, revision=revision, config=config if head.tensors else None)
-        kept = [(found.energy[layer], layer) for layer in found.factors]
+        kept = [(found.energy[layer], layer) for layer in found.ranks]
         total = sum(wholes.values())
         share = sum(found.energy[layer] * wholes[layer] for layer in wholes) / total if total else 1.0
         least, where = min(kept)
@@ -93,99 +94,100 @@ class AdapterOutput:
 
     # ------------------------------------------------------------------------------------------------- sums of factors
 
-    def _linear(self) -> Mapping[str, Sequence[float]] | None:
-        """Return each tensor's weights of the experts, where the merge is the base plus a sum of their differences.
-
-        The method itself is asked: what it makes of experts that differ from a base of zeros in one entry each, and of
-        models that are equal.
-        """
-        opened, settings = self._session.opened, self._settings
-        if self._merging.method.name in LINEAR and all(
-            isinstance(e.tensors, AdaptedCheckpoint) for e in opened.experts
+    def _sum(self) -> Mapping[str, Sequence[float]] | None:
+        """Return each tensor's coefficients of the experts, where the merge is the base plus a sum of differences."""
+        found = self._merging.coefficients()
+        experts = self._session.opened.experts
+        if self._settings.form == "lora_cat" and not (
+            found is not None and all(isinstance(expert.tensors, AdaptedCheckpoint) for expert in experts)
         ):
-            count = len(opened.experts)
-            units = torch.cat([torch.eye(count), torch.ones(count, 1)], dim=1).double()
-            start = torch.zeros(count + 1, dtype=torch.float64)
-            start[-1] = 1
-            asked = AlignedModels(
-                base=DictSource("base", {name: start.clone() for name in opened.aligned.names}),
-                experts=tuple(
-                    DictSource(expert.name, {name: unit.clone() for name in opened.aligned.names})
-                    for expert, unit in zip(opened.aligned.experts, units, strict=True)
-                ),
-                names=opened.aligned.names,
-                integers=(),
-                aliases={},
-                backbone=opened.aligned.backbone,
-            )
-            found = {name: made.tolist() for name, made in self._merging.on(asked)}
-            if all(abs(made[-1] - 1) < 1e-9 for made in found.values()):
-                return {name: made[:-1] for name, made in found.items()}
-        if settings.form == "lora_cat":
             raise ConfigError(
                 "save.form=lora_cat: adapters are joined exactly where all experts are adapters and the method is "
                 f"{' or '.join(LINEAR)}, with weights that keep the base; save.form=lora_svd takes any merge"
             )
-        return None
+        return found
 
     def _low_rank(self, name: str) -> list[tuple[float, LowRank]] | None:
         """Return the weighted changes of one tensor that are to be added up; None where it takes the dense tensors."""
         if self._coefficients is None:
             return None
-        changes: list[tuple[float, LowRank]] = []
-        for weight, expert in zip(self._coefficients[name], self._session.opened.aligned.experts, strict=True):
-            own = _changes_of(expert, name)
-            if own and isinstance(own[0], Replacement) and self._is_the_bases(own[0], name):
-                own = own[1:]  # a copy of the base's, as PEFT stores it beside an adapted embedding
-            if own is None or not all(isinstance(change, LowRank) for change in own):
-                return None
-            changes += [(weight, change) for change in own if isinstance(change, LowRank) and weight]
-        return changes
+        start = delta_of(self._base, name)
+        deltas = [delta_of(expert, name) for expert in self._session.opened.aligned.experts]
+        if start.changes or not all(delta.is_on(start) for delta in deltas):
+            return None
+        return weighted(self._coefficients[name], deltas)
 
-    def _is_the_bases(self, whole: Replacement, name: str) -> bool:
-        base = self._base.get(name)
-        return base.shape == whole.values.shape and torch.equal(whole.values.to(base.dtype), base)
-
-    def _fitted(self, product: tuple[Tensor, Tensor]) -> factored.Fitted:
+    def _add_sum(
+        self, found: LoraFolder, wholes: dict[str, float], name: str, changes: list[tuple[float, LowRank]]
+    ) -> None:
         if self._settings.form == "lora_cat":
-            return factored.Fitted(product[0].float(), product[1].float(), 1.0, 1.0)
-        return factored.of_product(*product, self._settings.rank, self._settings.energy)
+            layers = self._layers(name)
+            found.sums.update(dict.fromkeys(layers, changes))
+            found.energy.update(dict.fromkeys(layers, 1.0))
+        else:
+            product = joined(changes)
+            self._add(found, wholes, name, factored.of_product(*product, self._settings.rank, self._settings.energy))
 
     # ----------------------------------------------------------------------------------------------- dense differences
 
     def _add_dense(self, found: LoraFolder, wholes: dict[str, float], names: Sequence[str]) -> None:
         """Add what changes in these tensors: matrices at the rank or energy, biases, and norms as whole modules."""
-        for name, tensor in self._dense(names):
-            base = self._base.get(name)
-            change = tensor.float() - base.float()
-            if not change.any():
+        for name, change in self._differences(names):
+            if change is None or not change.any():
                 continue
             place, layer = self._names[name], self._names[name].rpartition(".")[0]
-            kind = self._layer(layer)
-            if kind is not None and place.endswith(".weight"):
+            if self._layer(layer) is not None and place.endswith(".weight"):
                 self._refuse_cat(place)
-                matrix = change.flatten(1)
-                fitted = factored.of_matrix(matrix, self._settings.rank, self._settings.energy)
+                fitted = factored.of_matrix(change.flatten(1), self._settings.rank, self._settings.energy)
                 self._add(found, wholes, name, fitted)
-            elif kind is not None and place.endswith(".bias"):
-                found.biases[place] = tensor.float()
+                continue
+            whole = change.add_(self._base.get(name))
+            if place.endswith(".bias") and self._is_leafless(layer):
+                found.biases[place] = whole
+            elif self._is_leafless(layer):
+                raise ConfigError(
+                    f"save.form={self._settings.form}: {place} belongs to no layer that PEFT stores whole; "
+                    "save.form=dense can hold it"
+                )
+            elif self._layer(layer) is not None:
+                found.biases[place] = whole
             else:
-                found.modules[place] = tensor.float()
+                found.modules[place] = whole
         self._complete(found)
 
-    def _dense(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    def _is_leafless(self, module: str) -> bool:
+        """Return whether a module has others in it, so that to store it whole would be to store these too."""
+        return any(True for _ in self._module.get_submodule(module).children())
+
+    def _differences(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor | None]]:
+        """Yield what is added to each tensor, in float32; None for nothing.
+
+        Where the merge is a sum of task vectors these are added up as they are, with no rounding to the base's dtype.
+        """
         passed = self._session.opened.passed_through
         if odd := [name for name in passed if name not in self._session.opened.head_names]:
             for name, place in self._in_module(self._module, odd).items():
                 self._names[name] = place
-                if name in {*self._base.keys(), *self._base.aliases()}:
-                    yield name, passed[name]
-                else:
+                if name not in {*self._base.keys(), *self._base.aliases()}:
                     raise ConfigError(f"save.form={self._settings.form}: the base has no {name}; save.form=dense has")
-        if names:
-            for name, tensor in self._merging.on(self._session.opened.aligned, only=names):
+                yield name, passed[name].float() - self._base.get(name).float()
+        if self._coefficients is not None:
+            yield from ((name, self._weighted_sum(name, self._coefficients[name])) for name in names)
+        elif names:
+            for name, tensor in self._merging.unrounded(names):
                 if name in set(names):
-                    yield name, tensor
+                    yield name, tensor.sub_(self._base.get(name))
+
+    def _weighted_sum(self, name: str, factors: Sequence[float]) -> Tensor | None:
+        base = self._base.get(name)
+        total: Tensor | None = None
+        for factor, expert in zip(factors, self._session.opened.aligned.experts, strict=True):
+            own = finite_checked(expert).get(name)
+            if not factor or torch.equal(own, base):
+                continue
+            change = own.float().sub_(base)
+            total = change.mul_(factor) if total is None else total.add_(change, alpha=factor)
+        return total
 
     def _complete(self, found: LoraFolder) -> None:
         """Add the unchanged tensors of modules that are written whole."""
@@ -204,16 +206,28 @@ class AdapterOutput:
             )
 
     def _add(self, found: LoraFolder, wholes: dict[str, float], name: str, fitted: factored.Fitted) -> None:
-        layer = self._names[name].removesuffix(".weight")
-        if self._names[name] in {alias for pair in tied_parameters(self._module).items() for alias in pair}:
+        layers = self._layers(name)
+        found.factors.update(dict.fromkeys(layers, (fitted.left, fitted.right)))
+        found.energy.update(dict.fromkeys(layers, fitted.energy))
+        wholes[layers[0]] = fitted.whole
+
+    def _layers(self, name: str) -> list[str]:
+        """Return the layers that have a tensor as their weight: several where it is tied.
+
+        LoRA of tied embeddings is that of both ends, so that both are changed alike.
+        """
+        place = self._names[name]
+        pairs = tied_parameters(self._module)
+        group = [alias for alias, holder in pairs.items() if pairs.get(place, place) == holder]
+        layers = [each.removesuffix(".weight") for each in dict.fromkeys([pairs.get(place, place), *group])]
+        if odd := next((layer for layer in layers if self._layer(layer) is None), None):
+            raise ModelError(f"save.form={self._settings.form}: {odd} is no layer that LoRA adapts; save.form=dense")
+        if len({type(self._layer(layer)) for layer in layers}) != len(layers):
             raise ConfigError(
-                f"save.form={self._settings.form}: {name} is tied to another tensor, and LoRA changes one end alone; "
+                f"save.form={self._settings.form}: {name} is tied to other tensors than an output embedding; "
                 "save.form=dense can hold it"
             )
-        if self._layer(layer) is None:
-            raise ModelError(f"save.form={self._settings.form}: {layer} is no layer that LoRA adapts; save.form=dense")
-        found.factors[layer] = fitted.left, fitted.right
-        found.energy[layer], wholes[layer] = fitted.energy, fitted.whole
+        return layers
 
     def _layer(self, layer: str) -> nn.Module | None:
         """Return a layer that LoRA adapts, without weights."""
@@ -236,14 +250,3 @@ class AdapterOutput:
                 "save.form=dense"
             )
         return found
-
-
-def _changes_of(source: Any, name: str) -> Sequence[Any] | None:
-    """Return an adapter's changes of a tensor of an aligned expert; None where they cannot be told."""
-    while not isinstance(source, AdaptedCheckpoint):
-        if isinstance(source, RenamedSource):
-            name = source.stored[name]
-        elif hasattr(source, "names") or not hasattr(source, "source"):  # read with its rows in another order
-            return None
-        source = source.source
-    return source.changes(name)
