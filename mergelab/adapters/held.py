@@ -61,16 +61,26 @@ class HeldModel:
         """Do nothing: the tensors are in memory."""
 
     def read_from(self, key: str) -> tuple[TensorSource, str] | None:
-        """Return where ``key`` is read, as for `mergelab.weights.source.traced`; None where it is changed."""
-        return None if key in self._changed or key in self._own.tensors else self.stored(key)
+        """Return where ``key`` is held, as for `mergelab.weights.source.traced`; None where it is changed."""
+        return None if key in self._changed else self.stored(key)
 
     def stored(self, key: str) -> tuple[TensorSource, str]:
         """Return where the base's tensor is read that is changed to ``key``, with its name there."""
-        return self._base, key
+        return self._at(key), key
 
     def changes(self, key: str) -> Sequence[Change]:
         """Return what is changed in ``key`` of the base, in order."""
         return self._changed.get(key, ())
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The dense tensors that are held, the base's among them."""
+        return [*self._base.tensors.values(), *self._own.tensors.values()]
+
+    @property
+    def changed(self) -> Mapping[str, Sequence[Change]]:
+        """What is changed, by the tensor's name."""
+        return self._changed
 
     def _at(self, key: str) -> DictSource:
         return self._own if key in self._own.tensors else self._base

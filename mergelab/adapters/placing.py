@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mergelab.adapters.changes import Change, Factor, LowRank, Magnitude, Replacement, Rows, Shift
 from mergelab.adapters.names import Names, adapted_class, named
 from mergelab.adapters.ties import Ties, kept_ties
@@ -67,6 +69,9 @@ def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placem
     changes: dict[str, list[Change]] = {}
     for name, change in _changes(adapter, names, module):
         changes.setdefault(name, []).append(change)
+    for name, own in changes.items():
+        if len(own) > 1 and isinstance(own[0], Replacement) and _is_the_bases(own[0], name, names):
+            del own[0]  # PEFT stores it beside the factors of an adapted embedding
     new = {name: _only_replacement(name, changes.pop(name), adapter) for name in list(changes) if name in names.new}
     ties = kept_ties(changes, names, adapter, is_pair=_is_pair(base))
     _check_shapes(ties, names, adapter, base)
@@ -141,6 +146,14 @@ def embeddings(module: Any) -> list[str]:
             continue
         found += [name for name, own in parameters if weight is not None and own is weight]
     return list(dict.fromkeys(found))
+
+
+def _is_the_bases(whole: Replacement, name: str, names: Names) -> bool:
+    at = names.at(name)
+    if at not in {*names.source.keys(), *names.source.aliases()}:
+        return False
+    stored = names.source.get(at)
+    return stored.shape == whole.values.shape and torch.equal(whole.values.to(stored.dtype), stored)
 
 
 def _is_pair(base: Checkpoint) -> bool:

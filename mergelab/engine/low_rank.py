@@ -75,6 +75,8 @@ def factored_sum(
     start = Delta(same[0].source, same[0].key)
     if (method.returns_task_vector and deltas[0].changes) or not all(delta.is_on(start) for delta in same):
         return None
+    if any(delta.low_rank is None for delta in of_experts):
+        return None
     unchanged = not any(delta.changes for delta in of_experts)
     factors = () if unchanged and method.returns_task_vector else coefficients(method, arguments, len(of_experts))
     if factors is None:
@@ -103,5 +105,5 @@ def coefficients(method: MergeMethod, arguments: Mapping[str, Any], count: int) 
 
 def weighted(factors: Sequence[float], deltas: Sequence[Delta]) -> list[tuple[float, LowRank]]:
     """Return the experts' changes, each with its coefficient, without those of 0 if there are others."""
-    pairs = [(factor, change) for factor, delta in zip(factors, deltas, strict=True) for change in delta.changes]
+    pairs = [(factor, change) for factor, delta in zip(factors, deltas, strict=True) for change in delta.low_rank or ()]
     return [pair for pair in pairs if pair[0]] or pairs[:1]

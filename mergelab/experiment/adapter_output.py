@@ -113,7 +113,7 @@ class AdapterOutput:
             return None
         start = delta_of(self._base, name)
         deltas = [delta_of(expert, name) for expert in self._session.opened.aligned.experts]
-        if start.changes or not all(delta.is_on(start) for delta in deltas):
+        if start.changes or not all(delta.is_on(start) and delta.low_rank is not None for delta in deltas):
             return None
         return weighted(self._coefficients[name], deltas)
 
