@@ -233,9 +233,9 @@ def apply_all(changes: Sequence[Change], tensor: Tensor) -> Tensor:
     """
     wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     if changes and all(isinstance(change, LowRank) for change in changes):
-        left, right = joined([(1.0, change) for change in changes if isinstance(change, LowRank)])
+        left, right = joined([(1.0, change) for change in changes if isinstance(change, LowRank)], wide)
         found = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-        for rows, sums in added(tensor, left.to(tensor.device, wide), right.to(tensor.device, wide)):
+        for rows, sums in added(tensor, left.to(tensor.device), right.to(tensor.device)):
             found.view(left.shape[0], -1)[rows] = sums
         return found
     changed = tensor.to(wide, copy=True)
@@ -244,17 +244,24 @@ def apply_all(changes: Sequence[Change], tensor: Tensor) -> Tensor:
     return changed.to(tensor.dtype)
 
 
-def joined(changes: Sequence[tuple[float, LowRank]]) -> tuple[Tensor, Tensor]:
-    """Join a weighted sum of changes to one of rank Σr, exactly.
+def joined(changes: Sequence[tuple[float, LowRank]], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Join a weighted sum of changes to one of rank Σr, exactly but for one rounding to ``dtype``.
 
     Args:
         changes: each with its weight; all of one shape.
+        dtype: of the result, float32 or float64.
 
     Returns:
-        (rows, Σr) and (Σr, columns), float64: Σ w_t s_t L_t R_t is their product.
+        (rows, Σr) and (Σr, columns): Σ w_t s_t L_t R_t is their product.
     """
-    left = torch.cat([change.left.double() * (weight * change.scale) for weight, change in changes], dim=1)
-    return left, torch.cat([change.right.double() for _, change in changes])
+    (rows, columns), rank = changes[0][1].product_shape, sum(change.rank for _, change in changes)
+    left, right = torch.empty(rows, rank, dtype=dtype), torch.empty(rank, columns, dtype=dtype)
+    start = 0
+    for weight, change in changes:
+        own = slice(start, start := start + change.rank)
+        left[:, own] = change.left.double() * (weight * change.scale)
+        right[own] = change.right
+    return left, right
 
 
 def rows_at_once(columns: int) -> int:

@@ -69,12 +69,10 @@ def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placem
     changes: dict[str, list[Change]] = {}
     for name, change in _changes(adapter, names, module):
         changes.setdefault(name, []).append(change)
-    for name, own in changes.items():
-        if len(own) > 1 and isinstance(own[0], Replacement) and _is_the_bases(own[0], name, names):
-            del own[0]  # PEFT stores it beside the factors of an adapted embedding
     new = {name: _only_replacement(name, changes.pop(name), adapter) for name in list(changes) if name in names.new}
     ties = kept_ties(changes, names, adapter, is_pair=_is_pair(base))
     _check_shapes(ties, names, adapter, base)
+    _drop_copies(ties, names)
     _check_whole(module, names, new, base, adapter)
     return Placement(class_name, names.source, ties.changes, new, ties.apart, _sizes(module, names, changes, new))
 
@@ -148,12 +146,13 @@ def embeddings(module: Any) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _is_the_bases(whole: Replacement, name: str, names: Names) -> bool:
-    at = names.at(name)
-    if at not in {*names.source.keys(), *names.source.aliases()}:
-        return False
-    stored = names.source.get(at)
-    return stored.shape == whole.values.shape and torch.equal(whole.values.to(stored.dtype), stored)
+def _drop_copies(ties: Ties, names: Names) -> None:
+    """Drop copies of the base's tensors, which PEFT stores beside the factors of an adapted embedding."""
+    for name, own in ties.changes.items():
+        if len(own) > 1 and isinstance(own[0], Replacement):
+            stored = names.source.get(ties.apart.get(name, name))
+            if stored.shape == own[0].values.shape and torch.equal(own[0].values.to(stored.dtype), stored):
+                ties.changes[name] = own[1:]
 
 
 def _is_pair(base: Checkpoint) -> bool:

@@ -67,15 +67,15 @@ class LoraFolder:
         """Yield the tensors under PEFT's names; with ``stand_ins`` nothing is joined, and only the shapes are right."""
         for layer, (left, right) in self.factors.items():
             yield from self._named(layer, left, right)
+        ranks = self.ranks
         for layer, changes in self.sums.items():
             rows, columns = changes[0][1].product_shape
-            rank = self.ranks[layer]
+            rank = ranks[layer]
             stand_in = torch.empty(rows, rank, device="meta"), torch.empty(rank, columns, device="meta")
-            left, right = stand_in if stand_ins else joined(changes)
-            yield from self._named(layer, left.float(), right.float())
+            yield from self._named(layer, *(stand_in if stand_ins else joined(changes, torch.float32)))
         for name, tensor in self.biases.items():
             layer = name.removesuffix(".bias")
-            yield f"{_START}{layer}{'.base_layer' if layer in self.ranks else ''}.bias", tensor
+            yield f"{_START}{layer}{'.base_layer' if layer in ranks else ''}.bias", tensor
         for name, tensor in {**self.modules, **self.heads}.items():
             yield f"{_START}{name}", tensor
 

@@ -86,9 +86,8 @@ def factored_sum(
     base = start.source.get(start.key) if reader is None else reader.get(name)
     if unchanged:
         return FactoredSum(base)
-    left, right = joined(weighted(factors, of_experts))
     wide = torch.float64 if base.dtype == torch.float64 else torch.float32
-    return FactoredSum(base, left.to(wide), right.to(wide))
+    return FactoredSum(base, *joined(weighted(factors, of_experts), wide))
 
 
 def coefficients(method: MergeMethod, arguments: Mapping[str, Any], count: int) -> list[float] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,13 +212,17 @@ class AdapterOutput:
         found.energy.update(dict.fromkeys(layers, fitted.energy))
         wholes[layers[0]] = fitted.whole
 
+    @cached_property
+    def _ties(self) -> dict[str, str]:
+        return tied_parameters(self._module)
+
     def _layers(self, name: str) -> list[str]:
         """Return the layers that have a tensor as their weight: several where it is tied.
 
         LoRA of tied embeddings is that of both ends, so that both are changed alike.
         """
         place = self._names[name]
-        pairs = tied_parameters(self._module)
+        pairs = self._ties
         group = [alias for alias, holder in pairs.items() if pairs.get(place, place) == holder]
         layers = [each.removesuffix(".weight") for each in dict.fromkeys([pairs.get(place, place), *group])]
         if odd := next((layer for layer in layers if self._layer(layer) is None), None):
