@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -30,12 +31,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergelab.config import CONF_DIR
+from mergelab.engine.registry import get_method
+from mergelab.engine.warm_session import MergeSession
 from mergelab.experiment.adapter_output import AdapterOutput
 from mergelab.experiment.locate import locate
 from mergelab.experiment.merging import Merging
 from mergelab.experiment.plan import Plan, plan_experiment
 from mergelab.experiment.saving import Saving, merge_key
 from mergelab.experiment.session import open_session
+from mergelab.models.adapted import open_model
+from mergelab.weights.align import align
+from mergelab.weights.checkpoint import open_checkpoint
 
 HIDDEN, INNER, KEYS, TOKENS = 2048, 5632, 256, 32000
 LINEAR = {
@@ -66,6 +72,20 @@ class Files:
             (folder / "made").touch()
         for file in folder.rglob("*.safetensors"):
             file.read_bytes()
+
+    def experts(self, name: str) -> list[Path]:
+        """Return what a line of the table merges."""
+        return [self.expert] if name == "extraction" else self.adapters
+
+    def dense(self) -> list[Path]:
+        """Return the dense forms of the adapters, in bfloat16; written once."""
+        folders = [folder.with_name(f"dense-{at}") for at, folder in enumerate(self.adapters)]
+        for adapter, folder in zip(self.adapters, folders, strict=True):
+            if not folder.exists():
+                merge(planned(self, folder, "method=task_arithmetic", "method.lambda=1", experts=[adapter]))
+            for file in folder.glob("*.safetensors"):
+                file.read_bytes()
+        return folders
 
     def _make(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -185,10 +205,9 @@ def extraction_loop(files: Files, out: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ measured
 
 
-def planned(files: Files, out: Path, *arguments: str, adapters: bool = True) -> Plan:
-    """Check the settings of a merge of the adapters, or of the dense expert."""
-    experts = dict(enumerate(files.adapters)) if adapters else {"whole": files.expert}
-    named = ", ".join(f"e{name}: {folder}" for name, folder in experts.items())
+def planned(files: Files, out: Path, *arguments: str, experts: Sequence[Path]) -> Plan:
+    """Check the settings of a merge."""
+    named = ", ".join(f"e{at}: {folder}" for at, folder in enumerate(experts))
     settings = [f"models.base={files.base}", f"models.experts={{{named}}}", "task=rte", "tracking=none"]
     with initialize_config_dir(str(CONF_DIR), version_base=None):
         return plan_experiment(compose("config", [*settings, "evaluate=false", f"output={out}", *arguments]))
@@ -209,12 +228,36 @@ def merge(plan: Plan) -> None:
 
 SUM = ("method=task_arithmetic", "method.lambda=0.125")
 ONE = ("method=task_arithmetic", "method.lambda=1", "save.form=lora_svd")
-LOOPS: dict[str, tuple[tuple[str, ...], Callable[[Files, Path], None]]] = {
+LOOPS: dict[str, tuple[tuple[str, ...], Callable[[Files, Path], None] | None]] = {
     "lora_svd": ((*SUM, "save.form=lora_svd", "save.rank=16"), svd_loop),
     "lora_cat": ((*SUM, "save.form=lora_cat"), cat_loop),
     "dense": (SUM, dense_loop),
+    "ties": (("method=ties", "method.density=0.2"), None),  # beside the same on dense experts
     "extraction": ((*ONE, "save.rank=16"), extraction_loop),
 }
+
+
+def step(files: Files) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return a step of a sweep over the weights of task arithmetic, and its loop: one product B·A of each site."""
+    located = locate(planned(files, files.base.with_name("out"), experts=files.adapters).config.models, "local", [])
+    experts = [open_model(each.folder, each.name) for each in located.experts]
+    models = align(open_checkpoint(files.base, "base"), experts)
+    targets = {name: torch.empty(models.experts[0].shape(name), dtype=torch.bfloat16) for name in models.names}
+    warm = MergeSession(models, targets)
+    weights = itertools.count(1)
+    with opened(files.adapters) as readers:
+        pairs = [factors(readers, site) for site in files.sites]
+    into = torch.empty(max(outputs * inputs for outputs, inputs in files.sites.values()))
+
+    def merged() -> None:
+        warm.merge(get_method("task_arithmetic"), {"weights": [next(weights) / 100] * len(experts), "lambda": 0.3})
+
+    def products() -> None:
+        for left, right in pairs:
+            torch.mm(left, right, out=into[: len(left) * right.shape[1]].view(len(left), -1))
+
+    print(f"base and experts of the session take {warm.held_bytes / 1e9:.2f} GB", flush=True)
+    return merged, products
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
@@ -225,16 +268,23 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 
 def compare(name: str, files: Files, rounds: int) -> None:
-    """Time a command and its loop in turn, and print a line of the table."""
-    settings, loop = LOOPS[name]
+    """Time a merge and its loop in turn, and print a line of the table."""
     figures: list[list[tuple[float, float]]] = [[], []]
     with tempfile.TemporaryDirectory(dir=files.base.parent) as scratch:
         out = Path(scratch) / "out"
-        plan = planned(files, out, *settings, adapters=name != "extraction")
+        if name == "step":
+            works = step(files)
+            works[0]()  # reads the digests that the experts are ordered by
+        else:
+            settings, loop = LOOPS[name]
+            plans = [planned(files, out, *settings, experts=files.experts(name))]
+            if loop is None:
+                plans.append(planned(files, out, *settings, experts=files.dense()))
+            works = partial(merge, plans[0]), partial(merge, plans[1]) if loop is None else partial(loop, files, out)
         for _ in range(rounds):
-            for work, found in zip((partial(merge, plan), partial(loop, files, out)), figures, strict=True):
+            for work, found in zip(works, figures, strict=True):
                 found.append(timed(work))
-                shutil.rmtree(out)
+                shutil.rmtree(out, ignore_errors=True)
     report(name, *figures)
 
 
@@ -254,7 +304,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default=",".join(LOOPS))
+    parser.add_argument("--only", default="lora_svd,lora_cat,dense,step,extraction")
     args = parser.parse_args()
     files = Files(args.folder / f"{args.layers}-{args.adapters}-{args.rank}", args.layers, args.adapters, args.rank)
     print("| | CPU s | loop CPU s | ratio | wall s | loop wall s |\n| --- | --- | --- | --- | --- | --- |")

@@ -16,7 +16,7 @@ from torch import Tensor
 from mergelab.ops.blocks import blocks
 
 Shape = tuple[int, ...]
-ROWS = 1 << 19  # entries of the rows of a product that are computed at once, which stay in a core's cache
+ROWS = 1 << 20  # entries of the rows of a product that are computed at once, which stay in a core's cache
 
 
 class Change(Protocol):
@@ -245,7 +245,7 @@ def apply_all(changes: Sequence[Change], tensor: Tensor) -> Tensor:
 
 
 def joined(changes: Sequence[tuple[float, LowRank]], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """Join a weighted sum of changes to one of rank Σr, exactly but for one rounding to ``dtype``.
+    """Join a weighted sum of changes to one of rank Σr, which it equals but for the rounding of the factors.
 
     Args:
         changes: each with its weight; all of one shape.
@@ -259,7 +259,7 @@ def joined(changes: Sequence[tuple[float, LowRank]], dtype: torch.dtype = torch.
     start = 0
     for weight, change in changes:
         own = slice(start, start := start + change.rank)
-        left[:, own] = change.left.double() * (weight * change.scale)
+        torch.mul(change.left.to(dtype), weight * change.scale, out=left[:, own])
         right[own] = change.right
     return left, right
 
@@ -290,7 +290,7 @@ def added(tensor: Tensor, left: Tensor, right: Tensor, part: slice = slice(None)
 
 def same_changes(a: Sequence[Change], b: Sequence[Change]) -> bool:
     """Return whether two tensors that were equal are equal after these changes."""
-    return len(a) == len(b) and all(one.same_as(other) for one, other in zip(a, b, strict=True))
+    return a is b or (len(a) == len(b) and all(one.same_as(other) for one, other in zip(a, b, strict=True)))
 
 
 def _as_matrix(shape: Shape) -> Shape:

@@ -73,6 +73,15 @@ def is_adapter(source: TensorSource, names: Sequence[str]) -> bool:
     return any(delta_of(source, name).changes for name in names)
 
 
+def shared_names(models: AlignedModels) -> tuple[str, ...]:
+    """Return the tensors that all experts have from the base as they are."""
+    if models.base is None:
+        return ()
+    starts = {name: delta_of(models.base, name) for name in models.names}
+    deltas = {name: [delta_of(expert, name) for expert in models.experts] for name in models.names}
+    return tuple(n for n, own in deltas.items() if all(each.is_on(starts[n]) and not each.changes for each in own))
+
+
 def own_bytes(source: TensorSource, name: str, base: TensorSource | None) -> int:
     """Return what `held_models` holds of an expert's tensor beside the base's."""
     delta = delta_of(source, name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,33 +25,39 @@ from mergelab.weights.align import AlignedModels
 
 @dataclass(frozen=True, eq=False)
 class FactoredSum:
-    """A merged tensor as the base's plus a product.
+    """A merged tensor as the base's plus a sum of low-rank changes.
 
     Attributes:
         base: the base's tensor.
-        left, right: (rows, R) and (R, columns), float32, or float64 for a float64 base; None where nothing is added.
+        changes: what is added, each with its coefficient; none where the merged tensor is the base's.
     """
 
     base: Tensor
-    left: Tensor | None = None
-    right: Tensor | None = None
+    changes: Sequence[tuple[float, LowRank]] = ()
 
     @property
     def chunk(self) -> int:
         """The number of entries that one thread computes as one part: whole rows."""
-        if self.right is None:
+        if not self.changes:
             return CHUNK
-        columns, rows = self.right.shape[1], rows_at_once(self.right.shape[1])
+        columns = self.changes[0][1].product_shape[1]
+        rows = rows_at_once(columns)
         return max(1, CHUNK // (rows * columns)) * rows * columns
+
+    @cached_property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The joined factors, in float32, or in float64 for a float64 base."""
+        return joined(self.changes, torch.float64 if self.base.dtype == torch.float64 else torch.float32)
 
     def parts(self, chunk: slice) -> Iterator[tuple[slice, Tensor]]:
         """Yield parts of a chunk of the flattened tensor, each with its place in the chunk; overwritten by the next."""
-        if self.left is None or self.right is None:
+        if not self.changes:
             yield slice(0, chunk.stop - chunk.start), self.base.reshape(-1)[chunk]
             return
-        columns = self.right.shape[1]
+        left, right = self.factors
+        columns = right.shape[1]
         wanted = slice(chunk.start // columns, chunk.stop // columns)
-        for rows, sums in added(self.base, self.left, self.right, wanted):
+        for rows, sums in added(self.base, left, right, wanted):
             start = rows.start * columns - chunk.start
             yield slice(start, start + sums.numel()), sums.view(-1)
 
@@ -84,10 +91,7 @@ def factored_sum(
     plain = (source for source, delta in zip(sources, deltas, strict=True) if delta.is_on(start) and not delta.changes)
     reader = next(plain, None)
     base = start.source.get(start.key) if reader is None else reader.get(name)
-    if unchanged:
-        return FactoredSum(base)
-    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
-    return FactoredSum(base, *joined(weighted(factors, of_experts), wide))
+    return FactoredSum(base, () if unchanged else weighted(factors, of_experts))
 
 
 def coefficients(method: MergeMethod, arguments: Mapping[str, Any], count: int) -> list[float] | None:

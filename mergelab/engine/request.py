@@ -19,7 +19,7 @@ from mergelab.engine.method import MergeMethod, call_with
 from mergelab.engine.parameters import Parameters
 from mergelab.engine.registry import check_capabilities, check_parameters, resolve_weights
 from mergelab.errors import ConfigError, NonFinite, listed
-from mergelab.ops.blocks import BLOCK, all_finite, blocks, working
+from mergelab.ops.blocks import BLOCK, all_finite, blocks, largest, working
 from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import difference_into
 from mergelab.ops.threads import thread_count
@@ -306,8 +306,12 @@ def merge_into(job: MergeRequest, name: str, into: Tensor, chunk: slice, vector:
     if not into.numel():
         return
     if (summed := job.factored(name)) is not None:
+        stored = job.stored_dtype(name)
+        exact = not summed.changes and summed.base.dtype == stored  # checked when it was read
+        bound = 0.99 * torch.finfo(stored).max
         for place, entries in summed.parts(chunk):
-            into[place] = rounded(job, name, entries, into[place])
+            once = stored in (into.dtype, entries.dtype) and (exact or largest(entries) < bound)
+            into[place] = entries if once else rounded(job, name, entries, into[place])
         return
     base, experts = job.open(name)
     site = job.site(name, experts)

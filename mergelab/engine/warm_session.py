@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mergelab.adapters.deltas import held_models, is_adapter, own_bytes, tensors_of
+from mergelab.adapters.deltas import held_models, is_adapter, own_bytes, shared_names, tensors_of
 from mergelab.adapters.held import HeldModel
 from mergelab.engine.finite_check import finite_checked
 from mergelab.engine.method import MergeMethod
@@ -100,6 +100,8 @@ class MergeSession:
         self._largest: dict[str, float] = {}
         self._last: object = None  # what the targets hold the merge of, but for λ
         self._kept = False  # whether the vectors hold that too
+        self._shared = shared_names(self.models) if self._computed else ()
+        self._unchanged: dict[str, int] = {}  # targets that hold the base's values, by torch's count of writes to them
         self.path: Path = "plain"
 
     @property
@@ -170,6 +172,7 @@ class MergeSession:
 
     def _merge(self, job: MergeRequest, *, again: bool) -> None:
         method = job.method
+        keeps_shared = method.returns_task_vector and not method.custom
         if method.session is not None and method.name not in self._sessions:
             self._sessions[method.name] = method.session(self._compiling)
         session = self._sessions.get(method.name)
@@ -185,9 +188,13 @@ class MergeSession:
         else:
             self.path = "plain"
             job = prepared_job(replace(job, workspaces=self._workspaces), self._known)
+            stale = self._targets
+            if keeps_shared:  # nothing is written twice that no expert changes
+                stale = {name: each for name, each in stale.items() if self._unchanged.get(name) != each._version}
             with pool(job.threads) as workers:
-                for finished in _spread(workers, job, self._targets, vectors):
+                for finished in _spread(workers, job, stale, vectors):
                     finished()
+        self._unchanged = {name: self._targets[name]._version for name in self._shared} if keeps_shared else {}
         self._kept, self._largest = keep, {}
 
     def _scale(self, job: MergeRequest) -> None:
