@@ -143,20 +143,18 @@ class AdapterOutput:
                 self._add(found, wholes, name, fitted)
                 continue
             whole = change.add_(self._base.get(name))
-            if place.endswith(".bias") and self._is_leafless(layer):
-                found.biases[place] = whole
-            elif self._is_leafless(layer):
+            if place.endswith(".bias") and (self._layer(layer) is not None or self._has_modules(layer)):
+                found.biases.update(dict.fromkeys(self._tied(place), whole))
+            elif self._has_modules(layer):
                 raise ConfigError(
                     f"save.form={self._settings.form}: {place} belongs to no layer that PEFT stores whole; "
                     "save.form=dense can hold it"
                 )
-            elif self._layer(layer) is not None:
-                found.biases[place] = whole
             else:
                 found.modules[place] = whole
         self._complete(found)
 
-    def _is_leafless(self, module: str) -> bool:
+    def _has_modules(self, module: str) -> bool:
         """Return whether a module has others in it, so that to store it whole would be to store these too."""
         return any(True for _ in self._module.get_submodule(module).children())
 
@@ -184,7 +182,7 @@ class AdapterOutput:
         total: Tensor | None = None
         for factor, expert in zip(factors, self._session.opened.aligned.experts, strict=True):
             own = finite_checked(expert).get(name)
-            if not factor or torch.equal(own, base):
+            if not factor or (own.dtype == base.dtype and torch.equal(own, base)):
                 continue
             change = own.float().sub_(base)
             total = change.mul_(factor) if total is None else total.add_(change, alpha=factor)
@@ -216,15 +214,17 @@ class AdapterOutput:
     def _ties(self) -> dict[str, str]:
         return tied_parameters(self._module)
 
+    def _tied(self, place: str) -> list[str]:
+        """Return all names in the module of one of its tensors."""
+        holder = self._ties.get(place, place)
+        return [holder, *(alias for alias, name in self._ties.items() if name == holder)]
+
     def _layers(self, name: str) -> list[str]:
         """Return the layers that have a tensor as their weight: several where it is tied.
 
         LoRA of tied embeddings is that of both ends, so that both are changed alike.
         """
-        place = self._names[name]
-        pairs = self._ties
-        group = [alias for alias, holder in pairs.items() if pairs.get(place, place) == holder]
-        layers = [each.removesuffix(".weight") for each in dict.fromkeys([pairs.get(place, place), *group])]
+        layers = [each.removesuffix(".weight") for each in self._tied(self._names[name])]
         if odd := next((layer for layer in layers if self._layer(layer) is None), None):
             raise ModelError(f"save.form={self._settings.form}: {odd} is no layer that LoRA adapts; save.form=dense")
         if len({type(self._layer(layer)) for layer in layers}) != len(layers):

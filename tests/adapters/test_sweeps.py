@@ -39,11 +39,11 @@ STEPS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def opened(folder: Path, *, count: int = 2, dtype: torch.dtype = torch.float32, **settings: Any) -> AlignedModels:
+def opened(folder: Path, *, count: int = 2, sizes: dict[str, int] | None = None, **settings: Any) -> AlignedModels:
     given = {"r": 3, "lora_alpha": 5, "task_type": "SEQ_CLS", "target_modules": ["query", "output.dense"]} | settings
     experts = []
     for seed in range(count):
-        made = small.made(folder, small.bert(), peft.LoraConfig(**given), dtype=dtype, seed=seed)
+        made = small.made(folder, small.bert(**sizes or {}), peft.LoraConfig(**given), dtype=torch.float32, seed=seed)
         experts.append(open_model(on_base(made.base, made.adapter, where="a"), f"e{seed}"))
     return align(open_checkpoint(folder / "base", "base"), experts, ignore=["classifier.*"])
 
@@ -63,6 +63,8 @@ def test_a_trial_has_the_bits_of_the_merge_done_alone(method: str, settings: dic
         session.merge(get_method(method), parameters)
         alone = merge_to_dict(get_method(method), parameters, models)
         assert all(torch.equal(target, alone[name]) for name, target in targets.items()), parameters
+    if not get_method(method).returns_task_vector:
+        return
     changed = {name for name, target in targets.items() if not torch.equal(target, base.get(name))}
     expected = {name for name in models.names if name.endswith(("query.weight", "output.dense.weight"))}
     assert changed - {name for name in changed if name.endswith("bias")} == expected
@@ -77,23 +79,35 @@ def storages() -> Iterator[tuple[int, int]]:
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare"])
 def test_a_session_of_adapters_holds_the_base_and_the_factors(method: str, tmp_path: Path) -> None:
-    models = opened(tmp_path, count=6)
-    base = sum(models.base.get(name).nbytes for name in models.names) if models.base else 0
-    files = [path for path in tmp_path.glob("adapter*/adapter_model.safetensors")]
-    factors = sum(path.stat().st_size for path in files)
+    models = opened(tmp_path, count=8, sizes={"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 6})
+    assert models.base is not None
+    base = sum(models.base.get(name).nbytes for name in models.names)
+    factors = sum(path.stat().st_size for path in tmp_path.glob("adapter*/adapter_model.safetensors"))
     targets = targets_of(models)
-    largest = max(target.nbytes for target in targets.values())
+    gc.collect()
     before = dict(storages())
     session = MergeSession(models, targets)
     for step in STEPS[method]:
         session.merge(get_method(method), {key: value for key, value in step.items() if key != "weights"})
-    new = sum(size for place, size in storages() if place not in before)
-    one_of_each = 6 * largest
-    assert new <= base + factors + one_of_each + 100_000, (new, base, factors)
+    gc.collect()
+    new = sum({place: size for place, size in storages() if place not in before}.values())
+    assert new < 3 * base  # the dense experts would take 8 times the base's memory
     assert base < session.held_bytes <= base + factors
-    check_memory(models, base + factors + 4 * base // 4)  # with a merged task vector in float32
+    check_memory(models, 2 * base + factors)  # with a merged task vector in float32
     with pytest.raises(InsufficientMemoryError):
-        check_memory(models, base)
+        check_memory(models, 2 * base)
+
+
+def test_what_someone_else_has_written_is_merged_anew(tmp_path: Path) -> None:
+    models = opened(tmp_path)
+    targets = targets_of(models)
+    session = MergeSession(models, targets)
+    for scale in (0.5, 0.5):
+        session.merge(get_method("task_arithmetic"), {"lambda": scale})
+        alone = merge_to_dict(get_method("task_arithmetic"), {"lambda": scale}, models)
+        assert all(torch.equal(target, alone[name]) for name, target in targets.items())
+        for target in targets.values():
+            target.zero_()
 
 
 @pytest.fixture
@@ -117,32 +131,30 @@ def settings(models: dict[str, str], workplace: Path) -> list[str]:
     ]
 
 
-def scores(outcome: Outcome) -> list[str]:
-    assert outcome.code == 0, outcome.err
-    return [line for line in outcome.out.splitlines() if line.startswith("job ")]
+def trials() -> list[optuna.trial.FrozenTrial]:
+    open_storage.cache_clear()
+    return optuna.load_study(storage="sqlite:///outputs/sweeps.db", study_name="s").trials
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweep", ["ties", "task_arithmetic"])
-def test_a_sweeps_winner_scores_as_the_single_merge(
+def test_a_trial_scores_as_the_single_merge_and_a_sweep_goes_on(
     sweep: str, models: dict[str, str], workplace: Path, mergelab_command: Command
 ) -> None:
     shared = [*settings(models, workplace), "eval.protocol=oracle"]
-    outcome = mergelab_command("-m", f"sweep={sweep}", *shared, "sweep.n_trials=3", "sweep.study_name=s", "sweep.seed=1")
+    swept = ["-m", f"sweep={sweep}", *shared, "sweep.study_name=s", "sweep.seed=1"]
+    outcome = mergelab_command(*swept, "sweep.n_trials=3")
     assert outcome.code == 0, outcome.err
-    open_storage.cache_clear()
-    study = optuna.load_study(storage="sqlite:///outputs/sweeps.db", study_name="s")
-    assert len(study.trials) == 3
-    for trial in study.trials:
+    first = trials()
+    assert len({trial.value for trial in first}) > 1
+    for trial in first:
         chosen = [f"{key}={value!r}" for key, value in trial.params.items()]
         single = mergelab_command(f"method={sweep}", *shared, *chosen, "hydra.run.dir=single")
         assert single.code == 0, single.err
-        result = json.loads(Path("single/result.json").read_text())
-        (merged,) = [each for each in result["models"] if each["kind"] == "merged"]
-        assert trial.value == pytest.approx(merged["tasks"]["rte"]["select"]["accuracy"], abs=1e-12)
-    assert len({trial.value for trial in study.trials}) > 1
-    again = mergelab_command("-m", f"sweep={sweep}", *shared, "sweep.n_trials=4", "sweep.study_name=s", "sweep.seed=1")
-    assert again.code == 0, again.err
-    open_storage.cache_clear()
-    values = [trial.value for trial in optuna.load_study(storage="sqlite:///outputs/sweeps.db", study_name="s").trials]
-    assert len(values) == 4
-    assert values[:3] == [trial.value for trial in study.trials]
+        merged = json.loads(Path("single/result.json").read_text())["models"][-1]
+        assert merged["role"] == "merged"
+        assert trial.value == merged["results"]["rte"]["select"]["accuracy"]
+    outcome = mergelab_command(*swept, "sweep.n_trials=4")
+    assert outcome.code == 0, outcome.err
+    assert [trial.value for trial in trials()][:3] == [trial.value for trial in first]
+    assert len(trials()) == 4
