@@ -6,14 +6,17 @@ for float64 tensors) and rounds once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mergelab.ops.blocks import blocks
+
 Shape = tuple[int, ...]
+ROWS = 1 << 20  # entries of the rows of a product that are computed at once, which stay in a core's cache
 
 
 class Change(Protocol):
@@ -337,15 +340,66 @@ def apply_all(changes: Sequence[Change], tensor: Tensor) -> Tensor:
     Returns:
         A new tensor.
     """
-    changed = tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32, copy=True)
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    if changes and all(isinstance(change, LowRank) for change in changes):
+        left, right = joined([(1.0, change) for change in changes if isinstance(change, LowRank)], wide)
+        found = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        for rows, sums in added(tensor, left.to(tensor.device), right.to(tensor.device)):
+            found.view(left.shape[0], -1)[rows] = sums
+        return found
+    changed = tensor.to(wide, copy=True)
     for change in changes:
         changed = change.apply(changed)
     return changed.to(tensor.dtype)
 
 
+def joined(changes: Sequence[tuple[float, LowRank]], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Join a weighted sum of changes to one of rank Σr, which it equals but for the rounding of the factors.
+
+    Args:
+        changes: each with its weight; all of one shape.
+        dtype: of the result, float32 or float64.
+
+    Returns:
+        (rows, Σr) and (Σr, columns): Σ w_t s_t L_t R_t is their product.
+    """
+    (rows, columns), rank = changes[0][1].product_shape, sum(change.rank for _, change in changes)
+    left, right = torch.empty(rows, rank, dtype=dtype), torch.empty(rank, columns, dtype=dtype)
+    start = 0
+    for weight, change in changes:
+        own = slice(start, start := start + change.rank)
+        torch.mul(change.left.to(dtype), weight * change.scale, out=left[:, own])
+        right[own] = change.right
+    return left, right
+
+
+def rows_at_once(columns: int) -> int:
+    """Return how many rows of a matrix `added` computes at once."""
+    return max(1, ROWS // max(1, columns))
+
+
+def added(tensor: Tensor, left: Tensor, right: Tensor, part: slice = slice(None)) -> Iterator[tuple[slice, Tensor]]:
+    """Add a product to a tensor, some rows at a time, in the factors' dtype.
+
+    Args:
+        tensor: contiguous, with as many entries as the product.
+        left, right: (rows, r) and (r, columns), float32 or float64.
+        part: the rows that are computed; a value does not depend on it where it begins at a multiple of `rows_at_once`.
+
+    Returns:
+        Rows, and the sum in them, which is overwritten by the next one.
+    """
+    flat = tensor.reshape(left.shape[0], -1)
+    start, stop, _ = part.indices(left.shape[0])
+    buffer = left.new_empty(min(rows_at_once(right.shape[1]), stop - start), right.shape[1])
+    for rows in blocks(stop, rows_at_once(right.shape[1]), start):
+        sums = buffer[: rows.stop - rows.start].copy_(flat[rows])
+        yield rows, sums.addmm_(left[rows], right) if left.shape[1] else sums
+
+
 def same_changes(a: Sequence[Change], b: Sequence[Change]) -> bool:
     """Return whether two tensors that were equal are equal after these changes."""
-    return len(a) == len(b) and all(one.same_as(other) for one, other in zip(a, b, strict=True))
+    return a is b or (len(a) == len(b) and all(one.same_as(other) for one, other in zip(a, b, strict=True)))
 
 
 def _as_matrix(shape: Shape) -> Shape:

@@ -112,6 +112,15 @@ class AdaptedCheckpoint(Checkpoint):
         """Return a SHA-256 of the content of the base's weights and of the adapter."""
         return joint_sha256([self._base.content_hash(), *(file_sha256(path) for path in self._adapter_files)])
 
+    def read_from(self, key: str) -> tuple[TensorSource, str] | None:
+        """Return where ``key`` is read, as for `mergelab.weights.source.traced`; None where it is changed."""
+        held = self._held(key)
+        return None if held in self._placement.new or self.changes(key) else self.stored(key)
+
+    def stored(self, key: str) -> tuple[TensorSource, str]:
+        """Return where the base's tensor is read that the adapter changes to ``key``, with its name there."""
+        return self._source, self._at(key)
+
     @property
     def _own_dtype(self) -> torch.dtype:
         """The dtype of the base's first floating-point tensor, which a head has beside it."""

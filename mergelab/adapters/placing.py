@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mergelab.adapters.canonical import Stack
 from mergelab.adapters.changes import Change, Factor, LowRank, Magnitude, Product, Replacement, Rows, Shift, Stacked
 from mergelab.adapters.names import Names, adapted_class, named
@@ -82,6 +84,7 @@ def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placem
     new = {name: _only_replacement(name, changes.pop(name), adapter) for name in list(changes) if name in names.new}
     ties = kept_ties(changes, names, adapter, is_pair=_is_pair(base))
     _check_shapes(ties, names, adapter, base)
+    _drop_copies(ties, names)
     _check_whole(module, names, new, base, adapter)
     return Placement(class_name, names.source, ties.changes, new, ties.apart, _sizes(module, names, changes, new))
 
@@ -266,6 +269,15 @@ def embeddings(module: Any) -> list[str]:
             continue
         found += [name for name, own in parameters if weight is not None and own is weight]
     return list(dict.fromkeys(found))
+
+
+def _drop_copies(ties: Ties, names: Names) -> None:
+    """Drop copies of the base's tensors, which PEFT stores beside the factors of an adapted embedding."""
+    for name, own in ties.changes.items():
+        if len(own) > 1 and isinstance(own[0], Replacement):
+            stored = names.source.get(ties.apart.get(name, name))
+            if stored.shape == own[0].values.shape and torch.equal(own[0].values.to(stored.dtype), stored):
+                ties.changes[name] = own[1:]
 
 
 def _is_pair(base: Checkpoint) -> bool:

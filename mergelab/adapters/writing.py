@@ -6,17 +6,21 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from mergelab.adapters.changes import Change, Factor, LowRank, Replacement, apply_all
+from mergelab.adapters.changes import Change, Factor, LowRank, Replacement, apply_all, joined
 from mergelab.errors import ModelError
 from mergelab.weights.adapters import ADAPTER_CONFIG, PEFT_WEIGHTS
+from mergelab.weights.shards import WeightFiles
+from mergelab.weights.source import TensorInfo
 from mergelab.weights.writer import check_target
 
 SITES = "mergelab_sites.json"  # rank and kept energy of each layer
@@ -38,6 +42,7 @@ class LoraFolder:
     Attributes:
         module: the model that it is for, without weights: it says which layers are stored transposed.
         factors: by layer, A (r, inputs) and B (outputs, r), in the layout of the stored weight: left and right.
+        sums: by layer, weighted changes that are joined exactly when they are written.
         biases: trained biases, by the tensor's name.
         modules: whole modules beside the adapted layers, such as norms; their tensors by name.
         heads: the tensors of a classifier's head, by name.
@@ -46,6 +51,7 @@ class LoraFolder:
 
     module: nn.Module
     factors: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    sums: dict[str, list[tuple[float, LowRank]]] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     modules: dict[str, Tensor] = field(default_factory=dict)
     heads: dict[str, Tensor] = field(default_factory=dict)
@@ -54,14 +60,17 @@ class LoraFolder:
     @property
     def layers(self) -> list[str]:
         """The adapted layers."""
-        return list(self.factors)
+        return list(self.ranks)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each adapted layer."""
+        joined_ranks = {layer: sum(change.rank for _, change in changes) for layer, changes in self.sums.items()}
+        return {layer: left.shape[1] for layer, (left, _) in self.factors.items()} | joined_ranks
 
     def sites(self) -> dict[str, dict[str, Any]]:
         """Return rank and kept energy of each layer."""
-        return {
-            layer: {"rank": int(left.shape[1]), "energy": self.energy[layer]}
-            for layer, (left, _) in self.factors.items()
-        }
+        return {layer: {"rank": rank, "energy": self.energy[layer]} for layer, rank in self.ranks.items()}
 
     def applied(self, place: str, tensor: Tensor) -> Tensor:
         """Return a tensor of the base as the adapter makes it."""
@@ -70,26 +79,38 @@ class LoraFolder:
         changes: list[Change] = [] if whole is None else [Replacement(whole)]
         if leaf == "weight" and layer in self.factors:
             changes.append(LowRank(*self.factors[layer], 1.0))
+        if leaf == "weight" and layer in self.sums:
+            changes.append(LowRank(*joined(self.sums[layer], torch.float32), 1.0))
         return apply_all(changes, tensor) if changes else tensor
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors under PEFT's names."""
-        found: dict[str, Tensor] = {}
+    def tensors(self, *, stand_ins: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors under PEFT's names; with ``stand_ins`` nothing is joined, and only the shapes are right."""
         for layer, (left, right) in self.factors.items():
-            kind = self.module.get_submodule(layer)
-            if isinstance(kind, nn.Embedding):
-                found[f"{_START}{layer}.lora_embedding_A"] = left.T
-                found[f"{_START}{layer}.lora_embedding_B"] = right.T
-                continue
-            a, b = (left.T, right.T) if type(kind).__name__ == "Conv1D" else (right, left)
-            if isinstance(kind, nn.Conv2d):
-                a, b = a.reshape(-1, *kind.weight.shape[1:]), b[:, :, None, None]
-            found[f"{_START}{layer}.lora_A.weight"], found[f"{_START}{layer}.lora_B.weight"] = a, b
+            yield from self._named(layer, left, right)
+        ranks = self.ranks
+        for layer, changes in self.sums.items():
+            rows, columns = changes[0][1].product_shape
+            rank = ranks[layer]
+            stand_in = torch.empty(rows, rank, device="meta"), torch.empty(rank, columns, device="meta")
+            yield from self._named(layer, *(stand_in if stand_ins else joined(changes, torch.float32)))
         for name, tensor in self.biases.items():
             layer = name.removesuffix(".bias")
-            found[f"{_START}{layer}{'.base_layer' if layer in self.factors else ''}.bias"] = tensor
-        found |= {f"{_START}{name}": tensor for name, tensor in {**self.modules, **self.heads}.items()}
-        return {name: tensor.contiguous().clone() for name, tensor in found.items()}
+            yield f"{_START}{layer}{'.base_layer' if layer in ranks else ''}.bias", tensor
+        for name, tensor in {**self.modules, **self.heads}.items():
+            yield f"{_START}{name}", tensor
+
+    def _named(self, layer: str, left: Tensor, right: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield a layer's factors as A and B of its kind of layer."""
+        kind = self.module.get_submodule(layer)
+        if isinstance(kind, nn.Embedding):
+            yield f"{_START}{layer}.lora_embedding_A", left.T
+            yield f"{_START}{layer}.lora_embedding_B", right.T
+            return
+        a, b = (left.T, right.T) if type(kind).__name__ == "Conv1D" else (right, left)
+        if isinstance(kind, nn.Conv2d):
+            a, b = a.reshape(-1, *kind.weight.shape[1:]), b[:, :, None, None]
+        yield f"{_START}{layer}.lora_A.weight", a
+        yield f"{_START}{layer}.lora_B.weight", b
 
     def _whole_modules(self) -> set[str]:
         """Return the names of the modules that are stored whole; PEFT takes a head as one module."""
@@ -98,7 +119,7 @@ class LoraFolder:
 
     def config(self, base: str, revision: str | None) -> dict[str, Any]:
         """Return an ``adapter_config.json`` that needs no default of PEFT's."""
-        ranks = {layer: int(left.shape[1]) for layer, (left, _) in self.factors.items()}
+        ranks = self.ranks
         counts = sorted(ranks.values(), key=list(ranks.values()).count)
         usual = counts[-1]
         patterns = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != usual}
@@ -147,14 +168,12 @@ class Ia3Folder:
         """Return nothing: a merge of IA³ is exact, and has no rank."""
         return {}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors under PEFT's names."""
-        found = {
-            f"{_START}{layer}.ia3_l": vector.view((1, -1) if layer in self.of_inputs else (-1, 1))
-            for layer, vector in self.vectors.items()
-        }
-        found |= {f"{_START}{name}": tensor for name, tensor in self.heads.items()}
-        return {name: tensor.contiguous().clone() for name, tensor in found.items()}
+    def tensors(self, *, stand_ins: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors under PEFT's names; ``stand_ins`` is for adapters that are joined as they are written."""
+        for layer, vector in self.vectors.items():
+            yield f"{_START}{layer}.ia3_l", vector.view((1, -1) if layer in self.of_inputs else (-1, 1))
+        for name, tensor in self.heads.items():
+            yield f"{_START}{name}", tensor
 
     def config(self, base: str, revision: str | None) -> dict[str, Any]:
         """Return an ``adapter_config.json`` that needs no default of PEFT's."""
@@ -210,8 +229,6 @@ def write_adapter(
     Raises:
         ModelError: there is nothing that changes, or the folder is in use or cannot be written.
     """
-    from safetensors.torch import save_file
-
     if not adapter.layers:
         raise ModelError(f"{folder}: the merged model is its base, so that there is nothing to write as an adapter")
     check_target(folder, [])
@@ -219,7 +236,7 @@ def write_adapter(
         folder.parent.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
         try:
-            save_file(adapter.tensors(), making / PEFT_WEIGHTS[0], {"format": "pt"})
+            _write_weights(adapter, making)
             if sites := adapter.sites():
                 _json(making / SITES, sites)
             if config is not None:
@@ -231,6 +248,19 @@ def write_adapter(
             shutil.rmtree(making, ignore_errors=True)
     except OSError as error:
         raise ModelError(f"{folder}: cannot be written: {error.strerror or error}") from error
+
+
+def _write_weights(adapter: LoraFolder | Ia3Folder, folder: Path) -> None:
+    """Write the tensors one after the other; none but those of one layer are in memory at once."""
+    layout = [TensorInfo(name, tuple(each.shape), each.dtype) for name, each in adapter.tensors(stand_ins=True)]
+    files = WeightFiles(folder, layout, sys.maxsize, {})
+    try:
+        for name, tensor in adapter.tensors():
+            files.write(name, tensor)
+        files.finish()
+    finally:
+        files.close()
+    os.replace(folder / "model.safetensors", folder / PEFT_WEIGHTS[0])
 
 
 def _json(file: Path, content: Mapping[str, Any]) -> None:

@@ -44,6 +44,10 @@ class FiniteChecked(WrappedSource):
                     self._checked.add(key)
         return tensor
 
+    def read_from(self, key: str) -> tuple[TensorSource, str]:
+        """Return where ``key`` is read, as for `mergelab.weights.source.traced`."""
+        return self.source, key
+
     def digest(self, key: str, tensor: Tensor | None = None) -> str:
         """Return `content_digest` of ``key``, computed once; of ``tensor`` where it is read already."""
         if key not in self._digests:

@@ -50,6 +50,9 @@ class MergeMethod:
             (`mergelab.ops.expert_values`).
         unsupported_for_generation: called with any parameters it names; returns why models that generate text cannot
             be merged with them, None where they can.
+        coefficients: called with ``count``, the number of experts, and any of the function's parameters that it names;
+            returns a c_t for each expert with which the result is θ0 + λ·Σ c_t τ_t whatever the base θ0 is; None where
+            the parameters make it no such sum. What LoRA adapters add up to is then computed from their factors.
         session: called with ``compiling``, as `mergelab.engine.warm_session.MergeSession` takes it; makes what merges
             there again and again in fewer passes than ``prepare`` and the function do, to the same result.
         order_matters: permuting the experts may change the result; otherwise the engine orders them by their values, so
@@ -76,6 +79,7 @@ class MergeMethod:
     prepare: Callable[..., Any] | None = None
     check: Callable[..., None] | None = None
     unsupported_for_generation: Callable[..., str | None] | None = None
+    coefficients: Callable[..., Sequence[float] | None] | None = None
     session: Callable[[bool], Any] | None = None
     order_matters: bool = False
     identical_at: Mapping[str, Any] | None = field(default_factory=dict)
@@ -126,6 +130,7 @@ def merge_method(
     prepare: Callable[..., Any] | None = None,
     check: Callable[..., None] | None = None,
     unsupported_for_generation: Callable[..., str | None] | None = None,
+    coefficients: Callable[..., Sequence[float] | None] | None = None,
     session: Callable[[bool], Any] | None = None,
     order_matters: bool = False,
     identical_at: Mapping[str, Any] | None = None,
@@ -186,6 +191,7 @@ def merge_method(
             prepare=prepare,
             check=check,
             unsupported_for_generation=unsupported_for_generation,
+            coefficients=coefficients,
             session=session,
             order_matters=order_matters,
             identical_at=identical_at,
@@ -196,3 +202,8 @@ def merge_method(
         return function
 
     return declare
+
+
+def call_with(function: Callable[..., Any], available: Mapping[str, Any]) -> Any:
+    """Call ``function`` with those of the available arguments that it names."""
+    return function(**{name: available[name] for name in inspect.signature(function).parameters if name in available})

@@ -16,11 +16,12 @@ from mergelab.adapters.changes import LowRank
 from mergelab.engine.adapter_factors import factors_at
 from mergelab.engine.content_order import content_order
 from mergelab.engine.finite_check import finite_checked
-from mergelab.engine.method import MergeMethod
+from mergelab.engine.low_rank import FactoredSum, factored_sum
+from mergelab.engine.method import MergeMethod, call_with
 from mergelab.engine.parameters import Parameters
 from mergelab.engine.registry import check_capabilities, check_parameters, resolve_weights
 from mergelab.errors import ConfigError, NonFinite, listed
-from mergelab.ops.blocks import BLOCK, all_finite, blocks, working
+from mergelab.ops.blocks import BLOCK, all_finite, blocks, largest, working
 from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import difference_into
 from mergelab.ops.threads import thread_count
@@ -28,6 +29,7 @@ from mergelab.ops.workspace import Workspace, WorkspaceMemory, WorkspacePool
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.source import TensorSource
 
+SUMS = 8  # joined factors that a request holds: those of the tensors that threads are working on
 ACCELERATOR_BLOCK = 1 << 23  # entries; an accelerator wants more work at once than a core's cache holds
 
 
@@ -94,6 +96,7 @@ class MergeRequest:
     examples: Any = None
     prepared: Mapping[str, Any] = field(default_factory=dict)
     workspaces: WorkspacePool = field(default_factory=WorkspacePool)
+    _sums: dict[str, tuple[FactoredSum | None]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def threads(self) -> int:
@@ -118,6 +121,18 @@ class MergeRequest:
 
         shape = tuple(self.reference.shape(name))
         return Site(name, tuple(expert.name for expert in experts), shape, 0, self.seed, digests)
+
+    def factored(self, name: str) -> FactoredSum | None:
+        """Return a merged tensor in factors, where it can be computed from the factors of low-rank adapters."""
+        known = self._sums.get(name)
+        if known is None:
+            found = None
+            if self.device.type == "cpu":
+                found = factored_sum(self.method, self.arguments[name], self.models, name)
+            while len(self._sums) >= SUMS:
+                self._sums.pop(next(iter(self._sums)), None)
+            known = self._sums[name] = (found,)
+        return known[0]
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the dtype that a merged tensor is rounded to."""
@@ -295,6 +310,14 @@ def merge_into(job: MergeRequest, name: str, into: Tensor, chunk: slice, vector:
     """
     if not into.numel():
         return
+    if (summed := job.factored(name)) is not None:
+        stored = job.stored_dtype(name)
+        exact = not summed.changes and summed.base.dtype == stored  # checked when it was read
+        bound = 0.99 * torch.finfo(stored).max
+        for place, entries in summed.parts(chunk):
+            once = stored in (into.dtype, entries.dtype) and (exact or largest(entries) < bound)
+            into[place] = entries if once else rounded(job, name, entries, into[place])
+        return
     base, experts = job.open(name)
     site = job.site(name, experts)
     if not job.method.elementwise:
@@ -468,11 +491,6 @@ def rounded(job: MergeRequest, name: str, result: object, like: Tensor) -> Tenso
 
 def _is_finite(block: Tensor) -> bool:
     return bool(torch.isfinite(block.float() if block.element_size() == 1 else block).all())
-
-
-def call_with(function: Callable[..., Any], available: Mapping[str, Any]) -> Any:
-    """Call ``function`` with those of the available arguments that it names."""
-    return function(**{name: available[name] for name in inspect.signature(function).parameters if name in available})
 
 
 def _short(dtype: torch.dtype) -> str:

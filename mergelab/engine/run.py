@@ -213,7 +213,7 @@ def _merged_parts(
             job.prefetch(name)
             count = torch.Size(job.reference.shape(name)).numel()
             whole = None if allocate is None else allocate(name).view(-1)
-            for chunk in chunks_of(job, count):
+            for chunk in chunks_of(job, name, count):
                 into = ring.take(name, chunk.stop - chunk.start) if whole is None else whole[chunk]
                 part = TensorPart(name, chunk.start, into)
                 if workers is None:
@@ -268,8 +268,10 @@ def _finished(part: TensorPart, work: Future[None]) -> TensorPart:
     return part
 
 
-def chunks_of(job: MergeRequest, count: int) -> list[slice]:
+def chunks_of(job: MergeRequest, name: str, count: int) -> list[slice]:
     """Divide a flattened tensor of ``count`` entries into parts; a method that is not elementwise needs the whole."""
+    if count and (summed := job.factored(name)) is not None:
+        return list(blocks(count, summed.chunk))
     return list(blocks(count, CHUNK if job.method.elementwise else max(count, 1))) or [slice(0, 0)]
 
 

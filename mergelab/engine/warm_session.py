@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mergelab.adapters.deltas import held_models, is_adapter, own_bytes, shared_names, tensors_of
+from mergelab.adapters.held import HeldModel
 from mergelab.engine.finite_check import finite_checked
 from mergelab.engine.method import MergeMethod
 from mergelab.engine.parameters import Parameters
@@ -27,7 +29,7 @@ from mergelab.ops.blocks import blocks, largest
 from mergelab.ops.threads import pool
 from mergelab.ops.workspace import WorkspacePool
 from mergelab.weights.align import AlignedModels
-from mergelab.weights.source import DictSource, TensorSource
+from mergelab.weights.source import DictSource
 
 Mode = Literal["merged", "scaled"]
 Path = Literal["plain", "compiled"]
@@ -82,11 +84,13 @@ class MergeSession:
         self._weights, self._seed, self._dtype = weights, seed, dtype
         check_memory(models, memory)
         places = residence(models, self.device, memory)
+        self._computed = any(is_adapter(expert, models.names) for expert in models.experts)
+        held = held_models(models, lambda name, tensor: tensor.to(places[name], copy=True))
         self.models = replace(
-            models,
-            base=None if models.base is None else finite_checked(_loaded(models.base, models.names, places)),
-            experts=tuple(finite_checked(_loaded(expert, models.names, places)) for expert in models.experts),
-            memo={},
+            held,
+            base=None if held.base is None else finite_checked(held.base),
+            experts=tuple(map(finite_checked, held.experts)),
+            memo=None if self._computed else {},  # no index of dense magnitudes either
         )
         self._known: dict[Any, Any] = {}
         self._workspaces = WorkspacePool()
@@ -96,7 +100,22 @@ class MergeSession:
         self._largest: dict[str, float] = {}
         self._last: object = None  # what the targets hold the merge of, but for λ
         self._kept = False  # whether the vectors hold that too
+        self._shared = shared_names(self.models) if self._computed else ()
+        self._unchanged: dict[str, int] = {}  # targets that hold the base's values, by torch's count of writes to them
         self.path: Path = "plain"
+
+    @property
+    def held_bytes(self) -> int:
+        """How much memory the base and the experts take: dense tensors, each counted once, and factors of adapters."""
+        dense, factors = [], []
+        for source in (self.models.base, *self.models.experts):
+            held = None if source is None else finite_checked(source).source
+            if isinstance(held, HeldModel):
+                dense += held.tensors
+                factors += [each for own in held.changed.values() for change in own for each in tensors_of(change)]
+            elif isinstance(held, DictSource):
+                dense += held.tensors.values()
+        return sum({each.data_ptr(): each.nbytes for each in (*dense, *factors)}.values())
 
     @torch.no_grad()
     def merge(
@@ -153,12 +172,14 @@ class MergeSession:
 
     def _merge(self, job: MergeRequest, *, again: bool) -> None:
         method = job.method
+        keeps_shared = method.returns_task_vector and not method.custom
         if method.session is not None and method.name not in self._sessions:
             self._sessions[method.name] = method.session(self._compiling)
         session = self._sessions.get(method.name)
-        path = None if session is None else session.path(job, self._targets)
+        path = None if session is None or self._computed else session.path(job, self._targets)
         # A session's merge takes half as long again if it writes its task vector too: only once it is asked for twice.
-        keep = method.returns_task_vector and (again or path is None)
+        # Of experts that are computed from factors nothing dense is kept.
+        keep = method.returns_task_vector and (again or path is None) and not self._computed
         if keep and not self._vectors:
             self._vectors = {name: self._space(name) for name in self.models.names}
         vectors = self._vectors if keep else {}
@@ -167,9 +188,13 @@ class MergeSession:
         else:
             self.path = "plain"
             job = prepared_job(replace(job, workspaces=self._workspaces), self._known)
+            stale = self._targets
+            if keeps_shared:  # nothing is written twice that no expert changes
+                stale = {name: each for name, each in stale.items() if self._unchanged.get(name) != each._version}
             with pool(job.threads) as workers:
-                for finished in _spread(workers, job, self._targets, vectors):
+                for finished in _spread(workers, job, stale, vectors):
                     finished()
+        self._unchanged = {name: self._targets[name]._version for name in self._shared} if keeps_shared else {}
         self._kept, self._largest = keep, {}
 
     def _scale(self, job: MergeRequest) -> None:
@@ -231,7 +256,7 @@ def check_memory(models: AlignedModels, memory: int | None = None) -> None:
     if needed <= free:
         return
     count = len(models.experts)
-    each = sum(_bytes_of(expert, models.names) for expert in models.experts) / count
+    each = max(1, sum(own_bytes(e, n, models.base) for e in models.experts for n in models.names)) / count
     fitting = max(0, int(count - (needed - free) / each))
     raise InsufficientMemoryError(
         f"keeping {count} experts in memory takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: "
@@ -241,18 +266,11 @@ def check_memory(models: AlignedModels, memory: int | None = None) -> None:
 
 
 def _bytes_held(models: AlignedModels, name: str) -> int:
-    sources = [source for source in (models.base, *models.experts) if source is not None]
-    vector = 4 * torch.Size(sources[0].shape(name)).numel()
-    return vector + sum(_bytes_of(source, [name]) for source in sources)
-
-
-def _bytes_of(source: TensorSource, names: Sequence[str]) -> int:
-    return sum(torch.Size(source.shape(name)).numel() * source.dtype(name).itemsize for name in names)
-
-
-def _loaded(source: TensorSource, names: Sequence[str], places: Mapping[str, torch.device]) -> DictSource:
-    tensors = {name: source.get(name).to(places[name], copy=True) for name in names}
-    return DictSource(source.name, tensors, source)
+    """Return what a tensor takes in all the models, and in a merged task vector."""
+    like = models.base or models.experts[0]
+    base = 0 if models.base is None else like.dtype(name).itemsize
+    whole = torch.Size(like.shape(name)).numel() * (4 + base)
+    return whole + sum(own_bytes(expert, name, models.base) for expert in models.experts)
 
 
 def _checked_targets(models: AlignedModels, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -286,7 +304,7 @@ def _spread(
     waiting: list[Callable[[], None]] = []
     for name, target in targets.items():
         flat, vector = target.view(-1), vectors[name].view(-1) if name in vectors else None
-        for chunk in chunks_of(job, target.numel()):
+        for chunk in chunks_of(job, name, target.numel()):
             work = partial(merge_into, job, name, flat[chunk], chunk, None if vector is None else vector[chunk])
             waiting.append(work if workers is None else workers.submit(work).result)
     yield from waiting

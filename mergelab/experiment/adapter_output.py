@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergelab.adapters import factored
-from mergelab.adapters.checkpoint import low_rank_changes
+from mergelab.adapters.changes import LowRank, joined
+from mergelab.adapters.checkpoint import AdaptedCheckpoint
+from mergelab.adapters.deltas import delta_of
 from mergelab.adapters.writing import LoraFolder, write_adapter
 from mergelab.console.progress import say
+from mergelab.engine.finite_check import finite_checked
+from mergelab.engine.low_rank import weighted
 from mergelab.errors import ConfigError, ModelError, listed
 from mergelab.experiment.ia3_output import merged_vectors
-from mergelab.experiment.linear_merge import LINEAR, weights_by_tensor
 from mergelab.models.architecture import read_config
 from mergelab.models.references import Reference, parse_reference
 from mergelab.weights.conversion import module_names, tied_parameters
@@ -24,7 +27,6 @@ from mergelab.weights.conversion import module_names, tied_parameters
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mergelab.adapters.changes import LowRank
     from mergelab.adapters.writing import Ia3Folder
     from mergelab.config import SaveConfig
     from mergelab.experiment.locate import LocatedModels, Source
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from mergelab.experiment.plan import Plan
     from mergelab.experiment.session import Session
     from mergelab.weights.source import TensorSource
+
+LINEAR = ("soup", "task_arithmetic")  # methods that add up the models, or their differences from the base
 
 
 def base_reference(plan: Plan, source: Source, located: LocatedModels) -> tuple[str, str | None]:
@@ -76,12 +80,7 @@ class AdapterOutput:
                 f"save.form={settings.form}: an adapter has one head, and models.head=per_task makes one for each of "
                 f"{len(tasks)} tasks; save.form=dense writes a model for each"
             )
-        self._coefficients = weights_by_tensor(merging)
-        if settings.form in ("lora_cat", "ia3") and self._coefficients is None:
-            raise ConfigError(
-                f"save.form={settings.form}: adapters are joined exactly where all experts are adapters and the method "
-                f"is {' or '.join(LINEAR)}, with weights that keep the base; save.form=lora_svd takes any merge"
-            )
+        self._coefficients = self._sum()
 
     def write(self, folder: Path, reference: str, revision: str | None) -> float:
         """Write the adapter, say what it keeps of the change, and return the seconds it took.
@@ -119,88 +118,126 @@ class AdapterOutput:
         """What is written, but for the head."""
         if self._settings.form == "ia3":
             assert self._coefficients is not None
-            for name, tensor in self._dense([]):
-                if not torch.equal(tensor, self._base.get(name)):
+            for name, change in self._differences([]):
+                if change is not None and change.any():
                     self._refuse_more(self._names[name])
             return merged_vectors(self._module, self._session.opened, self._coefficients, self._names)
         found, rest = LoraFolder(self._module), []
         wholes: dict[str, float] = {}
         if self._settings.form == "lora":
-            for name, change in self._merging.adapters():
-                self._add(found, wholes, name, factored.Fitted(change.left.float(), change.right.float(), 1.0, 1.0))
+            for name, factors in self._merging.adapters():
+                self._add(found, wholes, name, factored.Fitted(factors.left.float(), factors.right.float(), 1.0, 1.0))
         else:
             for name in self._session.opened.aligned.names:
                 changes = self._low_rank(name)
                 if changes is None:
                     rest.append(name)
                 elif changes:
-                    self._add(found, wholes, name, self._fitted(factored.joined(changes)))
+                    self._add_sum(found, wholes, name, changes)
         self._add_dense(found, wholes, rest)
-        if not found.factors:
+        if not found.layers:
             return found  # refused where it is written
         total = sum(wholes.values())
         share = sum(found.energy[layer] * wholes[layer] for layer in wholes) / total if total else 1.0
-        least, where = min((found.energy[layer], layer) for layer in found.factors)
-        say(f"kept      {share:.2%} of the change in {len(found.factors)} layers, least {least:.2%} in {where}")
+        least, where = min((found.energy[layer], layer) for layer in found.layers)
+        say(f"kept      {share:.2%} of the change in {len(found.layers)} layers, least {least:.2%} in {where}")
         return found
 
     # ------------------------------------------------------------------------------------------------- sums of factors
+
+    def _sum(self) -> Mapping[str, Sequence[float]] | None:
+        """Return each tensor's coefficients of the experts, where the merge is the base plus a sum of differences."""
+        found = self._merging.coefficients()
+        experts = self._session.opened.experts
+        if self._settings.form in ("lora_cat", "ia3") and not (
+            found is not None and all(isinstance(expert.tensors, AdaptedCheckpoint) for expert in experts)
+        ):
+            raise ConfigError(
+                f"save.form={self._settings.form}: adapters are joined exactly where all experts are adapters and the "
+                f"method is {' or '.join(LINEAR)}, with weights that keep the base; save.form=lora_svd takes any merge"
+            )
+        return found
 
     def _low_rank(self, name: str) -> list[tuple[float, LowRank]] | None:
         """Return the weighted changes of one tensor that are to be added up; None where it takes the dense tensors."""
         if self._coefficients is None:
             return None
-        changes: list[tuple[float, LowRank]] = []
-        for weight, expert in zip(self._coefficients[name], self._session.opened.aligned.experts, strict=True):
-            own = low_rank_changes(expert, name, self._base)
-            if own is None:
-                return None
-            changes += [(weight, change) for change in own if weight]
-        return changes
+        start = delta_of(self._base, name)
+        deltas = [delta_of(expert, name) for expert in self._session.opened.aligned.experts]
+        if start.changes or not all(delta.is_on(start) and delta.low_rank is not None for delta in deltas):
+            return None
+        return weighted(self._coefficients[name], deltas)
 
-    def _fitted(self, product: tuple[Tensor, Tensor]) -> factored.Fitted:
+    def _add_sum(
+        self, found: LoraFolder, wholes: dict[str, float], name: str, changes: list[tuple[float, LowRank]]
+    ) -> None:
         if self._settings.form == "lora_cat":
-            return factored.Fitted(product[0].float(), product[1].float(), 1.0, 1.0)
-        return factored.of_product(*product, self._settings.rank, self._settings.energy)
+            layers = self._layers(name)
+            found.sums.update(dict.fromkeys(layers, changes))
+            found.energy.update(dict.fromkeys(layers, 1.0))
+        else:
+            product = joined(changes)
+            self._add(found, wholes, name, factored.of_product(*product, self._settings.rank, self._settings.energy))
 
     # ----------------------------------------------------------------------------------------------- dense differences
 
     def _add_dense(self, found: LoraFolder, wholes: dict[str, float], names: Sequence[str]) -> None:
         """Add what changes in these tensors: matrices at the rank or energy, biases, and norms as whole modules."""
-        for name, tensor in self._dense(names):
-            base = self._base.get(name)
-            change = tensor.float() - base.float()
-            if not change.any():
+        for name, change in self._differences(names):
+            if change is None or not change.any():
                 continue
             place, layer = self._names[name], self._names[name].rpartition(".")[0]
-            kind = self._layer(layer)
-            if kind is not None and place.endswith(".weight"):
+            if self._layer(layer) is not None and place.endswith(".weight"):
                 if self._settings.form != "lora_svd":
                     self._refuse_more(place)
-                matrix = change.flatten(1)
-                fitted = factored.of_matrix(matrix, self._settings.rank, self._settings.energy)
+                fitted = factored.of_matrix(change.flatten(1), self._settings.rank, self._settings.energy)
                 self._add(found, wholes, name, fitted)
-            elif kind is not None and place.endswith(".bias"):
-                found.biases[place] = tensor.float()
-            elif not place.endswith((".weight", ".bias")):
-                raise ConfigError(f"save.form={self._settings.form}: {place} is no layer's weight; save.form=dense")
+                continue
+            whole = change.add_(self._base.get(name))
+            if place.endswith(".bias") and (self._layer(layer) is not None or self._has_modules(layer)):
+                found.biases.update(dict.fromkeys(self._tied(place), whole))
+            elif self._has_modules(layer):
+                raise ConfigError(
+                    f"save.form={self._settings.form}: {place} belongs to no layer that PEFT stores whole; "
+                    "save.form=dense can hold it"
+                )
             else:
-                found.modules[place] = tensor.float()
+                found.modules[place] = whole
         self._complete(found)
 
-    def _dense(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    def _has_modules(self, module: str) -> bool:
+        """Return whether a module has others in it, so that to store it whole would be to store these too."""
+        return any(True for _ in self._module.get_submodule(module).children())
+
+    def _differences(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor | None]]:
+        """Yield what is added to each tensor, in float32; None for nothing.
+
+        Where the merge is a sum of task vectors these are added up as they are, with no rounding to the base's dtype.
+        """
         passed = self._session.opened.passed_through
         if odd := [name for name in passed if name not in self._session.opened.head_names]:
             for name, place in self._in_module(self._module, odd).items():
                 self._names[name] = place
-                if name in {*self._base.keys(), *self._base.aliases()}:
-                    yield name, passed[name]
-                else:
+                if name not in {*self._base.keys(), *self._base.aliases()}:
                     raise ConfigError(f"save.form={self._settings.form}: the base has no {name}; save.form=dense has")
-        if names:
-            for name, tensor in self._merging.on(self._session.opened.aligned, only=names):
+                yield name, passed[name].float() - self._base.get(name).float()
+        if self._coefficients is not None:
+            yield from ((name, self._weighted_sum(name, self._coefficients[name])) for name in names)
+        elif names:
+            for name, tensor in self._merging.unrounded(names):
                 if name in set(names):
-                    yield name, tensor
+                    yield name, tensor.sub_(self._base.get(name))
+
+    def _weighted_sum(self, name: str, factors: Sequence[float]) -> Tensor | None:
+        base = self._base.get(name)
+        total: Tensor | None = None
+        for factor, expert in zip(factors, self._session.opened.aligned.experts, strict=True):
+            own = finite_checked(expert).get(name)
+            if not factor or (own.dtype == base.dtype and torch.equal(own, base)):
+                continue
+            change = own.float().sub_(base)
+            total = change.mul_(factor) if total is None else total.add_(change, alpha=factor)
+        return total
 
     def _complete(self, found: LoraFolder) -> None:
         """Add the unchanged tensors of modules that are written whole."""
@@ -219,16 +256,34 @@ class AdapterOutput:
         )
 
     def _add(self, found: LoraFolder, wholes: dict[str, float], name: str, fitted: factored.Fitted) -> None:
-        layer = self._names[name].removesuffix(".weight")
-        if self._names[name] in {alias for pair in tied_parameters(self._module).items() for alias in pair}:
+        layers = self._layers(name)
+        found.factors.update(dict.fromkeys(layers, (fitted.left, fitted.right)))
+        found.energy.update(dict.fromkeys(layers, fitted.energy))
+        wholes[layers[0]] = fitted.whole
+
+    @cached_property
+    def _ties(self) -> dict[str, str]:
+        return tied_parameters(self._module)
+
+    def _tied(self, place: str) -> list[str]:
+        """Return all names in the module of one of its tensors."""
+        holder = self._ties.get(place, place)
+        return [holder, *(alias for alias, name in self._ties.items() if name == holder)]
+
+    def _layers(self, name: str) -> list[str]:
+        """Return the layers that have a tensor as their weight: several where it is tied.
+
+        LoRA of tied embeddings is that of both ends, so that both are changed alike.
+        """
+        layers = [each.removesuffix(".weight") for each in self._tied(self._names[name])]
+        if odd := next((layer for layer in layers if self._layer(layer) is None), None):
+            raise ModelError(f"save.form={self._settings.form}: {odd} is no layer that LoRA adapts; save.form=dense")
+        if len({type(self._layer(layer)) for layer in layers}) != len(layers):
             raise ConfigError(
-                f"save.form={self._settings.form}: {name} is tied to another tensor, and LoRA changes one end alone; "
+                f"save.form={self._settings.form}: {name} is tied to other tensors than an output embedding; "
                 "save.form=dense can hold it"
             )
-        if self._layer(layer) is None:
-            raise ModelError(f"save.form={self._settings.form}: {layer} is no layer that LoRA adapts; save.form=dense")
-        found.factors[layer] = fitted.left, fitted.right
-        found.energy[layer], wholes[layer] = fitted.energy, fitted.whole
+        return layers
 
     def _layer(self, layer: str) -> nn.Module | None:
         """Return a layer that LoRA adapts, without weights."""

@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from mergelab.engine.low_rank import coefficients
 from mergelab.engine.request import checked_job, merged_adapter, prepared_job
 from mergelab.engine.run import merge, merge_in_parts
 from mergelab.weights.shards import as_stored, byte_size
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
     from mergelab.experiment.saving import Saving
     from mergelab.experiment.selection import EvaluatorSelection
     from mergelab.experiment.session import Session
-    from mergelab.weights.align import AlignedModels
     from mergelab.weights.source import TensorPart
 
 
@@ -102,10 +104,24 @@ class Merging:
             if (change := merged_adapter(job, job.site(name))) is not None:
                 yield name, change
 
-    def on(self, models: AlignedModels, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Merge other models with the same method, parameters and weights, whatever dtype they are saved in."""
-        settings = {**self._settings(None), "dtype": None}
-        return merge(self.method, self.parameters, models, **settings, only=only)
+    def unrounded(self, only: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield merged tensors in float32, whatever dtype they are saved in."""
+        settings = {**self._settings(None), "dtype": torch.float32}
+        return merge(self.method, self.parameters, self.session.opened.aligned, **settings, only=only)
+
+    def coefficients(self) -> dict[str, list[float]] | None:
+        """Return for each tensor the experts' coefficients in the sum of task vectors that is added to the base.
+
+        None where the method makes no such sum.
+        """
+        job = checked_job(self.method, self.parameters, self.session.opened.aligned, **self._settings(None))
+        found = {}
+        for name in job.models.names:
+            each = coefficients(job.method, job.arguments[name], len(job.models.experts))
+            if each is None:
+                return None
+            found[name] = each
+        return found
 
     def _settings(self, output: str | None) -> dict[str, Any]:
         return {

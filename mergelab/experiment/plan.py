@@ -129,11 +129,14 @@ def _check_tasks_of_experts(config: ExperimentConfig, tasks: Sequence[TaskSpec])
     """Check that an expert's task is one: a misspelt one would be taken for that of the measurement."""
     from mergelab.tasks.loading import task_names
 
-    for name, expert in config.models.experts.items():
-        known = {task.name: None for task in tasks} | dict.fromkeys(task_names())
-        if expert.task is not None and expert.task not in known and config.models.mini is None:
-            hint = did_you_mean(expert.task, known) or f" (there are {listed(known, 20)})"
-            raise ConfigError(f"models.experts.{name}.task={shortened(expert.task)}: no such task{hint}")
+    named = {name: expert.task for name, expert in config.models.experts.items() if expert.task is not None}
+    if not named or config.models.mini is not None:
+        return
+    known = dict.fromkeys([*(task.name for task in tasks), *task_names()])
+    for name, task in named.items():
+        if task not in known:
+            hint = did_you_mean(task, known) or f" (there are {listed(known, 20)})"
+            raise ConfigError(f"models.experts.{name}.task={shortened(task)}: no such task{hint}")
 
 
 def _with_form(config: ExperimentConfig, method: MergeMethod) -> ExperimentConfig:

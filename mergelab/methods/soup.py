@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -13,8 +14,21 @@ from mergelab.ops.blocks import working
 from mergelab.ops.expert_values import DividedBySum
 from mergelab.ops.task_vectors import factors, weighted_sum
 
+ROUNDING = 1e-9  # of a sum of weights that were given in decimals
 
-@merge_method(elementwise=True, family="averages", paper="Wortsman et al. 2022, arXiv:2203.05482")
+
+def coefficients(count: int, weights: Sequence[float] | None, normalize: bool) -> Sequence[float] | None:
+    """Return the factors of the task vectors, whatever the base is; None where the weights do not add up to 1."""
+    shares = factors(weights, count)
+    total = math.fsum(shares)
+    if normalize:
+        return [share / total for share in shares]
+    return shares if abs(total - 1) < ROUNDING else None
+
+
+@merge_method(
+    elementwise=True, coefficients=coefficients, family="averages", paper="Wortsman et al. 2022, arXiv:2203.05482"
+)
 def soup(
     experts: Sequence[Tensor],
     *,

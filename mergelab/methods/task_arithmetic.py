@@ -11,8 +11,14 @@ from mergelab.engine.parameters import Weights
 from mergelab.ops.task_vectors import factors, weighted_sum
 
 
+def coefficients(count: int, weights: Sequence[float] | None) -> Sequence[float]:
+    """Return the factors of the task vectors in the sum."""
+    return factors(weights, count)
+
+
 @merge_method(
     lambda_=0.3,
+    coefficients=coefficients,
     elementwise=True,
     identical_at=None,
     family="task vectors",

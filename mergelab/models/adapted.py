@@ -6,8 +6,10 @@ two when they are read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -105,10 +107,11 @@ def on_base(base: Path, adapter: Path, *, where: str, part: str | None = None) -
     Raises:
         ModelError, KeyMismatch, ShapeMismatch, NonFinite: the adapter cannot be read, or is not one of this base.
     """
-    files = open_adapter_files(adapter, where)
-    read = read_peft(files)
-    whole = open_checkpoint(base, "the base")
-    placement = place(read, whole, part)
+    opened = _open(base, adapter, part, where, "the base")
+    files, read, whole, placement = opened
+    while len(_opened) >= _MOST:
+        _opened.pop(next(iter(_opened)), None)
+    _opened[_state(base, adapter, part)] = opened
     config = _config(read, files, whole, placement)
     tokenizer = tokenizer_folder([adapter, base])
     small = [base / name for name in companion_files(base)]
@@ -156,10 +159,33 @@ def open_model(folder: Path, name: str | None = None) -> Checkpoint:
         return open_checkpoint(folder, name)
     name = name if name is not None else str(folder)
     marked = read_json(folder / MARKER, name)
-    files = open_adapter_files(Path(marked["adapter"]), name)
-    base = open_checkpoint(Path(marked["base"]), f"the base of {name}")
-    placement = place(read_peft(files), base, marked["part"])
+    place_of = Path(marked["base"]), Path(marked["adapter"]), marked["part"]
+    opened = _opened.pop(_state(*place_of), None) or _open(*place_of, name, f"the base of {name}")
+    files, _, base, placement = opened
     return AdaptedCheckpoint(name, folder, read_config(folder, name), base, placement, files.files)
+
+
+Opened = tuple[AdapterFiles, Adapter, Checkpoint, Placement]
+_opened: dict[object, Opened] = {}  # by `on_base`, for the next `open_model` of the same
+_MOST = 64
+
+
+def _open(base: Path, adapter: Path, part: str | None, name: str, base_name: str) -> Opened:
+    files = open_adapter_files(adapter, name)
+    read = read_peft(files)
+    whole = open_checkpoint(base, base_name)
+    return files, read, whole, place(read, whole, part)
+
+
+def _state(base: Path, adapter: Path, part: str | None) -> object:
+    """Name the files of two folders as they are now: their sizes and times of change."""
+    found: list[object] = [part]
+    for folder in (base, adapter):
+        found.append(str(folder.absolute()))
+        with contextlib.suppress(OSError):
+            stats = [(entry.name, entry.stat()) for entry in os.scandir(folder)]
+            found += sorted((name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    return tuple(found)
 
 
 def _config(adapter: Adapter, files: AdapterFiles, base: Checkpoint, placement: Placement) -> dict[str, Any]:

@@ -228,8 +228,8 @@ def task_of_expert(name: str, tasks: Sequence[TaskSpec]) -> TaskSpec | None:
     for task in tasks:
         if task.name == name:
             return task
-    if name in task_names():
-        return load_task(name)
+    if (CONF_DIR / "task" / f"{name}.yaml").is_file() and "members" not in (node := _read(name)):
+        return task_from_config(node)
     return tasks[0] if len(tasks) == 1 else None
 
 

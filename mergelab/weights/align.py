@@ -72,6 +72,10 @@ class RenamedSource:
         """Request that the data of ``key`` be read ahead in the background."""
         self.source.prefetch(self._at(key))
 
+    def read_from(self, key: str) -> tuple[TensorSource, str]:
+        """Return where ``key`` is read, as for `mergelab.weights.source.traced`."""
+        return self.source, self._at(key)
+
     def aliases(self) -> dict[str, str]:
         """Return the further names of tied tensors."""
         ties = self.source.aliases()

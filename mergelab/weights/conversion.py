@@ -115,6 +115,10 @@ class ConvertedSource:
             return self._renamed.get(key)
         return self._computed[key].convert(self.source.get)[key]
 
+    def read_from(self, key: str) -> tuple[TensorSource, str] | None:
+        """Return where ``key`` is read, as for `mergelab.weights.source.traced`; None where it is computed."""
+        return self._renamed.read_from(key) if key in self._renamed.stored else None
+
     def prefetch(self, key: str) -> None:
         """Request that the data of ``key`` be read ahead in the background."""
         if key not in self._computed:

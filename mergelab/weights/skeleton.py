@@ -49,13 +49,31 @@ def opened_by_transformers(model: str) -> Iterator[None]:
 def skeleton(folder: Path, config: Mapping[str, Any]) -> nn.Module | None:
     """Build the model of a folder's config without weights: what transformers calls its tensors, and which it ties.
 
+    Models of one config share the module that was built for the first of them.
+
     Args:
         folder: with the config.
         config: its content.
 
     Returns:
-        The module on the meta device; None where transformers has no such class, or cannot build it.
+        The module on the meta device, not to be changed; None where transformers has no such class, or cannot build it.
     """
+    try:
+        key = str((config.get("architectures") or [""])[0]), (folder / "config.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return _built(folder, config)
+    if key not in _known:
+        while len(_known) >= _MOST:
+            _known.pop(next(iter(_known)), None)
+        _known[key] = _built(folder, config)
+    return _known[key]
+
+
+_known: dict[tuple[str, str], nn.Module | None] = {}  # by class and config
+_MOST = 8
+
+
+def _built(folder: Path, config: Mapping[str, Any]) -> nn.Module | None:
     import torch
     import transformers
 

@@ -77,6 +77,16 @@ class WrappedSource:
         self.source.prefetch(key)
 
 
+def traced(source: TensorSource, key: str) -> tuple[TensorSource, str]:
+    """Follow sources that pass another one's tensor on as it is; return the last one, with the tensor's name there.
+
+    Such a source has a method ``read_from``: it returns the other source and the name, or None for a tensor of its own.
+    """
+    while (step := getattr(source, "read_from", None)) is not None and (found := step(key)) is not None:
+        source, key = found
+    return source, key
+
+
 class TensorInfo(NamedTuple):
     """A tensor's name, shape and dtype."""
 

@@ -18,7 +18,8 @@ INPUTS = torch.tensor([[5, 7, 11, 3, 2, 9], [1, 4, 8, 15, 16, 23]])
 
 
 def bert(cls: str = "BertForSequenceClassification", **settings: Any) -> nn.Module:
-    config = transformers.BertConfig(**SIZES, intermediate_size=24, max_position_embeddings=32, **settings)
+    settings = {**SIZES, "intermediate_size": 24, "max_position_embeddings": 32} | settings
+    config = transformers.BertConfig(**settings)
     return _drawn(getattr(transformers, cls), config)
 
 

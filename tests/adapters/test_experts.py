@@ -28,6 +28,7 @@ from tests.standins import glue_table
 Command = Callable[..., Outcome]
 peft = pytest.importorskip("peft")
 
+SUMS = ("soup", "task_arithmetic", "lines")
 METHODS = [method for method in OF_WEIGHTS if not get_method(method).needs]
 
 
@@ -64,7 +65,10 @@ def test_a_method_gives_what_it_gives_on_the_dense_experts(method: str, models: 
     base = load_file(models["base"] / "model.safetensors")
     assert on_adapters.keys() == on_dense.keys()
     for name, tensor in on_adapters.items():
-        assert torch.equal(tensor, on_dense[name]), name
+        if method in SUMS:  # made of the factors, so that the experts' own rounding is not in it
+            torch.testing.assert_close(tensor, on_dense[name], rtol=0, atol=5e-7)
+        else:
+            assert torch.equal(tensor, on_dense[name]), name
     assert not torch.equal(on_adapters["classifier.weight"], base["classifier.weight"])
 
 
@@ -107,7 +111,7 @@ def test_without_a_base_the_one_that_the_adapter_names_is_taken(models: dict[str
     soup = ml.soup([str(models["a"]), str(models["b"])], task="text-classification")
     reference = ml.soup([str(models["dense a"]), str(models["dense b"])], task="text-classification")
     for name, tensor in soup.model.state_dict().items():
-        assert torch.equal(tensor, reference.model.state_dict()[name])
+        torch.testing.assert_close(tensor, reference.model.state_dict()[name], rtol=0, atol=5e-7)
 
 
 def test_a_head_on_a_base_without_one_has_the_adapters_outputs(tmp_path: Path) -> None:
