@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mergelab.adapters.changes import Change, Factor, LowRank, Magnitude, Replacement, Rows, Shift
-from mergelab.adapters.checkpoint import changes_of, low_rank_changes
+from mergelab.adapters.deltas import delta_of
 from mergelab.errors import ConfigError
 from mergelab.weights.align import AlignedModels
 
@@ -31,21 +31,22 @@ def factors_at(models: AlignedModels, name: str, method: str) -> list[LowRank | 
     """
     assert models.base is not None
     found: list[LowRank | None] = []
+    start = delta_of(models.base, name)
     for expert in models.experts:
-        changes = changes_of(expert, name)
-        if changes is None:
+        delta = delta_of(expert, name)
+        if start.changes or not delta.is_on(start):
             raise ConfigError(
                 f"method={method}: {expert.name} is no LoRA adapter, or is read with its rows in another order; "
                 f"{method} combines the factors of adapters (task_arithmetic merges any models)"
             )
-        own = low_rank_changes(expert, name, models.base)
+        own = delta.low_rank
         if own is None or len(own) > 1:
             raise ConfigError(
-                f"method={method}: {expert.name} changes {name} by {_what(changes)}, and {method} combines LoRA "
+                f"method={method}: {expert.name} changes {name} by {_what(delta.changes)}, and {method} combines LoRA "
                 "factors alone; task_arithmetic holds it with save.form=dense or lora_svd, and models.passthrough "
                 "leaves it out of the merge"
             )
-        found += own or [None]
+        found.append(own[0] if own else None)
     _check_ranks(found, models, name, method)
     return found
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergelab.adapters.changes import Factor
-from mergelab.adapters.checkpoint import changes_of
+from mergelab.adapters.deltas import delta_of
 from mergelab.adapters.writing import Ia3Folder
 from mergelab.errors import ConfigError
 
@@ -65,9 +65,12 @@ def _vector(opened: OpenedModels, name: str, weights: Sequence[float]) -> tuple[
     """Return 1 + Σ w (l − 1), float64, and the axis that it multiplies; None where no expert changes the tensor."""
     total: Tensor | None = None
     axis = 0
+    assert opened.aligned.base is not None
+    start = delta_of(opened.aligned.base, name)
     for expert, weight in zip(opened.aligned.experts, weights, strict=True):
-        changes = changes_of(expert, name)
-        if changes is None or any(not isinstance(change, Factor) for change in changes) or len(changes) > 1:
+        delta = delta_of(expert, name)
+        changes = delta.changes
+        if not delta.is_on(start) or any(not isinstance(change, Factor) for change in changes) or len(changes) > 1:
             raise ConfigError(
                 f"save.form=ia3: {expert.name} changes {name} by more than IA³; save.form=dense can hold it, and "
                 "save.form=lora_cat sums of LoRA adapters"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,17 +40,16 @@ def models(tmp_path: Path, workplace: Path) -> dict[str, Path]:
 
 
 def scores(command: Command, models: dict[str, Path], experts: str, *arguments: str) -> dict[str, str]:
-    """Measure base, experts and merge; return what the table says of each."""
+    """Measure base, experts and merge; return each one's Pearson correlation."""
     outcome = command(
         f"models.base={models['base']}",
         f"models.experts={experts}",
         *("task=stsb", f"task.data_dir={models['data']}", "tracking=none", "eval.preflight=false"),
+        "--format=csv",
         *arguments,
     )
     assert outcome.code == 0, outcome.err
-    rows = re.findall(r"^│ *(\S.*?) +│[^│]*?(-?\d\.\d{4})", outcome.out, re.MULTILINE)
-    assert len(rows) >= 3, outcome.out
-    return dict(rows)
+    return {row["model"]: row["pearson"] for row in csv.DictReader(io.StringIO(outcome.out))}
 
 
 def both(models: dict[str, Path]) -> str:
