@@ -5,9 +5,12 @@ Usage:
     OMP_NUM_THREADS=1 python experiments/benchmarks/adapters.py --layers 4 --rounds 5 --only lora_cat,lora_svd
 
 Weights are random and made once, in --folder; they are read before the first round, so that they are in the page cache.
-What is timed of a merge begins when its settings are checked: it finds and opens the models, merges and writes. A loop
-reads the files, computes one site after the other and writes. The table has CPU seconds (user and system) and wall
-seconds, each the least of the rounds, and the ratios of the rounds' CPU seconds: their median, least and greatest.
+What is timed of a merge begins when its settings are checked: it finds and opens the models, merges and writes; the
+first is not counted. A loop reads the files, computes one site after the other and writes. The table has CPU seconds
+(user and system) and wall seconds, each the least of the rounds, and the ratios of the rounds' CPU seconds: median,
+least and greatest. "ties" is the merge of the adapters beside that of their dense forms, which are written first: with
+22 layers these are 18 GB. "step" is one step of a sweep in memory, beside one product B·A of each site, which is
+neither added to the base nor rounded.
 """
 
 from __future__ import annotations
@@ -274,13 +277,14 @@ def compare(name: str, files: Files, rounds: int) -> None:
         out = Path(scratch) / "out"
         if name == "step":
             works = step(files)
-            works[0]()  # reads the digests that the experts are ordered by
         else:
             settings, loop = LOOPS[name]
             plans = [planned(files, out, *settings, experts=files.experts(name))]
             if loop is None:
                 plans.append(planned(files, out, *settings, experts=files.dense()))
             works = partial(merge, plans[0]), partial(merge, plans[1]) if loop is None else partial(loop, files, out)
+        works[0]()  # imports, and the digests that experts are ordered by
+        shutil.rmtree(out, ignore_errors=True)
         for _ in range(rounds):
             for work, found in zip(works, figures, strict=True):
                 found.append(timed(work))
