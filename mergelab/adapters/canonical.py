@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -41,6 +42,7 @@ class Adapter:
         class_name: the class of its base, where it says so.
         fan_in_fan_out: whether it was made for (inputs, outputs) weights, where the base's modules do not tell.
         keeps_ties: whether what it changes at one end of tied embeddings holds for both.
+        label2id: the numbers of its head's labels, by name, where it has them.
         factors: low-rank changes, by layer.
         magnitudes: DoRA's lengths, by layer.
         biases: the bias of B, by layer; it is scaled as the product is.
@@ -57,6 +59,7 @@ class Adapter:
     class_name: str | None
     fan_in_fan_out: bool
     keeps_ties: bool
+    label2id: Mapping[str, int] = field(default_factory=dict)
     factors: dict[str, Factors] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
