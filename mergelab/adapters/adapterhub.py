@@ -70,6 +70,8 @@ def check_library_settings(config: Mapping[str, Any], name: str) -> None:
                 "merged"
             )
         _check_lora(part, name)
+    if len(parts_of(config, name)) > 1:
+        raise ModelError(f"{name}: it is a union of several LoRA parts, which the Adapters library itself cannot load")
 
 
 def _check_lora(part: Mapping[str, Any], name: str) -> None:
@@ -134,9 +136,11 @@ def _add(found: Adapter, layer: str, tensors: Mapping[str, Tensor], config: Mapp
     name, b = found.name, tensors.get("lora_B")
     if b is None:
         raise KeyMismatch(f"{name}: {layer} has lora_A without lora_B")
-    mode = "add" if "lora_A" in tensors else "scale"
-    part = _part(config, layer, mode, int(b.shape[-1]), name)
-    old = _scales_by_rank(config)
+    (part,), old = parts_of(config, name), _scales_by_rank(config)
+    mode = part.get("composition_mode", "add")
+    if (mode == "add") != ("lora_A" in tensors):
+        has = "without" if mode == "add" else "with"
+        raise KeyMismatch(f"{name}: {layer} has lora_B {has} lora_A, and its composition_mode is {mode}")
     fused = _enabled(part, layer, tensors)
     if b.dim() != 2 or 0 in b.shape or (fused and b.shape[0] % len(fused)):
         raise ShapeMismatch(f"{name}: lora_B of {layer} is {list(b.shape)}, which is no (outputs, r)")
@@ -157,28 +161,6 @@ def _add(found: Adapter, layer: str, tensors: Mapping[str, Tensor], config: Mapp
     if fused:
         b = _padded(torch.block_diag(*b.chunk(groups)), fused, 0.0)  # type: ignore[no-untyped-call]
     found.factors[layer] = Factors(a, b, scale)
-
-
-def _part(config: Mapping[str, Any], layer: str, mode: str, rank: int, name: str) -> Mapping[str, Any]:
-    """Return which of a union's configurations a layer has, where that matters for its values.
-
-    Raises:
-        ModelError: it cannot be told, or there is none.
-    """
-    place = place_of(layer)
-    fitting = [part for part in parts_of(config, name) if part.get("composition_mode", "add") == mode]
-    if len(fitting) > 1 and place is not None:
-        fitting = [part for part in fitting if part.get(f"{place.location}_lora")]
-    if len(fitting) > 1:
-        fitting = [part for part in fitting if part.get("r") == rank]
-    values = {(part.get("alpha"), tuple(part.get("attn_matrices") or ())) for part in fitting}
-    if len(values) != 1:
-        what = "IA³" if mode == "scale" else f"LoRA of rank {rank}"
-        raise ModelError(
-            f"{name}: its adapter_config.json has {'no' if not values else 'more than one'} configuration for the "
-            f"{what} of {layer}"
-        )
-    return fitting[0]
 
 
 def _scales_by_rank(config: Mapping[str, Any]) -> bool:

@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,26 @@ class LoraFolder:
     heads: dict[str, Tensor] = field(default_factory=dict)
     energy: dict[str, float] = field(default_factory=dict)
 
+    def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return A (r, inputs) and B (outputs, r) of each layer but embeddings, however its weight is stored."""
+        found = {}
+        for layer, (left, right) in self.factors.items():
+            kind = self.module.get_submodule(layer)
+            if not isinstance(kind, nn.Embedding):
+                found[layer] = (left.T, right.T) if type(kind).__name__ == "Conv1D" else (right, left)
+        return found
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors under PEFT's names."""
         found: dict[str, Tensor] = {}
+        matrices = self.matrices()
         for layer, (left, right) in self.factors.items():
             kind = self.module.get_submodule(layer)
-            if isinstance(kind, nn.Embedding):
+            if layer not in matrices:
                 found[f"{_START}{layer}.lora_embedding_A"] = left.T
                 found[f"{_START}{layer}.lora_embedding_B"] = right.T
                 continue
-            a, b = (left.T, right.T) if type(kind).__name__ == "Conv1D" else (right, left)
+            a, b = matrices[layer]
             if isinstance(kind, nn.Conv2d):
                 a, b = a.reshape(-1, *kind.weight.shape[1:]), b[:, :, None, None]
             found[f"{_START}{layer}.lora_A.weight"], found[f"{_START}{layer}.lora_B.weight"] = a, b
@@ -121,20 +132,46 @@ def write_lora(
     """
     from safetensors.torch import save_file
 
+    with new_folder(folder, adapter) as making:
+        save_file(adapter.tensors(), making / PEFT_WEIGHTS[0], {"format": "pt"})
+        write_json_file(making / SITES, sites(adapter))
+        if config is not None:
+            write_json_file(making / "config.json", config)
+        write_json_file(making / ADAPTER_CONFIG, adapter.config(base, revision))
+
+
+def sites(adapter: LoraFolder) -> dict[str, dict[str, Any]]:
+    """Return the rank and the kept energy of each layer."""
+    ranks = {layer: int(left.shape[1]) for layer, (left, _) in adapter.factors.items()}
+    return {layer: {"rank": rank, "energy": adapter.energy[layer]} for layer, rank in ranks.items()}
+
+
+@contextmanager
+def new_folder(folder: Path, adapter: LoraFolder) -> Iterator[Path]:
+    """Yield a temporary folder, which becomes ``folder`` when the block ends without an error.
+
+    Raises:
+        ModelError: there is nothing that changes, or the folder is in use or cannot be written.
+    """
     if not adapter.factors:
         raise ModelError(f"{folder}: the merged model is its base, so that there is nothing to write as an adapter")
+    with whole_folder(folder) as making:
+        yield making
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder, which becomes ``folder`` when the block ends without an error.
+
+    Raises:
+        ModelError: the folder is in use or cannot be written.
+    """
     check_target(folder, [])
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
         try:
-            save_file(adapter.tensors(), making / PEFT_WEIGHTS[0], {"format": "pt"})
-            ranks = {layer: int(left.shape[1]) for layer, (left, _) in adapter.factors.items()}
-            sites = {layer: {"rank": rank, "energy": adapter.energy[layer]} for layer, rank in ranks.items()}
-            _json(making / SITES, sites)
-            if config is not None:
-                _json(making / "config.json", config)
-            _json(making / ADAPTER_CONFIG, adapter.config(base, revision))
+            yield making
             making.chmod(0o755)
             os.rename(making, folder)
         finally:
@@ -143,5 +180,6 @@ def write_lora(
         raise ModelError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
-def _json(file: Path, content: Mapping[str, Any]) -> None:
+def write_json_file(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
