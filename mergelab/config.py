@@ -359,8 +359,13 @@ class SaveConfig(Schema):
             raise ValueError("must be above 0")
         return size
 
-    form: Literal["dense", "lora_cat", "lora_svd"] = "dense"
-    """As a model, or as an adapter on the base: adapters joined exactly, or any merge at a rank or an energy."""
+    form: Literal["dense", "lora", "lora_cat", "lora_svd", "ia3"] | None = None
+    """As a model, or as an adapter on the base.
+
+    ``lora``: the factors that a method combines; ``lora_cat``: LoRA adapters joined exactly; ``lora_svd``: any merge at
+    a rank or an energy; ``ia3``: IA³ adapters added up. None: ``lora`` for methods that combine factors, else
+    ``dense``.
+    """
     rank: Annotated[int, Field(ge=1)] | None = None
     energy: Annotated[float, Field(gt=0, le=1)] | None = None
     """For ``lora_svd`` one of these two: the rank of each layer, or the share of its squared change to keep."""

@@ -44,11 +44,28 @@ class LowRank:
         left: (rows, r).
         right: (r, columns).
         scale: α/r, or α/√r for rsLoRA.
+        transposed: whether ``left`` is Aᵀ and ``right`` is Bᵀ.
     """
 
     left: Tensor
     right: Tensor
     scale: float
+    transposed: bool = False
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor, scale: float, *, transposed: bool) -> LowRank:
+        """Make it of A (r, inputs) and B (outputs, r)."""
+        return cls(a.T, b.T, scale, transposed) if transposed else cls(b, a, scale)
+
+    @property
+    def a(self) -> Tensor:
+        """A, (r, inputs)."""
+        return self.left.T if self.transposed else self.right
+
+    @property
+    def b(self) -> Tensor:
+        """B, (outputs, r)."""
+        return self.right.T if self.transposed else self.left
 
     @property
     def rank(self) -> int:

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergelab.adapters.changes import Change, apply_all
+from mergelab.adapters.changes import Change, LowRank, Replacement, apply_all
 from mergelab.adapters.placing import Placement
 from mergelab.errors import KeyMismatch
+from mergelab.weights.align import RenamedSource
 from mergelab.weights.checkpoint import Checkpoint
+from mergelab.weights.conversion import ConvertedSource
 from mergelab.weights.hashing import file_sha256, joint_sha256
+from mergelab.weights.source import TensorSource
 
 
 class AdaptedCheckpoint(Checkpoint):
@@ -135,3 +138,44 @@ class AdaptedCheckpoint(Checkpoint):
     @cached_property
     def _known(self) -> frozenset[str]:
         return frozenset(self._source.keys())
+
+
+def changes_of(source: TensorSource, name: str) -> Sequence[Change] | None:
+    """Return what an adapter changes in a tensor of an expert, whatever name the tensor has here.
+
+    Returns:
+        The changes of the base's tensor, none where it stays as it is; None where the expert is no adapter, or where
+        its values are read otherwise than they are stored, as with rows in another order.
+    """
+    found: TensorSource | None = source
+    stored: str | None = name
+    while found is not None and stored is not None:
+        if isinstance(found, AdaptedCheckpoint):
+            return found.changes(stored)
+        if isinstance(found, RenamedSource):
+            stored, found = found.stored.get(stored), found.source
+        elif isinstance(found, ConvertedSource):
+            stored, found = found.renamed.get(stored), found.source
+        else:
+            found = getattr(found, "origin", None)
+    return None
+
+
+def low_rank_changes(source: TensorSource, name: str, base: TensorSource) -> list[LowRank] | None:
+    """Return the low-rank changes of a tensor of an expert; None where it is no adapter, or changes more than these.
+
+    A copy of the base's tensor, as PEFT stores it beside an adapted embedding, is no change.
+
+    Args:
+        source: the expert.
+        name: the tensor, in the expert and in the base.
+        base: the base that the expert is merged with.
+    """
+    own = changes_of(source, name)
+    if own and isinstance(own[0], Replacement):
+        whole, values = base.get(name), own[0].values
+        if whole.shape == values.shape and torch.equal(values.to(whole.dtype), whole):
+            own = own[1:]
+    if own is None or not all(isinstance(change, LowRank) for change in own):
+        return None
+    return [change for change in own if isinstance(change, LowRank)]

@@ -83,8 +83,7 @@ def _changes(adapter: Adapter, names: Names, module: nn.Module | None) -> Iterab
         if (at := names.of(f"{layer}.weight")) is None:
             continue
         across = factors.embedding or _is_transposed(at, module, adapter)
-        left, right = (factors.a.T, factors.b.T) if across else (factors.b, factors.a)
-        yield at, LowRank(left, right, factors.scale)
+        yield at, LowRank.of(factors.a, factors.b, factors.scale, transposed=across)
         if layer in adapter.magnitudes:
             yield at, Magnitude(adapter.magnitudes[layer], by_column=across)
         if layer in adapter.biases:

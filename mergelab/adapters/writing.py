@@ -1,4 +1,4 @@
-"""Write adapters as PEFT reads them with its defaults: each layer's rank is its α, so that every scale is 1."""
+"""Write adapters as PEFT reads them with its defaults: LoRA, each layer's rank its α, so that every scale is 1; IA³."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mergelab.adapters.changes import Change, Factor, LowRank, Replacement, apply_all
 from mergelab.errors import ModelError
 from mergelab.weights.adapters import ADAPTER_CONFIG, PEFT_WEIGHTS
 from mergelab.weights.writer import check_target
@@ -50,6 +51,27 @@ class LoraFolder:
     modules: dict[str, Tensor] = field(default_factory=dict)
     heads: dict[str, Tensor] = field(default_factory=dict)
     energy: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[str]:
+        """The adapted layers."""
+        return list(self.factors)
+
+    def sites(self) -> dict[str, dict[str, Any]]:
+        """Return rank and kept energy of each layer."""
+        return {
+            layer: {"rank": int(left.shape[1]), "energy": self.energy[layer]}
+            for layer, (left, _) in self.factors.items()
+        }
+
+    def applied(self, place: str, tensor: Tensor) -> Tensor:
+        """Return a tensor of the base as the adapter makes it."""
+        layer, _, leaf = place.rpartition(".")
+        whole = self.biases.get(place, self.modules.get(place))
+        changes: list[Change] = [] if whole is None else [Replacement(whole)]
+        if leaf == "weight" and layer in self.factors:
+            changes.append(LowRank(*self.factors[layer], 1.0))
+        return apply_all(changes, tensor) if changes else tensor
 
     def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Return A (r, inputs) and B (outputs, r) of each layer but embeddings, however its weight is stored."""
@@ -91,15 +113,10 @@ class LoraFolder:
         counts = sorted(ranks.values(), key=list(ranks.values()).count)
         usual = counts[-1]
         patterns = {f"^{re.escape(layer)}": rank for layer, rank in ranks.items() if rank != usual}
-        name = type(self.module).__name__
         layers = {type(self.module.get_submodule(layer)).__name__ for layer in ranks}
         return {
             "peft_type": "LORA",
-            "task_type": next((task for end, task in _TASKS.items() if name.endswith(end)), None),
-            "auto_mapping": {"base_model_class": name, "parent_library": type(self.module).__module__},
-            "base_model_name_or_path": base,
-            "revision": revision,
-            "inference_mode": True,
+            **_common_config(self.module, base, revision),
             "r": usual,
             "lora_alpha": usual,
             "rank_pattern": patterns,
@@ -116,8 +133,82 @@ class LoraFolder:
         }
 
 
-def write_lora(
-    folder: Path, adapter: LoraFolder, *, base: str, revision: str | None, config: Mapping[str, Any] | None = None
+@dataclass
+class Ia3Folder:
+    """An IA³ adapter that is about to be written.
+
+    Attributes:
+        module: the model that it is for, without weights.
+        vectors: by layer, the factors of its outputs, or of its inputs.
+        of_inputs: the layers whose inputs are multiplied.
+        heads: the tensors of a classifier's head, by name.
+    """
+
+    module: nn.Module
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    of_inputs: set[str] = field(default_factory=set)
+    heads: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[str]:
+        """The adapted layers."""
+        return list(self.vectors)
+
+    def sites(self) -> dict[str, dict[str, Any]]:
+        """Return nothing: a merge of IA³ is exact, and has no rank."""
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors under PEFT's names."""
+        found = {
+            f"{_START}{layer}.ia3_l": vector.view((1, -1) if layer in self.of_inputs else (-1, 1))
+            for layer, vector in self.vectors.items()
+        }
+        found |= {f"{_START}{name}": tensor for name, tensor in self.heads.items()}
+        return {name: tensor.contiguous().clone() for name, tensor in found.items()}
+
+    def config(self, base: str, revision: str | None) -> dict[str, Any]:
+        """Return an ``adapter_config.json`` that needs no default of PEFT's."""
+        layers = {type(self.module.get_submodule(layer)).__name__ for layer in self.vectors}
+        return {
+            "peft_type": "IA3",
+            **_common_config(self.module, base, revision),
+            "fan_in_fan_out": "Conv1D" in layers,
+            "init_ia3_weights": True,
+            "target_modules": sorted(self.vectors),
+            "feedforward_modules": sorted(self.of_inputs),
+            "modules_to_save": sorted({name.partition(".")[0] for name in self.heads}) or None,
+        }
+
+    def applied(self, place: str, tensor: Tensor) -> Tensor:
+        """Return a tensor of the base as the adapter makes it."""
+        layer, _, leaf = place.rpartition(".")
+        vector = self.vectors.get(layer)
+        if vector is None or (leaf == "bias" and layer in self.of_inputs):
+            return tensor
+        transposed = type(self.module.get_submodule(layer)).__name__ == "Conv1D"
+        axis = 0 if leaf == "bias" else int((layer in self.of_inputs) != transposed)
+        return apply_all([Factor(vector, axis)], tensor)
+
+
+def _common_config(module: nn.Module, base: str, revision: str | None) -> dict[str, Any]:
+    name = type(module).__name__
+    return {
+        "task_type": next((task for end, task in _TASKS.items() if name.endswith(end)), None),
+        "auto_mapping": {"base_model_class": name, "parent_library": type(module).__module__},
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "inference_mode": True,
+    }
+
+
+def write_adapter(
+    folder: Path,
+    adapter: LoraFolder | Ia3Folder,
+    *,
+    base: str,
+    revision: str | None,
+    config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an adapter's folder; it exists once it is complete.
 
@@ -132,31 +223,15 @@ def write_lora(
     """
     from safetensors.torch import save_file
 
-    with new_folder(folder, adapter) as making:
+    if not adapter.layers:
+        raise ModelError(f"{folder}: the merged model is its base, so that there is nothing to write as an adapter")
+    with whole_folder(folder) as making:
         save_file(adapter.tensors(), making / PEFT_WEIGHTS[0], {"format": "pt"})
-        write_json_file(making / SITES, sites(adapter))
+        if sites := adapter.sites():
+            write_json_file(making / SITES, sites)
         if config is not None:
             write_json_file(making / "config.json", config)
         write_json_file(making / ADAPTER_CONFIG, adapter.config(base, revision))
-
-
-def sites(adapter: LoraFolder) -> dict[str, dict[str, Any]]:
-    """Return the rank and the kept energy of each layer."""
-    ranks = {layer: int(left.shape[1]) for layer, (left, _) in adapter.factors.items()}
-    return {layer: {"rank": rank, "energy": adapter.energy[layer]} for layer, rank in ranks.items()}
-
-
-@contextmanager
-def new_folder(folder: Path, adapter: LoraFolder) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes ``folder`` when the block ends without an error.
-
-    Raises:
-        ModelError: there is nothing that changes, or the folder is in use or cannot be written.
-    """
-    if not adapter.factors:
-        raise ModelError(f"{folder}: the merged model is its base, so that there is nothing to write as an adapter")
-    with whole_folder(folder) as making:
-        yield making
 
 
 @contextmanager

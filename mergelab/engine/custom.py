@@ -69,6 +69,8 @@ def _by_name(path: str, function: Callable[..., Any], signature: inspect.Signatu
         raise ConfigError(f"method.function={path}: a preparing pass needs @merge_method(prepare=...)")
     if "vectors" in injected:
         raise ConfigError(f"method.function={path}: task vectors need @merge_method")
+    if "adapters" in injected:
+        raise ConfigError(f"method.function={path}: adapters' factors need @merge_method")
     base = signature.parameters.get("base")
     return MergeMethod(
         name=path,

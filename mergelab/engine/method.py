@@ -91,6 +91,11 @@ class MergeMethod:
         return "\n\n".join(inspect.cleandoc(each.__doc__) for each in described if each.__doc__)
 
     @property
+    def takes_adapters(self) -> bool:
+        """Whether it combines the factors of experts that are LoRA adapters, instead of weights."""
+        return "adapters" in self.injected
+
+    @property
     def takes_weights(self) -> bool:
         """Whether the experts can be weighted."""
         return "weights" in self.parameters.model_fields
@@ -144,6 +149,11 @@ def merge_method(
     in it.
     In a session, a change of λ alone costs one scaled addition.
 
+    A function that takes ``adapters`` combines the factors of experts that are LoRA adapters, of equal ranks in each
+    layer: for each expert a `mergelab.adapters.changes.LowRank`, or None where it does not adapt the layer. It is
+    called for the layers that some expert adapts, and returns A (r, inputs) and B (outputs, r); the result is θ0 + B·A,
+    or an adapter with these factors.
+
     A function that takes ``models`` (and ``seed``) works on all of them before another method merges: it returns a
     `Substitute`, once, before the first tensor.
 
@@ -152,8 +162,8 @@ def merge_method(
 
     def declare(function: F) -> F:
         names = set(inspect.signature(function).parameters)
-        if not names & {"base", "experts", "vectors", "models"}:
-            raise TypeError(f"{function.__name__} takes neither base nor experts nor vectors nor models")
+        if not names & {"base", "experts", "vectors", "adapters", "models"}:
+            raise TypeError(f"{function.__name__} takes neither base nor experts nor vectors nor adapters nor models")
         whole = "models" in names
         supplied = (*INJECTED, "workspace") if elementwise and "vectors" in names else INJECTED
         if lambda_ is not None and "vectors" not in names:
@@ -166,8 +176,8 @@ def merge_method(
             ),
             kind="models" if whole else "tensor",
             injected=frozenset(names & set(supplied)),
-            needs_base=needs_base or "vectors" in names,
-            returns_task_vector="vectors" in names,
+            needs_base=needs_base or bool(names & {"vectors", "adapters"}),
+            returns_task_vector=bool(names & {"vectors", "adapters"}),
             needs=frozenset(needs),
             one_model_per_expert="output" in names,
             min_experts=experts[0],

@@ -31,7 +31,7 @@ from mergelab.ops.expert_values import OfExperts as OfExperts
 from mergelab.ops.expert_values import Weights as Weights
 
 # Arguments that the engine supplies; no parameter of a method can have these names.
-INJECTED = ("base", "experts", "vectors", "site", "prepared", "output")
+INJECTED = ("base", "experts", "vectors", "adapters", "site", "prepared", "output")
 
 
 Density = Annotated[float, Field(gt=0, le=1)]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergelab.adapters.changes import LowRank
+from mergelab.engine.adapter_factors import factors_at
 from mergelab.engine.content_order import content_order
 from mergelab.engine.finite_check import finite_checked
 from mergelab.engine.method import MergeMethod
@@ -129,7 +131,7 @@ class MergeRequest:
         """Read a tensor of the base, where the method wants it, and of the experts."""
         wants_base = self.method.returns_task_vector or self.method.injected & {"base", "base_index"}
         base = self.models.base.get(name) if self.models.base is not None and wants_base else None
-        return base, [expert.get(name) for expert in self.models.experts]
+        return base, [] if self.method.takes_adapters else [expert.get(name) for expert in self.models.experts]
 
     @cached_property
     def longest(self) -> int:
@@ -185,6 +187,9 @@ def checked_job(
         shares = resolve_weights(method, own, names, weights)
         each = own.of_experts(names) | ({"weights": shares} if method.takes_weights else {})
         settings.append(TensorSettings(own, tensors, each))
+        if method.takes_adapters:
+            for name in tensors:
+                factors_at(models, name, method.name)
         if method.check is not None:
             call_with(method.check, {**settings[-1].arguments(), "models": models})
     if method.needs and examples is None:
@@ -344,6 +349,8 @@ def _call(
     """Call the method's function with tensors as it takes them; add a task vector that it returns to the base."""
     method = job.method
     base = None if stored is None else placed(job, stored)
+    if method.takes_adapters:
+        return _with_adapter(job, site, base, vector)
     # Where the task vectors are all that is wanted, no expert is widened but for the moment.
     wanted = method.kind == "list" or "experts" in method.injected
     experts = [placed(job, end) for end in ends] if wanted else []
@@ -373,6 +380,31 @@ def _call(
     if vector is not None and isinstance(result, Tensor):
         vector.copy_(result)
     return _added(base, result, scale)
+
+
+def merged_adapter(job: MergeRequest, site: Site) -> LowRank | None:
+    """Combine the experts' factors of a layer with a method that takes adapters.
+
+    Returns:
+        The merged change, whose scale is 1; None where no expert changes the tensor.
+    """
+    changes = factors_at(job.models, site.name, job.method.name)
+    known = next((change for change in changes if change is not None), None)
+    if known is None:
+        return None
+    supplied = {"adapters": changes, "site": site, "prepared": job.prepared.get(site.name)}
+    a, b = call_with(job.method.function, {**job.arguments[site.name], **supplied})
+    return LowRank.of(a, b, 1.0, transposed=known.transposed)
+
+
+def _with_adapter(job: MergeRequest, site: Site, base: Tensor | None, vector: Tensor | None) -> Tensor:
+    """Return θ0 + B·A; write B·A to ``vector``."""
+    assert base is not None
+    start, change = working(base), merged_adapter(job, site)
+    added = torch.zeros_like(start) if change is None else change.apply(torch.zeros_like(start))
+    if vector is not None:
+        vector.copy_(added)
+    return added.add_(start)
 
 
 def _vectors(job: MergeRequest, start: Tensor, ends: Sequence[Tensor], workspace: Workspace | None) -> list[Tensor]:

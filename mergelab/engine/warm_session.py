@@ -251,7 +251,8 @@ def _bytes_of(source: TensorSource, names: Sequence[str]) -> int:
 
 
 def _loaded(source: TensorSource, names: Sequence[str], places: Mapping[str, torch.device]) -> DictSource:
-    return DictSource(source.name, {name: source.get(name).to(places[name], copy=True) for name in names})
+    tensors = {name: source.get(name).to(places[name], copy=True) for name in names}
+    return DictSource(source.name, tensors, source)
 
 
 def _checked_targets(models: AlignedModels, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,46 +4,61 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mergelab.adapters import factored
-from mergelab.adapters.changes import LowRank, Replacement
-from mergelab.adapters.checkpoint import AdaptedCheckpoint
-from mergelab.adapters.writing import LoraFolder, write_lora
+from mergelab.adapters.checkpoint import low_rank_changes
+from mergelab.adapters.writing import LoraFolder, write_adapter
 from mergelab.console.progress import say
 from mergelab.errors import ConfigError, ModelError, listed
+from mergelab.experiment.ia3_output import merged_vectors
+from mergelab.experiment.linear_merge import LINEAR, weights_by_tensor
 from mergelab.models.architecture import read_config
-from mergelab.weights.align import AlignedModels, RenamedSource
+from mergelab.models.references import Reference, parse_reference
 from mergelab.weights.conversion import module_names, tied_parameters
-from mergelab.weights.source import DictSource
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from mergelab.adapters.changes import LowRank
+    from mergelab.adapters.writing import Ia3Folder
     from mergelab.config import SaveConfig
+    from mergelab.experiment.locate import Source
     from mergelab.experiment.merging import Merging
+    from mergelab.experiment.plan import Plan
     from mergelab.experiment.session import Session
     from mergelab.weights.source import TensorSource
 
-LINEAR = ("soup", "task_arithmetic")  # methods that add up the models, or their differences from the base
+
+def adapter_output(plan: Plan, source: Source, merging: Merging) -> AdapterOutput:
+    """Return what writes a plan's merge as an adapter; see `AdapterOutput` for the errors."""
+    located = merging.session.located
+    assert plan.config.models.base is not None
+    assert located.base is not None
+    base = parse_reference(plan.config.models.base)
+    assert isinstance(base, Reference)
+    where = str(located.base.folder) if base.folder or source == "mini" else str(base.repository)
+    return AdapterOutput(merging, plan.config.save, (where, base.revision))
 
 
 class AdapterOutput:
-    """Writes a merge as a LoRA adapter on the base.
+    """Writes a merge as an adapter on the base.
 
     Args:
         merging: the method and the models.
-        settings: the form (``lora_cat`` or ``lora_svd``), and the rank or the energy.
+        settings: the form (``lora``, ``lora_cat``, ``lora_svd`` or ``ia3``), and the rank or the energy.
+        reference: what the adapter calls its base, and at which revision.
 
     Raises:
         ConfigError: the merge cannot be written in this form; the line says in which it can.
     """
 
-    def __init__(self, merging: Merging, settings: SaveConfig) -> None:
-        self._merging, self._settings = merging, settings
+    def __init__(self, merging: Merging, settings: SaveConfig, reference: tuple[str, str | None]) -> None:
+        self._merging, self._settings, self._reference = merging, settings, reference
         self._session: Session = merging.session
         opened = self._session.opened
         base, module = opened.base, opened.experts[0].skeleton
@@ -58,75 +73,81 @@ class AdapterOutput:
         self._base: TensorSource = opened.aligned.base
         self._folder, self._module = base.folder, module
         self._names = self._in_module(module, opened.aligned.names)
-        self._coefficients = self._linear()
+        tasks, policy = self._session.tasks, self._session.heads.policy
+        if policy == "per_task" and len(tasks) > 1 and opened.head_names:
+            raise ConfigError(
+                f"save.form={settings.form}: an adapter has one head, and models.head=per_task makes one for each of "
+                f"{len(tasks)} tasks; save.form=dense writes a model for each"
+            )
+        self._coefficients = weights_by_tensor(merging)
+        if settings.form in ("lora_cat", "ia3") and self._coefficients is None:
+            raise ConfigError(
+                f"save.form={settings.form}: adapters are joined exactly where all experts are adapters and the method "
+                f"is {' or '.join(LINEAR)}, with weights that keep the base; save.form=lora_svd takes any merge"
+            )
 
-    def write(self, folder: Path, reference: str, revision: str | None) -> float:
+    def write(self, folder: Path) -> float:
         """Write the adapter, say what it keeps of the change, and return the seconds it took.
 
         Args:
             folder: does not exist yet, or is empty.
-            reference, revision: of the base.
 
         Raises:
             ConfigError, ModelError: something changes that the form cannot hold; or the folder cannot be written.
         """
         started = time.perf_counter()
-        found, rest = LoraFolder(self._module), []
-        wholes: dict[str, float] = {}
-        for name in self._session.opened.aligned.names:
-            changes = self._low_rank(name)
-            if changes is None:
-                rest.append(name)
-            elif changes:
-                self._add(found, wholes, name, self._fitted(factored.joined(changes)))
-        self._add_dense(found, wholes, rest)
+        found = self._made
         head, updates = self._session.heads.to_save(self._session.tasks[0])
         found.heads |= head.tensors
         config = {**read_config(self._session.opened.experts[0].folder or self._folder, "a"), **updates}
-        write_lora(folder, found, base=reference, revision=revision, config=config if head.tensors else None)
-        kept = [(found.energy[layer], layer) for layer in found.factors]
-        total = sum(wholes.values())
-        share = sum(found.energy[layer] * wholes[layer] for layer in wholes) / total if total else 1.0
-        least, where = min(kept)
-        say(f"kept      {share:.2%} of the change in {len(kept)} layers, least {least:.2%} in {where}")
+        base, revision = self._reference
+        write_adapter(folder, found, base=base, revision=revision, config=config if head.tensors else None)
         return time.perf_counter() - started
 
-    # ------------------------------------------------------------------------------------------------- sums of factors
+    def in_memory(self) -> tuple[dict[str, Mapping[str, Tensor]], float]:
+        """Merge, and return what `mergelab.experiment.merging.Merging.in_memory` does: the base with what is written.
 
-    def _linear(self) -> Mapping[str, Sequence[float]] | None:
-        """Return each tensor's weights of the experts, where the merge is the base plus a sum of their differences.
-
-        The method itself is asked: what it makes of experts that differ from a base of zeros in one entry each, and of
-        models that are equal.
+        The tensors are rounded to the base's dtype.
         """
-        opened, settings = self._session.opened, self._settings
-        if self._merging.method.name in LINEAR and all(
-            isinstance(e.tensors, AdaptedCheckpoint) for e in opened.experts
-        ):
-            count = len(opened.experts)
-            units = torch.cat([torch.eye(count), torch.ones(count, 1)], dim=1).double()
-            start = torch.zeros(count + 1, dtype=torch.float64)
-            start[-1] = 1
-            asked = AlignedModels(
-                base=DictSource("base", {name: start.clone() for name in opened.aligned.names}),
-                experts=tuple(
-                    DictSource(expert.name, {name: unit.clone() for name in opened.aligned.names})
-                    for expert, unit in zip(opened.aligned.experts, units, strict=True)
-                ),
-                names=opened.aligned.names,
-                integers=(),
-                aliases={},
-                backbone=opened.aligned.backbone,
-            )
-            found = {name: made.tolist() for name, made in self._merging.on(asked)}
-            if all(abs(made[-1] - 1) < 1e-9 for made in found.values()):
-                return {name: made[:-1] for name, made in found.items()}
-        if settings.form == "lora_cat":
-            raise ConfigError(
-                "save.form=lora_cat: adapters are joined exactly where all experts are adapters and the method is "
-                f"{' or '.join(LINEAR)}, with weights that keep the base; save.form=lora_svd takes any merge"
-            )
-        return None
+        started = time.perf_counter()
+        opened = self._session.opened
+        names = [*opened.aligned.names, *(name for name in opened.passed_through if name not in opened.head_names)]
+        made = {name: self._made.applied(self._names[name], self._base.get(name)) for name in names}
+        made |= {name: self._base.get(name) for name in opened.aligned.integers}
+        made |= {alias: made[name] for alias, name in opened.aligned.aliases.items() if name in made}
+        return {task.name: made for task in self._session.tasks}, time.perf_counter() - started
+
+    @cached_property
+    def _made(self) -> LoraFolder | Ia3Folder:
+        """What is written, but for the head."""
+        if self._settings.form == "ia3":
+            assert self._coefficients is not None
+            for name, tensor in self._dense([]):
+                if not torch.equal(tensor, self._base.get(name)):
+                    self._refuse_more(self._names[name])
+            return merged_vectors(self._module, self._session.opened, self._coefficients, self._names)
+        found, rest = LoraFolder(self._module), []
+        wholes: dict[str, float] = {}
+        if self._settings.form == "lora":
+            for name, change in self._merging.adapters():
+                self._add(found, wholes, name, factored.Fitted(change.left.float(), change.right.float(), 1.0, 1.0))
+        else:
+            for name in self._session.opened.aligned.names:
+                changes = self._low_rank(name)
+                if changes is None:
+                    rest.append(name)
+                elif changes:
+                    self._add(found, wholes, name, self._fitted(factored.joined(changes)))
+        self._add_dense(found, wholes, rest)
+        if not found.factors:
+            return found  # refused where it is written
+        total = sum(wholes.values())
+        share = sum(found.energy[layer] * wholes[layer] for layer in wholes) / total if total else 1.0
+        least, where = min((found.energy[layer], layer) for layer in found.factors)
+        say(f"kept      {share:.2%} of the change in {len(found.factors)} layers, least {least:.2%} in {where}")
+        return found
+
+    # ------------------------------------------------------------------------------------------------- sums of factors
 
     def _low_rank(self, name: str) -> list[tuple[float, LowRank]] | None:
         """Return the weighted changes of one tensor that are to be added up; None where it takes the dense tensors."""
@@ -134,17 +155,11 @@ class AdapterOutput:
             return None
         changes: list[tuple[float, LowRank]] = []
         for weight, expert in zip(self._coefficients[name], self._session.opened.aligned.experts, strict=True):
-            own = _changes_of(expert, name)
-            if own and isinstance(own[0], Replacement) and self._is_the_bases(own[0], name):
-                own = own[1:]  # a copy of the base's, as PEFT stores it beside an adapted embedding
-            if own is None or not all(isinstance(change, LowRank) for change in own):
+            own = low_rank_changes(expert, name, self._base)
+            if own is None:
                 return None
-            changes += [(weight, change) for change in own if isinstance(change, LowRank) and weight]
+            changes += [(weight, change) for change in own if weight]
         return changes
-
-    def _is_the_bases(self, whole: Replacement, name: str) -> bool:
-        base = self._base.get(name)
-        return base.shape == whole.values.shape and torch.equal(whole.values.to(base.dtype), base)
 
     def _fitted(self, product: tuple[Tensor, Tensor]) -> factored.Fitted:
         if self._settings.form == "lora_cat":
@@ -163,7 +178,8 @@ class AdapterOutput:
             place, layer = self._names[name], self._names[name].rpartition(".")[0]
             kind = self._layer(layer)
             if kind is not None and place.endswith(".weight"):
-                self._refuse_cat(place)
+                if self._settings.form != "lora_svd":
+                    self._refuse_more(place)
                 matrix = change.flatten(1)
                 fitted = factored.of_matrix(matrix, self._settings.rank, self._settings.energy)
                 self._add(found, wholes, name, fitted)
@@ -196,12 +212,12 @@ class AdapterOutput:
                 if place not in found.modules and place in here:
                     found.modules[place] = self._base.get(here[place]).float()
 
-    def _refuse_cat(self, place: str) -> None:
-        if self._settings.form == "lora_cat":
-            raise ConfigError(
-                f"save.form=lora_cat: {place} is changed by more than LoRA (DoRA, IA³, token rows or a whole tensor); "
-                "save.form=dense and save.form=lora_svd can hold it"
-            )
+    def _refuse_more(self, place: str) -> None:
+        own, others = ("IA³", "LoRA") if self._settings.form == "ia3" else ("LoRA", "IA³")
+        raise ConfigError(
+            f"save.form={self._settings.form}: {place} is changed by more than {own} (DoRA, {others}, token rows or a "
+            "whole tensor); save.form=dense and save.form=lora_svd can hold it"
+        )
 
     def _add(self, found: LoraFolder, wholes: dict[str, float], name: str, fitted: factored.Fitted) -> None:
         layer = self._names[name].removesuffix(".weight")
@@ -236,14 +252,3 @@ class AdapterOutput:
                 "save.form=dense"
             )
         return found
-
-
-def _changes_of(source: Any, name: str) -> Sequence[Any] | None:
-    """Return an adapter's changes of a tensor of an aligned expert; None where they cannot be told."""
-    while not isinstance(source, AdaptedCheckpoint):
-        if isinstance(source, RenamedSource):
-            name = source.stored[name]
-        elif hasattr(source, "names") or not hasattr(source, "source"):  # read with its rows in another order
-            return None
-        source = source.source
-    return source.changes(name)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.engine.request import checked_job
+from mergelab.engine.request import checked_job, merged_adapter, prepared_job
 from mergelab.engine.run import merge, merge_in_parts
 from mergelab.weights.shards import as_stored, byte_size
 from mergelab.weights.source import layout_of
@@ -17,6 +17,7 @@ from mergelab.weights.source import layout_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergelab.adapters.changes import LowRank
     from mergelab.engine.method import MergeMethod
     from mergelab.engine.parameters import Parameters
     from mergelab.experiment.calibration import Calibration
@@ -87,6 +88,19 @@ class Merging:
             report(part.name, part.entries)
             yield part
             del part  # let it go before the next one is made
+
+    def check(self) -> None:
+        """Raise `ConfigError` where the settings do not fit the models; no model is merged."""
+        for output in self.session.heads.owners().values() if self.method.one_model_per_expert else [None]:
+            checked_job(self.method, self.parameters, self.session.opened.aligned, **self._settings(output))
+
+    def adapters(self) -> Iterator[tuple[str, LowRank]]:
+        """Yield the merged change of each layer, where the method combines adapters' factors."""
+        job = checked_job(self.method, self.parameters, self.session.opened.aligned, **self._settings(None))
+        job = prepared_job(job)
+        for name in job.models.names:
+            if (change := merged_adapter(job, job.site(name))) is not None:
+                yield name, change
 
     def on(self, models: AlignedModels, only: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Merge other models with the same method, parameters and weights, whatever dtype they are saved in."""

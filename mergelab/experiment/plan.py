@@ -63,6 +63,7 @@ def plan_experiment(config: DictConfig) -> Plan:
     if (chosen := checked.save.tokenizer) not in (None, *names):
         raise ConfigError(f"save.tokenizer={chosen}: must be one of {listed(names)}{did_you_mean(str(chosen), names)}")
     method, parameters = method_from_config(checked.method)
+    checked = _with_form(checked, method)
     _check_method(method, checked)
     weights = [expert.weight for expert in checked.models.experts.values()]
     resolve_weights(method, parameters, tuple(checked.models.experts), weights)
@@ -135,6 +136,24 @@ def _check_tasks_of_experts(config: ExperimentConfig, tasks: Sequence[TaskSpec])
             raise ConfigError(f"models.experts.{name}.task={shortened(expert.task)}: no such task{hint}")
 
 
+def _with_form(config: ExperimentConfig, method: MergeMethod) -> ExperimentConfig:
+    """Choose what a merged model is written as, where that is not said.
+
+    Raises:
+        ConfigError: it is said, and is not for this method.
+    """
+    form = config.save.form
+    if method.takes_adapters and form in ("lora_cat", "ia3"):
+        raise ConfigError(f"save.form={form}: {method.name} makes factors of its own, which save.form=lora writes")
+    if form == "lora" and not method.takes_adapters:
+        raise ConfigError(
+            f"save.form=lora: is for methods that combine factors, such as peft_linear; {method.name} is written with "
+            "save.form=lora_cat or lora_svd"
+        )
+    chosen = form or ("lora" if method.takes_adapters and isinstance(config.models.base, str) else "dense")
+    return config.model_copy(update={"save": config.save.model_copy(update={"form": chosen})})
+
+
 def _check_form(config: ExperimentConfig) -> None:
     """Check that what a merged model is written as fits the rest.
 
@@ -149,10 +168,6 @@ def _check_form(config: ExperimentConfig) -> None:
         raise ConfigError(f"save.{key}: belongs to save.form=lora_svd, and save.form is {save.form}")
     if save.form == "dense":
         return
-    if config.evaluate:
-        raise ConfigError(
-            f"save.form={save.form}: needs evaluate=false; the adapter that is written can be measured as an expert"
-        )
     if not isinstance(config.models.base, str):
         raise ConfigError(f"save.form={save.form}: an adapter needs a base (models.base) that is a folder or a hub id")
     if save.dtype is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,8 @@ from mergelab.tracking import names
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-    from torch import Tensor
 
     from mergelab.experiment.locate import Source
-    from mergelab.experiment.session import Session
     from mergelab.tracking import GridParent, Run, Tracker
 
 Progress = Callable[[str, float], None]
@@ -93,12 +92,19 @@ def _open_run(tracker: Tracker, plan: Plan, source: Source, parent: GridParent |
 
 def _merge_and_evaluate(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: Progress) -> ExperimentResult:
     """Open, evaluate the models that are merged, merge, evaluate the result, record and save it."""
+    from mergelab.experiment.adapter_output import adapter_output
     from mergelab.experiment.loaded import open_loaded
     from mergelab.experiment.merging import Merging
+    from mergelab.experiment.saving import Saving
     from mergelab.experiment.selection import EvaluatorSelection
 
     loaded = open_loaded(plan, source, progress)
     evaluator, session = loaded.evaluator, loaded.session
+    examples = loaded.calibration(plan, progress)
+    selection = EvaluatorSelection(evaluator) if "selection" in plan.method.needs else None
+    merging = Merging(plan.method, plan.parameters, session, plan.config.seed, progress, selection or examples)
+    merging.check()
+    adapter = None if plan.config.save.form == "dense" else adapter_output(plan, source, merging)
     recording.record_models(run, session)
     recording.record_inputs(run, plan.resolved, evaluator.data.values())
 
@@ -106,10 +112,7 @@ def _merge_and_evaluate(plan: Plan, source: Source, tracker: Tracker, run: Run, 
     for baseline in baselines:
         recording.record_baseline(tracker, run.experiment, plan, source, baseline, evaluator)
 
-    examples = loaded.calibration(plan, progress)
-    selection = EvaluatorSelection(evaluator) if "selection" in plan.method.needs else None
-    merging = Merging(plan.method, plan.parameters, session, plan.config.seed, progress, selection or examples)
-    backbones, seconds = merging.in_memory()
+    backbones, seconds = merging.in_memory() if adapter is None else adapter.in_memory()
     run.set_tags(recording.calibration_tags(examples) | (selection.tags() if selection else {}))
     recording.log_coefficients(run, examples)
 
@@ -119,7 +122,8 @@ def _merge_and_evaluate(plan: Plan, source: Source, tracker: Tracker, run: Run, 
     title = f"{plan.method.name} on {session.located.name}"
     result = ExperimentResult(title, evaluator.note, tuple(evaluator.data), (*baselines, merged))
     recording.record_result(run, result, evaluator)
-    _save(plan, session, backbones, run)
+    saving = Saving(session, plan.config.save)
+    _save(plan, run, partial(saving.save, backbones) if adapter is None else adapter.write, saving.say_copied)
     return result
 
 
@@ -130,7 +134,6 @@ def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> 
     from mergelab.experiment.merging import Merging
     from mergelab.experiment.saving import Saving, merge_key
     from mergelab.experiment.session import open_session
-    from mergelab.models.references import Reference, parse_reference
 
     located = locate(plan.config.models, source, [task.name for task in plan.tasks if task.path], progress)
     session = open_session(located, plan.tasks, plan.config, module_names=bool(plan.method.needs))
@@ -142,19 +145,15 @@ def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> 
     assert plan.config.output is not None
     folder = local_path(plan.config.output, "output")
     merging = Merging(plan.method, plan.parameters, session, plan.config.seed, progress, examples)
+    merging.check()
     if plan.config.save.form == "dense":
         saving = Saving(session, plan.config.save)
         seconds = merging.to_disk(saving, folder, merge_key(plan, session))
         saving.say_copied()
     else:
-        from mergelab.experiment.adapter_output import AdapterOutput
+        from mergelab.experiment.adapter_output import adapter_output
 
-        assert plan.config.models.base is not None
-        base = parse_reference(plan.config.models.base)
-        assert isinstance(base, Reference)
-        assert located.base is not None
-        where = str(located.base.folder) if base.folder or source == "mini" else str(base.repository)
-        seconds = AdapterOutput(merging, plan.config.save).write(folder, where, base.revision)
+        seconds = adapter_output(plan, source, merging).write(folder)
 
     label = f"{plan.method.name} of {len(located.experts)}"
     merged = ModelResult(label, "merged", {}, merge_seconds=seconds, peak_mb=peak_memory_mb())
@@ -166,15 +165,21 @@ def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> 
         run.log_artifacts(folder, names.MODEL)
 
 
-def _save(plan: Plan, session: Session, backbones: Mapping[str, Mapping[str, Tensor]], run: Run) -> None:
-    """Save the merged model where the user asked for it: in a folder, or with the run."""
-    from mergelab.experiment.saving import Saving, keep
+def _save(plan: Plan, run: Run, write: Callable[[Path], object], written: Callable[[], None]) -> None:
+    """Save the merged model where the user asked for it: in a folder, or with the run.
+
+    Args:
+        plan, run: of the merge.
+        write: writes it into a folder.
+        written: as for `mergelab.experiment.saving.keep`.
+    """
+    from mergelab.experiment.saving import keep
 
     in_grid = run.id is not None and plan.tracking.log_model == "best" and _grid_folder() is not None
-    saving = Saving(session, plan.config.save)
-    keep(saving, backbones, run, plan.config.output, log=plan.tracking.log_model != "none" and not in_grid)
+    log = plan.tracking.log_model != "none" and not in_grid
+    keep(write, run, plan.config.output, log=log, written=written)
     if in_grid:  # which one is logged is known at the grid's end
-        saving.save(backbones, _run_folder() / names.MODEL)
+        write(_run_folder() / names.MODEL)
 
 
 def _grid_folder() -> str | None:

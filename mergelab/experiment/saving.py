@@ -200,17 +200,28 @@ def merge_key(plan: Plan, session: Session) -> str:
 
 
 def keep(
-    saving: Saving, backbones: Mapping[str, Mapping[str, Tensor]], run: Run, output: str | None, *, log: bool
+    write: Callable[[Path], object],
+    run: Run,
+    output: str | None,
+    *,
+    log: bool,
+    written: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a merged model into the folder ``output``, if that is given, and with ``log`` among the run's artifacts."""
+    """Write a merged model into the folder ``output``, if that is given, and with ``log`` among the run's artifacts.
+
+    Args:
+        write: writes it into a folder.
+        run, output, log: as said.
+        written: is called when ``output`` is there.
+    """
     from mergelab.tracking.names import MODEL
 
     if output is not None:
-        saving.save(backbones, local_path(output, "output"))
-        saving.say_copied()
+        write(local_path(output, "output"))
+        written()
     if log and run.id:
         with tempfile.TemporaryDirectory() as folder:
-            saving.save(backbones, Path(folder) / MODEL)
+            write(Path(folder) / MODEL)
             run.log_artifacts(Path(folder) / MODEL, MODEL)
 
 

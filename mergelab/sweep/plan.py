@@ -53,6 +53,11 @@ def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, overrid
     plan = plans[0]
     if not plan.config.evaluate:
         raise SweepError("evaluate=false: a sweep selects by scores; remove it")
+    if plan.config.save.form == "lora_svd":
+        raise SweepError(
+            "save.form=lora_svd: a sweep measures the merges themselves, not what a rank keeps of them; write the best "
+            "one with a run of its own"
+        )
     if plan.config.eval.protocol == "full":
         raise SweepError(
             "eval.protocol=full: what a sweep selects on must not be what it reports; eval.protocol=holdout sets "

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mergelab.engine.registry import check_parameters, get_method
 from mergelab.evaluation.results import ExperimentResult, ModelResult
 from mergelab.evaluation.scoring import compare
 from mergelab.experiment import recording
+from mergelab.experiment.adapter_output import adapter_output
 from mergelab.experiment.loaded import LoadedModels, open_loaded
 from mergelab.experiment.logged import Measured, measure_merged, with_logged
+from mergelab.experiment.merging import Merging
 from mergelab.experiment.saving import Saving, keep
 from mergelab.sweep.plan import expert_weights
 from mergelab.tracking import names
@@ -73,7 +76,7 @@ def report_winner(plan: Plan, source: Source, tracker: Tracker, run: Run, progre
     recording.log_coefficients(run, examples)
     tags = {names.MERGE_PATH: loaded.path} | recording.calibration_tags(examples)
     recording.record_result(run, result, evaluator, tags=tags)
-    _save(plan, loaded, run, examples, progress)
+    _save(plan, source, loaded, run, examples, progress)
     without_predictions = tuple(replace(model, predictions={}) for model in models)
     model_tags = recording.model_tags(session) if run.id else {}
     return Report(replace(result, models=without_predictions), against, model_tags)
@@ -106,18 +109,21 @@ def _measured(loaded: LoadedModels, merge: _Merge, progress: Any) -> ModelResult
     return measure_merged(loaded.evaluator, backbones, merge.label, loaded.baselines, seconds)
 
 
-def _save(plan: Plan, loaded: LoadedModels, run: Run, examples: Calibration | None, progress: Any) -> None:
+def _save(
+    plan: Plan, source: Source, loaded: LoadedModels, run: Run, examples: Calibration | None, progress: Any
+) -> None:
     """Write the winner where the user asked for it: in a folder, or with the run."""
-    if plan.config.output is None and (run.id is None or plan.tracking.log_model == "none"):
+    log = plan.tracking.log_model != "none"
+    if plan.config.output is None and (run.id is None or not log):
         return
-    backbones, _ = loaded.merged(plan.method, plan.parameters, examples, progress, expert_weights(plan))
-    keep(
-        Saving(loaded.session, plan.config.save),
-        backbones,
-        run,
-        plan.config.output,
-        log=plan.tracking.log_model != "none",
-    )
+    session, weights = loaded.session, expert_weights(plan)
+    if plan.config.save.form != "dense":
+        merging = Merging(plan.method, plan.parameters, session, plan.config.seed, progress, examples, weights)
+        keep(adapter_output(plan, source, merging).write, run, plan.config.output, log=log)
+        return
+    backbones, _ = loaded.merged(plan.method, plan.parameters, examples, progress, weights)
+    saving = Saving(session, plan.config.save)
+    keep(partial(saving.save, backbones), run, plan.config.output, log=log, written=saving.say_copied)
 
 
 def _against(

@@ -68,12 +68,15 @@ class ConvertedSource:
         source: the stored tensors.
         plan: how each becomes a tensor of the model.
 
+    Attributes:
+        renamed: the stored name of each tensor that is not computed.
+
     Raises:
         ModelError: transformers cannot convert them: some are missing, or do not fit together.
     """
 
     def __init__(self, source: TensorSource, plan: _Plan) -> None:
-        self.source = source
+        self.source, self.renamed = source, plan.renamed
         self._renamed = RenamedSource(source, plan.renamed)
         self._computed: dict[str, _Computed] = {}
         self._like: dict[str, Tensor] = {}

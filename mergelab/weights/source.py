@@ -95,10 +95,17 @@ class TensorPart(NamedTuple):
 
 @dataclass(frozen=True)
 class DictSource:
-    """A source of tensors in memory: a state dict."""
+    """A source of tensors in memory: a state dict.
+
+    Attributes:
+        name: what errors call it.
+        tensors: by name.
+        origin: the source that they were read from as they are, if there is one.
+    """
 
     name: str
     tensors: Mapping[str, Tensor]
+    origin: TensorSource | None = None
 
     def __post_init__(self) -> None:
         if others := [key for key, value in self.tensors.items() if not isinstance(value, Tensor)]:
