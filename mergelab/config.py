@@ -369,6 +369,8 @@ class SaveConfig(Schema):
     rank: Annotated[int, Field(ge=1)] | None = None
     energy: Annotated[float, Field(gt=0, le=1)] | None = None
     """For ``lora_svd`` one of these two: the rank of each layer, or the share of its squared change to keep."""
+    library: Literal["peft", "adapters"] | None = None
+    """Which library an adapter is written for; None: PEFT."""
 
     @property
     def max_shard_bytes(self) -> int:

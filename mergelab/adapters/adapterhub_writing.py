@@ -3,53 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mergelab.adapters.locations import FUSED, MODEL_TYPES, Place, place_of
-from mergelab.adapters.writing import SITES, LoraFolder, new_folder, sites, write_json_file
-from mergelab.errors import ConfigError, listed
+from mergelab.adapters.locations import FUSED, LOCATIONS, MODEL_TYPES, Place, place_of
+from mergelab.adapters.writing import SITES, Ia3Folder, LoraFolder, whole_folder, write_json_file
+from mergelab.errors import ConfigError, ModelError, listed
 from mergelab.weights.adapters import ADAPTER_CONFIG, HEAD_CONFIG, HEAD_WEIGHTS, LIBRARY_WEIGHTS
 
 NAME = "merged"  # what the library calls the adapter
 VERSION = "adapters.1.3.0"  # the version whose format is written
 _HOLDS = "save.library=peft or save.form=dense can hold it"
 
-
-@dataclass(frozen=True)
-class Described:
-    """What the library writes of the model beside an adapter or a head.
-
-    Attributes:
-        model_type, model_class: of the base.
-        model_name: a hub id or a folder.
-        hidden_size: None where a model has more than one.
-    """
-
-    model_type: str
-    model_class: str
-    model_name: str
-    hidden_size: int | None = None
-
-    def config(self, inner: Mapping[str, Any] | None, **further: Any) -> dict[str, Any]:
-        """Return an ``adapter_config.json`` or a ``head_config.json`` with ``inner`` as what it describes."""
-        return {**vars(self), "name": NAME, "config": inner, "version": VERSION, **further}
+Blocks = dict[str, tuple[Tensor, ...]]  # by matrix: B (rows, r) and A (r, inputs) of LoRA, or the vector of IA³
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """LoRA of one layer: for each matrix in it, up to three in fused ones, A (r, inputs) and B (rows, r)."""
-
-    place: Place
-    blocks: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
-def check_library_model(config: Mapping[str, Any], form: str) -> None:
-    """Check that the library has models of a base's type built in.
+def check_library_model(config: Mapping[str, Any]) -> None:
+    """Check that the Adapters library has models of a base's type built in.
 
     Raises:
         ConfigError: it has not.
@@ -59,15 +32,17 @@ def check_library_model(config: Mapping[str, Any], form: str) -> None:
         if (kind := one.get("model_type")) not in MODEL_TYPES:
             raise ConfigError(
                 f"save.library=adapters: the Adapters library has no models of type {kind!r:.60}; save.library=peft "
-                f"with save.form={form} can be written"
+                "can be written"
             )
 
 
-def write_library_lora(folder: Path, adapter: LoraFolder, base: str, config: Mapping[str, Any]) -> None:
-    """Write LoRA for the Adapters library; the folder exists once it is complete.
+def write_library_adapter(
+    folder: Path, adapter: LoraFolder | Ia3Folder, *, base: str, config: Mapping[str, Any]
+) -> None:
+    """Write LoRA or IA³ for the Adapters library; the folder exists once it is complete.
 
     The library has one rank for all layers: it is the largest, and the others are filled up with zeros. α is the rank,
-    so that the scale is 1.
+    so that the scale is 1. A head goes beside it as that of the model's own class.
 
     Args:
         folder: does not exist, or is empty.
@@ -76,79 +51,120 @@ def write_library_lora(folder: Path, adapter: LoraFolder, base: str, config: Map
         config: the adapted model's.
 
     Raises:
-        ConfigError: something changes that LoRA of the library cannot hold.
+        ConfigError: something changes that the library cannot hold.
         ModelError: there is nothing that changes, or the folder is in use or cannot be written.
     """
-    factors = adapter.matrices()
-    if others := [*adapter.biases, *adapter.modules, *[layer for layer in adapter.factors if layer not in factors]]:
-        raise ConfigError(
-            f"save.library=adapters: {listed(others, 3)} changes, where the Adapters library has no LoRA; {_HOLDS}"
-        )
-    layers = {layer: _layer(layer, *pair) for layer, pair in factors.items()}
-    matrices = [key for key in FUSED if any(key in each.blocks for each in layers.values())]
-    ranks = [a.shape[0] for layer in layers.values() for a, _ in layer.blocks.values()]
-    rank = max(ranks, default=1)
+    if not adapter.layers:
+        raise ModelError(f"{folder}: the merged model is its base, so that there is nothing to write as an adapter")
+    is_lora = isinstance(adapter, LoraFolder)
+    blocks = _lora_blocks(adapter) if isinstance(adapter, LoraFolder) else _ia3_blocks(adapter)
+    matrices = [matrix for matrix in FUSED if any(matrix in each for each in blocks.values())]
+    rank = max((each[0].shape[1] for layer in blocks.values() for each in layer.values()), default=1)
     tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        wanted = matrices if layer.place.matrices == FUSED else list(layer.blocks)
-        a, b = next(iter(layer.blocks.values()))
-        none = (a.new_zeros(0, a.shape[1]), b.new_zeros(b.shape[0], 0))
-        filled = [_filled(*layer.blocks.get(matrix, none), rank) for matrix in wanted]
-        tensors[f"{name}.loras.{NAME}.lora_A"] = torch.cat([a for a, _ in filled])
-        tensors[f"{name}.loras.{NAME}.lora_B"] = torch.cat([b for _, b in filled])
-    width = config.get("hidden_size", config.get("n_embd"))
-    model = Described(str(config.get("model_type")), type(adapter.module).__name__, base, width)
-    flags = {f"{at}_lora": any(layer.place.location == at for layer in layers.values()) for at in _LOCATIONS}
-    with new_folder(folder, adapter) as making:
+    for layer, own in blocks.items():
+        filled = _filled(own, matrices if _place(layer).matrices == FUSED else list(own), rank)
+        for leaf, parts in zip(("lora_B", "lora_A"), zip(*filled, strict=True), strict=False):
+            tensors[f"{layer}.loras.{NAME}.{leaf}"] = torch.cat(parts)
+    flags = {f"{at}_lora": any(_place(layer).location == at for layer in blocks) for at in LOCATIONS}
+    described = {"r": rank, "alpha": rank, "attn_matrices": matrices, **flags}
+    described |= {"composition_mode": "add" if is_lora else "scale", "init_weights": "lora" if is_lora else "ia3"}
+    with whole_folder(folder) as making:
         torch.save(tensors, making / LIBRARY_WEIGHTS[0])
-        write_json_file(making / SITES, sites(adapter))
+        if sites := adapter.sites():
+            write_json_file(making / SITES, sites)
         if adapter.heads:
             torch.save({name: tensor.contiguous() for name, tensor in adapter.heads.items()}, making / HEAD_WEIGHTS[0])
             labels = {str(label): int(at) for at, label in (config.get("id2label") or {}).items()}
-            head = model.config(None, label2id=labels, num_labels=len(labels)) | {"name": None}
-            write_json_file(making / HEAD_CONFIG, head)
-        write_json_file(making / ADAPTER_CONFIG, model.config(_lora_config(rank, matrices, flags)))
+            further = {"name": None, "label2id": labels, "num_labels": len(labels)}
+            write_json_file(making / HEAD_CONFIG, {**described_model(adapter.module, base, config, None), **further})
+        write_json_file(making / ADAPTER_CONFIG, described_model(adapter.module, base, config, _UNSET | described))
 
 
-_LOCATIONS = ("selfattn", "intermediate", "output")
+_UNSET: dict[str, Any] = {
+    "architecture": "lora",
+    "leave_out": [],
+    "dropout": 0.0,
+    "init_weights_seed": None,
+    "use_gating": False,
+    "use_dora": False,
+    "vera_d": None,
+    "vera_b": None,
+    "dtype": None,
+}
 
 
-def _lora_config(rank: int, matrices: list[str], flags: Mapping[str, bool]) -> dict[str, Any]:
+def described_model(
+    module: nn.Module, base: str, config: Mapping[str, Any], inner: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return what the library writes into its configurations, with ``inner`` as that of an adapter or a head."""
     return {
-        "architecture": "lora",
-        **flags,
-        "leave_out": [],
-        "r": rank,
-        "alpha": rank,
-        "dropout": 0.0,
-        "attn_matrices": matrices,
-        "composition_mode": "add",
-        "init_weights": "lora",
-        "init_weights_seed": None,
-        "use_gating": False,
-        "use_dora": False,
-        "vera_d": None,
-        "vera_b": None,
-        "dtype": None,
+        "config": inner,
+        "hidden_size": config.get("hidden_size", config.get("n_embd", config.get("d_model"))),
+        "model_class": type(module).__name__,
+        "model_name": base,
+        "model_type": config.get("model_type"),
+        "name": NAME,
+        "version": VERSION,
     }
 
 
-def _layer(name: str, a: Tensor, b: Tensor) -> _Layer:
-    """Return what the library has in a layer, of A (r, inputs) and B (outputs, r)."""
-    place = place_of(name)
+def _place(layer: str) -> Place:
+    place = place_of(layer)
     if place is None:
-        raise ConfigError(f"save.library=adapters: {name} changes, where the Adapters library has no LoRA; {_HOLDS}")
-    if place.matrices != FUSED:
-        return _Layer(place, {place.matrices: (a, b)})
-    blocks = {}
-    for matrix, rows in zip(FUSED, b.chunk(3), strict=True):
-        used = rows.any(dim=0)  # a block of the library's own has its columns alone
-        if used.any():
-            blocks[matrix] = (a[used], rows[:, used])
-    return _Layer(place, blocks or {FUSED[0]: (a[:1], b.chunk(3)[0][:, :1])})
+        raise ConfigError(
+            f"save.library=adapters: {layer} changes, which the Adapters library does not adapt; {_HOLDS}"
+        )
+    return place
 
 
-def _filled(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Fill A and B up with zeros to a rank."""
-    lacking = rank - a.shape[0]
-    return torch.cat([a, a.new_zeros(lacking, a.shape[1])]), torch.cat([b, b.new_zeros(b.shape[0], lacking)], dim=1)
+def _lora_blocks(adapter: LoraFolder) -> dict[str, Blocks]:
+    """Return the factors of each layer, of fused ones by matrix: the columns of B that this matrix's rows have."""
+    factors, found = adapter.matrices(), {}
+    if others := [*adapter.biases, *adapter.modules, *[layer for layer in adapter.layers if layer not in factors]]:
+        raise ConfigError(
+            f"save.library=adapters: {listed(others, 3)} changes, which the Adapters library does not adapt; {_HOLDS}"
+        )
+    for layer, (a, b) in factors.items():
+        place = _place(layer)
+        if place.matrices != FUSED:
+            found[layer] = {place.matrices: (b, a)}
+            continue
+        found[layer] = {}
+        for matrix, rows in zip(FUSED, b.chunk(3), strict=True):
+            used = rows.any(dim=0)
+            found[layer][matrix] = (rows[:, used], a[used])
+        found[layer] = {matrix: pair for matrix, pair in found[layer].items() if pair[1].shape[0]}
+    return {layer: each for layer, each in found.items() if each}
+
+
+def _ia3_blocks(adapter: Ia3Folder) -> dict[str, Blocks]:
+    """Return the vectors of each layer, (outputs, 1), of fused ones by matrix."""
+    if adapter.of_inputs:
+        raise ConfigError(
+            f"save.library=adapters: the inputs of {listed(sorted(adapter.of_inputs), 3)} are multiplied, and the "
+            f"Adapters library multiplies outputs alone; {_HOLDS}"
+        )
+    found: dict[str, Blocks] = {}
+    for layer, vector in adapter.vectors.items():
+        place, column = _place(layer), vector.reshape(-1, 1)
+        pieces = zip(FUSED, column.chunk(3), strict=True) if place.matrices == FUSED else [(place.matrices, column)]
+        found[layer] = {matrix: (rows,) for matrix, rows in pieces if place.matrices != FUSED or (rows != 1).any()}
+    return {layer: each for layer, each in found.items() if each}
+
+
+def _filled(own: Blocks, wanted: list[str], rank: int) -> list[tuple[Tensor, ...]]:
+    """Return the blocks of all wanted matrices: LoRA filled up with zeros to a rank, IA³ with ones."""
+    some = next(iter(own.values()))
+    if len(some) == 1:
+        return [own.get(matrix, (torch.ones_like(some[0]),)) for matrix in wanted]
+    found: list[tuple[Tensor, ...]] = []
+    for matrix in wanted:
+        b, a = own.get(matrix, (some[0][:, :0], some[1][:0]))
+        lacking = rank - a.shape[0]
+        found.append(
+            (
+                torch.cat([b, b.new_zeros(b.shape[0], lacking)], dim=1),
+                torch.cat([a, a.new_zeros(lacking, a.shape[1])]),
+            )
+        )
+    return found

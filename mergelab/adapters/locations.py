@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Location = Literal["selfattn", "intermediate", "output"]
+LOCATIONS: tuple[Location, ...] = get_args(Location)
 FUSED = "qkv"  # the matrices of a layer that holds queries, keys and values, a third each
 
 _MATRICES = {

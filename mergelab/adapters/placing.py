@@ -71,7 +71,8 @@ def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placem
     ties = kept_ties(changes, names, adapter, is_pair=_is_pair(base))
     _check_shapes(ties, names, adapter, base)
     _check_whole(module, names, new, base, adapter)
-    return Placement(class_name, names.source, ties.changes, new, ties.apart, _sizes(module, names, changes, new))
+    real = _without_copies(ties, names)
+    return Placement(class_name, names.source, real, new, ties.apart, _sizes(module, names, changes, new))
 
 
 def _changes(adapter: Adapter, names: Names, module: nn.Module | None) -> Iterable[tuple[str, Change]]:
@@ -168,6 +169,18 @@ def _check_shapes(ties: Ties, names: Names, adapter: Adapter, base: Checkpoint) 
                     f"is {dtype_and_shape(stored, dtype)}: it belongs to another base"
                 )
             shape = after
+
+
+def _without_copies(ties: Ties, names: Names) -> dict[str, list[Change]]:
+    """Leave out copies of the base's own tensors, as libraries save them with a head."""
+    found: dict[str, list[Change]] = {}
+    for name, changes in ties.changes.items():
+        first = changes[0]
+        stored = names.source.get(ties.apart.get(name, name)) if isinstance(first, Replacement) else None
+        is_copy = stored is not None and first.same_as(Replacement(stored))
+        if own := changes[1:] if is_copy else changes:
+            found[name] = own
+    return found
 
 
 def _wanted(change: Change) -> list[int] | str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergelab.adapters import factored
+from mergelab.adapters.adapterhub_writing import check_library_model, write_library_adapter
 from mergelab.adapters.checkpoint import low_rank_changes
 from mergelab.adapters.writing import LoraFolder, write_adapter
 from mergelab.console.progress import say
@@ -70,6 +71,8 @@ class AdapterOutput:
             raise ConfigError(
                 f"save.form={settings.form}: an adapter has its base's tokens and ties; save.form=dense can hold others"
             )
+        if settings.library == "adapters":
+            check_library_model(read_config(base.folder, "the base"))
         self._base: TensorSource = opened.aligned.base
         self._folder, self._module = base.folder, module
         self._names = self._in_module(module, opened.aligned.names)
@@ -101,7 +104,10 @@ class AdapterOutput:
         found.heads |= head.tensors
         config = {**read_config(self._session.opened.experts[0].folder or self._folder, "a"), **updates}
         base, revision = self._reference
-        write_adapter(folder, found, base=base, revision=revision, config=config if head.tensors else None)
+        if self._settings.library == "adapters":
+            write_library_adapter(folder, found, base=base, config=config)
+        else:
+            write_adapter(folder, found, base=base, revision=revision, config=config if head.tensors else None)
         return time.perf_counter() - started
 
     def in_memory(self) -> tuple[dict[str, Mapping[str, Tensor]], float]:

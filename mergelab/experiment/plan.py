@@ -167,6 +167,8 @@ def _check_form(config: ExperimentConfig) -> None:
         key = "rank" if save.rank is not None else "energy"
         raise ConfigError(f"save.{key}: belongs to save.form=lora_svd, and save.form is {save.form}")
     if save.form == "dense":
+        if save.library is not None:
+            raise ConfigError(f"save.library={save.library}: is for adapters (save.form=lora_cat, lora_svd, ia3, …)")
         return
     if not isinstance(config.models.base, str):
         raise ConfigError(f"save.form={save.form}: an adapter needs a base (models.base) that is a folder or a hub id")

@@ -75,10 +75,13 @@ def densely(jobs: Sequence[tuple[Path, Path, str | None, Path]], folder: Path) -
     assert done.returncode == 0, done.stderr
 
 
-def merged(folder: Path, base: Path, adapters: dict[str, Path], out: str, *arguments: str) -> Path:
-    """Merge adapters from the command line."""
-    experts = ", ".join(f"{name}: {path}" for name, path in adapters.items())
-    given = (f"models.base={base}", f"models.experts={{{experts}}}", "task=rte", "evaluate=false", "tracking=none")
-    done = in_main("mergelab", *given, f"output={out}", *arguments, folder=folder)
+def merged(folder: Path, jobs: dict[str, tuple[Path, dict[str, Path], tuple[str, ...]]]) -> dict[str, Path]:
+    """Merge adapters from the command line: for each output a base, adapters by name and further arguments."""
+    commands = []
+    for out, (base, adapters, arguments) in jobs.items():
+        experts = ", ".join(f"{name}: {path}" for name, path in adapters.items())
+        given = [f"models.base={base}", f"models.experts={{{experts}}}", "task=rte", "evaluate=false", "tracking=none"]
+        commands.append([*given, f"output={folder / out}", *arguments])
+    done = in_main("tests.adapterhub.commands", json.dumps(commands), folder=folder)
     assert done.returncode == 0, done.stderr
-    return folder / out
+    return {out: folder / out for out in jobs}
