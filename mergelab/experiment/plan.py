@@ -73,7 +73,7 @@ def plan_experiment(config: DictConfig) -> Plan:
         raise ConfigError(reason)
     if not checked.evaluate and checked.output is None:
         raise ConfigError("evaluate=false: nothing would be made; say where the merged model goes with output=<folder>")
-    _check_form(checked)
+    _check_form(checked, method.name)
     if checked.output is not None:
         check_output(checked.output, checked.models)
     return Plan(
@@ -154,7 +154,7 @@ def _with_form(config: ExperimentConfig, method: MergeMethod) -> ExperimentConfi
     return config.model_copy(update={"save": config.save.model_copy(update={"form": chosen})})
 
 
-def _check_form(config: ExperimentConfig) -> None:
+def _check_form(config: ExperimentConfig, method: str) -> None:
     """Check that what a merged model is written as fits the rest.
 
     Raises:
@@ -169,6 +169,13 @@ def _check_form(config: ExperimentConfig) -> None:
     if save.form == "dense":
         if save.library is not None:
             raise ConfigError(f"save.library={save.library}: is for adapters (save.form=lora_cat, lora_svd, ia3, …)")
+        return
+    if save.form == "module_average":
+        if save.library == "peft":
+            raise ConfigError("save.library=peft: save.form=module_average is for adapters of the Adapters library")
+        from mergelab.experiment.module_average import check_module_average
+
+        check_module_average(config, method)
         return
     if not isinstance(config.models.base, str):
         raise ConfigError(f"save.form={save.form}: an adapter needs a base (models.base) that is a folder or a hub id")

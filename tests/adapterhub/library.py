@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def distilbert(cls: str = "DistilBertForSequenceClassification", **settings: Any
     return small._drawn(getattr(transformers, cls), config)
 
 
-def with_adapter(model: Any, config: Any, name: str = "a", seed: int = 0, scale: float = 0.3) -> Any:
+def with_adapter(model: Any, config: Any, name: str = "a", seed: int = 0, *, head: bool = True) -> Any:
     """Give a model an adapter with random weights, and its head too, in double precision."""
     import adapters
 
@@ -42,8 +42,8 @@ def with_adapter(model: Any, config: Any, name: str = "a", seed: int = 0, scale:
     model.double().eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if f".{name}." in key or is_head(key):
-                parameter.copy_((parameter + torch.randn_like(parameter) * scale).float())
+            if f".{name}." in key or (head and is_head(key)):
+                parameter.copy_((parameter + torch.randn_like(parameter) * 0.3).float())
     model.set_active_adapters(name)
     return model
 
@@ -75,7 +75,7 @@ def densely(jobs: Sequence[tuple[Path, Path, str | None, Path]], folder: Path) -
     assert done.returncode == 0, done.stderr
 
 
-def merged(folder: Path, jobs: dict[str, tuple[Path, dict[str, Path], tuple[str, ...]]]) -> dict[str, Path]:
+def merged(folder: Path, jobs: Mapping[str, tuple[Path, Mapping[str, Any], tuple[str, ...]]]) -> dict[str, Path]:
     """Merge adapters from the command line: for each output a base, adapters by name and further arguments."""
     commands = []
     for out, (base, adapters, arguments) in jobs.items():
