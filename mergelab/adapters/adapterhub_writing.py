@@ -119,7 +119,7 @@ def _place(layer: str) -> Place:
 
 def _lora_blocks(adapter: LoraFolder) -> dict[str, Blocks]:
     """Return the factors of each layer, of fused ones by matrix: the columns of B that this matrix's rows have."""
-    factors, found = adapter.matrices(), {}
+    factors, found = adapter.matrices(), dict[str, Blocks]()
     if others := [*adapter.biases, *adapter.modules, *[layer for layer in adapter.layers if layer not in factors]]:
         raise ConfigError(
             f"save.library=adapters: {listed(others, 3)} changes, which the Adapters library does not adapt; {_HOLDS}"

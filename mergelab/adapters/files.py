@@ -60,9 +60,9 @@ def adapter_files(folder: Path, name: str) -> tuple[Path, ...]:
         raise ModelError(f"{name}: {folder} has {ADAPTER_CONFIG} but no weights; looked for {', '.join(known)}")
     files = [weights, folder / ADAPTER_CONFIG]
     if weights.name in LIBRARY_WEIGHTS:
-        for file, what in _UNMERGED.items():
-            if (folder / file).exists():
-                raise ModelError(f"{name}: {folder / file} is {what}, which cannot be merged; move it elsewhere")
+        for other, what in _UNMERGED.items():
+            if (folder / other).exists():
+                raise ModelError(f"{name}: {folder / other} is {what}, which cannot be merged; move it elsewhere")
         if (head := _first(folder, HEAD_WEIGHTS, name)) is not None:
             files += [head, folder / HEAD_CONFIG]
             if not (folder / HEAD_CONFIG).is_file():

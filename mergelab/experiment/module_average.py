@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from mergelab.adapters.modules import Modules, check_alike, head_of, read_modules, write_modules
 from mergelab.engine.run import merge_to_dict
-from mergelab.errors import ConfigError
 from mergelab.models.references import local_folder, parse_reference
 from mergelab.tracking import names
 from mergelab.weights.align import AlignedModels
@@ -19,29 +18,7 @@ from mergelab.weights.source import DictSource
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergelab.config import ExperimentConfig
     from mergelab.experiment.plan import Plan
-
-_FOR_MODELS = ("passthrough", "leave_out", "vocab", "config", "untie")  # keys of `models`
-
-
-def check_module_average(config: ExperimentConfig, method: str) -> None:
-    """Check that a configuration is one of an average of modules.
-
-    Raises:
-        ConfigError: a setting is for models.
-    """
-    form = "save.form=module_average"
-    if method != "soup" or config.method.get("normalize", True) is not True:
-        raise ConfigError(f"{form}: modules are averaged by method=soup with method.normalize=true alone")
-    if config.evaluate:
-        raise ConfigError(f"{form}: needs evaluate=false; only the Adapters library runs models with such adapters")
-    if config.source == "mini":
-        raise ConfigError(f"{form}: the embedded miniature has no such adapters; give folders or hub ids")
-    if odd := [key for key in _FOR_MODELS if getattr(config.models, key)]:
-        raise ConfigError(f"models.{odd[0]}: is for models, and {form} averages modules of adapters")
-    if odd := [name for name, expert in config.models.experts.items() if expert.part is not None]:
-        raise ConfigError(f"models.experts.{odd[0]}.part: is for models, and {form} averages modules of adapters")
 
 
 class ModuleAverage:
