@@ -53,6 +53,9 @@ HEADS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "roberta's head": (library.roberta, "RobertaAdapterModel", {"id2label": {0: "x", 1: "y", 2: "z"}}),
     "distilbert's head": (library.distilbert, "DistilBertAdapterModel", {"activation_function": "relu"}),
 }
+# Adapters of one part of an encoder-decoder, and of its cross-attention alone.
+PAIR = (small.bert2bert,)
+PARTS = ("encoder", "decoder", "cross-attention")
 
 
 @pytest.fixture(scope="module")
@@ -60,37 +63,48 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path,
     """The class and the dense form of each kind, and the library's outputs."""
     folder = tmp_path_factory.mktemp("reading")
     jobs, found = [], {}
-    for number, kind in enumerate([*KINDS, *HEADS]):
+    for number, kind in enumerate([*KINDS, *HEADS, *PARTS]):
         base, adapter, out = (folder / f"{number}-{what}" for what in ("base", "adapter", "dense"))
-        build, config, inputs = KINDS.get(kind) or (HEADS[kind][0], LoRAConfig(r=2, alpha=6), TEXT)
+        build, config, inputs = KINDS.get(kind) or (*HEADS.get(kind, PAIR)[:1], LoRAConfig(r=2, alpha=6), BOTH)
+        inputs = TEXT if kind in HEADS else inputs
         model = build().double()
         model.save_pretrained(base)
         cls, before = type(model).__name__, library.outputs(model, inputs)
         if kind in HEADS:
             model = getattr(adapters, HEADS[kind][1]).from_pretrained(base)
             model.add_classification_head("a", num_labels=3, **HEADS[kind][2])
-        model = library.with_adapter(model, config)
-        model.save_adapter(str(adapter), "a", use_safetensors=number % 2 == 1)
+        part = kind if kind in PARTS[:2] else None
+        library.with_adapter(getattr(model, part) if part else model, config)
+        saved = getattr(model, part) if part else model
+        saved.save_adapter(str(adapter), "a", use_safetensors=number % 2 == 1 and kind != "cross-attention")
+        if kind == "cross-attention":
+            held = torch.load(adapter / "pytorch_adapter.bin", weights_only=True)
+            torch.save({key: held[key] for key in held if "crossattention" in key}, adapter / "pytorch_adapter.bin")
+            model = reloaded(build, base, adapter)
         if kind == "older than 1.1.0":
             file = adapter / "adapter_config.json"
             file.write_text(json.dumps(json.loads(file.read_text()) | {"version": "adapters.1.0.1"}))
-            model = build().double().from_pretrained(base, dtype=torch.float64)
-            adapters.init(model)
-            model.load_adapter(str(adapter), set_active=True, use_safetensors=number % 2 == 1)
-            model.double()
+            model = reloaded(build, base, adapter, use_safetensors=number % 2 == 1)
         outputs = library.outputs(model.eval(), inputs)
         assert before.shape != outputs.shape or not torch.allclose(before, outputs, atol=1e-3), f"{kind}: does nothing"
         found[kind] = (cls, out, outputs)
-        jobs.append((base, adapter, None, out))
+        jobs.append((base, adapter, part, out))
     library.densely(jobs, folder)
     return found
 
 
-@pytest.mark.parametrize("kind", [*KINDS, *HEADS])
+def reloaded(build: Any, base: Path, adapter: Path, **settings: Any) -> Any:
+    model = build().from_pretrained(base, dtype=torch.float64)
+    adapters.init(model)
+    model.load_adapter(str(adapter), set_active=True, **settings)
+    return model.double()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *HEADS, *PARTS])
 def test_the_dense_form_computes_what_the_library_does(kind: str, made: dict[str, tuple[str, Path, Tensor]]) -> None:
     cls, folder, expected = made[kind]
     dense = getattr(transformers, cls).from_pretrained(folder, dtype=torch.float64).eval()
-    inputs = KINDS[kind][2] if kind in KINDS else TEXT
+    inputs = TEXT if kind in HEADS else KINDS[kind][2] if kind in KINDS else BOTH
     torch.testing.assert_close(library.outputs(dense, inputs), expected, rtol=1e-9, atol=1e-9)
 
 

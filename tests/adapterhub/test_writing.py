@@ -32,6 +32,12 @@ KINDS: dict[str, tuple[Any, tuple[Any, Any], tuple[str, ...], dict[str, Tensor]]
     ),
     "at full energy": (small.t5, (LoRAConfig(r=2, alpha=6, leave_out=[0]), LoRAConfig(r=3, **EVERYWHERE)), SVD, BOTH),
     "pair": (small.bert2bert, (LoRAConfig(r=2, alpha=6, leave_out=[0]), LoRAConfig(r=3, **EVERYWHERE)), CAT, BOTH),
+    "layers left out at the merge": (
+        small.bert2bert,
+        (LoRAConfig(r=2, alpha=6), LoRAConfig(r=3)),
+        (*CAT, "models.leave_out=[1]"),
+        BOTH,
+    ),
     "fused ia3": (small.gpt2, (IA3Config(alpha=2), IA3Config(attn_matrices=["q"], output_lora=True)), IA3, TEXT),
 }
 
@@ -57,14 +63,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
     for number, kind in enumerate([*KINDS, "soup"]):
         build, configs, form, _ = KINDS.get(kind) or (small.bert, LORAS, (), TEXT)
         weights = WEIGHTS if kind in KINDS else {"a": 0.5, "b": 0.5}
-        found[kind] = prepared(folder / str(number), build, configs, weights, with_head=kind == "soup")
+        found[kind] = prepared(folder / str(number), kind, build, configs, weights)
         method = (*SUM, *form, "models.head=base") if kind in KINDS else SOUP
         jobs[f"{number}/out"] = (found[kind].base, found[kind].adapters, (*method, "save.library=adapters"))
     library.merged(folder, jobs)
     return found
 
 
-def prepared(folder: Path, build: Any, configs: Any, weights: dict[str, float], *, with_head: bool) -> Made:
+def prepared(folder: Path, kind: str, build: Any, configs: Any, weights: dict[str, float]) -> Made:
+    with_head = kind == "soup"
     build().save_pretrained(folder / "base")
     base, total = build().double().state_dict(), build().double().state_dict()
     found = {}
@@ -73,7 +80,8 @@ def prepared(folder: Path, build: Any, configs: Any, weights: dict[str, float], 
         found[name] = folder / name
         model.save_adapter(str(found[name]), name)
         for key, change in changes(model, name, base).items():
-            if with_head or not library.is_head(key):
+            left_out = kind.startswith("layers left out") and ".layer.1." in key
+            if (with_head or not library.is_head(key)) and not left_out:
                 total[key] += weights[name] * change
     return Made(folder / "base", found, total, folder / "out")
 
