@@ -104,7 +104,7 @@ def _usage(method: MergeMethod) -> str:
         "``models`` are hub ids, local folders, pairs ``{'encoder': …, 'decoder': …}`` of these, modules, pipelines\n"
         "or state dicts, ``base_index`` says which is the base; the result is of the last one's kind (a pipeline of\n"
         "``task`` for ids and folders; without ``task`` an ``EncoderDecoderModel`` for pairs and folders of such).\n"
-        "An expert may be a PEFT adapter, on the base, or without one on the base that it names.\n"
+        "An expert may be an adapter of PEFT or Adapters, on the base, or without one on the base that it names.\n"
         "An expert for one part of an encoder-decoder base is ``{'reference': …, 'part': 'encoder'}``.\n"
         "Classifiers' heads are merged in the order of the last one's labels; names that do not match are an error.\n"
         "Tensors that match ``passthrough`` skip the merge: the experts' mean is taken. The layers ``leave_out``\n"
