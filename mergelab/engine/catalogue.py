@@ -38,10 +38,13 @@ class Entry:
 
     @property
     def needs(self) -> str:
-        """What it needs beside experts: B a base, D data, G gradients, S examples that select; 2 for exactly two."""
+        """What it needs beside experts: B a base, D data, G gradients, S examples that select; 2 for exactly two.
+
+        L: experts that are LoRA adapters.
+        """
         method = self.method
         letters = ["B"] * method.needs_base + ["D"] * ("data" in method.needs) + ["G"] * ("gradients" in method.needs)
-        letters += ["S"] * ("selection" in method.needs)
+        letters += ["S"] * ("selection" in method.needs) + ["L"] * method.takes_adapters
         return " ".join([*letters, *(["2"] if method.min_experts == method.max_experts == 2 else [])])
 
     @property

@@ -28,22 +28,20 @@ if TYPE_CHECKING:
     from mergelab.adapters.changes import LowRank
     from mergelab.adapters.writing import Ia3Folder
     from mergelab.config import SaveConfig
-    from mergelab.experiment.locate import Source
+    from mergelab.experiment.locate import LocatedModels, Source
     from mergelab.experiment.merging import Merging
     from mergelab.experiment.plan import Plan
     from mergelab.experiment.session import Session
     from mergelab.weights.source import TensorSource
 
 
-def adapter_output(plan: Plan, source: Source, merging: Merging) -> AdapterOutput:
-    """Return what writes a plan's merge as an adapter; see `AdapterOutput` for the errors."""
-    located = merging.session.located
+def base_reference(plan: Plan, source: Source, located: LocatedModels) -> tuple[str, str | None]:
+    """Return what an adapter calls its base, a plan's, and at which revision."""
     assert plan.config.models.base is not None
     assert located.base is not None
     base = parse_reference(plan.config.models.base)
     assert isinstance(base, Reference)
-    where = str(located.base.folder) if base.folder or source == "mini" else str(base.repository)
-    return AdapterOutput(merging, plan.config.save, (where, base.revision))
+    return str(located.base.folder) if base.folder or source == "mini" else str(base.repository), base.revision
 
 
 class AdapterOutput:
@@ -52,14 +50,13 @@ class AdapterOutput:
     Args:
         merging: the method and the models.
         settings: the form (``lora``, ``lora_cat``, ``lora_svd`` or ``ia3``), and the rank or the energy.
-        reference: what the adapter calls its base, and at which revision.
 
     Raises:
         ConfigError: the merge cannot be written in this form; the line says in which it can.
     """
 
-    def __init__(self, merging: Merging, settings: SaveConfig, reference: tuple[str, str | None]) -> None:
-        self._merging, self._settings, self._reference = merging, settings, reference
+    def __init__(self, merging: Merging, settings: SaveConfig) -> None:
+        self._merging, self._settings = merging, settings
         self._session: Session = merging.session
         opened = self._session.opened
         base, module = opened.base, opened.experts[0].skeleton
@@ -89,11 +86,12 @@ class AdapterOutput:
                 f"is {' or '.join(LINEAR)}, with weights that keep the base; save.form=lora_svd takes any merge"
             )
 
-    def write(self, folder: Path) -> float:
+    def write(self, folder: Path, reference: str, revision: str | None) -> float:
         """Write the adapter, say what it keeps of the change, and return the seconds it took.
 
         Args:
             folder: does not exist yet, or is empty.
+            reference, revision: of the base.
 
         Raises:
             ConfigError, ModelError: something changes that the form cannot hold; or the folder cannot be written.
@@ -103,11 +101,10 @@ class AdapterOutput:
         head, updates = self._session.heads.to_save(self._session.tasks[0])
         found.heads |= head.tensors
         config = {**read_config(self._session.opened.experts[0].folder or self._folder, "a"), **updates}
-        base, revision = self._reference
         if self._settings.library == "adapters":
-            write_library_adapter(folder, found, base=base, config=config)
+            write_library_adapter(folder, found, base=reference, config=config)
         else:
-            write_adapter(folder, found, base=base, revision=revision, config=config if head.tensors else None)
+            write_adapter(folder, found, base=reference, revision=revision, config=config if head.tensors else None)
         return time.perf_counter() - started
 
     def in_memory(self) -> tuple[dict[str, Mapping[str, Tensor]], float]:

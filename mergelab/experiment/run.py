@@ -93,7 +93,7 @@ def _open_run(tracker: Tracker, plan: Plan, source: Source, parent: GridParent |
 
 def _merge_and_evaluate(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: Progress) -> ExperimentResult:
     """Open, evaluate the models that are merged, merge, evaluate the result, record and save it."""
-    from mergelab.experiment.adapter_output import adapter_output
+    from mergelab.experiment.adapter_output import AdapterOutput, base_reference
     from mergelab.experiment.loaded import open_loaded
     from mergelab.experiment.merging import Merging
     from mergelab.experiment.saving import Saving
@@ -105,7 +105,7 @@ def _merge_and_evaluate(plan: Plan, source: Source, tracker: Tracker, run: Run, 
     selection = EvaluatorSelection(evaluator) if "selection" in plan.method.needs else None
     merging = Merging(plan.method, plan.parameters, session, plan.config.seed, progress, selection or examples)
     merging.check()
-    adapter = None if plan.config.save.form == "dense" else adapter_output(plan, source, merging)
+    adapter = None if plan.config.save.form == "dense" else AdapterOutput(merging, plan.config.save)
     recording.record_models(run, session)
     recording.record_inputs(run, plan.resolved, evaluator.data.values())
 
@@ -124,7 +124,11 @@ def _merge_and_evaluate(plan: Plan, source: Source, tracker: Tracker, run: Run, 
     result = ExperimentResult(title, evaluator.note, tuple(evaluator.data), (*baselines, merged))
     recording.record_result(run, result, evaluator)
     saving = Saving(session, plan.config.save)
-    _save(plan, run, partial(saving.save, backbones) if adapter is None else adapter.write, saving.say_copied)
+    write: Callable[[Path], object] = partial(saving.save, backbones)
+    if adapter is not None:
+        reference, revision = base_reference(plan, source, session.located)
+        write = partial(adapter.write, reference=reference, revision=revision)
+    _save(plan, run, write, saving.say_copied)
     return result
 
 
@@ -154,9 +158,9 @@ def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> 
         seconds = merging.to_disk(saving, folder, merge_key(plan, session))
         saving.say_copied()
     else:
-        from mergelab.experiment.adapter_output import adapter_output
+        from mergelab.experiment.adapter_output import AdapterOutput, base_reference
 
-        seconds = adapter_output(plan, source, merging).write(folder)
+        seconds = AdapterOutput(merging, plan.config.save).write(folder, *base_reference(plan, source, located))
 
     run.set_tags(recording.calibration_tags(examples))
     recording.log_coefficients(run, examples)

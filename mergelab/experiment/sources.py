@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from mergelab.config import PairConfig, ReferenceConfig, Schema, check
 from mergelab.errors import ConfigError, ModelError
-from mergelab.models.adapted import base_reference, in_part, is_adapter_folder, on_base, open_model
+from mergelab.models.adapted import (
+    base_reference,
+    in_part,
+    is_adapter_folder,
+    on_base,
+    open_model,
+    saved_adapter,
+)
 from mergelab.models.architecture import Architecture, architecture, architecture_of
 from mergelab.models.encoder_decoder import newly_initialised
 from mergelab.models.parts import ModelPart
@@ -132,6 +139,8 @@ def from_list(models: Sequence[Any], base_index: int | None) -> list[ModelSource
 def from_given(given: Any, name: str, base: ModelSource | None = None, *, is_base: bool = False) -> ModelSource:
     """Open a model: a hub id, a folder, a pair, a part of an encoder-decoder, a module, a pipeline or a state dict.
 
+    A `peft.PeftModel` is the adapter that it would save, on the merge's base or on the one that it names.
+
     Args:
         given: the model.
         name: what errors call it where it has no name; a key of the user's.
@@ -147,6 +156,9 @@ def from_given(given: Any, name: str, base: ModelSource | None = None, *, is_bas
         return _from_part(given, name, base)
     if isinstance(given, Mapping) and any(isinstance(value, str | Path) for value in given.values()):
         return _from_reference(given, check(PairConfig, _as_text(given), name), name)
+    if type(given).__name__.startswith("PeftModel") and hasattr(given, "active_adapters") and not is_base:
+        folder = saved_adapter(given, name)
+        return from_folder(on_base(_base_folder(folder, name, base), folder, where=name), name, given=given)
     if (module := module_of(given)) is not None:
         _check_not_wrapped(module, name)
         return ModelSource(name, DictSource(name, mergeable(name, _weights(module), module)), given)
@@ -166,7 +178,8 @@ def _check_not_wrapped(module: nn.Module, name: str) -> None:
         raise ModelError(f"{name} is a {kind}; give the model inside it: model.{inner}")
     if kind.startswith("Peft"):
         raise ModelError(
-            f"{name} is a {kind}; give the model with the adapter merged into it: model.merge_and_unload()"
+            f"{name} is a {kind}, which can be an expert, on a base that is a hub id or a folder; give the model with "
+            "the adapter merged into it: model.merge_and_unload()"
         )
 
 

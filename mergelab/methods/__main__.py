@@ -17,9 +17,9 @@ from mergelab.engine.catalogue import COLUMNS, Entry, entries, entry, markdown
 from mergelab.errors import MergelabError
 
 LEGEND = (
-    "B: a base model, D: the experts' training examples, G: gradients, S: examples that select, 2: exactly two "
-    "experts\nevery number may also be given by layer or by tensor name, and many for each expert; "
-    "mergelab methods NAME describes one"
+    "B: a base model, D: the experts' training examples, G: gradients, S: examples that select, L: experts that are "
+    "LoRA adapters, 2: exactly two experts\nevery number may also be given by layer or by tensor name, and many for "
+    "each expert; mergelab methods NAME describes one"
 )
 
 

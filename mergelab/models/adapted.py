@@ -27,10 +27,11 @@ from mergelab.models.tokens import CHAT_TEMPLATE, copy_companions
 from mergelab.weights.adapters import ADAPTER_CONFIG
 from mergelab.weights.checkpoint import CONFIG, Checkpoint, open_checkpoint
 from mergelab.weights.companions import companion_files
+from mergelab.weights.content import content_digest
 from mergelab.weights.json_files import read_config, read_json
 from mergelab.weights.shards import write_json
 
-HOME = "adapted"  # in the cache
+HOME, SAVED = "adapted", "saved_adapters"  # in the cache
 MARKER = "mergelab_adapter.json"
 
 
@@ -49,6 +50,42 @@ def base_reference(folder: Path, where: str) -> str:
     if base is None:
         raise ModelError(f"{where}: the adapter does not name its base (base_model_name_or_path); give it as the base")
     return f"{base}@{revision}" if revision and not Path(base).is_dir() else base
+
+
+def saved_adapter(module: Any, where: str) -> Path:
+    """Save the active adapter of a `peft.PeftModel` in the cache, as it would save it, and return its folder.
+
+    Args:
+        module: the model; what it has in its base is not looked at.
+        where: what errors call it.
+
+    Raises:
+        ModelError: several adapters are active, or it cannot be saved.
+    """
+    from peft import get_peft_model_state_dict
+
+    active = module.active_adapters
+    if len(active) != 1:
+        raise ModelError(f"{where} has {len(active)} active adapters ({', '.join(active)}); activate one: set_adapter")
+    (name,) = active
+    tensors = get_peft_model_state_dict(module, adapter_name=name)
+    described = json.dumps(module.peft_config[name].to_dict(), default=lambda value: str(sorted(value, key=str)))
+    config: Any = getattr(module.get_base_model(), "config", None)
+    own = json.dumps(config.to_dict() if hasattr(config, "to_dict") else {}, default=str)
+    parts = {
+        "tensors": {key: content_digest(tensor.detach().cpu()) for key, tensor in tensors.items()},
+        "adapter": described,
+        "config": own,
+    }
+
+    def write(folder: Path) -> None:
+        module.save_pretrained(folder, selected_adapters=[name])
+        if name != "default":
+            for file in list((folder / name).iterdir()):
+                file.rename(folder / file.name)
+        write_json(folder / CONFIG, json.loads(own))
+
+    return made(SAVED, parts, write)
 
 
 def on_base(base: Path, adapter: Path, *, where: str, part: str | None = None) -> Path:

@@ -11,7 +11,7 @@ from mergelab.engine.registry import check_parameters, get_method
 from mergelab.evaluation.results import ExperimentResult, ModelResult
 from mergelab.evaluation.scoring import compare
 from mergelab.experiment import recording
-from mergelab.experiment.adapter_output import adapter_output
+from mergelab.experiment.adapter_output import AdapterOutput, base_reference
 from mergelab.experiment.loaded import LoadedModels, open_loaded
 from mergelab.experiment.logged import Measured, measure_merged, with_logged
 from mergelab.experiment.merging import Merging
@@ -119,7 +119,9 @@ def _save(
     session, weights = loaded.session, expert_weights(plan)
     if plan.config.save.form != "dense":
         merging = Merging(plan.method, plan.parameters, session, plan.config.seed, progress, examples, weights)
-        keep(adapter_output(plan, source, merging).write, run, plan.config.output, log=log)
+        reference, revision = base_reference(plan, source, session.located)
+        adapter = AdapterOutput(merging, plan.config.save)
+        keep(partial(adapter.write, reference=reference, revision=revision), run, plan.config.output, log=log)
         return
     backbones, _ = loaded.merged(plan.method, plan.parameters, examples, progress, weights)
     saving = Saving(session, plan.config.save)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,11 +105,13 @@ def adapter(folder: Path, model: Any, config: Any, *, seed: int = 0, scale: floa
     return folder, wrapped
 
 
-def tokenizer(folder: Path) -> None:
-    """Write a tokenizer with a word for each row of the embeddings."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(43))]
+def tokenizer(folder: Path, texts: Sequence[str] = ()) -> None:
+    """Write a tokenizer with a word for each row of the embeddings: the most frequent ones of texts."""
+    counted = Counter(re.findall(r"\w+", " ".join(texts).lower()))
+    usual = [*(word for word, _ in counted.most_common(43)), *(f"w{number}" for number in range(43))][:43]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *usual]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    transformers.BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    transformers.BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
 
 
 def loaded(checkpoint: Any) -> nn.Module:

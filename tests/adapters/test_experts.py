@@ -15,19 +15,20 @@ import transformers
 from safetensors.torch import load_file
 
 import mergelab as ml
-from mergelab.engine.registry import get_method, method_names
+from mergelab.engine.registry import get_method
 from mergelab.errors import ModelError
 from mergelab.models.adapted import on_base, open_model
 from mergelab.models.encoder_decoder import NEW, newly_initialised
 from mergelab.weights.writer import save_folder
 from tests.adapters import made as small
 from tests.conftest import Outcome
+from tests.methods.toy import OF_WEIGHTS
 from tests.standins import glue_table
 
 Command = Callable[..., Outcome]
 peft = pytest.importorskip("peft")
 
-METHODS = [method for method in method_names() if not get_method(method).needs]
+METHODS = [method for method in OF_WEIGHTS if not get_method(method).needs]
 
 
 def dense(folder: Path, base: Path, adapter: Path) -> Path:

@@ -153,7 +153,14 @@ def test_a_dense_expert_is_extracted(kind: str, tmp_path: Path, mergelab_command
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
-    "evaluated": (("save.form=lora_cat", "evaluate=true"), {}, "save.form=lora_cat: needs evaluate=false"),
+    "lora of weights": (("save.form=lora",), {}, "save.form=lora: is for methods that combine factors, such as"),
+    "cat of factors": (
+        ("save.form=lora_cat", "method=peft_linear"),
+        {},
+        "save.form=lora_cat: peft_linear makes factors of its own, which save.form=lora writes",
+    ),
+    "dora in factors": (("method=peft_linear",), {"use_dora": True}, "by DoRA, and peft_linear combines LoRA factors"),
+    "ranks in factors": (("method=peft_ties",), {}, "the ranks of bert.encoder"),
     "no rank": (("save.form=lora_svd",), {}, "save.form=lora_svd: give one of save.rank and save.energy"),
     "both": (("save.form=lora_svd", "save.rank=2", "save.energy=0.9"), {}, "give one of save.rank and save.energy"),
     "rank of a dense model": (("save.rank=2",), {}, "save.rank: belongs to save.form=lora_svd"),

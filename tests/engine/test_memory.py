@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mergelab.engine.registry import get_method, method_names
+from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge
 from mergelab.estimation.input_gram import InputGram, InputGramSums
 from mergelab.methods import regmean as regmean_module
 from mergelab.methods.regmean import regmean
 from mergelab.ops.site import Site
 from mergelab.weights.align import AlignedModels
-from tests.methods.toy import aligned, output_of
+from tests.methods.toy import OF_WEIGHTS, aligned, output_of
 
 ROWS, COLUMNS = 40_000, 48  # many blocks of any method's
 LARGEST = 4 * ROWS * COLUMNS
@@ -64,7 +64,7 @@ def test_copies_are_counted() -> None:
     assert most_copies(work) == pytest.approx(2, abs=0.01)
 
 
-@pytest.mark.parametrize("name", [name for name in method_names() if not get_method(name).needs])
+@pytest.mark.parametrize("name", [name for name in OF_WEIGHTS if not get_method(name).needs])
 def test_no_method_holds_more_than_three_copies_of_the_largest_tensor_beside_one_for_each_expert(
     name: str, models: AlignedModels
 ) -> None:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from mergelab.engine import request
-from mergelab.engine.registry import get_method, method_names
+from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge, merge_to_dict
 from mergelab.engine.warm_session import MergeSession
 from mergelab.errors import ConfigError, NonFinite
 from mergelab.ops import workspace
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.source import TensorSource
-from tests.methods.toy import SHAPES, aligned, merged, merged_x, one_tensor, toy_models
+from tests.methods.toy import OF_WEIGHTS, SHAPES, aligned, merged, merged_x, one_tensor, toy_models
 
 
 class Watched:
@@ -61,7 +61,7 @@ def test_tensors_come_one_by_one_then_integers_then_aliases(
     assert [name for name, _ in steps] == ["layer.weight", "layer.bias", "gate", "head", "ids", "tied"]
 
 
-PLAIN = [name for name in method_names() if get_method(name).prepare is None and get_method(name).kind == "tensor"]
+PLAIN = [name for name in OF_WEIGHTS if get_method(name).prepare is None and get_method(name).kind == "tensor"]
 
 
 @pytest.mark.parametrize("method", PLAIN)
@@ -148,7 +148,7 @@ def test_tensors_laid_out_in_other_ways_are_the_same_tensors() -> None:
 
 def test_tensors_without_entries_stay_so() -> None:
     empty = {"x": torch.zeros(0, 4), "y": torch.ones(2)}
-    for method in method_names():
+    for method in OF_WEIGHTS:
         models = aligned(empty, [dict(empty), dict(empty)])
         assert merged(method, models)["x"].shape == (0, 4)
 

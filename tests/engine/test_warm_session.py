@@ -11,15 +11,15 @@ from torch import Tensor
 
 from mergelab.engine import warm_session
 from mergelab.engine.method import MergeMethod
-from mergelab.engine.registry import get_method, method_names
+from mergelab.engine.registry import get_method
 from mergelab.engine.warm_session import MergeSession, residence
 from mergelab.errors import ConfigError, KeyMismatch, ModelError, ShapeMismatch
 from mergelab.weights.align import AlignedModels
 from tests.methods.test_contract import models_for
-from tests.methods.toy import SHAPES, few_steps, merged, one_tensor, output_of, toy_models
+from tests.methods.toy import OF_WEIGHTS, SHAPES, few_steps, merged, one_tensor, output_of, toy_models
 from tests.methods.toy_data import ToyExamples
 
-METHODS = method_names()
+METHODS = OF_WEIGHTS
 SECOND: dict[str, Any] = {"density": 0.37, "t": 0.8, "gamma": 0.05, "weights": None}
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mergelab.engine.registry import get_method, method_names
+from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge_to_dict
 from mergelab.errors import ConfigError
 from mergelab.weights.align import AlignedModels, align
@@ -20,7 +20,7 @@ from mergelab.weights.module import copy_module, load_into
 from mergelab.weights.source import DictSource
 from tests.methods.tiny_classifiers import classifier, padded_batches
 from tests.methods.tiny_writers import COUNT, is_pair, padded_texts, writer
-from tests.methods.toy import few_steps, output_of
+from tests.methods.toy import OF_WEIGHTS, few_steps, output_of
 
 KINDS = ["bert", "gpt2", "llama", "t5", "bert2gpt2"]
 NAMES = ("first", "second", "third")
@@ -112,7 +112,7 @@ def merged(name: str, kind: str, models: AlignedModels) -> dict[str, Tensor]:
 
 
 NO_SENSE = [("adamerging", kind) for kind in KINDS[1:]] + [("zipit", kind) for kind in KINDS if is_pair(kind)]
-MAKE_SENSE = [(name, kind) for name in method_names() for kind in KINDS if (name, kind) not in NO_SENSE]
+MAKE_SENSE = [(name, kind) for name in OF_WEIGHTS for kind in KINDS if (name, kind) not in NO_SENSE]
 
 
 @pytest.mark.filterwarnings("ignore::mergelab.errors.MergeWarning")

@@ -18,9 +18,9 @@ from mergelab.engine.run import merge
 from mergelab.errors import ConfigError, NonFinite
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.source import DictSource
-from tests.methods.toy import SHAPES, aligned, merged, output_of, streamed, tensors, toy_models
+from tests.methods.toy import OF_WEIGHTS, SHAPES, aligned, merged, output_of, streamed, tensors, toy_models
 
-METHODS = method_names()
+METHODS = OF_WEIGHTS
 ELEMENTWISE = [name for name in METHODS if get_method(name).elementwise]
 UNORDERED = [name for name in METHODS if not get_method(name).order_matters]
 WITH_IDENTITY = [name for name in METHODS if get_method(name).identical_at is not None]
@@ -50,7 +50,7 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", method_names())
 def test_the_config_file_states_the_functions_own_name_and_defaults(name: str) -> None:
     config = method_config(name)
     method = get_method(name)
@@ -62,7 +62,7 @@ def test_the_config_file_states_the_functions_own_name_and_defaults(name: str) -
     assert all(type(config[key]) is type(default) for key, default in defaults.items())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", method_names())
 def test_the_docstring_says_formula_arguments_and_result(name: str) -> None:
     method = get_method(name)
     text = method.function.__doc__ or ""
@@ -215,14 +215,14 @@ def test_the_same_request_gives_the_same_bits_and_leaves_the_global_generator_al
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", method_names())
 def test_an_unknown_parameter_is_an_error_before_a_tensor_is_read(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"method\.denisty: {name} has no such parameter"):
         merge(get_method(name), {"denisty": 0.1}, models_for(name))
 
 
 def out_of_range() -> Iterator[tuple[str, str, Any]]:
-    for name in METHODS:
+    for name in method_names():
         for parameter, field in get_method(name).parameters.model_fields.items():
             yield name, key_of(parameter), "text that is no value"
             if field.annotation is float:

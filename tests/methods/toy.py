@@ -12,7 +12,7 @@ import xxhash
 from torch import Tensor
 
 from mergelab.engine.method import MergeMethod
-from mergelab.engine.registry import get_method
+from mergelab.engine.registry import get_method, method_names
 from mergelab.engine.run import merge, merge_to_dict
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.source import DictSource
@@ -20,6 +20,8 @@ from tests.methods.toy_data import ToyExamples
 
 SHAPES = {"embed": (300, 257), "layer.weight": (17, 33), "layer.bias": (33,), "gate": (), "head": (3, 33)}
 NAMES = ("pear", "apple", "quince", "fig", "medlar")
+# The methods that merge any models; those that combine adapters' factors have tests/adapters/test_modes.py.
+OF_WEIGHTS = tuple(name for name in method_names() if not get_method(name).takes_adapters)
 
 
 def tensors(make: Callable[[tuple[int, ...]], Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
