@@ -111,6 +111,7 @@ def read_library(files: AdapterFiles) -> Adapter:
         class_name=head.class_name,
         fan_in_fan_out=False,
         keeps_ties=True,
+        model_type=str(config["model_type"]) if config.get("model_type") else None,
         label2id=head.label2id,
         tensors=dict(head.tensors),
     )

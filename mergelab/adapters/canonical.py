@@ -42,6 +42,7 @@ class Adapter:
         class_name: the class of its base, where it says so.
         fan_in_fan_out: whether it was made for (inputs, outputs) weights, where the base's modules do not tell.
         keeps_ties: whether what it changes at one end of tied embeddings holds for both.
+        model_type: the type of its base (``model_type`` in configs), where it says so.
         label2id: the numbers of its head's labels, by name, where it has them.
         factors: low-rank changes, by layer.
         magnitudes: DoRA's lengths, by layer.
@@ -59,6 +60,7 @@ class Adapter:
     class_name: str | None
     fan_in_fan_out: bool
     keeps_ties: bool
+    model_type: str | None = None
     label2id: Mapping[str, int] = field(default_factory=dict)
     factors: dict[str, Factors] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)

@@ -61,6 +61,7 @@ def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placem
             f"{adapter.name}: its base {base.name} is quantised; give the unquantised one, on which adapters that were "
             "trained with a quantised base (QLoRA) are merged too"
         )
+    _check_type(adapter, base)
     class_name = adapted_class(adapter.task_type, adapter.class_name, base.config)
     module = skeleton(base.folder, {**base.config, "architectures": [class_name]})
     names = named(adapter.names, base, module, class_name, adapter.name, part)
@@ -73,6 +74,16 @@ def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placem
     _check_whole(module, names, new, base, adapter)
     real = _without_copies(ties, names)
     return Placement(class_name, names.source, real, new, ties.apart, _sizes(module, names, changes, new))
+
+
+def _check_type(adapter: Adapter, base: Checkpoint) -> None:
+    """Check that a base, or a part of it, is of the type that an adapter says it was made for."""
+    parts = (base.config, base.config.get("encoder"), base.config.get("decoder"))
+    types = [str(part.get("model_type")) for part in parts if isinstance(part, dict)]
+    if adapter.model_type is not None and adapter.model_type not in types:
+        raise ModelError(
+            f"{adapter.name}: it was trained on a model of type {adapter.model_type}, and {base.name} is a {types[0]}"
+        )
 
 
 def _changes(adapter: Adapter, names: Names, module: nn.Module | None) -> Iterable[tuple[str, Change]]:

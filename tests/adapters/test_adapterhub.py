@@ -132,6 +132,14 @@ def settings(**changed: Any) -> Callable[[Path], None]:
     return apply
 
 
+def model_type(name: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": name}))
+
+    return apply
+
+
 def tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         held = torch.load(folder / "pytorch_adapter.bin", weights_only=True)
@@ -203,6 +211,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
         tensors(lambda held: held.update({B: torch.ones(20, 2)})),
         r"trained for a .*query.weight of shape \[20, 16\].*belongs to another base",
     ),
+    "another type": (model_type("roberta"), r"was trained on a model of type roberta, and the base is a bert"),
     "no such names": (
         tensors(lambda held: [held.update({key.replace("query", "mixer"): held.pop(key)}) for key in list(held)]),
         r"2 of 4 names of the adapter match nothing in the base",
