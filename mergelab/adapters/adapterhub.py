@@ -80,6 +80,11 @@ def _check_lora(part: Mapping[str, Any], name: str) -> None:
             f"{name}: use_gating=true in its adapter_config.json: its gates depend on the input, so that it is no "
             "change of weights; no merge can hold it"
         )
+    if part.get("use_dora"):
+        raise ModelError(
+            f"{name}: use_dora=true in its adapter_config.json: DoRA of the Adapters library computes something else "
+            "than its own merge_adapter (scale and biases), and cannot be merged; DoRA of PEFT can"
+        )
     if part.get("composition_mode", "add") not in ("add", "scale"):
         raise ModelError(f"{name}: composition_mode={part['composition_mode']!r:.60} must be add or scale")
     odd = [key for key, value in part.items() if key not in _KNOWN and value not in (None, False, {}, [])]

@@ -51,6 +51,16 @@ HEADS: dict[str, tuple[Any, str, dict[str, Any]]] = {
         {"layers": 1, "activation_function": None, "use_pooler": True},
     ),
     "roberta's head": (library.roberta, "RobertaAdapterModel", {"id2label": {0: "x", 1: "y", 2: "z"}}),
+    "gpt2's head": (
+        lambda: small.gpt2("GPT2ForSequenceClassification"),
+        "GPT2AdapterModel",
+        {"layers": 1, "activation_function": None, "bias": False},
+    ),
+    "llama's head": (
+        lambda: small.llama("LlamaForSequenceClassification"),
+        "LlamaAdapterModel",
+        {"layers": 1, "activation_function": None, "bias": False},
+    ),
     "distilbert's head": (library.distilbert, "DistilBertAdapterModel", {"activation_function": "relu"}),
 }
 # Adapters of one part of an encoder-decoder, and of its cross-attention alone.

@@ -183,7 +183,7 @@ A, B = f"{QUERY}.loras.a.lora_A", f"{QUERY}.loras.a.lora_B"
 TWO_LAYERS = {"head_type": "classification", "layers": 2, "activation_function": "tanh", "bias": True}
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "gate": (settings(use_gating=True), r"use_gating=true .* its gates depend on the input"),
-    "dora": (settings(use_dora=True), r"use_dora=True in its adapter_config.json cannot be merged"),
+    "dora": (settings(use_dora=True), r"use_dora=true .* and cannot be merged; DoRA of PEFT can"),
     "vera": (settings(vera_d=0.1), r"vera_d=0.1 in its"),
     "unknown": (settings(something=3), r"something=3 in its adapter_config.json cannot be merged"),
     "mode": (settings(composition_mode="mul"), r"composition_mode='mul' must be add or scale"),
