@@ -72,6 +72,13 @@ def check_library_settings(config: Mapping[str, Any], name: str) -> None:
         _check_lora(part, name)
     if len(parts_of(config, name)) > 1:
         raise ModelError(f"{name}: it is a union of several LoRA parts, which the Adapters library itself cannot load")
+    (part,) = parts_of(config, name)
+    if part is not config["config"] and _scales_by_rank(config) and part.get("alpha") != part.get("r"):
+        raise ModelError(
+            f"{name}: it is a union of version {config['version']}, where LoRA was trained without its scale "
+            f"(alpha={part.get('alpha')}, r={part.get('r')}), which the library does not heed in unions; save it again "
+            "without the union"
+        )
 
 
 def _check_lora(part: Mapping[str, Any], name: str) -> None:
@@ -174,8 +181,8 @@ def _scales_by_rank(config: Mapping[str, Any]) -> bool:
     match = _VERSION.match(str(config.get("version")))
     if match is None:
         return False
-    before = (int(match[1]), int(match[2])) < (1, 1) or ((match[1], match[2]) == ("1", "1") and match[3] is not None)
-    return before
+    release = int(match[1]), int(match[2])
+    return release < (1, 1) or (release == (1, 1) and match[3] is not None)
 
 
 def _alpha(part: Mapping[str, Any], layer: str, name: str) -> float:

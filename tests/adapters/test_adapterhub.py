@@ -132,10 +132,10 @@ def settings(**changed: Any) -> Callable[[Path], None]:
     return apply
 
 
-def model_type(name: str) -> Callable[[Path], None]:
+def described(**changed: str) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         file = folder / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": name}))
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed))
 
     return apply
 
@@ -194,6 +194,12 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "prefix": (settings(architecture="prefix_tuning"), r"has a prefix-tuning part"),
     "union": (settings(architecture="union", configs=[LORA, BOTTLENECK]), r"has a bottleneck part"),
     "two": (settings(architecture="union", configs=[LORA, LORA]), r"a union of several LoRA parts"),
+    "old union": (
+        lambda folder: both(
+            settings(architecture="union", configs=[LORA]), described(version="adapters.1.0.0"), folder
+        ),
+        r"a union of version adapters.1.0.0, where LoRA was trained without its scale \(alpha=6, r=2\)",
+    ),
     "empty union": (settings(architecture="union", configs=[]), r"the union in its adapter_config.json has no"),
     "A without B": (tensors(lambda held: held.pop(B)), r"query has lora_A without lora_B"),
     "B without A": (tensors(lambda held: held.pop(A)), r"query has lora_B without lora_A, and its composition_mode"),
@@ -211,7 +217,10 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
         tensors(lambda held: held.update({B: torch.ones(20, 2)})),
         r"trained for a .*query.weight of shape \[20, 16\].*belongs to another base",
     ),
-    "another type": (model_type("roberta"), r"was trained on a model of type roberta, and the base is a bert"),
+    "another type": (
+        described(model_type="roberta"),
+        r"was trained on a model of type roberta, and the base is a bert",
+    ),
     "no such names": (
         tensors(lambda held: [held.update({key.replace("query", "mixer"): held.pop(key)}) for key in list(held)]),
         r"2 of 4 names of the adapter match nothing in the base",
