@@ -82,7 +82,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path,
         cls, before = type(model).__name__, library.outputs(model, inputs)
         if kind in HEADS:
             model = getattr(adapters, HEADS[kind][1]).from_pretrained(base)
-            model.add_classification_head("a", num_labels=3, **HEADS[kind][2])
+            head = {"head_type": "classification", "num_labels": 3, "layers": 2, "activation_function": "tanh"}
+            model.add_prediction_head_from_config("a", head | HEADS[kind][2])
         part = kind if kind in PARTS[:2] else None
         library.with_adapter(getattr(model, part) if part else model, config)
         saved = getattr(model, part) if part else model
