@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tests.conftest import Outcome
 
 LORA = {
     **{"architecture": "lora", "selfattn_lora": True, "intermediate_lora": False, "output_lora": False},
@@ -74,3 +77,16 @@ def bottleneck(*, name: str = "a", seed: int = 0) -> dict[str, Tensor]:
         for number, (leaf, shape) in enumerate(shapes.items()):
             found[start + leaf] = drawn(*shape, seed=100 * seed + 10 * at + number)
     return found
+
+
+def merged(
+    command: Callable[..., Outcome], base: Path, adapters: Mapping[str, Any], *arguments: str, code: int = 0
+) -> Outcome:
+    """Merge adapters from the command line, without evaluating, into ``out``."""
+    experts = ", ".join(f"{name}: {given}" for name, given in adapters.items())
+    outcome = command(
+        *(f"models.base={base}", f"models.experts={{{experts}}}", "task=rte", "evaluate=false", "tracking=none"),
+        *("output=out", *arguments),
+    )
+    assert outcome.code == code, outcome.err
+    return outcome
