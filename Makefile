@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast check audit clean
+.PHONY: demo test test-fast test-adapters check audit clean
 
 demo: .venv/ready-run
 	$(BIN)/python -m mergelab method=ties task=rte
@@ -13,6 +13,11 @@ test: .venv/ready-dev check
 # What a contributor runs before every commit: without the tests marked slow.
 test-fast: .venv/ready-dev
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m "not slow"
+
+# What needs the Adapters library, which trains, saves and loads adapters in an environment of its own with an older
+# transformers; merging is done in .venv, which has neither.
+test-adapters: .venv-adapters/ready .venv/ready-run
+	.venv-adapters/bin/python -m pytest --confcutdir tests/adapterhub tests/adapterhub
 
 check: .venv/ready-dev
 	$(BIN)/ruff check .
@@ -38,5 +43,10 @@ audit: .venv/ready-dev
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ .venv/ready-run
 
+.venv-adapters/ready: constraints-adapters.txt
+	$(PYTHON) -m venv .venv-adapters
+	.venv-adapters/bin/pip install --quiet --constraint constraints-adapters.txt adapters torch pytest
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-adapters

@@ -297,16 +297,18 @@ class SaveConfig(Schema):
             raise ValueError("must be above 0")
         return size
 
-    form: Literal["dense", "lora", "lora_cat", "lora_svd", "ia3"] | None = None
+    form: Literal["dense", "lora", "lora_cat", "lora_svd", "ia3", "module_average"] | None = None
     """As a model, or as an adapter on the base.
 
     ``lora``: the factors that a method combines; ``lora_cat``: LoRA adapters joined exactly; ``lora_svd``: any merge at
-    a rank or an energy; ``ia3``: IA³ adapters added up. None: ``lora`` for methods that combine factors, else
-    ``dense``.
+    a rank or an energy; ``ia3``: IA³ adapters added up; ``module_average``: bottleneck and prefix adapters averaged.
+    None: ``lora`` for methods that combine factors, else ``dense``.
     """
     rank: Annotated[int, Field(ge=1)] | None = None
     energy: Annotated[float, Field(gt=0, le=1)] | None = None
     """For ``lora_svd`` one of these two: the rank of each layer, or the share of its squared change to keep."""
+    library: Literal["peft", "adapters"] | None = None
+    """Which library an adapter is written for; None: PEFT."""
 
     @property
     def max_shard_bytes(self) -> int:

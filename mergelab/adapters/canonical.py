@@ -113,6 +113,8 @@ class Adapter:
         residual: whether its base is what PiSSA leaves of the one that it names.
         target_parameters: ends of the names of parameters that are no layer's weight, as PEFT was told them.
         settings: its configuration.
+        model_type: the type of its base (``model_type`` in configs), where it says so.
+        label2id: the numbers of its head's labels, by name, where it has them.
         factors: low-rank changes, by layer.
         stacks: low-rank changes of such parameters, by their names.
         products: changes that are products of matrices of any rank, by layer: LoHa and LoKr.
@@ -136,6 +138,8 @@ class Adapter:
     residual: bool = False
     target_parameters: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    model_type: str | None = None
+    label2id: Mapping[str, int] = field(default_factory=dict)
     factors: dict[str, Factors] = field(default_factory=dict)
     stacks: dict[str, Stack] = field(default_factory=dict)
     products: dict[str, Product] = field(default_factory=dict)

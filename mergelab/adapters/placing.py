@@ -69,6 +69,7 @@ def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placem
             f"{adapter.name}: its base {base.name} is quantised; give the unquantised one, on which adapters that were "
             "trained with a quantised base (QLoRA) are merged too"
         )
+    _check_type(adapter, base)
     class_name = adapted_class(adapter.task_type, adapter.class_name, base.config)
     module = skeleton(base.folder, {**base.config, "architectures": [class_name]})
     adapter = with_parameters(adapter, module)
@@ -86,7 +87,18 @@ def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placem
     _check_shapes(ties, names, adapter, base)
     _drop_copies(ties, names)
     _check_whole(module, names, new, base, adapter)
-    return Placement(class_name, names.source, ties.changes, new, ties.apart, _sizes(module, names, changes, new))
+    real = _without_copies(ties, names)
+    return Placement(class_name, names.source, real, new, ties.apart, _sizes(module, names, changes, new))
+
+
+def _check_type(adapter: Adapter, base: Checkpoint) -> None:
+    """Check that a base, or a part of it, is of the type that an adapter says it was made for."""
+    parts = (base.config, base.config.get("encoder"), base.config.get("decoder"))
+    types = [str(part.get("model_type")) for part in parts if isinstance(part, dict)]
+    if adapter.model_type is not None and adapter.model_type not in types:
+        raise ModelError(
+            f"{adapter.name}: it was trained on a model of type {adapter.model_type}, and {base.name} is a {types[0]}"
+        )
 
 
 def _changes(
@@ -306,6 +318,18 @@ def _check_shapes(ties: Ties, names: Names, adapter: Adapter, base: Checkpoint) 
                     f"is {dtype_and_shape(stored, dtype)}: it belongs to another base"
                 )
             shape = after
+
+
+def _without_copies(ties: Ties, names: Names) -> dict[str, list[Change]]:
+    """Leave out copies of the base's own tensors, as libraries save them with a head."""
+    found: dict[str, list[Change]] = {}
+    for name, changes in ties.changes.items():
+        first = changes[0]
+        stored = names.source.get(ties.apart.get(name, name)) if isinstance(first, Replacement) else None
+        is_copy = stored is not None and first.same_as(Replacement(stored))
+        if own := changes[1:] if is_copy else changes:
+            found[name] = own
+    return found
 
 
 def _wanted(change: Change) -> list[int] | str:

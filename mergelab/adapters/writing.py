@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,17 @@ class LoraFolder:
         if leaf == "weight" and layer in self.sums:
             changes.append(LowRank(*joined(self.sums[layer], torch.float32), 1.0))
         return apply_all(changes, tensor) if changes else tensor
+
+    def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return A (r, inputs) and B (outputs, r) of each layer but embeddings, however its weight is stored."""
+        found = dict(self.factors)
+        found |= {layer: joined(changes, torch.float32) for layer, changes in self.sums.items()}
+        kinds = {layer: self.module.get_submodule(layer) for layer in found}
+        return {
+            layer: (left.T, right.T) if type(kinds[layer]).__name__ == "Conv1D" else (right, left)
+            for layer, (left, right) in found.items()
+            if not isinstance(kinds[layer], nn.Embedding)
+        }
 
     def tensors(self, *, stand_ins: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors under PEFT's names; with ``stand_ins`` nothing is joined, and only the shapes are right."""
@@ -231,17 +243,28 @@ def write_adapter(
     """
     if not adapter.layers:
         raise ModelError(f"{folder}: the merged model is its base, so that there is nothing to write as an adapter")
+    with whole_folder(folder) as making:
+        _write_weights(adapter, making)
+        if sites := adapter.sites():
+            write_json_file(making / SITES, sites)
+        if config is not None:
+            write_json_file(making / "config.json", config)
+        write_json_file(making / ADAPTER_CONFIG, adapter.config(base, revision))
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder, which becomes ``folder`` when the block ends without an error.
+
+    Raises:
+        ModelError: the folder is in use or cannot be written.
+    """
     check_target(folder, [])
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
         try:
-            _write_weights(adapter, making)
-            if sites := adapter.sites():
-                _json(making / SITES, sites)
-            if config is not None:
-                _json(making / "config.json", config)
-            _json(making / ADAPTER_CONFIG, adapter.config(base, revision))
+            yield making
             making.chmod(0o755)
             os.rename(making, folder)
         finally:
@@ -263,5 +286,6 @@ def _write_weights(adapter: LoraFolder | Ia3Folder, folder: Path) -> None:
     os.replace(folder / "model.safetensors", folder / PEFT_WEIGHTS[0])
 
 
-def _json(file: Path, content: Mapping[str, Any]) -> None:
+def write_json_file(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergelab.adapters import factored
+from mergelab.adapters.adapterhub_writing import check_library_model, write_library_adapter
 from mergelab.adapters.changes import LowRank, joined
 from mergelab.adapters.checkpoint import AdaptedCheckpoint
 from mergelab.adapters.deltas import delta_of
@@ -71,6 +72,8 @@ class AdapterOutput:
             raise ConfigError(
                 f"save.form={settings.form}: an adapter has its base's tokens and ties; save.form=dense can hold others"
             )
+        if settings.library == "adapters":
+            check_library_model(read_config(base.folder, "the base"))
         self._base: TensorSource = opened.aligned.base
         self._folder, self._module = base.folder, module
         self._names = self._in_module(module, opened.aligned.names)
@@ -97,7 +100,10 @@ class AdapterOutput:
         head, updates = self._session.heads.to_save(self._session.tasks[0])
         found.heads |= head.tensors
         config = {**read_config(self._session.opened.experts[0].folder or self._folder, "a"), **updates}
-        write_adapter(folder, found, base=reference, revision=revision, config=config if head.tensors else None)
+        if self._settings.library == "adapters":
+            write_library_adapter(folder, found, base=reference, config=config)
+        else:
+            write_adapter(folder, found, base=reference, revision=revision, config=config if head.tensors else None)
         return time.perf_counter() - started
 
     def in_memory(self) -> tuple[dict[str, Mapping[str, Tensor]], float]:

@@ -28,12 +28,12 @@ class Measured:
 
     Attributes:
         result: its scores, seconds and memory; of a pruned trial the scores on the examples it was measured on.
-        session: the opened models that were merged.
+        session: the opened models that were merged; None where adapters were averaged without a model.
         backbones: the merged tensors by task and name; empty for the base, an expert, and a merge written to disk.
     """
 
     result: ModelResult
-    session: Session
+    session: Session | None
     backbones: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 

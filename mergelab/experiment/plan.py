@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mergelab.tracking import TrackingConfig
 
 _NOT_THE_EXPERIMENT = ("hydra", "experiment", "sweep")
+_FOR_MODELS = ("passthrough", "leave_out", "vocab", "config", "untie")  # keys of `models`
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def plan_experiment(config: DictConfig) -> Plan:
         raise ConfigError(reason)
     if not checked.evaluate and checked.output is None:
         raise ConfigError("evaluate=false: nothing would be made; say where the merged model goes with output=<folder>")
-    _check_form(checked)
+    _check_form(checked, method.name)
     if checked.output is not None:
         check_output(checked.output, checked.models)
     return Plan(
@@ -157,7 +158,7 @@ def _with_form(config: ExperimentConfig, method: MergeMethod) -> ExperimentConfi
     return config.model_copy(update={"save": config.save.model_copy(update={"form": chosen})})
 
 
-def _check_form(config: ExperimentConfig) -> None:
+def _check_form(config: ExperimentConfig, method: str) -> None:
     """Check that what a merged model is written as fits the rest.
 
     Raises:
@@ -170,11 +171,37 @@ def _check_form(config: ExperimentConfig) -> None:
         key = "rank" if save.rank is not None else "energy"
         raise ConfigError(f"save.{key}: belongs to save.form=lora_svd, and save.form is {save.form}")
     if save.form == "dense":
+        if save.library is not None:
+            raise ConfigError(f"save.library={save.library}: is for adapters (save.form=lora_cat, lora_svd, ia3, …)")
+        return
+    if save.form == "module_average":
+        if save.library == "peft":
+            raise ConfigError("save.library=peft: save.form=module_average is for adapters of the Adapters library")
+        _check_module_average(config, method)
         return
     if not isinstance(config.models.base, str):
         raise ConfigError(f"save.form={save.form}: an adapter needs a base (models.base) that is a folder or a hub id")
     if save.dtype is not None:
         raise ConfigError(f"save.dtype={save.dtype}: adapters are written in float32; leave it out")
+
+
+def _check_module_average(config: ExperimentConfig, method: str) -> None:
+    """Check that a configuration is one of an average of modules.
+
+    Raises:
+        ConfigError: a setting is for models.
+    """
+    form = "save.form=module_average"
+    if method != "soup" or config.method.get("normalize", True) is not True:
+        raise ConfigError(f"{form}: modules are averaged by method=soup with method.normalize=true alone")
+    if config.evaluate:
+        raise ConfigError(f"{form}: needs evaluate=false; only the Adapters library runs models with such adapters")
+    if config.source == "mini":
+        raise ConfigError(f"{form}: the embedded miniature has no such adapters; give folders or hub ids")
+    if odd := [key for key in _FOR_MODELS if getattr(config.models, key)]:
+        raise ConfigError(f"models.{odd[0]}: is for models, and {form} averages modules of adapters")
+    if odd := [name for name, expert in config.models.experts.items() if expert.part is not None]:
+        raise ConfigError(f"models.experts.{odd[0]}.part: is for models, and {form} averages modules of adapters")
 
 
 def _merges_writers(config: ExperimentConfig, tasks: Sequence[TaskSpec]) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from mergelab.experiment.locate import Source
+    from mergelab.experiment.session import Session
     from mergelab.tracking import GridParent, Run, Tracker
 
 Progress = Callable[[str, float], None]
@@ -133,6 +134,8 @@ def _merge_and_evaluate(plan: Plan, source: Source, tracker: Tracker, run: Run, 
 
 def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> None:
     """Open the models and merge them into the output folder, without evaluating anything."""
+    if plan.config.save.form == "module_average":
+        return _average_modules(plan, run)
     from mergelab.experiment.calibration import Calibration
     from mergelab.experiment.locate import locate
     from mergelab.experiment.merging import Merging
@@ -159,12 +162,31 @@ def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> 
 
         seconds = AdapterOutput(merging, plan.config.save).write(folder, *base_reference(plan, source, located))
 
-    label = f"{plan.method.name} of {len(located.experts)}"
-    merged = ModelResult(label, "merged", {}, merge_seconds=seconds, peak_mb=peak_memory_mb())
-    merged = with_logged(Measured(merged, session))
     run.set_tags(recording.calibration_tags(examples))
     recording.log_coefficients(run, examples)
-    recording.record_result(run, ExperimentResult(f"{plan.method.name} on {located.name}", "", (), (merged,)))
+    _record_written(plan, run, session, folder, seconds)
+
+
+def _average_modules(plan: Plan, run: Run) -> None:
+    """Average adapters that are modules beside the base's weights into the output folder."""
+    from mergelab.experiment.module_average import ModuleAverage
+
+    average = ModuleAverage(plan)
+    if run.id is not None:
+        run.set_tags(average.tags())
+    recording.record_inputs(run, plan.resolved, ())
+    assert plan.config.output is not None
+    folder = local_path(plan.config.output, "output")
+    _record_written(plan, run, None, folder, average.write(folder))
+
+
+def _record_written(plan: Plan, run: Run, session: Session | None, folder: Path, seconds: float) -> None:
+    """Record a merge that was written without being measured."""
+    models = plan.config.models.name if session is None else session.located.name
+    label = f"{plan.method.name} of {len(plan.config.models.experts)}"
+    merged = ModelResult(label, "merged", {}, merge_seconds=seconds, peak_mb=peak_memory_mb())
+    merged = with_logged(Measured(merged, session))
+    recording.record_result(run, ExperimentResult(f"{plan.method.name} on {models}", "", (), (merged,)))
     if run.id and plan.tracking.log_model != "none":
         run.log_artifacts(folder, names.MODEL)
 

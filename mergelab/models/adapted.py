@@ -17,8 +17,8 @@ from typing import Any
 from mergelab.adapters.canonical import Adapter
 from mergelab.adapters.checkpoint import AdaptedCheckpoint
 from mergelab.adapters.files import AdapterFiles, open_adapter_files
-from mergelab.adapters.peft import check_settings, read_peft
 from mergelab.adapters.placing import Placement, place
+from mergelab.adapters.reading import base_of
 from mergelab.errors import ModelError
 from mergelab.models.architecture import tokenizer_folder
 from mergelab.models.configs import untied_config
@@ -38,7 +38,7 @@ MARKER = "mergelab_adapter.json"
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Return whether a folder is a PEFT adapter."""
+    """Return whether a folder is an adapter, of PEFT or the Adapters library."""
     return (folder / ADAPTER_CONFIG).is_file()
 
 
@@ -48,12 +48,10 @@ def base_reference(folder: Path, where: str) -> str:
     Raises:
         ModelError: it names none, or its type cannot be merged.
     """
-    config = read_json(folder / ADAPTER_CONFIG, where)
-    check_settings(config, where)
-    base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not isinstance(base, str) or not base:
+    base, revision = base_of(read_json(folder / ADAPTER_CONFIG, where), where)
+    if base is None:
         raise ModelError(f"{where}: the adapter does not name its base (base_model_name_or_path); give it as the base")
-    return f"{base}@{revision}" if isinstance(revision, str) and revision and not Path(base).is_dir() else base
+    return f"{base}@{revision}" if revision and not Path(base).is_dir() else base
 
 
 def saved_adapter(module: Any, where: str) -> Path:
@@ -172,7 +170,7 @@ _MOST = 64
 
 def _open(base: Path, adapter: Path, part: str | None, name: str, base_name: str) -> Opened:
     files = open_adapter_files(adapter, name)
-    read = read_peft(files)
+    read = read_adapter(files)
     whole = open_checkpoint(base, base_name)
     return files, read, whole, place(read, whole, part)
 
@@ -200,6 +198,8 @@ def _config(adapter: Adapter, files: AdapterFiles, base: Checkpoint, placement: 
         config.update({"vocab_size": tokens} if holder is None else {holder: {**config[holder], "vocab_size": tokens}})
     own = files.folder / CONFIG
     given = read_config(files.folder, adapter.name) if own.is_file() else {}
+    if adapter.label2id:
+        given = {"id2label": {str(at): label for label, at in adapter.label2id.items()}}
     labels = _labels(given, placement.sizes, config) if placement.class_name.endswith("Classification") else None
     if labels is not None:
         config.update(id2label=labels, label2id={name: int(at) for at, name in labels.items()}, num_labels=len(labels))

@@ -11,13 +11,21 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mergelab.errors import HubError, ModelError, listed
-from mergelab.weights.adapters import ADAPTER_CONFIG, PEFT_WEIGHTS, adapter_refusal, is_adapter
+from mergelab.weights.adapters import (
+    ADAPTER_CONFIG,
+    HEAD_CONFIG,
+    HEAD_WEIGHTS,
+    LIBRARY_WEIGHTS,
+    PEFT_WEIGHTS,
+    adapter_refusal,
+    is_adapter,
+)
 from mergelab.weights.companions import is_companion, is_module_weights, module_folders
 from mergelab.weights.files import WEIGHT_FILES, StoredWeights, is_inside, weight_files
 
@@ -70,8 +78,8 @@ def reachable(timeout: float = 2.0) -> bool:
 def cached(repo_id: str, revision: str | None = None) -> Path | None:
     """Find a model's folder in the local cache, without network; None unless config, weights and tokenizer are there.
 
-    An adapter of PEFT is complete with its configuration and its weights. A model that has no tokenizer is complete
-    when the cache has that on record, as after `fetch`.
+    An adapter is complete with its configuration and its weights. A model that has no tokenizer is complete when the
+    cache has that on record, as after `fetch`.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -79,7 +87,7 @@ def cached(repo_id: str, revision: str | None = None) -> Path | None:
         adapter = try_to_load_from_cache(repo_id, ADAPTER_CONFIG, revision=revision)
         if isinstance(adapter, str):
             folder = Path(adapter).parent
-            return folder if any((folder / name).is_file() for name in PEFT_WEIGHTS) else None
+            return folder if any((folder / name).is_file() for name in (*PEFT_WEIGHTS, *LIBRARY_WEIGHTS)) else None
         config = try_to_load_from_cache(repo_id, "config.json", revision=revision)
         if not isinstance(config, str):
             return None
@@ -164,10 +172,10 @@ def _download(repo_id: str, revision: str | None) -> Path:
     names = {sibling.rfilename for sibling in information.siblings or ()}
     if outside := sorted(name for name in names if name.startswith("/") or ".." in name.split("/")):
         raise HubError(f"{what} names files outside its folder: {listed(outside, 3)}")
-    if ADAPTER_CONFIG in names and (adapter := next((name for name in PEFT_WEIGHTS if name in names), None)):
-        small = {name for name in names if name in ("config.json", ADAPTER_CONFIG) or is_companion(name)}
-        _snapshot(repo_id, revision, small)
-        return _snapshot(repo_id, revision, [adapter])
+    if ADAPTER_CONFIG in names and (weights_of := _adapter_weights(names)):
+        described = {"config.json", ADAPTER_CONFIG, HEAD_CONFIG, *weights_of[1:]}
+        _snapshot(repo_id, revision, {name for name in names if name in described or is_companion(name)})
+        return _snapshot(repo_id, revision, weights_of[:1])
     if is_adapter(names):
         raise HubError(adapter_refusal(what, _adapter_config(repo_id, information.sha, names)))
     if "config.json" not in names:
@@ -190,6 +198,13 @@ def _download(repo_id: str, revision: str | None) -> Path:
     if absent := _absent_weights(folder):
         raise HubError(f"{what} lacks weight files that its index names: {listed(absent)}")
     return folder
+
+
+def _adapter_weights(names: Collection[str]) -> list[str]:
+    """Return the weights of an adapter among a repository's files, and of a head beside it; none if it has none."""
+    if weights := next((name for name in (*PEFT_WEIGHTS, *LIBRARY_WEIGHTS) if name in names), None):
+        return [weights, *[name for name in HEAD_WEIGHTS if name in names and weights in LIBRARY_WEIGHTS][:1]]
+    return []
 
 
 def _adapter_config(repo_id: str, revision: str | None, names: Iterable[str]) -> Mapping[str, Any]:

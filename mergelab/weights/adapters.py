@@ -15,11 +15,14 @@ from mergelab.errors import ModelError
 ADAPTER_CONFIG = "adapter_config.json"
 # In the order in which PEFT looks for them.
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# Of the Adapters library, which loads the first by default; and those of a prediction head beside it.
+LIBRARY_WEIGHTS = ("pytorch_adapter.bin", "adapter.safetensors")
+HEAD_CONFIG = "head_config.json"
+HEAD_WEIGHTS = ("pytorch_model_head.bin", "model_head.safetensors")
 # Files of PEFT, the Adapters library, Diffusers and MLX.
 ADAPTER_WEIGHTS = (
     *PEFT_WEIGHTS,
-    "adapter.safetensors",
-    "pytorch_adapter.bin",
+    *LIBRARY_WEIGHTS,
     "adapters.safetensors",
     "pytorch_lora_weights.safetensors",
 )
@@ -30,8 +33,8 @@ _NAMES = re.compile(
     r"|original_module)"
 )
 _WHAT_TO_DO = (
-    "PEFT's adapters are merged as experts, from their folders, on their base; where a whole model is needed, merge it "
-    "into its base first (PeftModel.merge_and_unload) and save that"
+    "adapters of PEFT and the Adapters library are merged as experts, from their folders, on their base; where a whole "
+    "model is needed, merge it into its base first (PeftModel.merge_and_unload) and save that"
 )
 
 

@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from mergelab.errors import MergeWarning, listed
-from mergelab.weights.adapters import ADAPTER_CONFIG
+from mergelab.weights.adapters import ADAPTER_CONFIG, HEAD_CONFIG
 from mergelab.weights.quantised import QUANTISATION_FILES
 
 # sentence-transformers' list of the modules that a model consists of; the first is the transformer itself.
@@ -55,7 +55,15 @@ _TRAINING = (
     *("*_results.json", "*_results.txt", "*_results.csv", "pytorch_model_fsdp*"),
 )
 # What a merged model has of its own, and what describes the model's own training or quantisation.
-_REPLACED = ("config.json", "README.md", "newly_initialised.json", "mergelab*", ADAPTER_CONFIG, *QUANTISATION_FILES)
+_REPLACED = (
+    "config.json",
+    "README.md",
+    "newly_initialised.json",
+    "mergelab*",
+    ADAPTER_CONFIG,
+    HEAD_CONFIG,
+    *QUANTISATION_FILES,
+)
 _NO_COMPANIONS = ("__pycache__", "*.pyc", "*.incomplete", "*.lock", "*.part")
 
 

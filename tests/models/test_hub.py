@@ -124,18 +124,32 @@ def test_an_adapter_is_fetched_with_its_tokenizer(
     assert client(CACHED.format("org/adapter", None)) is not None
 
 
-def test_an_adapter_of_another_library_on_the_hub_is_said_to_be_one(
+def test_an_adapter_of_the_adapters_library_is_fetched_with_its_head(
     empty_hub: HubServer, client: Client, tmp_path: Path
 ) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"config": {"architecture": "lora"}, "model_name": "org/base"}')
-    (folder / "pytorch_adapter.bin").write_bytes(b"weights")
+    own = {"pytorch_adapter.bin", "head_config.json", "pytorch_model_head.bin"}
+    for name in (*own, "adapter.safetensors", "model_head.safetensors", "optimizer.pt"):
+        (folder / name).write_bytes(b"content")
+    empty_hub.add_model("org/adapter", folder)
+    assert set(client(FETCH.format("org/adapter", None))["files"]) == own | {"adapter_config.json"}
+    assert client(CACHED.format("org/adapter", None)) is not None
+
+
+def test_an_adapter_of_another_library_on_the_hub_is_said_to_be_one(
+    empty_hub: HubServer, client: Client, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"fine_tune_type": "lora", "model": "org/base"}')
+    (folder / "adapters.safetensors").write_bytes(b"weights")
     empty_hub.add_model("org/adapter", folder)
     answer = client(FETCH.format("org/adapter", None))
     assert answer["error"] == "HubError"
     line = answer["message"]
-    assert line.startswith("model org/adapter: is a LoRA adapter of org/base (lora): PEFT's adapters are merged")
+    assert line.startswith("model org/adapter: is a LoRA adapter of org/base (lora): adapters of PEFT and the Adapters")
     assert "\n" not in line
 
 

@@ -19,8 +19,8 @@ from mergelab.weights.pretrained import load_model
 PEFT = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 8}
 OF_ADAPTERS = {"config": {"architecture": "lora", "r": 8}, "model_name": "bert-base-uncased", "model_type": "bert"}
 MERGE_FIRST = (
-    r"PEFT's adapters are merged as experts, from their folders, on their base; where a whole model is needed, merge "
-    r"it into its base first \(PeftModel.merge_and_unload\) and save that"
+    r"adapters of PEFT and the Adapters library are merged as experts, from their folders, on their base; where a "
+    r"whole model is needed, merge it into its base first \(PeftModel.merge_and_unload\) and save that"
 )
 
 
