@@ -18,7 +18,7 @@ from mergelab.adapters.canonical import Adapter
 from mergelab.adapters.checkpoint import AdaptedCheckpoint
 from mergelab.adapters.files import AdapterFiles, open_adapter_files
 from mergelab.adapters.placing import Placement, place
-from mergelab.adapters.reading import base_of
+from mergelab.adapters.reading import base_of, read_adapter
 from mergelab.errors import ModelError
 from mergelab.models.architecture import tokenizer_folder
 from mergelab.models.configs import untied_config
