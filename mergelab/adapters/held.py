@@ -36,7 +36,10 @@ class HeldModel:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of ``key``."""
-        return self._at(key).shape(key)
+        shape = self._at(key).shape(key)
+        for change in self.changes(key):
+            shape = change.shape(shape) or shape
+        return shape
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the dtype of ``key``."""

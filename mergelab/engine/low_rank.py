@@ -2,8 +2,8 @@
 
 A tensor that all experts have from the base is the base's, by every method on task vectors: it is copied. Where experts
 are the base plus low-rank changes and the method adds task vectors up, the result is the base plus one product of the
-joined factors, and no expert is computed. On eight adapters of rank 16 that takes a twentieth of the time
-(``experiments/benchmarks/README.md``).
+joined factors, and no expert is computed. For eight adapters of rank 16 that takes 0.7 of the time of a plain loop with
+one product for each layer (``experiments/benchmarks/README.md``).
 """
 
 from __future__ import annotations
