@@ -199,6 +199,8 @@ class AdapterOutput:
                 fitted = factored.of_matrix(change.flatten(1), self._settings.rank, self._settings.energy)
                 self._add(found, wholes, name, fitted)
                 continue
+            if not place.endswith((".weight", ".bias")):
+                raise ConfigError(f"save.form={self._settings.form}: {place} is no layer's weight; save.form=dense")
             whole = change.add_(self._base.get(name))
             if place.endswith(".bias") and (self._layer(layer) is not None or self._has_modules(layer)):
                 found.biases.update(dict.fromkeys(self._tied(place), whole))

@@ -229,7 +229,11 @@ def test_a_method_gives_what_it_gives_on_the_dense_experts(kind: str, method: st
         results.append(function([str(path) for path in given], task="text-classification", base_index=0).model)
     own, reference = (result.state_dict() for result in results)
     base = load_file(models["base"] / "model.safetensors")
-    assert all(torch.equal(tensor, reference[name]) for name, tensor in own.items())
+    for name, tensor in own.items():
+        if method == "task_arithmetic":  # made of the factors, so that the experts' own rounding is not in it
+            torch.testing.assert_close(tensor, reference[name], rtol=0, atol=5e-7)
+        else:
+            assert torch.equal(tensor, reference[name]), name
     assert any(not torch.equal(tensor, base[name]) for name, tensor in own.items() if name.startswith("bert."))
 
 
