@@ -142,7 +142,7 @@ def trials() -> list[optuna.trial.FrozenTrial]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sweep", ["ties", "task_arithmetic"])
+@pytest.mark.parametrize("sweep", ["ties"])
 def test_a_trial_scores_as_the_single_merge_and_a_sweep_goes_on(
     sweep: str, models: dict[str, str], workplace: Path, mergelab_command: Command
 ) -> None:
