@@ -200,7 +200,9 @@ class AdapterOutput:
                 self._add(found, wholes, name, fitted)
                 continue
             if not place.endswith((".weight", ".bias")):
-                raise ConfigError(f"save.form={self._settings.form}: {place} is no layer's weight; save.form=dense can hold it")
+                raise ConfigError(
+                    f"save.form={self._settings.form}: {place} is no layer's weight; save.form=dense can hold it"
+                )
             whole = change.add_(self._base.get(name))
             if place.endswith(".bias") and (self._layer(layer) is not None or self._has_modules(layer)):
                 found.biases.update(dict.fromkeys(self._tied(place), whole))
