@@ -23,11 +23,6 @@ class FiniteChecked(WrappedSource):
         self._digests: dict[str, str] = {}
         self._locks: dict[str, Lock] = {}
 
-    @property
-    def origin(self) -> TensorSource:
-        """The source, whose values these are."""
-        return self.source
-
     def get(self, key: str) -> Tensor:
         """Return ``key``; check it at the first read.
 

@@ -12,7 +12,7 @@ import torch
 
 from mergelab.adapters import factored
 from mergelab.adapters.adapterhub_writing import check_library_model, write_library_adapter
-from mergelab.adapters.changes import LowRank, joined
+from mergelab.adapters.changes import LowRank, apply_all, joined
 from mergelab.adapters.checkpoint import AdaptedCheckpoint
 from mergelab.adapters.deltas import delta_of
 from mergelab.adapters.writing import LoraFolder, write_adapter
@@ -131,8 +131,9 @@ class AdapterOutput:
         found, rest = LoraFolder(self._module), []
         wholes: dict[str, float] = {}
         if self._settings.form == "lora":
-            for name, factors in self._merging.adapters():
-                self._add(found, wholes, name, factored.Fitted(factors.left.float(), factors.right.float(), 1.0, 1.0))
+            for name, own in self._merging.adapters():
+                if not self._add_tied(found, name, [(1.0, own)]):
+                    self._add(found, wholes, name, factored.Fitted(own.left.float(), own.right.float(), 1.0, 1.0))
         else:
             for name in self._session.opened.aligned.names:
                 changes = self._low_rank(name)
@@ -177,10 +178,11 @@ class AdapterOutput:
     def _add_sum(
         self, found: LoraFolder, wholes: dict[str, float], name: str, changes: list[tuple[float, LowRank]]
     ) -> None:
+        if self._add_tied(found, name, changes):
+            return
         if self._settings.form == "lora_cat":
-            layers = self._layers(name)
-            found.sums.update(dict.fromkeys(layers, changes))
-            found.energy.update(dict.fromkeys(layers, 1.0))
+            layer = self._adapted(name)
+            found.sums[layer], found.energy[layer] = changes, 1.0
         else:
             product = joined(changes)
             self._add(found, wholes, name, factored.of_product(*product, self._settings.rank, self._settings.energy))
@@ -193,7 +195,8 @@ class AdapterOutput:
             if change is None or not change.any():
                 continue
             place, layer = self._names[name], self._names[name].rpartition(".")[0]
-            if self._layer(layer) is not None and place.endswith(".weight"):
+            is_weight = self._layer(layer) is not None and place.endswith(".weight")
+            if is_weight and len(self._tied(place)) == 1:
                 if self._settings.form != "lora_svd":
                     self._refuse_more(place)
                 fitted = factored.of_matrix(change.flatten(1), self._settings.rank, self._settings.energy)
@@ -204,7 +207,9 @@ class AdapterOutput:
                     f"save.form={self._settings.form}: {place} is no layer's weight; save.form=dense can hold it"
                 )
             whole = change.add_(self._base.get(name))
-            if place.endswith(".bias") and (self._layer(layer) is not None or self._has_modules(layer)):
+            if is_weight:
+                found.modules.update(dict.fromkeys(self._tied(place), whole))
+            elif place.endswith(".bias") and (self._layer(layer) is not None or self._has_modules(layer)):
                 found.biases.update(dict.fromkeys(self._tied(place), whole))
             elif self._has_modules(layer):
                 raise ConfigError(
@@ -266,10 +271,21 @@ class AdapterOutput:
         )
 
     def _add(self, found: LoraFolder, wholes: dict[str, float], name: str, fitted: factored.Fitted) -> None:
-        layers = self._layers(name)
-        found.factors.update(dict.fromkeys(layers, (fitted.left, fitted.right)))
-        found.energy.update(dict.fromkeys(layers, fitted.energy))
-        wholes[layers[0]] = fitted.whole
+        layer = self._adapted(name)
+        found.factors[layer] = fitted.left, fitted.right
+        found.energy[layer], wholes[layer] = fitted.energy, fitted.whole
+
+    def _add_tied(self, found: LoraFolder, name: str, changes: list[tuple[float, LowRank]]) -> bool:
+        """Add a tensor that is tied to others whole, at all of its places, and return whether it is one.
+
+        PEFT computes with LoRA of both ends as it should, and adds it twice when it merges the adapter.
+        """
+        places = self._tied(self._names[name])
+        if len(places) == 1:
+            return False
+        whole = apply_all([LowRank(*joined(changes), 1.0)], self._base.get(name).float())
+        found.modules.update(dict.fromkeys(places, whole))
+        return True
 
     @cached_property
     def _ties(self) -> dict[str, str]:
@@ -280,20 +296,12 @@ class AdapterOutput:
         holder = self._ties.get(place, place)
         return [holder, *(alias for alias, name in self._ties.items() if name == holder)]
 
-    def _layers(self, name: str) -> list[str]:
-        """Return the layers that have a tensor as their weight: several where it is tied.
-
-        LoRA of tied embeddings is that of both ends, so that both are changed alike.
-        """
-        layers = [each.removesuffix(".weight") for each in self._tied(self._names[name])]
-        if odd := next((layer for layer in layers if self._layer(layer) is None), None):
-            raise ModelError(f"save.form={self._settings.form}: {odd} is no layer that LoRA adapts; save.form=dense")
-        if len({type(self._layer(layer)) for layer in layers}) != len(layers):
-            raise ConfigError(
-                f"save.form={self._settings.form}: {name} is tied to other tensors than an output embedding; "
-                "save.form=dense can hold it"
-            )
-        return layers
+    def _adapted(self, name: str) -> str:
+        """Return the layer that has a tensor as its weight."""
+        layer = self._names[name].removesuffix(".weight")
+        if self._layer(layer) is None:
+            raise ModelError(f"save.form={self._settings.form}: {layer} is no layer that LoRA adapts; save.form=dense")
+        return layer
 
     def _layer(self, layer: str) -> nn.Module | None:
         """Return a layer that LoRA adapts, without weights."""

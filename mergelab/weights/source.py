@@ -110,12 +110,10 @@ class DictSource:
     Attributes:
         name: what errors call it.
         tensors: by name.
-        origin: the source that they were read from as they are, if there is one.
     """
 
     name: str
     tensors: Mapping[str, Tensor]
-    origin: TensorSource | None = None
 
     def __post_init__(self) -> None:
         if others := [key for key, value in self.tensors.items() if not isinstance(value, Tensor)]:

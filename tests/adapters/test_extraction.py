@@ -11,7 +11,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch import Tensor
 
 from mergelab.models.adapted import on_base, open_model
 from tests.adapters import made as small
@@ -63,6 +62,8 @@ def test_of_full_rank_it_is_the_expert(kind: str, tmp_path: Path, mergelab_comma
     expected = small.outputs(expert.eval(), input_ids=small.INPUTS)
     through = in_peft(loader, tmp_path / "base", adapter)
     torch.testing.assert_close(small.outputs(through, input_ids=small.INPUTS), expected, rtol=1e-4, atol=1e-5)
+    alone = through.merge_and_unload()
+    torch.testing.assert_close(small.outputs(alone, input_ids=small.INPUTS), expected, rtol=1e-4, atol=1e-5)
     own = open_model(on_base(tmp_path / "base", adapter, where="a"))
     stored = load_file(tmp_path / "expert" / "model.safetensors")
     for name, tensor in stored.items():
@@ -71,27 +72,17 @@ def test_of_full_rank_it_is_the_expert(kind: str, tmp_path: Path, mergelab_comma
     assert own.config.get("tie_word_embeddings", True) is True or not tied
 
 
-def test_tied_embeddings_are_decomposed_once(
-    tmp_path: Path, mergelab_command: Command, monkeypatch: pytest.MonkeyPatch
+def test_tied_embeddings_are_stored_whole_as_peft_adds_lora_of_both_ends_twice(
+    tmp_path: Path, mergelab_command: Command
 ) -> None:
-    from mergelab.adapters import factored
-
-    trained(small.gpt2, tmp_path)
-    shapes: list[tuple[int, ...]] = []
-    whole = factored.of_matrix
-
-    def counted(change: Tensor, *arguments: Any) -> Any:
-        shapes.append(tuple(change.shape))
-        return whole(change, *arguments)
-
-    monkeypatch.setattr(factored, "of_matrix", counted)
+    _, expert = trained(small.gpt2, tmp_path)
     adapter = extracted(mergelab_command, tmp_path, "whole", "save.rank=4")
-    assert shapes.count((48, 16)) == 1
     tensors = load_file(adapter / "adapter_model.safetensors")
-    ends = [name for name in tensors if "wte" in name or "lm_head" in name]
-    assert len(ends) == 4
-    sites = json.loads((adapter / "mergelab_sites.json").read_text())
-    assert sites["lm_head"] == sites["transformer.wte"]
+    ends = {name: tensor for name, tensor in tensors.items() if "wte" in name or "lm_head" in name}
+    assert ends.keys() == {f"base_model.model.{name}.weight" for name in ("transformer.wte", "lm_head")}
+    for tensor in ends.values():
+        torch.testing.assert_close(tensor, expert.get_input_embeddings().weight.detach(), rtol=0, atol=1e-6)
+    assert "lm_head" not in json.loads((adapter / "mergelab_sites.json").read_text())
 
 
 def test_what_bfloat16_rounds_is_not_lost_in_the_difference(tmp_path: Path, mergelab_command: Command) -> None:
