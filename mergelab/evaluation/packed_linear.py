@@ -20,6 +20,8 @@ from torch import Tensor, nn
 _ROWS = 512
 # Smaller layers (a classifier's two outputs) gain nothing.
 _SMALLEST = 32
+# What is packed, and how far outputs of up to 42 may be from those of the plain layer.
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.5}
 
 
 def inference_copy(
@@ -49,9 +51,8 @@ def inference_copy(
     # What the memo holds is taken instead of being copied, and ties stay ties.
     duplicate = copy.deepcopy(model, moved).eval()
     if pack and device.type == "cpu":
-        can_pack = _can_pack()
         for module in duplicate.modules():
-            forward = _fused_activation(module) or (_packed_forward(module) if can_pack else None)
+            forward = _fused_activation(module) or _packed_forward(module)
             if forward is not None:
                 module.forward = forward
     return duplicate
@@ -73,7 +74,7 @@ def _packed_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return None
     layer: Any = module
     weight: Tensor = layer.weight.detach() if type(module) is nn.Linear else layer.weight.detach().t()
-    if min(weight.shape) < _SMALLEST or weight.dtype not in (torch.float32, torch.bfloat16):
+    if min(weight.shape) < _SMALLEST or weight.dtype not in _TOLERANCES or not _can_pack(weight.dtype):
         return None
     return functools.partial(_linear, _pack(weight), layer.bias)
 
@@ -90,15 +91,18 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 @functools.cache
-def _can_pack() -> bool:
-    """Try whether this build of PyTorch has the kernels and they compute a linear layer.
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Try whether this build of PyTorch and this processor have the kernels and they compute a linear layer.
 
-    They are not part of its public interface: where they are missing or have changed, plain layers do the work.
+    They are not part of PyTorch's public interface, and those of bfloat16 need a processor with AVX-512 or the like:
+    where they are missing or have changed, plain layers do the work.
     """
-    x, weight = torch.linspace(-1, 1, 96).reshape(1, 3, 32), torch.linspace(-2, 1, 1024).reshape(32, 32)
-    bias = torch.linspace(0, 1, 32)
+    x = torch.linspace(-1, 1, 96).reshape(1, 3, 32).to(dtype)
+    weight, bias = torch.linspace(-2, 1, 1024).reshape(32, 32).to(dtype), torch.linspace(0, 1, 32).to(dtype)
     try:
         found = _linear(_pack(weight), bias, x)
     except (AttributeError, RuntimeError, TypeError, NotImplementedError):
         return False
-    return found.shape == (1, 3, 32) and torch.allclose(found, nn.functional.linear(x, weight, bias), atol=1e-4)
+    return found.shape == (1, 3, 32) and torch.allclose(
+        found, nn.functional.linear(x, weight, bias), atol=_TOLERANCES[dtype]
+    )

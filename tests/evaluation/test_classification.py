@@ -29,7 +29,7 @@ KINDS = ["bert", "distilbert", "roberta", "gpt2"]
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to multiply matrices: those of this machine, and those of one without packed kernels."""
     if request.param == "plain":
-        monkeypatch.setattr(packed_linear, "_can_pack", lambda: False)
+        monkeypatch.setattr(packed_linear, "_can_pack", lambda dtype: False)
     return str(request.param)
 
 
@@ -69,6 +69,31 @@ def test_the_model_is_left_as_it_was(kind: str, pairs: TaskData) -> None:
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == weights[name].dtype
         assert torch.equal(tensor, weights[name])
+
+
+@pytest.mark.parametrize("without", ["float32", "bfloat16"])
+def test_a_processor_without_the_kernels_of_a_dtype_computes_plain_layers(
+    without: str, pairs: TaskData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = classifier("bert")
+    encoded = encode(pairs, tokenizer)
+    with monkeypatch.context() as plain:
+        plain.setattr(packed_linear, "_can_pack", lambda dtype: False)
+        expected = predict(model, encoded, EvaluationOptions(dtype=without))
+    pack = packed_linear._pack
+
+    def refused(weight: torch.Tensor) -> torch.Tensor:
+        if str(weight.dtype) == f"torch.{without}":
+            raise RuntimeError("needs the cpu support avx512bw")
+        return pack(weight)
+
+    monkeypatch.setattr(packed_linear, "_pack", refused)
+    packed_linear._can_pack.cache_clear()
+    try:
+        found = predict(model, encoded, EvaluationOptions(dtype=without))
+    finally:
+        packed_linear._can_pack.cache_clear()
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_model_in_training_is_evaluated_without_dropout(pairs: TaskData) -> None:
