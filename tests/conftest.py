@@ -39,7 +39,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # absl, which rouge-score imports, takes the standard error of that moment, pytest's; and closes it when Hydra sets up
 # logging.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
-for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "HYDRA_FULL_ERROR"):
+for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "HYDRA_FULL_ERROR", "COLUMNS"):
     os.environ.pop(name, None)
 
 
