@@ -257,13 +257,19 @@ class Tracker:
         for run in self.runs(status="RUNNING"):
             process = f"process {run.tags.get(names.PID)}"
             if processes.has_ended(run.tags):
-                self.close(run.id, "KILLED", f"{process} ended without closing the run")
+                why = f"{process} ended without closing the run"
             elif not processes.is_here(run.tags) and signs.is_silent(run.tags):
-                self.close(run.id, "KILLED", f"{process} on {run.tags.get(names.HOST)} gave no more sign of life")
+                why = f"{process} on {run.tags.get(names.HOST)} gave no more sign of life"
             else:
                 continue
-            closed.append(run.id)
+            if self._is_running(run.id):  # it may have closed the run and ended since the runs were listed
+                self.close(run.id, "KILLED", why)
+                closed.append(run.id)
         return closed
+
+    def _is_running(self, run_id: str) -> bool:
+        with mlflow_calls(f"look at run {run_id}"):
+            return bool(self.client.get_run(run_id).info.status == "RUNNING")
 
     def close(self, run_id: str, status: Status, error: str | None = None) -> None:
         """Give a run that another process opened its final status."""

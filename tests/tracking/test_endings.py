@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from mergelab.errors import ModelError
-from mergelab.tracking import Tracker, TrackingConfig, open_tracking
+from mergelab.tracking import Tracker, TrackingConfig, open_tracking, processes
 
 pytestmark = pytest.mark.slow
 
@@ -101,6 +101,23 @@ def test_runs_of_living_processes_and_of_other_hosts_are_left_alone(tracker: Tra
     assert {mlflow_client.get_run(run_id).info.status for run_id in (foreign, *(run.id for run in runs))} == {"RUNNING"}
     for run in runs:
         run.end()
+
+
+def test_a_run_that_ends_while_the_runs_are_looked_through_stays_finished(
+    tracker: Tracker, mlflow_client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = {"mergelab.pid": "999999999", "mergelab.process_start": "1.0"}
+    run = tracker.start_run("ties", experiment="rte", tags=gone)
+
+    def ended(tags: Mapping[str, str]) -> bool:
+        run.end()  # between the list of runs and the look at their processes
+        return True
+
+    monkeypatch.setattr(processes, "has_ended", ended)
+    assert tracker.reconcile() == []
+    recorded = mlflow_client.get_run(run.id)
+    assert recorded.info.status == "FINISHED"
+    assert "error" not in recorded.data.tags
 
 
 def test_another_process_under_the_same_number_does_not_keep_a_dead_run_alive(
