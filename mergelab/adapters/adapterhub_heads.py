@@ -55,7 +55,7 @@ _WITH_ANSWERS = ("bert", "roberta", "xlm-roberta", "distilbert", "deberta", "deb
 
 
 @dataclass(frozen=True)
-class Head:
+class LibraryHead:
     """A prediction head beside an adapter; empty where there is none.
 
     Attributes:
@@ -71,7 +71,7 @@ class Head:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def read_head(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], name: str) -> Head:
+def read_head(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], name: str) -> LibraryHead:
     """Bring a head into transformers' names.
 
     Args:
@@ -83,10 +83,10 @@ def read_head(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], n
         ModelError: no head of transformers computes what it does; the line names its type and model.
     """
     if config is None:
-        return Head()
+        return LibraryHead()
     cls, inner = str(config.get("model_class")), config.get("config")
     if not cls.endswith(_FLEXIBLE):
-        return Head(cls, None, _labels(config, name), tensors)
+        return LibraryHead(cls, None, _labels(config, name), tensors)
     if not isinstance(inner, Mapping):
         raise ModelError(f"{name}: head_config.json does not describe its head ({cls})")
     kind, model_type = inner.get("head_type"), str(config.get("model_type"))
@@ -111,7 +111,7 @@ def read_head(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], n
         found[f"{places[match['index']]}.{match['rest'].partition('.')[2]}"] = tensor
     if wanted:
         raise ModelError(f"{name}: its {kind} head lacks {listed(sorted(wanted), 4)}")
-    return Head(None, _TASKS[str(kind)], _labels(inner, name), found)
+    return LibraryHead(None, _TASKS[str(kind)], _labels(inner, name), found)
 
 
 def _matching(head: Mapping[str, Any], model_type: str) -> _Like | None:

@@ -21,7 +21,7 @@ _TEXT_WIDTH = 24  # from here on texts side by side can be read
 
 
 @dataclass(frozen=True)
-class Layout:
+class TableLayout:
     """How a result is laid out.
 
     Attributes:
@@ -48,8 +48,8 @@ def result_table(result: ExperimentResult) -> None:
         return
     if form in ("markdown", "latex"):
         if any(model.scored for model in result.models):
-            header, rows = _cells(result, Layout())
-            note = _caption(result, Layout())
+            header, rows = _cells(result, TableLayout())
+            note = _caption(result, TableLayout())
             sys.stdout.write(for_a_page(form, header, [row for _, row in rows], f"{result.title}\n{note}"))
         return
     _texts_tables(result)
@@ -71,18 +71,18 @@ def print_fitting(tables: Iterator[Table]) -> None:
     out.print(table)
 
 
-def _layouts(result: ExperimentResult) -> Iterator[Layout]:
+def _layouts(result: ExperimentResult) -> Iterator[TableLayout]:
     """Yield the layouts that come into question, the fullest first."""
     several = len(columns(result)) > 1
     if len(result.tasks) == 1:
-        yield Layout()
-    yield Layout(stacked=True)
+        yield TableLayout()
+    yield TableLayout(stacked=True)
     if several:
-        yield Layout(rows=True)
-        yield Layout(rows=True, stacked=True)
+        yield TableLayout(rows=True)
+        yield TableLayout(rows=True, stacked=True)
     for costs in range(len(_costs(result)) - 1, -1, -1):
-        yield Layout(rows=several, stacked=True, costs=costs)
-    yield Layout(rows=several, intervals=False, costs=0)
+        yield TableLayout(rows=several, stacked=True, costs=costs)
+    yield TableLayout(rows=several, intervals=False, costs=0)
 
 
 def _costs(result: ExperimentResult) -> list[str]:
@@ -90,7 +90,7 @@ def _costs(result: ExperimentResult) -> list[str]:
     return [*["p vs best expert"] * (len(result.tasks) == 1), "merge s", "eval s", "peak MB"]
 
 
-def _table(result: ExperimentResult, layout: Layout) -> Table:
+def _table(result: ExperimentResult, layout: TableLayout) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -105,7 +105,7 @@ def _table(result: ExperimentResult, layout: Layout) -> Table:
     return table
 
 
-def _cells(result: ExperimentResult, layout: Layout) -> tuple[list[str], list[tuple[ModelResult, list[str]]]]:
+def _cells(result: ExperimentResult, layout: TableLayout) -> tuple[list[str], list[tuple[ModelResult, list[str]]]]:
     """Return the header and the rows of a table as text, each row with its model."""
     shown = columns(result)
     best = {column.name: column.best(result.models) for column in shown}
@@ -127,7 +127,7 @@ def _cells(result: ExperimentResult, layout: Layout) -> tuple[list[str], list[tu
     return ["model", *what, *costs], rows
 
 
-def _score(cell: Cell | None, best: float | None, layout: Layout) -> str:
+def _score(cell: Cell | None, best: float | None, layout: TableLayout) -> str:
     if cell is None:
         return ""
     mark = " *" if cell.value == best else ""
@@ -148,7 +148,7 @@ def _number(value: float | None, digits: int = 2, *, cached: bool = False) -> st
     return "" if value is None else f"{value:.{digits}f}{'c' if cached else ''}"
 
 
-def _caption(result: ExperimentResult, layout: Layout) -> str:
+def _caption(result: ExperimentResult, layout: TableLayout) -> str:
     shown = columns(result)
     said = ["* best of its column (↓: less is better)" if any(c.less for c in shown) else "* best of its column"]
     if layout.rows:
