@@ -21,7 +21,7 @@ from tests.standins import BERT_BASE, BERT_RTE_EXPERTS, glue_table
 Command = Callable[..., Outcome]
 
 CASES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
-    (("method=tis",), ("method=tis", "'ties'", "adamerging, arcee_fusion, breadcrumbs and", "more")),
+    (("method=tis",), ("method=tis", "'ties'", "adamerging, ", " and ", "more")),
     (("task=rtee",), ("task=rtee", "'rte'")),
     (("models=bert_base_rt",), ("models=bert_base_rt", "'bert_base_rte'")),
     (("sede=1",), ("sede", "'seed'")),
