@@ -72,10 +72,18 @@ def _baselines(results: Sequence[ExperimentResult]) -> Iterator[ModelResult]:
     for result in results:
         for model in result.models[:-1]:
             same = found.setdefault(model.label, [])
-            if all(model.results != other.results for other, _ in same):
+            if all(_measured(model) != _measured(other) for other, _ in same):
                 same.append((model, result.merged.label))
     for label, same in found.items():
         yield from (replace(model, label=f"{label} ({job})" if len(same) > 1 else label) for model, job in same)
+
+
+def _measured(model: ModelResult) -> dict[str, tuple[object, ...]]:
+    """Return a model's scores by task; where seeds draw no split, without the intervals, which they draw too."""
+    return {
+        name: (own.select, own.report if own.select else {m: s.value for m, s in own.report.items()}, own.texts)
+        for name, own in model.results.items()
+    }
 
 
 def _job_number(file: Path) -> int:

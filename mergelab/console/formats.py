@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -53,13 +54,19 @@ def for_a_page(form: Format, columns: Sequence[str], rows: Sequence[Sequence[str
 def for_a_program(form: Format, records: Sequence[Mapping[str, Any]], **about: Any) -> str:
     """Write records as CSV with a header, or as one line of JSON: an object with ``about`` and the ``rows``.
 
-    What a record lacks is empty, in JSON null. Numbers have all their digits.
+    What a record lacks is empty, in JSON null. Numbers have all their digits. JSON has none that are not finite: there
+    they are text, ``"nan"`` and ``"inf"``.
     """
     if form == "json":
-        return json.dumps({**about, "rows": list(records)}, ensure_ascii=False) + "\n"
+        rows = [{key: _in_json(value) for key, value in record.items()} for record in records]
+        return json.dumps({**about, "rows": rows}, ensure_ascii=False, allow_nan=False) + "\n"
     file = io.StringIO()
     keys = dict.fromkeys(key for record in records for key in record)
     writer = csv.DictWriter(file, keys, lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     return file.getvalue()
+
+
+def _in_json(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

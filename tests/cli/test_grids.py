@@ -62,6 +62,11 @@ def test_a_model_that_scores_differently_on_the_jobs_examples_has_a_row_for_each
     assert {"./base (seed=1)", "./base (seed=2)", "seed=1", "seed=2"} <= set(found)
 
 
+def test_seeds_that_draw_no_split_do_not_repeat_the_models(mergelab_command: Command, arguments: list[str]) -> None:
+    found = rows(mergelab_command("-m", "method=soup", "seed=1,2", *arguments))
+    assert found == ["./base", "./a", "./b", "./c", "seed=1", "seed=2"]
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [

@@ -143,6 +143,22 @@ def test_csv_and_json_hold_every_number(monkeypatch: pytest.MonkeyPatch, capsys:
     assert read["rows"][3]["average"] == 0.6
 
 
+def test_json_stays_json_where_a_score_is_not_finite(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(FORMAT, "json")
+    report = {"perplexity": Score(float("inf"), 12.5, float("nan"))}
+    measured = TaskResult("wikitext", "perplexity", {}, report, 0, 9, minimized=("perplexity",))
+    model = ModelResult("soup of 2", "merged", {"wikitext": measured})
+    result = ExperimentResult("soup on wikitext", "", ("wikitext",), (model,))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    (row,) = json.loads(printed(result, monkeypatch, capsys, 80), parse_constant=refuse)["rows"]
+    assert (row["perplexity"], row["perplexity_low"], row["perplexity_high"]) == ("inf", 12.5, "nan")
+
+
 def test_tables_for_pages_escape_what_has_a_meaning_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
