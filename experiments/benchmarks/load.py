@@ -37,7 +37,7 @@ from mergelab.evaluation.classification import encode, predict
 from mergelab.ops.threads import thread_count
 
 # Layers, width and examples: MiniLM's shape, BERT-base's shape.
-MODELS = {"small (6 x 384)": (6, 384, 277), "BERT-base (12 x 768)": (12, 768, 96)}
+MODELS = {"small (6 x 384)": (6, 384, 96), "BERT-base (12 x 768)": (12, 768, 32)}
 Evaluate = Callable[[], np.ndarray[Any, Any]]
 
 
