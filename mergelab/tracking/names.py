@@ -59,7 +59,7 @@ BEST_RUN_NAME = "mergelab.best_run_name"
 SWEEP = "mergelab.sweep"  # of a sweep: a key that finds its run again
 STUDY = "mergelab.study"
 TRIAL = "mergelab.trial"
-PRUNED = "mergelab.pruned"
+PRUNED = "mergelab.pruned"  # of a trial that was stopped early: after how many examples, and its scores on these
 N_TRIALS = "mergelab.n_trials"
 BEST_TRIAL = "mergelab.best_trial"
 BASELINE_KEY = "mergelab.baseline_key"  # the hash of all that a baseline's scores depend on
@@ -90,8 +90,15 @@ GIT_COMMIT = "mlflow.source.git.commit"
 GIT_DIRTY = "mlflow.source.git.dirty"
 EXPERIMENT_KIND = "mlflow.experimentKind"
 DATASET_CONTEXT = "mlflow.data.context"
+DESCRIPTION = "mlflow.note.content"  # of a run, in Markdown
 # Of an experiment: mergelab writes to it. No others are searched.
 OURS = "mergelab"
+_VIEW = "mlflow.sharedViewState."
+
+
+def saved_view(key: str) -> str:
+    """Name the tag of an experiment with a view of its runs, which the UI opens by the ``key``."""
+    return f"{_VIEW}{key}"
 
 
 def version(library: str) -> str:
@@ -106,6 +113,7 @@ REPORT_NORMALISED = "report/normalised_average"
 SELECT_AVERAGE = "select/average"
 SELECT_NORMALISED = "select/normalised_average"
 SELECT_EXAMPLES = "select/examples"
+ESTIMATE_AVERAGE = "estimate/average"
 MERGE_SECONDS = "time/merge_s"
 EVAL_SECONDS = "time/eval_s"
 PEAK_MB = "memory/peak_mb"
@@ -117,8 +125,16 @@ def report_metric(metric: str, task: str | None = None) -> str:
 
 
 def select_metric(metric: str, task: str | None = None) -> str:
-    """Name a score on the selecting examples; of several tasks with the task's name."""
+    """Name a score on all selecting examples; of several tasks with the task's name."""
     return f"select/{_below(task)}{metric}"
+
+
+def estimate_metric(metric: str, task: str | None = None) -> str:
+    """Name a trial's score on all selecting examples, estimated where it was stopped early; `low` and `high` bound it.
+
+    Of a complete trial it is the score itself, and so are the bounds.
+    """
+    return f"estimate/{_below(task)}{metric}"
 
 
 def _below(task: str | None) -> str:
@@ -174,7 +190,9 @@ TABLE = "table.csv"
 COEFFICIENTS = "coefficients.json"
 PREDICTIONS = "predictions"
 MODEL = "model"  # the merged model's folder, also in the job's own folder
+ENVIRONMENT = "environment.json"  # process, machine and versions of libraries
 PLOTS = "plots"
+PLOTS_PAGE = "plots.html"  # among `PLOTS`: all of them, interactive
 TRIALS = "trials.csv"
 STUDY_FILE = "study.db"
 SUMMARY, SUMMARY_JSON = "summary.csv", "summary.json"
