@@ -15,7 +15,7 @@ import numpy as np
 from mergelab.config import check
 from mergelab.console.progress import gathered_warnings, progress_bar
 from mergelab.evaluation.results import ExperimentResult, ModelResult, peak_memory_mb
-from mergelab.experiment import recording
+from mergelab.experiment import described, recording
 from mergelab.experiment.loaded import LoadedModels, open_loaded
 from mergelab.experiment.logged import Measured, with_logged
 from mergelab.experiment.plan import Plan, plan_experiment
@@ -160,7 +160,8 @@ def measure_trial(
     merged = replace(merged, logged={**merged.logged, **estimate_metrics(merged.logged, estimated)})
     result = ExperimentResult(label, f"{evaluator.note}\ntrial: scores of the selecting examples", (), (merged,))
     tags = _tags(plan, outcome, wanted[0]) | {names.MERGE_PATH: loaded.path} | recording.calibration_tags(examples)
-    recording.record_result(run, result, tags=tags, recorded=run.recorded)
+    said = described.description(tags.get(names.PRUNED, ""), command=described.single_command(plan.method.name))
+    recording.record_result(run, result, tags=tags | {names.DESCRIPTION: said}, recorded=run.recorded)
     return outcome
 
 
