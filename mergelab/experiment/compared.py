@@ -17,6 +17,8 @@ _ALWAYS = frozenset({"method.name", "task.name", "models.name", "models.base", "
 # Where something is recorded and written, and what a run's tags say.
 _NEVER = frozenset({"tracking", "output", "source", "models.mini"})
 _STANDARD = "standard"  # of groups whose options have no name of their own
+_MISSING = object()
+_EMPTY: tuple[Any, ...] = (None, [], {})
 
 
 def compared(config: Mapping[str, Any], source: str, typed: Collection[str] = ()) -> dict[str, Any]:
@@ -77,10 +79,8 @@ def _is_compared(group: str, node: Mapping[str, Any], key: str, value: Any, type
         return value is not None or below
     if group == "method" and isinstance(value, int | float) and not isinstance(value, bool):
         return True
-    return bool(value != _default(group, str(node.get("name", _STANDARD)), key))
-
-
-_MISSING = object()
+    default = _default(group, str(node.get("name", _STANDARD)), key)
+    return bool(value != default and not (value in _EMPTY and default in _EMPTY))
 
 
 def _default(group: str, option: str, key: str) -> Any:

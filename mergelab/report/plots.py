@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 _ENOUGH = 4  # trials for which importance and contour mean something
-_PALE = "#9aa7b5"
+_PALE = "#5b6b7d"
 _STOPPED = "stopped early: estimate"
 _SIZE = (9, 6)  # inches
 # What Optuna raises where all scores are alike and there is nothing to draw.
@@ -141,12 +141,12 @@ def _with_estimates(study: Study, stopped: Mapping[int, Stopped], *, marked: boo
     copy = optuna.create_study(directions=study.directions)
     for trial in study.trials:
         if trial.number in stopped:
-            values = {"state": optuna.trial.TrialState.COMPLETE, "value": stopped[trial.number].value}
+            values: dict[str, Any] = {"state": optuna.trial.TrialState.COMPLETE, "value": stopped[trial.number].value}
         elif trial.state.name == "COMPLETE":
             values = {"state": trial.state, "values": trial.values}
         else:
             continue
-        constraints = {"constraints": [1.0 if trial.number in stopped else 0.0]} if marked else {}
+        constraints: dict[str, Any] = {"constraints": [1.0 if trial.number in stopped else 0.0]} if marked else {}
         copy.add_trial(
             optuna.trial.create_trial(
                 params=trial.params, distributions=trial.distributions, system_attrs=constraints, **values

@@ -146,8 +146,8 @@ def measure_trial(
     reporter = ScoreReporter(pruner, study, job.number, unknown, lambda: _values(evaluation.results(), plan, wanted)[0])
     pruned_at = _evaluate(evaluation, reporter)
     attempt.check()
-    results, estimated = evaluation.results(), {}
-    values, evaluated = _values(results, plan, wanted), time.perf_counter() - started
+    results, evaluated = evaluation.results(), time.perf_counter() - started
+    values, estimated = _values(results, plan, wanted), dict[str, Estimate]()
     if pruned_at is not None:
         results, estimated = _stopped(evaluation, reporter)
         values = tuple(estimated[one.metric].value if one.metric in estimated else math.nan for one in wanted)

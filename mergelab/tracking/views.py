@@ -20,6 +20,8 @@ MERGES, BASELINES = "mergelab-merges", "mergelab-baselines"
 _SWEEP = "mergelab-trials-"
 _MOST_SWEEPS = 20  # views of older sweeps are removed
 _DEFLATED = "deflate;"
+_WIDTHS = {"metrics": 125, "params": 110, "tags": 480}  # pixels
+_BOUND = 90
 SHOWN_OF_MERGES = ("method.name", "method.lambda", "method.density")
 _ASIDE: tuple[names.Kind, ...] = ("trial", "base", "expert", "grid", "sweep")
 
@@ -55,8 +57,8 @@ class View:
             "datasetsFilter": [],
             "modelVersionFilter": "All Runs",
             "selectedColumns": list(self.columns),
-            "columnOrder": [],
-            "columnWidths": {},
+            "columnOrder": list(self.columns),
+            "columnWidths": {column: _width(column) for column in self.columns},
             "viewMaximized": True,
             "runListHidden": False,
         }
@@ -75,8 +77,8 @@ def merges(metric: str, *, minimized: bool, settings: Sequence[str] = ()) -> Vie
         minimized: whether less of it is better.
         settings: parameters of methods to show besides λ and density, ``method.t``.
     """
-    shown = dict.fromkeys([*SHOWN_OF_MERGES, *settings, "models.name"])
-    columns = [*_interval(metric), _metric(names.P_VS_BEST_EXPERT), *map(_param, shown), _param("eval.protocol")]
+    columns = [*map(_param, [*SHOWN_OF_MERGES, *settings]), *_interval(metric), _param("models.name")]
+    columns += [_param("eval.protocol"), _metric(names.P_VS_BEST_EXPERT)]
     search = " AND ".join(f"{_tag(names.KIND)} != '{kind}'" for kind in _ASIDE)
     return View(MERGES, "merges", search, tuple(columns), _metric(metric), minimized)
 
@@ -92,17 +94,22 @@ def trials(run_id: str, sweep: str, metric: str, *, minimized: bool, swept: Sequ
         swept: the keys that the trials vary.
     """
     score = metric.replace(names.estimate_metric(""), names.select_metric(""), 1)
-    columns = [_metric(score), *_interval(metric), _metric(names.SELECT_EXAMPLES), *map(_param, swept)]
-    columns += [_metric(names.MERGE_SECONDS), _metric(names.EVAL_SECONDS), _tag(names.PRUNED)]
+    columns = [*map(_param, swept), *_interval(metric), _metric(score), _metric(names.SELECT_EXAMPLES)]
+    columns += [_tag(names.PRUNED), _metric(names.MERGE_SECONDS), _metric(names.EVAL_SECONDS)]
     search = f"{_tag(names.PARENT)} = '{run_id}' AND {_tag(names.KIND)} = 'trial'"
     return View(sweep_key(run_id), f"trials of {sweep}", search, tuple(columns), _metric(metric), minimized)
 
 
 def baselines(metric: str, *, minimized: bool) -> View:
     """Return the view of the base and the experts, the best first."""
-    columns = [*_interval(metric), _param(names.ROLE), _param("models.name"), _param("eval.protocol"), _param("seed")]
+    columns = [_param(names.ROLE), _param("models.name"), *_interval(metric), _param("eval.protocol"), _param("seed")]
     search = f"{_tag(names.BASELINE_KEY)} != ''"
     return View(BASELINES, "baselines", search, tuple(columns), _metric(metric), minimized)
+
+
+def _width(column: str) -> int:
+    is_bound = column.endswith((f"{names.low('')}`", f"{names.high('')}`"))
+    return _BOUND if is_bound else _WIDTHS[column.partition(".")[0]]
 
 
 def _interval(metric: str) -> list[str]:

@@ -70,9 +70,8 @@ def test_the_view_of_a_sweep_has_its_own_trials(tracker: Tracker, mlflow_client:
                 run.log_metrics({"estimate/accuracy": number / 10})
     view = views.trials(str(sweeps[0].id), "s", "estimate/accuracy", minimized=False, swept=["method.density"])
     assert search(tracker, mlflow_client, view) == [f"trial {number} of {sweeps[0].id}" for number in (1, 0)]
-    columns = ["select/accuracy", "estimate/accuracy", "estimate/accuracy_low", "estimate/accuracy_high"]
-    assert list(view.columns[:4]) == [f"metrics.`{column}`" for column in columns]
-    assert "params.`method.density`" in view.columns
+    columns = ["estimate/accuracy", "estimate/accuracy_low", "estimate/accuracy_high", "select/accuracy"]
+    assert list(view.columns[:5]) == ["params.`method.density`", *(f"metrics.`{column}`" for column in columns)]
     for parent in sweeps:
         parent.end()
 
