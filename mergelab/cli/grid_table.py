@@ -53,7 +53,8 @@ def show_open_grids() -> None:
         sys.stdout.flush()
         tracker = open_tracking(tracking)
         if parent := tracker.grid_parent(folder):
-            text = description(*(result_text(table) for table in tables), command=typed)
+            said = ". ".join(table.title for table in tables)
+            text = description(said, *(result_text(table) for table in tables), command=typed)
             tracker.tag(parent.id, {names.DESCRIPTION: text})
             views = [save_views(tracker, parent.experiment, table) for table in tables]
             say(f"parent run {parent.id}")

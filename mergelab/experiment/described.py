@@ -17,22 +17,31 @@ _OF_SWEEPS = ("sweep", "hydra", "tracking")
 _LONGEST = 4800  # characters; MLflow takes 5000 and a description that is cut is no Markdown any more
 
 
-def description(*parts: str, command: str | None = None) -> str:
-    """Join the parts of a description, without those for which there is no room, and the command.
+def description(summary: str, *parts: str, command: str | None = None) -> str:
+    """Return a description: a summary, the command, and the parts for which there is room.
+
+    The UI shows the first lines and folds the rest.
 
     Args:
+        summary: one line of Markdown.
         parts: Markdown, the most important first.
         command: what was typed, or does the same.
     """
-    ending = f"\n\n```\n{command}\n```" if command else ""
-    if len(ending) > _LONGEST // 2:
-        ending = ""
-    text = ""
-    for part in filter(None, parts):
-        if len(text) + len(part) + len(ending) + 2 > _LONGEST:
-            break
-        text += f"{part}\n\n"
-    return text.rstrip() + ending
+    text = summary
+    for part in ([f"```\n{command}\n```"] if command else []) + [part for part in parts if part]:
+        if len(text) + len(part) + 2 <= _LONGEST:
+            text = f"{text}\n\n{part}" if text else part
+    return text
+
+
+def summary_of(result: ExperimentResult) -> str:
+    """Say in one line what was found of a result's last model; nothing where it has no score."""
+    merged = result.merged
+    scores = [
+        f"{task} {one.primary} {one.score.value:.4f} [{one.score.low:.3f}, {one.score.high:.3f}]"
+        for task, one in merged.scored.items()
+    ]
+    return f"**{merged.label}**: {', '.join(scores)}" if scores else ""
 
 
 def result_text(result: ExperimentResult) -> str:

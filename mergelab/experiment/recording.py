@@ -209,7 +209,8 @@ def record_result(
         return
     model = result.models[-1]
     run.log_metrics({name: value for name, value in model.logged.items() if name not in recorded})
-    text = {names.DESCRIPTION: described.description(described.result_text(result), command=command)}
+    said = described.description(described.summary_of(result), described.result_text(result), command=command)
+    text = {names.DESCRIPTION: said or None}
     run.set_tags({**reported_score(model), names.NOTE: result.note or None, **text, **(tags or {})})
     if len(result.models) > 1:
         run.log_table([_row(one) for one in result.models], names.TABLE)

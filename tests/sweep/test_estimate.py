@@ -96,7 +96,7 @@ def test_intervals_have_the_score_that_would_have_come_out_as_often_as_they_say(
         assert found.high is not None
         outputs = own[:, None] if metric == "pearson" else logits(own)
         inside += found.low <= score(spec, outputs, truth)[metric] <= found.high
-    assert 0.87 <= inside / count
+    assert inside / count >= 0.87
 
 
 def test_all_examples_seen_leave_no_doubt(drawn: tuple[Array, Array, Array]) -> None:
