@@ -121,10 +121,11 @@ def test_a_dead_process_leaves_trials_that_are_whole(opened: Open) -> None:
 def test_a_pruned_trials_estimate_is_its_last_intermediate_value_and_never_the_best(opened: Open) -> None:
     study = opened()
     for value, reports in ((0.25, {}), (0.75, {3: 0.9, 16: 0.8})):
-        trial_id = study.trials[study.ask().number]._trial_id
+        number = study.ask().number
+        trial_id = study.trials[number]._trial_id
         for step, report in reports.items():
             study.storage.set_trial_intermediate_value(trial_id, step, report)
-        study.tell(study.count - 1, [value], estimated_of=12)
+        study.tell(number, [value], estimated_of=12)
     first, second = opened().trials
     assert (first.state, second.state) == (optuna.trial.TrialState.PRUNED,) * 2
     assert first.intermediate_values == {12: 0.25}
