@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from mergelab.evaluation.results import ExperimentResult
 
 _PROGRAM = "python -m mergelab"
-# Overrides of a sweep and of its jobs, which a single experiment does not have.
-_OF_SWEEPS = ("sweep", "hydra", "tracking")
 _LONGEST = 4800  # characters; MLflow takes 5000 and a description that is cut is no Markdown any more
 
 
@@ -58,18 +56,6 @@ def typed_command(*, multirun: bool = False) -> str | None:
     if not HydraConfig.initialized():
         return None
     return command(HydraConfig.get().overrides.task, multirun=multirun)
-
-
-def single_command(method: str) -> str | None:
-    """Return the command that runs a sweep's job as an experiment of its own; None outside of one."""
-    from hydra.core.hydra_config import HydraConfig
-
-    if not HydraConfig.initialized():
-        return None
-    typed = [str(one) for one in HydraConfig.get().overrides.task]
-    own = [one for one in typed if not one.lstrip("+~").startswith(_OF_SWEEPS)]
-    chosen = [] if any(one.startswith("method=") for one in own) else [f"method={method}"]
-    return command([*chosen, *own])
 
 
 def command(overrides: Sequence[Any], *, multirun: bool = False) -> str:

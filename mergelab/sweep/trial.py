@@ -20,7 +20,7 @@ from mergelab.experiment.loaded import LoadedModels, open_loaded
 from mergelab.experiment.logged import Measured, with_logged
 from mergelab.experiment.plan import Plan, plan_experiment
 from mergelab.sweep.attempts import Attempt, Superseded, attempting
-from mergelab.sweep.config import SweepConfig, TrialJob, sweep_config
+from mergelab.sweep.config import SweepConfig, TrialJob, single_command, sweep_config
 from mergelab.sweep.estimate import Estimate, estimate_metrics, estimates
 from mergelab.sweep.launcher import open_study, open_tracker, worker_context
 from mergelab.sweep.objective import Objective, objectives
@@ -160,7 +160,7 @@ def measure_trial(
     merged = replace(merged, logged={**merged.logged, **estimate_metrics(merged.logged, estimated)})
     result = ExperimentResult(label, f"{evaluator.note}\ntrial: scores of the selecting examples", (), (merged,))
     tags = _tags(plan, outcome, wanted[0]) | {names.MERGE_PATH: loaded.path} | recording.calibration_tags(examples)
-    said = described.description(tags.get(names.PRUNED, ""), command=described.single_command(plan.method.name))
+    said = described.description(tags.get(names.PRUNED, ""), command=single_command())
     recording.record_result(run, result, tags=tags | {names.DESCRIPTION: said}, recorded=run.recorded)
     return outcome
 
