@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from mergelab.config import Schema, check, renamed
 from mergelab.errors import ConfigError, did_you_mean, listed
-from mergelab.experiment.described import command
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -87,25 +86,6 @@ def check_own_keys(config: DictConfig) -> None:
             hint = did_you_mean(key, SweepConfig.model_fields) or f" (there are {listed(SweepConfig.model_fields, 20)})"
             unknown = f"sweep.{key}: no such key, and nothing refers to it{hint}"
             raise ConfigError(renamed(f"sweep.{key}", own[key], SweepConfig.model_fields) or unknown)
-
-
-def single_command() -> str | None:
-    """Return the command that runs a sweep's job as an experiment of its own; None outside of one.
-
-    It has the sweep's file, which may set more than the sweep: the protocol, or what a method's settings refer to.
-    """
-    from hydra.core.hydra_config import HydraConfig
-
-    if not HydraConfig.initialized():
-        return None
-    own = [f"sweep.{key}" for key in (*SweepConfig.model_fields, "job")]
-    typed = [str(one) for one in HydraConfig.get().overrides.task]
-    keys = {one: one.lstrip("+~").partition("=")[0] for one in typed}
-    return command([one for one in typed if not _is_under(keys[one], [*own, "tracking", "hydra"])])
-
-
-def _is_under(key: str, others: Sequence[str]) -> bool:
-    return any(key == other or key.startswith((f"{other}.", f"{other}/")) for other in others)
 
 
 def sweep_config(node: Mapping[str, Any]) -> SweepConfig:

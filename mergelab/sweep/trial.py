@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergelab.config import check
+from mergelab.console.formats import for_a_page
 from mergelab.console.progress import gathered_warnings, progress_bar
 from mergelab.evaluation.results import ExperimentResult, ModelResult, peak_memory_mb
 from mergelab.experiment import described, recording
@@ -20,7 +21,7 @@ from mergelab.experiment.loaded import LoadedModels, open_loaded
 from mergelab.experiment.logged import Measured, with_logged
 from mergelab.experiment.plan import Plan, plan_experiment
 from mergelab.sweep.attempts import Attempt, Superseded, attempting
-from mergelab.sweep.config import SweepConfig, TrialJob, single_command, sweep_config
+from mergelab.sweep.config import SweepConfig, TrialJob, sweep_config
 from mergelab.sweep.estimate import Estimate, estimate_metrics, estimates
 from mergelab.sweep.launcher import open_study, open_tracker, worker_context
 from mergelab.sweep.objective import Objective, objectives
@@ -160,9 +161,25 @@ def measure_trial(
     merged = replace(merged, logged={**merged.logged, **estimate_metrics(merged.logged, estimated)})
     result = ExperimentResult(label, f"{evaluator.note}\ntrial: scores of the selecting examples", (), (merged,))
     tags = _tags(plan, outcome, wanted[0]) | {names.MERGE_PATH: loaded.path} | recording.calibration_tags(examples)
-    said = described.description(tags.get(names.PRUNED, ""), command=single_command())
-    recording.record_result(run, result, tags=tags | {names.DESCRIPTION: said}, recorded=run.recorded)
+    tags[names.DESCRIPTION] = _description(merged.logged, tags.get(names.PRUNED))
+    recording.record_result(run, result, tags=tags, recorded=run.recorded)
     return outcome
+
+
+def _description(logged: Mapping[str, float], stopped: str | None) -> str:
+    """Describe a trial in Markdown: whether it was stopped early, and its scores or their estimates."""
+    prefix = names.estimate_metric("")
+    rows = [
+        [name.removeprefix(prefix), f"{value:.4f}", f"[{logged[names.low(name)]:.3f}, {logged[names.high(name)]:.3f}]"]
+        for name, value in logged.items()
+        if name.startswith(prefix) and names.low(name) in logged
+    ]
+    what = "score on all selecting examples" if stopped is None else "estimate for all selecting examples"
+    table = for_a_page("markdown", ["metric", what, "95 % interval"], rows) if rows else ""
+    summary = "**complete**" if stopped is None else f"**stopped** {stopped}"
+    return described.description(
+        summary, table, "A point of the sweep whose run this one is under: it has the command."
+    )
 
 
 def _evaluate(evaluation: SelectingEvaluation, reporter: ScoreReporter) -> int | None:

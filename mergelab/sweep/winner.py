@@ -16,7 +16,6 @@ from mergelab.experiment.loaded import LoadedModels, open_loaded
 from mergelab.experiment.logged import Measured, measure_merged, with_logged
 from mergelab.experiment.merging import Merging
 from mergelab.experiment.saving import Saving, keep
-from mergelab.sweep.config import single_command
 from mergelab.sweep.plan import expert_weights
 from mergelab.tracking import names
 
@@ -78,7 +77,7 @@ def report_winner(plan: Plan, source: Source, tracker: Tracker, run: Run, progre
     result = ExperimentResult(title, evaluator.note, tuple(evaluator.data), models)
     recording.log_coefficients(run, examples)
     tags = {names.MERGE_PATH: loaded.path} | recording.calibration_tags(examples)
-    recording.record_result(run, result, evaluator, tags=tags, command=single_command())
+    recording.record_result(run, result, evaluator, tags=tags)
     _save(plan, source, loaded, run, examples, progress)
     without_predictions = tuple(replace(model, predictions={}) for model in models)
     model_tags = recording.model_tags(session) if run.id else {}
