@@ -169,17 +169,15 @@ def measure_trial(
 def _description(logged: Mapping[str, float], stopped: str | None) -> str:
     """Describe a trial in Markdown: whether it was stopped early, and its scores or their estimates."""
     prefix = names.estimate_metric("")
-    rows = [
-        [name.removeprefix(prefix), f"{value:.4f}", f"[{logged[names.low(name)]:.3f}, {logged[names.high(name)]:.3f}]"]
-        for name, value in logged.items()
-        if name.startswith(prefix) and names.low(name) in logged
-    ]
-    what = "score on all selecting examples" if stopped is None else "estimate for all selecting examples"
-    table = for_a_page("markdown", ["metric", what, "95 % interval"], rows) if rows else ""
-    summary = "**complete**" if stopped is None else f"**stopped** {stopped}"
-    return described.description(
-        summary, table, "A point of the sweep whose run this one is under: it has the command."
-    )
+    found = [name for name in logged if name.startswith(prefix) and names.low(name) in logged]
+    rows = [[name.removeprefix(prefix), f"{logged[name]:.4f}"] for name in found]
+    columns, summary = ["metric", "score on all selecting examples"], "**complete**"
+    if stopped is not None:
+        columns, summary = ["metric", "estimate for all selecting examples", "95 % interval"], f"**stopped** {stopped}"
+        for row, name in zip(rows, found, strict=True):
+            row.append(f"[{logged[names.low(name)]:.3f}, {logged[names.high(name)]:.3f}]")
+    table = for_a_page("markdown", columns, rows) if rows else ""
+    return described.description(summary, table, "The run that this one is under has the sweep's command.")
 
 
 def _evaluate(evaluation: SelectingEvaluation, reporter: ScoreReporter) -> int | None:
