@@ -36,11 +36,13 @@ class Report:
     Attributes:
         against: the two-sided p-value of the paired test of the winner against other models, by their names.
         model_tags: the tags that name the models that were merged; empty where runs are not tracked.
+        run: id of the report's run; None where runs are not tracked.
     """
 
     result: ExperimentResult
     against: Mapping[str, float]
     model_tags: Mapping[str, str]
+    run: str | None
 
 
 def report_winner(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: Any) -> Report:
@@ -79,7 +81,7 @@ def report_winner(plan: Plan, source: Source, tracker: Tracker, run: Run, progre
     _save(plan, source, loaded, run, examples, progress)
     without_predictions = tuple(replace(model, predictions={}) for model in models)
     model_tags = recording.model_tags(session) if run.id else {}
-    return Report(replace(result, models=without_predictions), against, model_tags)
+    return Report(replace(result, models=without_predictions), against, model_tags, run.id)
 
 
 class _Merge(NamedTuple):

@@ -6,6 +6,7 @@ a changed name loses what was recorded before.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 Kind = Literal["merge", "grid", "sweep", "trial", "report", "base", "expert"]
@@ -18,7 +19,6 @@ TASK = "mergelab.task"  # the tasks' names, joined by commas
 SOURCE = "mergelab.source"  # where models and data come from: hub, local or mini
 SEED = "mergelab.seed"
 PROTOCOL = "mergelab.protocol"
-CONFIG_HASH = "mergelab.config_hash"
 MODELS = "mergelab.models"
 NOTE = "mergelab.note"  # what was measured, and how
 PRIMARY = "mergelab.primary_metric"  # the metric of this run that it is judged by, such as report/accuracy
@@ -48,7 +48,7 @@ def calibration(expert: str) -> str:
 
 def describes_result(tag: str) -> bool:
     """Return whether runs with different values of this tag have results of different things."""
-    return tag.startswith(_MODEL) or tag in (METHOD, TASK, SEED, PROTOCOL, CONFIG_HASH, MODELS, NOTE)
+    return tag.startswith(_MODEL) or tag in (METHOD, TASK, SEED, PROTOCOL, MODELS, NOTE)
 
 
 # -------------------------------------------------------------------------------- tags: grids, sweeps and baselines
@@ -59,7 +59,7 @@ BEST_RUN_NAME = "mergelab.best_run_name"
 SWEEP = "mergelab.sweep"  # of a sweep: a key that finds its run again
 STUDY = "mergelab.study"
 TRIAL = "mergelab.trial"
-PRUNED = "mergelab.pruned"
+PRUNED = "mergelab.pruned"  # of a trial that was stopped early: after how many examples, and its scores on these
 N_TRIALS = "mergelab.n_trials"
 BEST_TRIAL = "mergelab.best_trial"
 BASELINE_KEY = "mergelab.baseline_key"  # the hash of all that a baseline's scores depend on
@@ -72,6 +72,7 @@ def best_parameter(key: str) -> str:
 
 # ------------------------------------------------------------------------------------------------- tags: environment
 
+PROCESS = "mergelab.process"  # the numbers below in JSON: whether the process that opened a run still lives
 HOST = "mergelab.host"
 PID = "mergelab.pid"
 STARTED = "mergelab.process_start"
@@ -79,8 +80,6 @@ STARTED_TICKS = "mergelab.process_start_ticks"  # since the machine's start, whe
 PID_NAMESPACE = "mergelab.pid_namespace"
 BOOT = "mergelab.boot"  # the machine's start, which no other machine has; containers on it have the same
 ALIVE = "mergelab.alive"  # when the run's process last gave a sign of life, in seconds since the epoch
-PYTHON = "python"
-PLATFORM = "platform"
 # MLflow's own.
 PARENT = "mlflow.parentRunId"
 USER = "mlflow.user"
@@ -90,13 +89,15 @@ GIT_COMMIT = "mlflow.source.git.commit"
 GIT_DIRTY = "mlflow.source.git.dirty"
 EXPERIMENT_KIND = "mlflow.experimentKind"
 DATASET_CONTEXT = "mlflow.data.context"
+DESCRIPTION = "mlflow.note.content"  # of a run, in Markdown
 # Of an experiment: mergelab writes to it. No others are searched.
 OURS = "mergelab"
+_VIEW = "mlflow.sharedViewState."
 
 
-def version(library: str) -> str:
-    """Name the tag with a library's version."""
-    return f"version.{library}"
+def saved_view(key: str) -> str:
+    """Name the tag of an experiment with a view of its runs, which the UI opens by the ``key``."""
+    return f"{_VIEW}{key}"
 
 
 # ----------------------------------------------------------------------------------------------------------- metrics
@@ -117,8 +118,16 @@ def report_metric(metric: str, task: str | None = None) -> str:
 
 
 def select_metric(metric: str, task: str | None = None) -> str:
-    """Name a score on the selecting examples; of several tasks with the task's name."""
+    """Name a score on all selecting examples; of several tasks with the task's name."""
     return f"select/{_below(task)}{metric}"
+
+
+def estimate_metric(metric: str, task: str | None = None) -> str:
+    """Name a trial's score on all selecting examples, estimated where it was stopped early; `low` and `high` bound it.
+
+    Of a complete trial it is the score itself, and so are the bounds.
+    """
+    return f"estimate/{_below(task)}{metric}"
 
 
 def _below(task: str | None) -> str:
@@ -151,7 +160,8 @@ def coefficient(expert: str) -> str:
 def best_of_jobs(metric: str) -> str:
     """Name, in a grid's run, the best job's value of a metric.
 
-    It is a name apart: the best of several is not one more measurement to be compared with them.
+    The run has it under the metric's own name too, where lists of runs show it. Under this one it is not taken for one
+    more measurement: it is the best of several.
     """
     return f"best/{metric}"
 
@@ -174,7 +184,10 @@ TABLE = "table.csv"
 COEFFICIENTS = "coefficients.json"
 PREDICTIONS = "predictions"
 MODEL = "model"  # the merged model's folder, also in the job's own folder
+ENVIRONMENT = "environment.json"  # process, machine, versions of libraries, hash of the configuration
+CONFIG_HASH = "config_hash"  # in it
 PLOTS = "plots"
+PLOTS_PAGE = "plots.html"  # among `PLOTS`: all of them, interactive
 TRIALS = "trials.csv"
 STUDY_FILE = "study.db"
 SUMMARY, SUMMARY_JSON = "summary.csv", "summary.json"
@@ -193,6 +206,9 @@ def predictions(task: str) -> str:
 # -------------------------------------------------------------------------------------------- experiments and runs
 
 
+_LONG_NAME = 60  # characters
+
+
 def labelled(task: str, *, mini: bool) -> str:
     """Name a task as runs and experiments do: results of the miniature never pass for the real task's."""
     return f"mini/{task}" if mini else task
@@ -203,9 +219,25 @@ def merge_run(task: str, described: str) -> str:
     return f"{task} {described}"
 
 
-def grid_run(varied: str, tasks: str | None) -> str:
-    """Name a grid's run by what it varies, with the tasks where that has to be said."""
-    return f"grid: {varied}" + (f" ({tasks})" if tasks else "")
+def grid_run(varied: Mapping[str, Sequence[str]], typed: Sequence[str], tasks: str | None) -> str:
+    """Name a grid's run by what it varies, with the tasks where that has to be said.
+
+    Where the values are too many for a name, their numbers are in it: ``grid: method (5), lambda (9)``.
+
+    Args:
+        varied: the values of each key that jobs differ in.
+        typed: the overrides, where they differ in nothing.
+        tasks: their names.
+    """
+    ending = f" ({tasks})" if tasks else ""
+    name = " ".join(f"{_short(key)}={','.join(values)}" for key, values in varied.items()) or " ".join(typed)
+    if len(name) > _LONG_NAME and varied:
+        name = ", ".join(f"{_short(key)} ({len(values)})" for key, values in varied.items())
+    return f"grid: {name if len(name) <= 2 * _LONG_NAME else name[: 2 * _LONG_NAME] + '…'}{ending}"
+
+
+def _short(key: str) -> str:
+    return key.removeprefix("method.")
 
 
 def sweep_run(task: str, method: str, sampler: str) -> str:
@@ -223,6 +255,6 @@ def report_run(task: str, method: str, number: int) -> str:
     return f"{task} {method} report: trial {number}"
 
 
-def baseline_run(role: str, label: str) -> str:
-    """Name the run of a base or an expert."""
-    return f"{role} {label}"
+def baseline_run(role: str, label: str, protocol: str) -> str:
+    """Name the run of a base or an expert; other protocols measure on other examples."""
+    return f"{role} {label} ({protocol})"

@@ -23,8 +23,8 @@ from tests.standins import GPT2_BASE, glue_table
 pytestmark = pytest.mark.slow
 
 Command = Callable[..., Outcome]
-COMPARED = {names.TASK, names.SOURCE, names.SEED, names.PROTOCOL, names.CONFIG_HASH, names.MODELS, names.NOTE,
-            names.PRIMARY, names.DIRECTION, "version.torch", "mlflow.user"}  # fmt: skip
+COMPARED = {names.TASK, names.SOURCE, names.SEED, names.PROTOCOL, names.MODELS, names.NOTE, names.PRIMARY,
+            names.DIRECTION, names.DESCRIPTION, "mlflow.user"}  # fmt: skip
 
 
 def recorded(folder: Path, experiment: str = "rte") -> dict[str, list[Any]]:
@@ -39,6 +39,13 @@ def recorded(folder: Path, experiment: str = "rte") -> dict[str, list[Any]]:
 def artifacts(folder: Path, run: Any) -> set[str]:
     client = MlflowClient(f"sqlite:///{folder}/outputs/mlflow.db")
     return {file.path for file in client.list_artifacts(run.info.run_id)}
+
+
+def environment(folder: Path, run: Any) -> dict[str, Any]:
+    """What a run's artifact says of where it was made."""
+    client = MlflowClient(f"sqlite:///{folder}/outputs/mlflow.db")
+    found: dict[str, Any] = json.loads(Path(client.download_artifacts(run.info.run_id, names.ENVIRONMENT)).read_text())
+    return found
 
 
 def ok(outcome: Outcome) -> Outcome:
@@ -58,8 +65,11 @@ def test_runs_of_every_kind_say_alike_what_they_are_compared_by(
     for kind, found in runs.items():
         for run in found:
             tags = run.data.tags
-            # Two jobs with different settings share no hash.
-            assert set(tags) >= COMPARED - ({names.CONFIG_HASH} if kind == "grid" else set()), kind
+            assert set(tags) >= COMPARED, kind
+            about = environment(workplace, run)
+            assert about["versions"]["torch"].startswith("2."), kind
+            assert (names.CONFIG_HASH in about) == (kind != "grid")  # jobs with different settings share no hash
+            assert run.inputs.dataset_inputs, kind  # parents have those of their jobs
             assert (tags[names.TASK], tags[names.SEED], tags[names.PROTOCOL]) == ("rte", "0", "holdout")
             assert tags.get(names.METHOD) == (None if kind in ("base", "expert") else "task_arithmetic")
             assert tags[names.DIRECTION] == "maximize"
@@ -80,7 +90,19 @@ def test_runs_of_every_kind_say_alike_what_they_are_compared_by(
     assert report.data.tags[names.PRIMARY] == "report/accuracy"
     # The first trial is the grid's first job: the same point, the same configuration but for the sweep's own keys.
     assert trial.data.metrics["select/accuracy"] == merge.data.metrics["select/accuracy"]
-    assert trial.data.tags[names.CONFIG_HASH] == merge.data.tags[names.CONFIG_HASH]
+    hashes = [environment(workplace, run)[names.CONFIG_HASH] for run in (trial, merge)]
+    assert hashes[0] == hashes[1]
+    # Parents show what their winner reports.
+    ((grid,), (sweep,)) = runs["grid"], runs["sweep"]
+    best = max(runs["merge"], key=lambda run: run.data.metrics["report/accuracy"])
+    for parent, winner in ((grid, best), (sweep, report)):
+        for metric in (names.report_metric("accuracy"), names.low("report/accuracy"), names.high("report/accuracy")):
+            assert parent.data.metrics[metric] == winner.data.metrics[metric]
+    commands = {run.info.run_id: run.data.tags[names.DESCRIPTION] for run in (merge, trial, report, grid, sweep)}
+    assert "python -m mergelab -m " in commands[grid.info.run_id]
+    assert "python -m mergelab -m sweep=task_arithmetic" in commands[sweep.info.run_id]
+    assert "select" in commands[report.info.run_id]  # the table
+    assert all(run.info.run_name.endswith(" (holdout)") for run in (*runs["base"], *runs["expert"]))
 
 
 def size(measured: Measured) -> dict[str, float]:

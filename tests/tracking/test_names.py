@@ -23,6 +23,7 @@ NAMED_KEYS = {"log_metrics", "set_tags", "runs", "find_run"}
 ELSEWHERE = {
     ("weights/writer.py", "mergelab.key"),
     ("cli/help.py", "config.yaml"),
+    ("experiment/compared.py", "config.yaml"),
     ("weights/files.py", "model."),  # of files and tensors
     ("weights/wrappers.py", "model."),
 }
