@@ -111,7 +111,7 @@ class Report:
             if rows:
                 found[f"{name}.csv"] = for_a_program("csv", rows).encode()
                 found[f"{name}.parquet"] = _parquet(rows)
-        ranked = [ranking for ranking in self.rankings if ranking.group.ranked]
+        ranked = [ranking for ranking in self.rankings if ranking.group.rows]
         forms: tuple[tuple[str, Format], ...] = (("models.md", "markdown"), ("models.tex", "latex"))
         for name, form in forms if ranked else ():
             found[name] = "\n".join(page_table(ranking, form) for ranking in ranked).encode()
@@ -209,8 +209,8 @@ def _notices(selection: Selection, comparison: Comparison) -> list[str]:
         found.append(f"{count} groups, each ranked apart: {'; '.join(kinds)}")
     for group in comparison.groups:
         if group.unranked and group.ranked:
-            total = len(group.ranked) + len(group.unranked)
-            found.append(f"{group.title}: {len(group.unranked)} of {total} models have no {group.primary}, and no rank")
+            total = len(group.merged) + len(group.unranked)
+            found.append(f"{group.title}: {len(group.unranked)} of {total} merges have no {group.primary}, and no rank")
     if without := comparison.without_result:
         run, ending = without[0]
         found.append(f"{len(without)} runs have no result; {run.record.name}: {shortened(ending, 160)}")

@@ -37,12 +37,18 @@ class Commands:
 
     def __init__(self) -> None:
         self._composed: dict[tuple[str, ...], dict[str, Any] | None] = {}
+        self._known: dict[str, str | None] = {}
 
     def of(self, run: LoggedRun) -> str | None:
         """Return the command that merges and measures what ``run`` did, on its own; None where that is not recorded.
 
         A trial's is that of one experiment at its point. What was made with the embedded miniature asks for it.
         """
+        if run.record.id not in self._known:
+            self._known[run.record.id] = self._of(run)
+        return self._known[run.record.id]
+
+    def _of(self, run: LoggedRun) -> str | None:
         params = dict(run.record.params)
         if "method.name" not in params or any(_CUT in value for value in params.values()):
             return None

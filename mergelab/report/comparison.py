@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mergelab.console.scores import Cell
 from mergelab.errors import ConfigError, TrackingError, did_you_mean, listed
-from mergelab.report.trials import Trial, read_trials
+from mergelab.report.trials import Trial, described, point_of, read_trials
 from mergelab.tasks.metric import get_metric
 from mergelab.tracking import names
 
@@ -28,7 +29,7 @@ _OF_TRIALS = "trial:"  # how the line of a note begins that only trials have
 _TELLING = ("method.", "seed", "models.", "save.", "eval.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """A model that was measured on the reporting examples.
 
@@ -48,15 +49,17 @@ class Row:
     logged: Mapping[str, float]
     own_run: bool = True
 
-    @property
+    @cached_property
     def models(self) -> frozenset[str]:
         """What was merged, or is this: each model with its revision."""
         return models_of(self.run)
 
     @property
     def is_soup(self) -> bool:
-        """Whether it is an average of the experts."""
-        return self.own_run and self.role == "merged" and self.run.record.tags.get(names.METHOD) == "soup"
+        """Whether it is a plain average of the experts, in a run of its own or measured beside a sweep's winner."""
+        if not self.own_run:
+            return self.label.startswith("soup of ")
+        return self.run.kind == "merge" and self.run.record.tags.get(names.METHOD) == "soup"
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class Group:
         primary: the metric that ranks.
         columns: the metrics, the primary one first.
         ranked: the models with that metric, the best first.
-        unranked: the others, with the reason.
+        beside: bases and experts with other metrics alone, as a suite's experts are.
+        unranked: merged models that have no rank, with the reason.
         trials: by the id of their sweep.
     """
 
@@ -97,6 +101,7 @@ class Group:
     primary: str
     columns: tuple[ScoreColumn, ...]
     ranked: tuple[Row, ...]
+    beside: tuple[Row, ...] = ()
     unranked: tuple[tuple[Row, str], ...] = ()
     trials: Mapping[str, tuple[Trial, ...]] = field(default_factory=dict)
 
@@ -106,17 +111,22 @@ class Group:
         return bool(self.columns[0].less)
 
     @property
+    def rows(self) -> tuple[Row, ...]:
+        """The models that a table shows."""
+        return (*self.ranked, *self.beside)
+
+    @property
     def merged(self) -> list[Row]:
         """The merged models, the best first."""
         return [row for row in self.ranked if row.role == "merged"]
 
     def experts_of(self, row: Row) -> list[Row]:
-        """Return the ranked experts that ``row`` was merged from, the best first."""
-        return [other for other in self.ranked if other.role == "expert" and other.models <= row.models]
+        """Return the experts that ``row`` was merged from, the best first."""
+        return [other for other in self.rows if other.role == "expert" and other.models <= row.models]
 
     def base_of(self, row: Row) -> Row | None:
         """Return the base that ``row`` was merged with."""
-        return next((other for other in self.ranked if other.role == "base" and other.models <= row.models), None)
+        return next((other for other in self.rows if other.role == "base" and other.models <= row.models), None)
 
 
 @dataclass(frozen=True)
@@ -150,13 +160,13 @@ def compare_runs(selection: Selection, metric: str | None, rivals: Rivals) -> Co
         elif run.kind not in _BASELINES:
             members.setdefault(_key(run), []).append(run)
     groups = [_group(runs, list(baselines.values()), selection, metric, rivals) for runs in members.values()]
-    shown = {row.run.record.id for group in groups for row in group.ranked}
+    shown = {row.run.record.id for group in groups for row in group.rows}
     alone: dict[tuple[object, ...], list[LoggedRun]] = {}
     for run in _baselines(selection.runs):  # asked for, with no merge to compare them with
         if run.record.id not in shown and _scores(run.record.metrics):
             alone.setdefault(_key(run), []).append(run)
     groups += [_group(runs, [], selection, metric, rivals) for runs in alone.values()]
-    found = [group for group in groups if group.ranked or group.unranked or group.trials]
+    found = [group for group in groups if group.rows or group.unranked or group.trials]
     if metric is not None and found and not any(group.ranked for group in found):
         known = sorted({column.name for group in found for column in group.columns})
         raise TrackingError(
@@ -220,7 +230,7 @@ def _group(
 ) -> Group:
     first, models = runs[0], {models_of(run) for run in runs}
     fitting = [run for run in baselines if _fits(run, first) and any(models_of(run) <= each for each in models)]
-    rows = [_row(run) for run in (*fitting, *(run for run in runs if run.kind != "trial"))]
+    rows = [_row(run, selection) for run in (*fitting, *(run for run in runs if run.kind != "trial"))]
     rows += [rival for run in runs if run.kind == "report" for rival in _rivals(run, rivals)]
     rows = _told_apart(_without_repeats(rows))
     primary = metric or _most_common(row.run.record.tags.get(names.PRIMARY, "") for row in rows)
@@ -229,7 +239,9 @@ def _group(
     sign = 1 if columns and columns[0].less else -1
     ranked = [row for row in rows if primary in row.scores]
     ranked.sort(key=lambda row: (sign * row.scores[primary].value, row.role == "merged", row.label))
-    unranked = [(row, f"has no {primary}" if row.scores else "has no score") for row in rows if row not in ranked]
+    others = [row for row in rows if primary not in row.scores]
+    others.sort(key=lambda row: (row.role == "expert", row.label))
+    reason = f"has no {primary}"
     tags = first.record.tags
     tasks = tuple(tags.get(names.TASK, "").split(","))
     mini = tags.get(names.SOURCE) == "mini"
@@ -246,7 +258,8 @@ def _group(
         primary,
         columns,
         tuple(ranked),
-        tuple(unranked),
+        tuple(row for row in others if row.role != "merged"),
+        tuple((row, reason) for row in others if row.role == "merged"),
         trials,
     )
 
@@ -262,14 +275,15 @@ def _ending(run: LoggedRun) -> str:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def _row(run: LoggedRun) -> Row:
+def _row(run: LoggedRun, selection: Selection) -> Row:
     tags, params = run.record.tags, run.record.params
     role: Role = "base" if run.kind == "base" else "expert" if run.kind == "expert" else "merged"
     name = run.record.name
     if role != "merged":
         label = params.get("models.name", name)
     elif run.kind == "report":
-        label = f"{tags.get(names.METHOD, '')}, winner of the sweep (trial {tags.get(names.TRIAL, '?')})"
+        found = described(point_of(run, selection.parents.get(run.parent or "")))
+        label = " ".join(filter(None, [tags.get(names.METHOD), found, f"(winner: trial {tags.get(names.TRIAL, '?')})"]))
     else:
         task = names.labelled(params.get("task.name", ""), mini=tags.get(names.SOURCE) == "mini")
         label = name.removeprefix(f"{task} ")

@@ -104,7 +104,7 @@ def _policy(scripts: Sequence[str]) -> str:
 
 def _section(content: Content, ranking: Ranking, commands: Commands, plots: dict[str, Any]) -> dict[str, Any]:
     group = ranking.group
-    lines = [_line(content, ranking, row, commands) for row in group.ranked]
+    lines = [_line(content, ranking, row, commands) for row in group.rows]
     drawn = []
     for figure in figures(group):
         name = f"plot-{len(plots)}"
@@ -114,7 +114,7 @@ def _section(content: Content, ranking: Ranking, commands: Commands, plots: dict
     return {
         "group": group,
         "findings": findings(ranking),
-        "best": {column.name: column.best(group.ranked) for column in group.columns},
+        "best": {column.name: column.best(group.rows) for column in group.columns},
         "lines": lines,
         "caption": caption(ranking).removeprefix(group.note).strip().splitlines(),
         "against_base": any(line["over_base"] is not None for line in lines),
@@ -136,7 +136,7 @@ def _line(content: Content, ranking: Ranking, row: Row, commands: Commands) -> d
     group = ranking.group
     base = group.base_of(row) if row.role == "merged" else None
     over_base = None
-    if base is not None:
+    if base is not None and group.primary in base.scores:
         over_base = row.scores[group.primary].value - base.scores[group.primary].value
     return {
         "row": row,
@@ -207,7 +207,7 @@ def findings(ranking: Ranking) -> list[str]:
     best = group.merged[0]
     cell = best.scores[group.primary]
     found = [f"Best merge: {best.label}, {group.primary} {' '.join(filter(None, [cell.text, cell.interval]))}."]
-    if (base := group.base_of(best)) is not None:
+    if (base := group.base_of(best)) is not None and group.primary in base.scores:
         found.append(f"Against the base {base.label}: {cell.value - base.scores[group.primary].value:+.4f}.")
     for other in (EXPERT, SOUP):
         if (test := ranking.test(best, other)) is not None:

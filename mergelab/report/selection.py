@@ -24,7 +24,7 @@ _ID_LENGTH = 32
 _AT_ONCE = 100  # ids in one filter
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoggedRun:
     """A run of the store, with the data that it was measured on and the place of its artifacts.
 

@@ -117,10 +117,14 @@ def _against_experts(group: Group, row: Row, predictions: _Predictions) -> list[
 
 
 def _against_soup(group: Group, row: Row, predictions: _Predictions) -> list[PairedTest]:
+    if row.is_soup or not row.own_run:
+        return []
     soups = [other for other in group.merged if other.is_soup and other.models == row.models]
-    named = [other for other in group.merged if not other.own_run and other.run == row.run and "soup" in other.label]
-    soup = next(iter(soups or named), None)
-    if soup is None or row.is_soup or not row.own_run:
+    # What a sweep measured beside its winner is what the winner was tested against; it has no predictions of its own.
+    beside = _P_VS_SOUP in row.logged
+    soups.sort(key=lambda other: (other.own_run == beside, other.run is not row.run))
+    soup = next(iter(soups), None)
+    if soup is None:
         return []
     found = []
     for task in group.tasks:

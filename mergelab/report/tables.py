@@ -56,7 +56,7 @@ def cells(
     found = [row.label]
     for column in ranking.group.columns[:metrics]:
         score = row.scores.get(column.name)
-        best = score is not None and score.value == column.best(ranking.group.ranked)
+        best = score is not None and score.value == column.best(ranking.group.rows)
         shown = "" if score is None else " ".join(filter(None, [score.text, score.interval if intervals else ""]))
         found.append(shown + " *" * best)
     if ranking.has_tests:
@@ -129,7 +129,7 @@ def print_rankings(rankings: Sequence[Ranking], form: Format, commands: Commands
     for ranking in rankings:
         if form != "table":
             sys.stdout.write(page_table(ranking, form) + "\n")
-        elif ranking.group.ranked:
+        elif ranking.group.rows:
             print_fitting(_tables(ranking))
         for row, reason in ranking.group.unranked if form == "table" else ():
             say(f"not ranked: {row.label} {reason}", result=True)
@@ -137,7 +137,7 @@ def print_rankings(rankings: Sequence[Ranking], form: Format, commands: Commands
 
 def page_table(ranking: Ranking, form: Format) -> str:
     """Write a group's table in Markdown or LaTeX."""
-    rows = [cells(ranking, row) for row in ranking.group.ranked]
+    rows = [cells(ranking, row) for row in ranking.group.rows]
     return for_a_page(form, header(ranking), rows, f"{ranking.group.title}\n{caption(ranking)}")
 
 
@@ -164,7 +164,7 @@ def _table(ranking: Ranking, intervals: bool, costs: int, metrics: int) -> Table
     table.caption_justify = "left"
     for place, name in enumerate(header(ranking, costs=costs, metrics=metrics)):
         table.add_column(Text(name), justify="right" if place else "left", no_wrap=True)
-    for row in group.ranked:
+    for row in group.rows:
         label, *rest = cells(ranking, row, **shape)
         style = "bold" if row.role == "merged" else ""
         table.add_row(Text(label, style=style), *(Text(cell, style="bold green" * (" *" in cell)) for cell in rest))
@@ -178,15 +178,16 @@ def records(ranking: Ranking, commands: Commands) -> list[dict[str, Any]]:
     """List a group's models as plain values, the best first; those that are not ranked follow, with the reason."""
     group, found = ranking.group, []
     reasons = {id(row): reason for row, reason in group.unranked}
+    reasons |= {id(row): f"has no {group.primary}" for row in group.beside}
     about = {"task": group.title, "source": group.source, "protocol": group.protocol}
-    for place, row in enumerate([*group.ranked, *(row for row, _ in group.unranked)], start=1):
+    for place, row in enumerate([*group.rows, *(row for row, _ in group.unranked)], start=1):
         tags = row.run.record.tags
         record: dict[str, Any] = {**about, "rank": place if id(row) not in reasons else None, "model": row.label}
         record |= {names.ROLE: row.role, "method": tags.get(names.METHOD) if row.own_run else None}
         for column in group.columns:
             score = row.scores.get(column.name)
             record |= {column.name: score and score.value}
-            if any(other.scores[column.name].low is not None for other in group.ranked if column.name in other.scores):
+            if any(other.scores[column.name].low is not None for other in group.rows if column.name in other.scores):
                 record |= {names.low(column.name): score and score.low, names.high(column.name): score and score.high}
         for other in (EXPERT, SOUP):
             test, key = ranking.test(row, other), other.replace(" ", "_")

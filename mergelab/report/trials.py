@@ -51,9 +51,24 @@ def read_trials(runs: Sequence[LoggedRun], parent: LoggedRun | None) -> tuple[Tr
         runs: the trials of one sweep.
         parent: the sweep's run, which has the search space; None: every number of the method that varies is swept.
     """
-    keys = [key.removeprefix(_SPACE) for key in (parent.record.params if parent else {}) if key.startswith(_SPACE)]
-    found = [_trial(run, keys or _varied(runs)) for run in runs]
+    varied = _varied(runs)
+    found = [_trial(run, point_of(run, parent, varied)) for run in runs]
     return tuple(sorted(found, key=lambda trial: trial.number))
+
+
+def point_of(run: LoggedRun, parent: LoggedRun | None, varied: Sequence[str] = ()) -> dict[str, float | str]:
+    """Return the value that a run has for each swept key; without a sweep's search space, for each of ``varied``."""
+    space = parent.record.params if parent is not None else {}
+    keys = [key.removeprefix(_SPACE) for key in space if key.startswith(_SPACE)] or varied
+    return {key: _value(run.record.params[key]) for key in keys if key in run.record.params}
+
+
+def described(point: Mapping[str, float | str]) -> str:
+    """Write a point in short: ``density=0.2 lambda=1``."""
+    return " ".join(
+        f"{key.removeprefix('method.')}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+        for key, value in point.items()
+    )
 
 
 def judged_by(runs: Sequence[LoggedRun]) -> tuple[str, bool]:
@@ -73,9 +88,8 @@ def number(text: str) -> float | None:
     return found if abs(found) != float("inf") and found == found else None
 
 
-def _trial(run: LoggedRun, keys: Sequence[str]) -> Trial:
-    params, metrics, tags = run.record.params, run.record.metrics, run.record.tags
-    point = {key: _value(params[key]) for key in keys if key in params}
+def _trial(run: LoggedRun, point: Mapping[str, float | str]) -> Trial:
+    metrics, tags = run.record.metrics, run.record.tags
     judged, _ = judged_by([run])
     stopped = tags.get(names.PRUNED, "")
     own = {_plain(name): value for name, value in metrics.items() if name.startswith(_SELECT)}

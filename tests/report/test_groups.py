@@ -77,7 +77,7 @@ def test_a_model_without_the_metric_has_no_rank_and_that_is_said(
     found = rows(report("rte", "--metric=f1", "--format=csv"))
     assert [row["model"] for row in found if row["rank"]] == ["dare"]
     assert {row["not_ranked"] for row in found if not row["rank"]} == {"has no f1"}
-    assert "6 of 7 models have no f1, and no rank" in report("rte", "--metric=f1").out
+    assert "3 of 4 merges have no f1, and no rank" in report("rte", "--metric=f1").out
 
 
 def test_a_score_that_is_better_when_it_is_less_ranks_so(store: Store) -> None:
@@ -131,7 +131,7 @@ def sweep(store: Store, *, status: str = "FINISHED", trials: int = 4, stopped: i
 def test_a_sweeps_winner_is_ranked_and_its_trials_are_not(store: Store, report: Callable[..., Outcome]) -> None:
     parent = sweep(store)
     (ranking,) = build_report([parent], None, None, lambda _message, _done: None).rankings
-    assert [row.label for row in ranking.group.ranked] == ["ties, winner of the sweep (trial 1)"]
+    assert [row.label for row in ranking.group.ranked] == ["ties density=0.2 (winner: trial 1)"]
     (trials,) = ranking.group.trials.values()
     assert [(t.number, t.score, t.stopped != "") for t in trials] == [
         (0, pytest.approx(0.70), False), (1, pytest.approx(0.71), False), (2, None, True), (3, None, True),
