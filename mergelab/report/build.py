@@ -187,13 +187,14 @@ class _Artifacts:
 
     def configuration(self, run: LoggedRun) -> Mapping[str, Any]:
         """Return the configuration that a run was composed of: its file, or else its parameters."""
-        from omegaconf import OmegaConf
+        import yaml  # type: ignore[import-untyped]
 
         file = artifact(self.tracker, run, names.CONFIG, self.folder)
-        if file is None:
-            return nested(run.record.params)
-        found: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-        return found if isinstance(found, dict) else {}
+        try:
+            found = None if file is None else yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            found = None
+        return found if isinstance(found, dict) else nested(run.record.params)
 
 
 # ------------------------------------------------------------------------------------------------------------- notices

@@ -96,7 +96,8 @@ def paired_tests(
 def untested(tests: Sequence[PairedTest]) -> str:
     """Say which merged models could not be tested; empty where all were."""
     labels = dict.fromkeys(test.row.label for test in tests if test.p_value is None)
-    return f"not tested, since predictions of one side were not logged: {listed(labels, 3)}" if labels else ""
+    why = "predictions of one side are missing, or are of other examples"
+    return f"not tested, since {why}: {listed(labels, 3)}" if labels else ""
 
 
 def _against_experts(group: Group, row: Row, predictions: _Predictions) -> list[PairedTest]:
@@ -217,11 +218,15 @@ def read_predictions(file: Path, spec: TaskSpec) -> tuple[Array, Array, Array] |
 
     Returns:
         Their numbers (n,), a model's outputs and the truth as `mergelab.evaluation.metrics.score` takes them; None
-        where the file has other columns than the task's kind needs, or no labels.
+        where the file is damaged, has other columns than the task's kind needs, or no labels.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns = pq.read_table(file).to_pydict()
+    try:
+        columns = pq.read_table(file).to_pydict()
+    except (pa.ArrowException, OSError):  # cut off, or no Parquet
+        return None
     needed = {
         "generation": ("prediction", "references"),
         "language_modelling": ("negative_log_likelihood", "tokens", "words"),

@@ -90,7 +90,7 @@ def test_a_merge_whose_predictions_are_missing_is_said_to_be_untested(
     assert found["dare", EXPERT].p_value is None
     assert found["dare", EXPERT].adjusted is None
     assert found["ties density=0.3", EXPERT].family == 3  # only tests that were made count
-    assert "not tested, since predictions of one side were not logged: dare" in report("rte").out
+    assert "not tested, since predictions of one side are missing, or are of other examples: dare" in report("rte").out
 
 
 def test_predictions_of_other_examples_are_never_paired(compared: Store) -> None:
