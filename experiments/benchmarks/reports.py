@@ -58,9 +58,7 @@ def make_store(tracker: Tracker, runs: int, folder: Path) -> None:
         role = "base" if key == "base" else "expert"
         params = {"models": {"name": reference}, "eval": plan.config.eval.model_dump(), "seed": 0}
         tags = {names.model(key): reference, names.model_hash(key): reference, names.METHOD: None}
-        with open_run(
-            tracker, role, plan, "local", names.baseline_run(role, reference), params=params, tags=tags
-        ) as run:
+        with open_run(tracker, role, plan, "local", f"{role} {reference}", params=params, tags=tags) as run:
             measured(run, random, 0.5 if role == "base" else 0.85, folder)
     parents = {}
     for kind in ("sweep", "grid"):

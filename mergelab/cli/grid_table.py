@@ -13,13 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from mergelab.console.progress import say, say_where
 from mergelab.console.tables import result_table
-from mergelab.tracking import TrackingConfig, open_tracking, tracking_config
+from mergelab.tracking import TrackingConfig, names, open_tracking, tracking_config
 from mergelab.tracking.grid import BASIC_SWEEPER
 
 if TYPE_CHECKING:
     from mergelab.evaluation.results import ExperimentResult, ModelResult
 
-_open: list[tuple[Path, TrackingConfig]] = []
+_open: list[tuple[Path, TrackingConfig, str]] = []
 
 
 class GridTable(Callback):
@@ -29,7 +29,11 @@ class GridTable(Callback):
         """Remember where the jobs write; a sweep shows its own table."""
         if OmegaConf.select(config, "hydra.sweeper._target_") != BASIC_SWEEPER:
             return
-        _open.append((Path(config.hydra.sweep.dir).absolute(), tracking_config(config.tracking)))
+        from mergelab.experiment.described import command
+
+        typed: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+        folder, tracking = Path(config.hydra.sweep.dir).absolute(), tracking_config(config.tracking)
+        _open.append((folder, tracking, command(typed, multirun=True)))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Show the table."""
@@ -38,16 +42,26 @@ class GridTable(Callback):
 
 def show_open_grids() -> None:
     """Show the table of every grid that this process has open; Hydra calls no callback after a failed job."""
+    from mergelab.experiment.described import description, result_text
+    from mergelab.experiment.recording import save_views
+
     while _open:
-        folder, tracking = _open.pop()
-        _show(folder)
+        folder, tracking, typed = _open.pop()
+        tables = _tables(folder)
+        for table in tables:
+            result_table(table)
+        sys.stdout.flush()
         tracker = open_tracking(tracking)
         if parent := tracker.grid_parent(folder):
+            text = description(*(result_text(table) for table in tables), command=typed)
+            tracker.tag(parent.id, {names.DESCRIPTION: text})
+            views = [save_views(tracker, parent.experiment, table) for table in tables]
             say(f"parent run {parent.id}")
-            say_where(tracker, parent.experiment)
+            say_where(tracker, parent.experiment, next(filter(None, views), None))
 
 
-def _show(folder: Path) -> None:
+def _tables(folder: Path) -> list[ExperimentResult]:
+    """Return a table of results for each choice of tasks: base and experts, then each job's merged model."""
     from mergelab.evaluation.results import RESULT, read_result
 
     files = sorted(folder.glob(f"*/{RESULT}"), key=_job_number)
@@ -59,11 +73,12 @@ def _show(folder: Path) -> None:
         name = " ".join(override for override in overrides[file] if override not in common) or result.merged.label
         models = (*result.models[:-1], replace(result.merged, label=name))
         groups.setdefault(result.tasks, []).append(replace(result, models=models))
+    tables = []
     for results in groups.values():
         models = (*_baselines(results), *(result.merged for result in results))
         name = results[0].title.partition(" on ")[2]
-        result_table(replace(results[0], title=f"grid of {len(results)} on {name}", models=models))
-    sys.stdout.flush()
+        tables.append(replace(results[0], title=f"grid of {len(results)} on {name}", models=models))
+    return tables
 
 
 def _baselines(results: Sequence[ExperimentResult]) -> Iterator[ModelResult]:

@@ -51,10 +51,10 @@ def _quiet() -> bool:
     return os.environ.get(QUIET, "0") not in ("", "0") or chosen_format() != "table"
 
 
-def say_where(tracker: Tracker, experiment: str) -> None:
-    """Write how to see an experiment's runs in the MLflow UI."""
+def say_where(tracker: Tracker, experiment: str, view: str | None = None) -> None:
+    """Write how to see an experiment's runs in the MLflow UI: those of a saved view, or all."""
     say(f"compare runs in the MLflow UI: {tracker.ui_command()}", to_copy=True)
-    say(f"then open {tracker.ui_page(experiment)}", to_copy=True)
+    say(f"then open {tracker.ui_page(experiment, view=view)}", to_copy=True)
 
 
 def warn(text: str) -> None:

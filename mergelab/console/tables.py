@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mergelab.console.formats import chosen_format, for_a_page, for_a_program
+from mergelab.console.formats import Format, chosen_format, for_a_page, for_a_program
 from mergelab.console.progress import console, say
 from mergelab.console.scores import Cell, columns, records
 
@@ -48,15 +48,24 @@ def result_table(result: ExperimentResult) -> None:
         return
     if form in ("markdown", "latex"):
         if any(model.scored for model in result.models):
-            header, rows = _cells(result, TableLayout())
-            note = _caption(result, TableLayout())
-            sys.stdout.write(for_a_page(form, header, [row for _, row in rows], f"{result.title}\n{note}"))
+            sys.stdout.write(_on_a_page(form, result))
         return
     _texts_tables(result)
     if not any(model.scored for model in result.models):
         say(result.note, result=True)
         return
     print_fitting(_table(result, layout) for layout in _layouts(result))
+
+
+def markdown_table(result: ExperimentResult) -> str:
+    """Return the table of a result with scores in Markdown, with its title and note below."""
+    return _on_a_page("markdown", result)
+
+
+def _on_a_page(form: Format, result: ExperimentResult) -> str:
+    header, rows = _cells(result, TableLayout())
+    note = f"{result.title}\n{_caption(result, TableLayout())}"
+    return for_a_page(form, header, [row for _, row in rows], note)
 
 
 def print_fitting(tables: Iterator[Table]) -> None:

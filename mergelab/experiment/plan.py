@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergelab.config import ExperimentConfig, ModelsConfig, check, local_path
 from mergelab.console.progress import warn
 from mergelab.errors import ConfigError, did_you_mean, listed, shortened
+from mergelab.experiment.compared import used_name
 from mergelab.experiment.locate import Source, decide_source
 from mergelab.models.references import references
 
@@ -75,6 +76,8 @@ def plan_experiment(config: DictConfig) -> Plan:
     if not checked.evaluate and checked.output is None:
         raise ConfigError("evaluate=false: nothing would be made; say where the merged model goes with output=<folder>")
     _check_form(checked, method.name)
+    models = checked.models.model_copy(update={"name": used_name(checked.models)})
+    checked = checked.model_copy(update={"models": models})
     if checked.output is not None:
         check_output(checked.output, checked.models)
     return Plan(

@@ -11,7 +11,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from mergelab.evaluation.results import ExperimentResult, common_direction
-from mergelab.tracking import experiment_name, names
+from mergelab.experiment import compared, described
+from mergelab.tracking import experiment_name, names, views
 
 if TYPE_CHECKING:
     from mergelab.evaluation.results import ModelResult
@@ -49,16 +50,20 @@ def open_run(
         name: the run's.
         experiment: the MLflow experiment; None: that of the plan's task.
         parent: id of the run that it is shown under.
-        params: what is recorded as parameters and hashed; None: the whole resolved configuration.
+        params: what is hashed, and recorded as parameters as far as people compare it (see
+            `mergelab.experiment.compared`); None: the whole resolved configuration.
         tags: those of this kind of run alone; None as a value leaves a tag out.
         resumed: tags of an earlier run of the same thing: if there is such a run, it is opened again.
     """
     params = plan.resolved if params is None else params
+    shown = compared.compared(_named(params, plan), source, compared.typed_keys())
+    if source == "mini" and tags and names.MODELS in tags:
+        shown |= _models(shown, tags)
     experiment = experiment or experiment_name(plan.tracking, plan.task_name, mini=source == "mini")
     if resumed is not None and (known := tracker.runs(resumed, experiment=experiment)):
         run = tracker.resume_run(known[0].id)
         if not known[0].params:  # its process died between creating the run and recording them
-            run.log_params(params)
+            run.log_params(shown)
         return run
     common = {
         names.KIND: kind,
@@ -67,15 +72,47 @@ def open_run(
         names.SOURCE: source,
         names.SEED: plan.config.seed,
         names.PROTOCOL: plan.config.eval.protocol,
-        names.CONFIG_HASH: config_hash(params),
     }
-    return tracker.start_run(name, experiment=experiment, tags=common | dict(tags or {}), params=params, parent=parent)
+    about = {names.CONFIG_HASH: config_hash(params)}
+    tags = common | dict(tags or {})
+    return tracker.start_run(name, experiment=experiment, tags=tags, params=shown, parent=parent, about=about)
+
+
+def _named(params: Mapping[str, Any], plan: Plan) -> Mapping[str, Any]:
+    """Give the models the name of those that are used, where it is not."""
+    models = params.get("models")
+    if not isinstance(models, Mapping) or "experts" not in models:
+        return params
+    return {**params, "models": {**models, "name": plan.config.models.name}}
+
+
+def _models(shown: Mapping[str, Any], tags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of models with the names that the tags have."""
+    return {"models": {**shown.get("models", {}), **compared.models_used(tags)["models"]}}
 
 
 def config_hash(resolved: Mapping[str, Any]) -> str:
     """Hash what determines a run's result: the resolved configuration except where it is recorded and saved."""
     hashed = {key: value for key, value in resolved.items() if key not in ("tracking", "output")}
     return hashlib.sha256(json.dumps(hashed, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def save_views(tracker: Tracker, experiment: str, result: ExperimentResult, settings: Sequence[str] = ()) -> str | None:
+    """Give an experiment its views of merges and baselines, and return the key of the first; None without scores.
+
+    Args:
+        tracker: the store.
+        experiment: its name.
+        result: says by which metric its runs are judged.
+        settings: parameters to show besides the common ones.
+    """
+    judged = reported_score(result.merged)
+    if not (tracker.enabled and judged):
+        return None
+    metric, less = judged[names.PRIMARY], judged[names.DIRECTION] == "minimize"
+    wanted = [views.merges(metric, minimized=less, settings=settings), views.baselines(metric, minimized=less)]
+    tracker.save_views(experiment, wanted)
+    return views.MERGES
 
 
 # -------------------------------------------------------------------------------------------------------- what it used
@@ -91,7 +128,14 @@ def record_inputs(run: Run, config: Mapping[str, Any], data: Iterable[TaskData])
 def record_models(run: Run, session: Session) -> None:
     """Record the base and the experts."""
     if run.id is not None:  # hashing the weights takes as long as reading them
-        run.set_tags(model_tags(session))
+        tag_models(run, model_tags(session), session.located.source)
+
+
+def tag_models(run: Run, tags: Mapping[str, str], source: str) -> None:
+    """Record the tags that name models; with the miniature also as parameters, which others were asked for."""
+    run.set_tags(tags)
+    if source == "mini" and tags:
+        run.log_params(compared.models_used(tags))
 
 
 def model_tags(session: Session, models: Sequence[LocatedModel] | None = None) -> dict[str, str]:
@@ -149,6 +193,7 @@ def record_result(
     *,
     tags: Mapping[str, Any] | None = None,
     recorded: Collection[str] = (),
+    command: str | None = None,
 ) -> None:
     """Record what was found of the last model of ``result``, and the table of all of them.
 
@@ -158,12 +203,14 @@ def record_result(
         evaluator: has the examples of the predictions, which are recorded too; None: they are not.
         tags: those of this kind of run alone, or in place of the common ones.
         recorded: metrics that the run has already, and keeps: MLflow would keep both values.
+        command: what was typed, or does the same.
     """
     if run.id is None:
         return
     model = result.models[-1]
     run.log_metrics({name: value for name, value in model.logged.items() if name not in recorded})
-    run.set_tags({**reported_score(model), names.NOTE: result.note or None, **(tags or {})})
+    text = {names.DESCRIPTION: described.description(described.result_text(result), command=command)}
+    run.set_tags({**reported_score(model), names.NOTE: result.note or None, **text, **(tags or {})})
     if len(result.models) > 1:
         run.log_table([_row(one) for one in result.models], names.TABLE)
     for task, rows in generations(result).items():
@@ -209,7 +256,7 @@ def _record_baseline(
     }
     tags = {names.BASELINE_KEY: key, names.METHOD: None, names.TASK: task, **model_tags(evaluator.session, [located])}
     kind: names.Kind = "base" if model.role == "base" else "expert"
-    name = names.baseline_run(model.role, model.label)
+    name = names.baseline_run(model.role, model.label, plan.config.eval.protocol)
     with open_run(tracker, kind, plan, source, name, experiment=experiment, params=params, tags=tags) as run:
         record_inputs(run, params, [evaluator.data[one] for one in model.results])
         record_result(run, ExperimentResult(model.label, evaluator.note, tuple(model.results), (model,)), evaluator)

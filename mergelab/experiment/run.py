@@ -11,7 +11,7 @@ from mergelab.config import local_path
 from mergelab.console.progress import gathered_warnings, progress_bar, say, say_where
 from mergelab.console.tables import result_table
 from mergelab.evaluation.results import RESULT, ExperimentResult, ModelResult, peak_memory_mb, write_result
-from mergelab.experiment import messages, recording
+from mergelab.experiment import described, messages, recording
 from mergelab.experiment.logged import Measured, measure_merged, with_logged
 from mergelab.experiment.plan import Plan, plan_experiment, warn_if_mini
 from mergelab.tracking import names
@@ -59,7 +59,8 @@ def run_experiment(config: DictConfig) -> float | None:
             result_table(result)
         if run.id:
             say(f"run {run.id}")
-            say_where(tracker, run.experiment)
+            view = None if result is None else recording.save_views(tracker, run.experiment, result)
+            say_where(tracker, run.experiment, view)
     return None if result is None else result.objective
 
 
@@ -122,7 +123,7 @@ def _merge_and_evaluate(plan: Plan, source: Source, tracker: Tracker, run: Run, 
 
     title = f"{plan.method.name} on {session.located.name}"
     result = ExperimentResult(title, evaluator.note, tuple(evaluator.data), (*baselines, merged))
-    recording.record_result(run, result, evaluator)
+    recording.record_result(run, result, evaluator, command=described.typed_command())
     saving = Saving(session, plan.config.save)
     write: Callable[[Path], object] = partial(saving.save, backbones)
     if adapter is not None:
@@ -186,7 +187,8 @@ def _record_written(plan: Plan, run: Run, session: Session | None, folder: Path,
     label = f"{plan.method.name} of {len(plan.config.models.experts)}"
     merged = ModelResult(label, "merged", {}, merge_seconds=seconds, peak_mb=peak_memory_mb())
     merged = with_logged(Measured(merged, session))
-    recording.record_result(run, ExperimentResult(f"{plan.method.name} on {models}", "", (), (merged,)))
+    result = ExperimentResult(f"{plan.method.name} on {models}", "", (), (merged,))
+    recording.record_result(run, result, command=described.typed_command())
     if run.id and plan.tracking.log_model != "none":
         run.log_artifacts(folder, names.MODEL)
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,13 @@ from mergelab.config import local_path
 from mergelab.console.formats import Format, for_a_program
 from mergelab.console.progress import console
 from mergelab.errors import ConfigError, TrackingError, shortened
-from mergelab.report.commands import Commands, nested, sweep_command
+from mergelab.report.commands import Commands, at_point, nested, sweep_command
 from mergelab.report.comparison import Comparison, compare_runs
 from mergelab.report.page import Content, render_page
 from mergelab.report.selection import LoggedRun, Selection, artifact, select_runs
 from mergelab.report.significance import paired_tests
 from mergelab.report.tables import Ranking, page_table, print_rankings, records, trial_records
+from mergelab.report.trials import swept_keys
 from mergelab.tracking import TrackingConfig, names, open_tracking
 from mergelab.tracking.store import locate
 from mergelab.weights.unfinished import unfinished_file
@@ -48,7 +49,7 @@ class Report:
     rankings: Sequence[Ranking]
     comparison: Comparison
     notices: Sequence[str]
-    commands: Commands = field(default_factory=Commands)
+    commands: Commands
 
     def write(self, output: str | None = None, *, log: bool = False) -> Path:
         """Write page and tables into a folder, by default one named after the runs, and return the page.
@@ -158,43 +159,56 @@ def build_report(wanted: Sequence[str], uri: str | None, metric: str | None, pro
     tracker = open_tracking(config)
     progress("search the store", 0.1)
     selection = select_runs(tracker, wanted)
-    with tempfile.TemporaryDirectory() as folder:
-        artifacts = _Artifacts(tracker, Path(folder))
-        comparison = compare_runs(selection, metric, artifacts.table)
-        if not comparison.groups:
-            raise TrackingError(f"{selection.title}: {_no_result(comparison)}")
-        rankings = [
-            Ranking(group, paired_tests(group, tracker, artifacts.configuration, progress))
-            for group in comparison.groups
-        ]
-    return Report(selection, tracker, rankings, comparison, _notices(selection, comparison))
+    artifacts = _Artifacts(tracker, selection.parents)
+    comparison = compare_runs(selection, metric, artifacts.table)
+    if not comparison.groups:
+        raise TrackingError(f"{selection.title}: {_no_result(comparison)}")
+    rankings = [
+        Ranking(group, paired_tests(group, tracker, artifacts.configuration, progress)) for group in comparison.groups
+    ]
+    commands = Commands(artifacts.configuration)
+    return Report(selection, tracker, rankings, comparison, _notices(selection, comparison), commands)
 
 
-@dataclass(frozen=True)
 class _Artifacts:
-    """Reads what runs have logged in files, as it is asked for."""
+    """Reads what runs have logged in files, as it is asked for, each file once."""
 
-    tracker: Tracker
-    folder: Path
+    def __init__(self, tracker: Tracker, parents: Mapping[str, LoggedRun]) -> None:
+        self.tracker, self.parents = tracker, parents
+        self._folder = tempfile.TemporaryDirectory()
+        self._configurations: dict[str, Mapping[str, Any]] = {}
 
     def table(self, run: LoggedRun) -> list[dict[str, str]]:
         """Return the rows of the table of the models that a run has measured."""
-        file = artifact(self.tracker, run, names.TABLE, self.folder)
+        file = artifact(self.tracker, run, names.TABLE, Path(self._folder.name))
         if file is None:
             return []
         with file.open(encoding="utf-8", newline="") as lines:
             return list(csv.DictReader(lines))
 
     def configuration(self, run: LoggedRun) -> Mapping[str, Any]:
-        """Return the configuration that a run was composed of: its file, or else its parameters."""
+        """Return what a run was composed of: its file, of a trial its sweep's; without one its parameters."""
+        if run.record.id not in self._configurations:
+            parent = self.parents.get(run.parent or "") if run.kind == "trial" else None
+            if parent is None:
+                self._configurations[run.record.id] = self._logged(run) or nested(run.record.params)
+            else:
+                keys = swept_keys(parent)
+                self._configurations[run.record.id] = at_point(self.configuration(parent), run.record.params, keys)
+        return self._configurations[run.record.id]
+
+    def _logged(self, run: LoggedRun) -> Mapping[str, Any] | None:
         import yaml  # type: ignore[import-untyped]
 
-        file = artifact(self.tracker, run, names.CONFIG, self.folder)
+        file = artifact(self.tracker, run, names.CONFIG, Path(self._folder.name))
+        if file is None:
+            return None
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         try:
-            found = None if file is None else yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            found = None
-        return found if isinstance(found, dict) else nested(run.record.params)
+            found = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)  # nosec B506
+        except (OSError, ValueError, yaml.YAMLError):  # damaged
+            return None
+        return found if isinstance(found, dict) else None
 
 
 # ------------------------------------------------------------------------------------------------------------- notices

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ _PROGRAM = "python -m mergelab"
 _GROUPS = ("method", "task", "models")
 # Where something is recorded or written is not part of what is repeated.
 _ELSEWHERE = ("tracking", "output", "hydra", "experiment", "sweep")
+_OF_SWEEPS = (names.SAMPLER, names.PRUNER, names.OBJECTIVE, names.SPACE)
 _WHOLE = ("models.experts", "models.base", "task.splits")  # mappings that take the place of the default's
 _PLAIN = re.compile(r"[A-Za-z_./~][\w./@~+-]*")  # text that Hydra's grammar reads as it is
 _WORDS = frozenset({"null", "true", "false", "nan", "inf"})
@@ -33,9 +34,14 @@ _CUT = "… sha256 "  # how a value ends that was too long to be recorded
 
 
 class Commands:
-    """Writes commands; what is composed for a choice of groups is composed once."""
+    """Writes commands; what is composed for a choice of groups is composed once.
 
-    def __init__(self) -> None:
+    Args:
+        configuration: returns what a run was composed of; empty where that is not known.
+    """
+
+    def __init__(self, configuration: Callable[[LoggedRun], Mapping[str, Any]]) -> None:
+        self._configuration = configuration
         self._composed: dict[tuple[str, ...], dict[str, Any] | None] = {}
         self._known: dict[str, str | None] = {}
 
@@ -49,12 +55,11 @@ class Commands:
         return self._known[run.record.id]
 
     def _of(self, run: LoggedRun) -> str | None:
-        params = dict(run.record.params)
-        if "method.name" not in params or any(_CUT in value for value in params.values()):
+        recorded = dict(self._configuration(run))
+        if not isinstance(recorded.get("method"), Mapping):
             return None
         if run.record.tags.get(names.SOURCE) == "mini":
-            params["source"] = "mini"
-        recorded = nested(params)
+            recorded["source"] = "mini"
         choices = [f"{group}={name}" for group in _GROUPS if (name := _ready(group, recorded))]
         known = self._defaults(tuple(choices))
         if known is None:
@@ -85,8 +90,28 @@ def sweep_command(run: LoggedRun) -> str | None:
     return f"{_PROGRAM} -m {overrides}" if overrides else None
 
 
+def at_point(config: Mapping[str, Any], trial: Mapping[str, str], keys: Iterable[str]) -> dict[str, Any]:
+    """Return a sweep's configuration with the values that a trial's parameters have for the swept ``keys``."""
+    found: dict[str, Any] = {key: value for key, value in config.items() if key not in _OF_SWEEPS}
+    for key in keys:
+        if key not in trial:  # as the files of the configuration have it
+            continue
+        *above, last = key.split(".")
+        node = found
+        for name in above:
+            node[name] = dict(node.get(name) or {})
+            node = node[name]
+        node[last] = _read(trial[key])
+    return found
+
+
 def nested(params: Mapping[str, str]) -> dict[str, Any]:
-    """Build the configuration that parameters like ``method.density`` were made of, lists and numbers included."""
+    """Build the configuration that parameters like ``method.density`` were made of, lists and numbers included.
+
+    Empty where a value was too long to be recorded whole.
+    """
+    if any(_CUT in text for text in params.values()):
+        return {}
     tree: dict[str, Any] = {}
     for name, text in params.items():
         *above, last = name.split(".")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from mergelab.config import EvalConfig
 from mergelab.console.scores import Cell
 from mergelab.errors import ConfigError, TrackingError, did_you_mean, listed
 from mergelab.report.trials import Trial, described, point_of, read_trials
@@ -22,7 +23,7 @@ _REPORT = names.report_metric("")
 _P = names.p_value("")
 _AVERAGES = tuple(name.removeprefix(_REPORT) for name in (names.REPORT_AVERAGE, names.REPORT_NORMALISED))
 # Settings that say how scores are obtained: with others they are other scores.
-_SETTINGS = ("eval.dtype", "eval.max_length")
+_SETTINGS = ("dtype", "max_length")
 _BASELINES = ("base", "expert")
 _OF_TRIALS = "trial:"  # how the line of a note begins that only trials have
 # What tells apart runs of one name; the rest of a configuration says where and how they were run.
@@ -193,8 +194,8 @@ def _baselines(runs: Iterable[LoggedRun]) -> list[LoggedRun]:
 
 def _key(run: LoggedRun) -> tuple[object, ...]:
     """Return what runs must have in common to be compared."""
-    tags, params = run.record.tags, run.record.params
-    split = (tags.get(names.SEED), params.get("eval.holdout_fraction"))
+    tags = run.record.tags
+    split = (tags.get(names.SEED), _setting(run, "holdout_fraction"))
     protocol = tags.get(names.PROTOCOL)
     return (
         tags.get(names.SOURCE),
@@ -202,8 +203,14 @@ def _key(run: LoggedRun) -> tuple[object, ...]:
         split if protocol == "holdout" else None,
         _note(run),
         run.datasets,
-        *(params.get(key) for key in _SETTINGS),
+        *(_setting(run, key) for key in _SETTINGS),
     )
+
+
+def _setting(run: LoggedRun, key: str) -> str:
+    """Return a setting of the evaluation; those that nobody changed may not be recorded."""
+    default = EvalConfig.model_fields[key].default
+    return run.record.params.get(f"eval.{key}", "null" if default is None else str(default))
 
 
 def _note(run: LoggedRun) -> str:

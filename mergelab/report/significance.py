@@ -69,7 +69,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def paired_tests(
-    group: Group, tracker: Tracker, configuration: Callable[[LoggedRun], Mapping[str, Any] | None], progress: Progress
+    group: Group, tracker: Tracker, configuration: Callable[[LoggedRun], Mapping[str, Any]], progress: Progress
 ) -> list[PairedTest]:
     """Test every merged model of a group on each of its tasks, and correct the p-values of each family.
 
@@ -162,11 +162,11 @@ def _corrected(tests: Sequence[PairedTest]) -> list[PairedTest]:
 # --------------------------------------------------------------------------------------------------------- predictions
 
 
-def _specs(group: Group, configuration: Callable[[LoggedRun], Mapping[str, Any] | None]) -> dict[str, TaskSpec]:
+def _specs(group: Group, configuration: Callable[[LoggedRun], Mapping[str, Any]]) -> dict[str, TaskSpec]:
     """Return the group's tasks as the first run that has a usable configuration was measured on."""
     for row in group.merged:
         config = configuration(row.run)
-        if config is not None and isinstance(config.get("task"), Mapping):
+        if isinstance(config.get("task"), Mapping):
             try:
                 return {spec.name: spec for spec in tasks_from_config(config["task"]).tasks}
             except MergelabError:

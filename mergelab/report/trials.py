@@ -58,9 +58,13 @@ def read_trials(runs: Sequence[LoggedRun], parent: LoggedRun | None) -> tuple[Tr
 
 def point_of(run: LoggedRun, parent: LoggedRun | None, varied: Sequence[str] = ()) -> dict[str, float | str]:
     """Return the value that a run has for each swept key; without a sweep's search space, for each of ``varied``."""
-    space = parent.record.params if parent is not None else {}
-    keys = [key.removeprefix(_SPACE) for key in space if key.startswith(_SPACE)] or varied
+    keys = (swept_keys(parent) if parent is not None else []) or varied
     return {key: _value(run.record.params[key]) for key in keys if key in run.record.params}
+
+
+def swept_keys(parent: LoggedRun) -> list[str]:
+    """Return the config keys that a sweep's trials vary."""
+    return [key.removeprefix(_SPACE) for key in parent.record.params if key.startswith(_SPACE)]
 
 
 def described(point: Mapping[str, float | str]) -> str:

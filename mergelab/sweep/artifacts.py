@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.report.plots import draw
+from mergelab.report.plots import Stopped, draw
+from mergelab.sweep.outcome import TrialOutcome
 from mergelab.sweep.study import ERROR, OUTCOME
 from mergelab.tracking import names
 
@@ -27,7 +28,7 @@ def log_study(run: Run, study: SweepStudy, objectives: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         plots = Path(folder) / names.PLOTS
         plots.mkdir()
-        draw(study.study, len(study.space.distributions), objectives, plots)
+        draw(study.study, stopped_trials(study), objectives, plots)
         run.log_artifacts(plots, names.PLOTS)
         file = Path(folder) / names.STUDY_FILE
         copy_study(study, file)
@@ -35,24 +36,37 @@ def log_study(run: Run, study: SweepStudy, objectives: Sequence[str]) -> None:
 
 
 def trial_rows(study: SweepStudy, objectives: Sequence[str]) -> list[dict[str, Any]]:
-    """List the trials: parameters, scores, how they ended, examples measured, seconds."""
+    """List the trials: parameters, scores, estimates with bounds, how they ended, examples measured, seconds.
+
+    Only complete trials have scores; their estimates are these.
+    """
     rows = []
     for trial in study.trials:
-        outcome = trial.user_attrs.get(OUTCOME, {})
-        scores = dict(zip(objectives, outcome.get("values", ()), strict=False))
-        rows.append(
-            {
-                "trial": trial.number,
-                "state": trial.state.name.lower(),
-                **trial.params,
-                **{f"select {name}": value for name, value in scores.items()},
-                "examples": outcome.get("pruned_at") or outcome.get("examples", ""),
-                **{key: f"{outcome[name]:.3f}" for key, name in _TIMES.items() if name in outcome},
-                "error": trial.user_attrs.get(ERROR, ""),
-                "run": outcome.get("run") or "",
-            }
-        )
+        stored = trial.user_attrs.get(OUTCOME)
+        outcome = None if stored is None else TrialOutcome.read(stored)
+        row = {"trial": trial.number, "state": trial.state.name.lower(), **trial.params}
+        for name, value in zip(objectives, outcome.values if outcome else (), strict=False):
+            estimate = outcome.estimate if outcome else None
+            stopped = outcome is not None and outcome.pruned_at is not None
+            row[f"select {name}"] = "" if stopped else value
+            row[f"estimate {name}"] = value
+            row[f"estimate {name} low"] = estimate.low if estimate else "" if stopped else value
+            row[f"estimate {name} high"] = estimate.high if estimate else "" if stopped else value
+        row["examples"] = (outcome.pruned_at or outcome.examples) if outcome else ""
+        row |= {key: f"{stored[name]:.3f}" for key, name in _TIMES.items() if stored}
+        row |= {"error": trial.user_attrs.get(ERROR, ""), "run": outcome.run if outcome and outcome.run else ""}
+        rows.append(row)
     return rows
+
+
+def stopped_trials(study: SweepStudy) -> dict[int, Stopped]:
+    """Return the estimates of the trials that were stopped early, by number."""
+    found = {}
+    for trial in study.trials:
+        stored = trial.user_attrs.get(OUTCOME)
+        if trial.state.name == "PRUNED" and stored and (one := TrialOutcome.read(stored).estimate) is not None:
+            found[trial.number] = Stopped(one.value, one.low, one.high)
+    return found
 
 
 def copy_study(study: SweepStudy, file: Path) -> None:

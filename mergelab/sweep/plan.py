@@ -35,6 +35,7 @@ class Sweep:
     source: Source
     name: str
     url: str
+    overrides: tuple[str, ...]  # those of the command line
 
     @property
     def trials(self) -> int:
@@ -73,7 +74,8 @@ def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, overrid
     source = plan.source
     warn_if_mini(plan, source)
     url = storage_url(settings.storage, str(config.hydra.runtime.cwd))
-    sweep = Sweep(config, settings, space, plan, tuple(wanted), source, settings.study_name or "", url)
+    name = settings.study_name or ""
+    sweep = Sweep(config, settings, space, plan, tuple(wanted), source, name, url, tuple(overrides))
     return sweep if sweep.name else replace(sweep, name=_default_name(sweep))
 
 

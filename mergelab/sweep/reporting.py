@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergelab.sweep.study import SCORES
+from mergelab.sweep.study import SCORES, STATISTICS
 
 if TYPE_CHECKING:
     from optuna.pruners import BasePruner
@@ -22,6 +22,21 @@ CHECKS = 16  # how often most pruners are asked while a trial's examples are mea
 
 class Pruned(Exception):
     """A trial was pruned."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """The best complete trial when another one begins, which that one is compared with.
+
+    Attributes:
+        number: the trial's.
+        statistics: by metric (n, c), what it needs of each selecting example.
+        scores: (n,) score of each example, the better the higher; None where the pruner does not compare examples.
+    """
+
+    number: int
+    statistics: Mapping[str, Array]
+    scores: Array | None
 
 
 @dataclass
@@ -41,6 +56,7 @@ class ScoreReporter:
         scores: (n,) float64 score of each selecting example, the better the higher; NaN until it is known.
         objective: computes the objective of the examples reported so far.
         done: number of these.
+        rival: the best complete trial on the same examples; None where there is none, or trials are never pruned.
     """
 
     pruner: BasePruner | None
@@ -49,12 +65,15 @@ class ScoreReporter:
     scores: Array
     objective: Callable[[], float]
     done: int = 0
+    rival: Rival | None = field(default=None, init=False)
     _checked: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self._by_example = self.pruner is not None and _compares_examples(self.pruner)
+        if self.pruner is not None:
+            self.rival = self._best()
         if self._by_example:
-            self._pair = _study_of_best(self._best_scores())
+            self._pair = _study_of_best(None if self.rival is None else self.rival.scores)
 
     def report(self, positions: Array, scores: Array) -> None:
         """Take the scores (b,) of a batch of examples at ``positions`` (b,).
@@ -69,10 +88,16 @@ class ScoreReporter:
         if self.pruner.prune(*self._seen_by_pruner()):
             raise Pruned
 
-    def finish(self) -> None:
-        """Write a complete trial's scores to the storage: later trials are compared with them."""
+    def finish(self, statistics: Callable[[], Mapping[str, Array]]) -> None:
+        """Write what later trials are compared with to the storage: a complete trial's scores.
+
+        Args:
+            statistics: computes by metric (n, c), what it needs of each example.
+        """
         if self._by_example:
             self._storage.set_trial_user_attr(self._trial_id, SCORES, packed(self.scores))
+        if self.pruner is not None:
+            self._storage.set_trial_user_attr(self._trial_id, STATISTICS, packed_statistics(statistics()))
 
     @property
     def _storage(self) -> Any:
@@ -96,18 +121,22 @@ class ScoreReporter:
         self._storage.set_trial_intermediate_value(self._trial_id, self._checked, self.objective())
         return self.study, self._storage.get_trial(self._trial_id)
 
-    def _best_scores(self) -> Array | None:
-        """Return the example scores (n,) of the best complete trial; None where it has none on these examples."""
+    def _best(self) -> Rival | None:
+        """Return the best complete trial, the earliest of equals, if it was measured on these examples."""
         from optuna.study import StudyDirection
         from optuna.trial import TrialState
 
         complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         sign = -1 if self.study.direction == StudyDirection.MINIMIZE else 1
-        known = [trial for trial in complete if SCORES in trial.user_attrs]
+        needed = {STATISTICS, SCORES} if self._by_example else {STATISTICS}
+        known = [trial for trial in complete if needed <= trial.user_attrs.keys()]
         best = max(known, key=lambda trial: (sign * trial.values[0], -trial.number), default=None)
-        if best is None or len(scores := unpacked(best.user_attrs[SCORES])) != len(self.scores):
+        if best is None:
             return None
-        return scores
+        statistics = unpacked_statistics(best.user_attrs[STATISTICS])
+        if any(len(rows) != len(self.scores) for rows in statistics.values()):
+            return None
+        return Rival(best.number, statistics, unpacked(best.user_attrs[SCORES]) if self._by_example else None)
 
 
 def _compares_examples(pruner: BasePruner) -> bool:
@@ -142,3 +171,24 @@ def packed(scores: Array) -> str:
 def unpacked(text: str) -> Array:
     """Read what `packed` wrote: (n,) float64."""
     return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float64)
+
+
+def packed_statistics(statistics: Mapping[str, Array]) -> dict[str, list[Any]]:
+    """Write rows (n, c) by metric for a study's storage, in float32; equal rows of several metrics once."""
+    found: dict[str, list[Any]] = {}
+    for metric, rows in statistics.items():
+        text = packed(rows)
+        same = next((names for names, (_, known) in found.items() if known == text), None)
+        if same is not None:
+            found.pop(same)
+        found[metric if same is None else f"{same},{metric}"] = [rows.shape[1], text]
+    return found
+
+
+def unpacked_statistics(stored: Mapping[str, Any]) -> dict[str, Array]:
+    """Read what `packed_statistics` wrote: (n, c) float64 by metric."""
+    return {
+        metric: unpacked(text).reshape(-1, columns)
+        for names, (columns, text) in stored.items()
+        for metric in names.split(",")
+    }

@@ -12,8 +12,10 @@ from uuid import uuid4
 from mergelab.console.progress import say, say_where
 from mergelab.console.tables import result_table
 from mergelab.errors import SweepError
-from mergelab.experiment.recording import open_run, record_result
+from mergelab.experiment.described import command
+from mergelab.experiment.recording import open_run, record_result, save_views, tag_models
 from mergelab.sweep.launcher import fit_launcher
+from mergelab.sweep.objective import AVERAGE
 from mergelab.sweep.plan import Sweep, definition, is_pruned, plan_sweep
 from mergelab.sweep.pruners import pruner_name
 from mergelab.sweep.samplers import sampler_name
@@ -24,6 +26,7 @@ from mergelab.sweep.study import PARENT, SweepStudy
 from mergelab.sweep.sweeper import TakenOver, only_sweeper
 from mergelab.tracking import names
 from mergelab.tracking.secrets import without_password
+from mergelab.tracking.views import SHOWN_OF_MERGES, trials
 
 if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
@@ -217,14 +220,34 @@ def _finish(
     parameters = {names.best_parameter(key): value for key, value in best.params.items()}
     run.set_tags({names.BEST_TRIAL: best.number, **parameters})
     for report in reports:
-        run.set_tags(report.model_tags)
-        record_result(run, report.result)
+        tag_models(run, report.model_tags, sweep.source)
+        tracker.copy_datasets(run, report.run)
+        record_result(run, report.result, command=command(sweep.overrides, multirun=True))
         write_result(report.result, folder / RESULT)
         result_table(report.result)
     _say_end(sweep, study, best, reports)
     if run.id:
         say(f"parent run {run.id}")
-        say_where(tracker, run.experiment)
+        say_where(tracker, run.experiment, _save_views(sweep, run, tracker, reports))
+
+
+def _save_views(sweep: Sweep, run: Run, tracker: Tracker, reports: Sequence[Report]) -> str:
+    """Save views of the sweep's trials, and of the experiment's merges; return the key of the former."""
+    swept = [key for key in sweep.space.distributions if key not in SHOWN_OF_MERGES]
+    for report in reports:
+        save_views(tracker, run.experiment, report.result, swept)
+    objective = sweep.objectives[0]
+    metric = AVERAGE if objective.task is None else objective.metric
+    task = objective.task if len(sweep.plan.tasks) > 1 else None
+    view = trials(
+        str(run.id),
+        run.name,
+        names.estimate_metric(metric, task),
+        minimized=objective.direction == "minimize",
+        swept=list(sweep.space.distributions),
+    )
+    tracker.save_views(run.experiment, [view])
+    return view.key
 
 
 def _say_end(sweep: Sweep, study: SweepStudy, best: FrozenTrial, reports: Sequence[Report]) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hydra.plugins.launcher import Launcher
     from optuna.trial import FrozenTrial
 
+    from mergelab.sweep.estimate import Estimate
     from mergelab.sweep.sweeper import Sweeper
     from mergelab.sweep.winner import Report
     from mergelab.tracking import Tracker
@@ -201,12 +202,14 @@ class Scheduler:
             study.tell(number, None)
             say(f"trial {number}: {self._point(number)}: failed: {result.error}", failure=True)
             return
-        study.tell(number, result.values, pruned_at=result.pruned_at)
+        study.tell(number, result.values, estimated_of=None if result.pruned_at is None else result.examples)
         objectives = [objective.name for objective in self.sweep.objectives]
         scores = ", ".join(f"{name} {value:.4f}" for name, value in zip(objectives, result.values, strict=True))
         best = study.best()
         if result.pruned_at is not None:
-            what = f"pruned after {result.pruned_at} of {result.examples} examples, {scores}"
+            what = (
+                f"{result.comparison(self.sweep.objectives[0].metric, 'the best')}; stopped{_estimate(result.estimate)}"
+            )
         else:
             what = f"select {scores}"
         mark = f" (best {best.values[0]:.4f}, trial {best.number})" if best and len(objectives) == 1 else ""
@@ -242,6 +245,13 @@ class Scheduler:
         if isinstance(found, Exception):
             raise SweepError(f"the winner, trial {best.number}, could not be measured: {one_line(found)}") from found
         return [found]
+
+
+def _estimate(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    known = estimate.low is not None and estimate.high is not None
+    return f", estimate {estimate.value:.4f}" + (f" [{estimate.low:.3f}, {estimate.high:.3f}]" if known else "")
 
 
 def point(params: Mapping[str, Any]) -> str:

@@ -67,6 +67,19 @@ class SelectingEvaluation:
         self._batches[name].append((members, outputs))
         report(first + members, example_scores(data.spec, outputs, data.truth[select[members]]))
 
+    def statistics(self, name: str) -> tuple[Array, dict[str, Array]]:
+        """Return the positions (k,) of a task's examples that were measured, in ascending order, and their statistics.
+
+        The positions count among the task's selecting examples; the statistics (k, c) are by metric, as
+        `mergelab.evaluation.metrics.example_statistics` has them.
+        """
+        data, select = self.evaluator.data[name], self.evaluator.examples[name].select
+        members = np.concatenate([members for members, _ in self._batches[name]])
+        outputs = np.concatenate([outputs for _, outputs in self._batches[name]])
+        order = np.argsort(members)
+        seen = members[order]
+        return seen, example_statistics(data.spec, outputs[order], data.truth[select[seen]])
+
     def results(self) -> dict[str, TaskResult]:
         """Score the outputs so far; tasks without any are absent."""
         found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from mergelab.sweep.space import Space
 
 # Attributes of a trial.
-ATTEMPTS, OUTCOME, ERROR, SCORES = "mergelab:attempts", "mergelab:outcome", "mergelab:error", "mergelab:scores"
+ATTEMPTS, OUTCOME, ERROR = "mergelab:attempts", "mergelab:outcome", "mergelab:error"
+# Of a complete trial: the scores of its examples, and what its metrics need of each.
+SCORES, STATISTICS = "mergelab:scores", "mergelab:statistics"
 # The study attributes that samplers set, stored with each trial so that both are written at once.
 _SAMPLER_STATE = "mergelab:sampler"
 # Attributes of a study.
@@ -41,6 +44,11 @@ class SweepStudy:
 
     Points are drawn in a copy of the study in memory, each by a new sampler (see `make_sampler`), and a trial reaches
     the storage whole. So a process that is killed at any moment leaves no half-drawn trial behind.
+
+    In the copy, a pruned trial is a complete one whose value is its estimate. Optuna's samplers would make less of it:
+    Gaussian processes, NSGA-II and, as it is set, CMA-ES learn from complete trials alone, and where nearly all are
+    pruned they learn nothing. TPE takes every complete trial, however bad, for better than every pruned one, and of
+    these that for best which saw most examples. QMC, grids and random points depend on no value.
 
     Args:
         url: of the storage.
@@ -78,7 +86,7 @@ class SweepStudy:
             storage=self._memory, directions=list(self.directions), study_name=self.study.study_name
         )
         for trial in self.study.get_trials(deepcopy=False):
-            self._copy.add_trial(trial)
+            self._copy.add_trial(_as_sampled(trial))
             self._restore(trial.system_attrs.get(_SAMPLER_STATE, {}))
 
     def _opened(self, url: str, name: str, definition: dict[str, str]) -> Study:
@@ -163,20 +171,28 @@ class SweepStudy:
         self.storage.set_trial_user_attr(trial._trial_id, ATTEMPTS, attempts)
         return attempts
 
-    def tell(self, number: int, values: Sequence[float] | None, *, pruned_at: int | None = None) -> None:
-        """Store a result: the values, or the value so far at ``pruned_at`` examples, or None for a failure."""
+    def tell(self, number: int, values: Sequence[float] | None, *, estimated_of: int | None = None) -> None:
+        """Store a result.
+
+        Args:
+            number: the trial's.
+            values: the objectives' values; None for a failure.
+            estimated_of: of a pruned trial the number of examples that its value is an estimate for: all of them.
+        """
         from optuna.trial import TrialState
 
-        if pruned_at is not None and values is not None:
+        trial_id = self.trials[number]._trial_id
+        if estimated_of is not None and values is not None:
             state = TrialState.PRUNED
-            self.storage.set_trial_intermediate_value(self.trials[number]._trial_id, pruned_at, values[0])
+            last = max(self.trials[number].intermediate_values, default=0)  # of the job's own reports
+            self.storage.set_trial_intermediate_value(trial_id, max(estimated_of, last), values[0])
         else:
             state = TrialState.FAIL if values is None else TrialState.COMPLETE
         self.study.tell(number, list(values or ()) if state == TrialState.COMPLETE else None, state=state)
-        stored = self.trials[number]
-        for step, value in stored.intermediate_values.items():  # the job's own reports among them
+        sampled = _as_sampled(self.trials[number])
+        for step, value in sampled.intermediate_values.items():
             self._memory.set_trial_intermediate_value(number, step, value)
-        self._memory.set_trial_state_values(number, state, stored.values)
+        self._memory.set_trial_state_values(number, sampled.state, sampled.values)
 
     def set_attribute(self, number: int, key: str, value: Any) -> None:
         """Store an attribute of a trial."""
@@ -199,6 +215,26 @@ class SweepStudy:
     @property
     def _id(self) -> int:
         return self._memory.get_study_id_from_name(self._copy.study_name)
+
+
+def _as_sampled(trial: FrozenTrial) -> FrozenTrial:
+    """Return a trial as samplers see it: a pruned one as complete, with its estimate, the last value that it has."""
+    from optuna.trial import TrialState, create_trial
+
+    if trial.state != TrialState.PRUNED or not trial.intermediate_values:
+        return trial
+    _, value = max(trial.intermediate_values.items())
+    if not math.isfinite(value):
+        return trial
+    return create_trial(
+        state=TrialState.COMPLETE,
+        value=value,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs=trial.user_attrs,
+        system_attrs=trial.system_attrs,
+        intermediate_values=trial.intermediate_values,
+    )
 
 
 def load(url: str, name: str) -> tuple[BaseStorage, Study]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,12 +15,13 @@ import numpy as np
 from mergelab.config import check
 from mergelab.console.progress import gathered_warnings, progress_bar
 from mergelab.evaluation.results import ExperimentResult, ModelResult, peak_memory_mb
-from mergelab.experiment import recording
+from mergelab.experiment import described, recording
 from mergelab.experiment.loaded import LoadedModels, open_loaded
 from mergelab.experiment.logged import Measured, with_logged
 from mergelab.experiment.plan import Plan, plan_experiment
 from mergelab.sweep.attempts import Attempt, Superseded, attempting
 from mergelab.sweep.config import SweepConfig, TrialJob, sweep_config
+from mergelab.sweep.estimate import Estimate, estimate_metrics, estimates
 from mergelab.sweep.launcher import open_study, open_tracker, worker_context
 from mergelab.sweep.objective import Objective, objectives
 from mergelab.sweep.outcome import TrialFailure, TrialOutcome
@@ -144,15 +146,22 @@ def measure_trial(
     reporter = ScoreReporter(pruner, study, job.number, unknown, lambda: _values(evaluation.results(), plan, wanted)[0])
     pruned_at = _evaluate(evaluation, reporter)
     attempt.check()
-    results = evaluation.results()
+    results, estimated = evaluation.results(), {}
     values, evaluated = _values(results, plan, wanted), time.perf_counter() - started
+    if pruned_at is not None:
+        results, estimated = _stopped(evaluation, reporter)
+        values = tuple(estimated[one.metric].value if one.metric in estimated else math.nan for one in wanted)
+    own = estimated.get(wanted[0].metric)
+    rival = None if reporter.rival is None or pruned_at is None else reporter.rival.number
 
-    outcome = TrialOutcome(values, evaluation.count, pruned_at, seconds, evaluated, run.id)
+    outcome = TrialOutcome(values, evaluation.count, pruned_at, seconds, evaluated, run.id, own, rival)
     merged = ModelResult(label, "merged", results, eval_seconds=evaluated, merge_seconds=seconds)
     merged = with_logged(Measured(replace(merged, peak_mb=peak_memory_mb()), session, backbones))
+    merged = replace(merged, logged={**merged.logged, **estimate_metrics(merged.logged, estimated)})
     result = ExperimentResult(label, f"{evaluator.note}\ntrial: scores of the selecting examples", (), (merged,))
     tags = _tags(plan, outcome, wanted[0]) | {names.MERGE_PATH: loaded.path} | recording.calibration_tags(examples)
-    recording.record_result(run, result, tags=tags, recorded=run.recorded)
+    said = described.description(tags.get(names.PRUNED, ""), command=described.single_command(plan.method.name))
+    recording.record_result(run, result, tags=tags | {names.DESCRIPTION: said}, recorded=run.recorded)
     return outcome
 
 
@@ -161,10 +170,21 @@ def _evaluate(evaluation: SelectingEvaluation, reporter: ScoreReporter) -> int |
     try:
         with _failures_of_trial():
             evaluation.run(reporter.report)
-        reporter.finish()
+        reporter.finish(lambda: evaluation.statistics(next(iter(evaluation.evaluator.data)))[1])
         return None
     except Pruned:
         return reporter.done
+
+
+def _stopped(
+    evaluation: SelectingEvaluation, reporter: ScoreReporter
+) -> tuple[dict[str, TaskResult], dict[str, Estimate]]:
+    """Return the results of a trial that was stopped early, without scores, and its estimates by metric."""
+    ((name, result),) = evaluation.results().items()
+    data, select = evaluation.evaluator.data[name], evaluation.evaluator.examples[name].select
+    best = None if reporter.rival is None else reporter.rival.statistics
+    found = estimates(data.spec, *evaluation.statistics(name), best, data.parts[select])
+    return {name: replace(result, select={})}, found
 
 
 def _values(results: Mapping[str, TaskResult], plan: Plan, wanted: list[Objective]) -> tuple[float, ...]:
@@ -182,7 +202,8 @@ def _tags(plan: Plan, outcome: TrialOutcome, objective: Objective) -> dict[str, 
         primary = names.select_metric(objective.metric, objective.task if len(plan.tasks) > 1 else None)
     tags = {names.PRIMARY: primary, names.DIRECTION: str(objective.direction)}
     if outcome.pruned_at is not None:
-        tags[names.PRUNED] = f"after {outcome.pruned_at} of {outcome.examples} examples"
+        compared = outcome.comparison(objective.metric, f"trial {outcome.best}")
+        tags[names.PRUNED] = f"after {outcome.pruned_at} of {outcome.examples} examples: {compared}"
     return tags
 
 

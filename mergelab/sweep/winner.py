@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mergelab.engine.registry import check_parameters, get_method
 from mergelab.evaluation.results import ExperimentResult, ModelResult
 from mergelab.evaluation.scoring import compare
-from mergelab.experiment import recording
+from mergelab.experiment import described, recording
 from mergelab.experiment.adapter_output import AdapterOutput, base_reference
 from mergelab.experiment.loaded import LoadedModels, open_loaded
 from mergelab.experiment.logged import Measured, measure_merged, with_logged
@@ -36,11 +36,13 @@ class Report:
     Attributes:
         against: the two-sided p-value of the paired test of the winner against other models, by their names.
         model_tags: the tags that name the models that were merged; empty where runs are not tracked.
+        run: id of the report's run; None where runs are not tracked.
     """
 
     result: ExperimentResult
     against: Mapping[str, float]
     model_tags: Mapping[str, str]
+    run: str | None
 
 
 def report_winner(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: Any) -> Report:
@@ -75,11 +77,12 @@ def report_winner(plan: Plan, source: Source, tracker: Tracker, run: Run, progre
     result = ExperimentResult(title, evaluator.note, tuple(evaluator.data), models)
     recording.log_coefficients(run, examples)
     tags = {names.MERGE_PATH: loaded.path} | recording.calibration_tags(examples)
-    recording.record_result(run, result, evaluator, tags=tags)
+    own_command = described.single_command(plan.method.name)
+    recording.record_result(run, result, evaluator, tags=tags, command=own_command)
     _save(plan, source, loaded, run, examples, progress)
     without_predictions = tuple(replace(model, predictions={}) for model in models)
     model_tags = recording.model_tags(session) if run.id else {}
-    return Report(replace(result, models=without_predictions), against, model_tags)
+    return Report(replace(result, models=without_predictions), against, model_tags, run.id)
 
 
 class _Merge(NamedTuple):

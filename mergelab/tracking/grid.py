@@ -98,11 +98,8 @@ def open_grid(config: DictConfig, decide_source: Callable[[DictConfig], str | No
     sweeps = _sweeps(config)
     source = _source(config, decide_source)
     tasks = sweeps.get("task") or [str(OmegaConf.select(config, "task.name", default="default"))]
-    varied = [f"{key}={','.join(values)}" for key, values in sweeps.items()]
     mini = source == "mini"
-    name = names.grid_run(
-        " ".join(varied or _typed(config)), names.labelled(",".join(tasks), mini=True) if mini else None
-    )
+    name = names.grid_run(sweeps, _typed(config), names.labelled(",".join(tasks), mini=True) if mini else None)
     tracker = open_tracking(settings)
     jobs = math.prod(len(values) for values in sweeps.values())
     sweep_dir = os.path.abspath(config.hydra.sweep.dir)
@@ -218,9 +215,11 @@ def _summarise(grid: _Grid, children: Sequence[RunRecord]) -> None:
         grid.run.log_table(rows, names.SUMMARY)
         grid.run.log_table(rows, names.SUMMARY_JSON)
     grid.run.set_tags(shared_tags(children, grid.jobs))
+    grid.tracker.copy_datasets(grid.run, *(child.id for child in children))
     if best is not None:
         primary = best.tags[names.PRIMARY]
-        grid.run.log_metrics({names.best_of_jobs(key): value for key, value in _primary_metrics(best).items()})
+        own = _primary_metrics(best)
+        grid.run.log_metrics({**own, **{names.best_of_jobs(key): value for key, value in own.items()}})
         grid.run.set_tags(
             {
                 names.BEST_RUN_ID: best.id,

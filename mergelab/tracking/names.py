@@ -6,6 +6,7 @@ a changed name loses what was recorded before.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 Kind = Literal["merge", "grid", "sweep", "trial", "report", "base", "expert"]
@@ -18,7 +19,6 @@ TASK = "mergelab.task"  # the tasks' names, joined by commas
 SOURCE = "mergelab.source"  # where models and data come from: hub, local or mini
 SEED = "mergelab.seed"
 PROTOCOL = "mergelab.protocol"
-CONFIG_HASH = "mergelab.config_hash"
 MODELS = "mergelab.models"
 NOTE = "mergelab.note"  # what was measured, and how
 PRIMARY = "mergelab.primary_metric"  # the metric of this run that it is judged by, such as report/accuracy
@@ -48,7 +48,7 @@ def calibration(expert: str) -> str:
 
 def describes_result(tag: str) -> bool:
     """Return whether runs with different values of this tag have results of different things."""
-    return tag.startswith(_MODEL) or tag in (METHOD, TASK, SEED, PROTOCOL, CONFIG_HASH, MODELS, NOTE)
+    return tag.startswith(_MODEL) or tag in (METHOD, TASK, SEED, PROTOCOL, MODELS, NOTE)
 
 
 # -------------------------------------------------------------------------------- tags: grids, sweeps and baselines
@@ -72,6 +72,7 @@ def best_parameter(key: str) -> str:
 
 # ------------------------------------------------------------------------------------------------- tags: environment
 
+PROCESS = "mergelab.process"  # the numbers below in JSON: whether the process that opened a run still lives
 HOST = "mergelab.host"
 PID = "mergelab.pid"
 STARTED = "mergelab.process_start"
@@ -79,8 +80,6 @@ STARTED_TICKS = "mergelab.process_start_ticks"  # since the machine's start, whe
 PID_NAMESPACE = "mergelab.pid_namespace"
 BOOT = "mergelab.boot"  # the machine's start, which no other machine has; containers on it have the same
 ALIVE = "mergelab.alive"  # when the run's process last gave a sign of life, in seconds since the epoch
-PYTHON = "python"
-PLATFORM = "platform"
 # MLflow's own.
 PARENT = "mlflow.parentRunId"
 USER = "mlflow.user"
@@ -101,11 +100,6 @@ def saved_view(key: str) -> str:
     return f"{_VIEW}{key}"
 
 
-def version(library: str) -> str:
-    """Name the tag with a library's version."""
-    return f"version.{library}"
-
-
 # ----------------------------------------------------------------------------------------------------------- metrics
 
 REPORT_AVERAGE = "report/average"
@@ -113,7 +107,6 @@ REPORT_NORMALISED = "report/normalised_average"
 SELECT_AVERAGE = "select/average"
 SELECT_NORMALISED = "select/normalised_average"
 SELECT_EXAMPLES = "select/examples"
-ESTIMATE_AVERAGE = "estimate/average"
 MERGE_SECONDS = "time/merge_s"
 EVAL_SECONDS = "time/eval_s"
 PEAK_MB = "memory/peak_mb"
@@ -167,7 +160,8 @@ def coefficient(expert: str) -> str:
 def best_of_jobs(metric: str) -> str:
     """Name, in a grid's run, the best job's value of a metric.
 
-    It is a name apart: the best of several is not one more measurement to be compared with them.
+    The run has it under the metric's own name too, where lists of runs show it. Under this one it is not taken for one
+    more measurement: it is the best of several.
     """
     return f"best/{metric}"
 
@@ -190,7 +184,8 @@ TABLE = "table.csv"
 COEFFICIENTS = "coefficients.json"
 PREDICTIONS = "predictions"
 MODEL = "model"  # the merged model's folder, also in the job's own folder
-ENVIRONMENT = "environment.json"  # process, machine and versions of libraries
+ENVIRONMENT = "environment.json"  # process, machine, versions of libraries, hash of the configuration
+CONFIG_HASH = "config_hash"  # in it
 PLOTS = "plots"
 PLOTS_PAGE = "plots.html"  # among `PLOTS`: all of them, interactive
 TRIALS = "trials.csv"
@@ -211,6 +206,9 @@ def predictions(task: str) -> str:
 # -------------------------------------------------------------------------------------------- experiments and runs
 
 
+_LONG_NAME = 60  # characters
+
+
 def labelled(task: str, *, mini: bool) -> str:
     """Name a task as runs and experiments do: results of the miniature never pass for the real task's."""
     return f"mini/{task}" if mini else task
@@ -221,9 +219,25 @@ def merge_run(task: str, described: str) -> str:
     return f"{task} {described}"
 
 
-def grid_run(varied: str, tasks: str | None) -> str:
-    """Name a grid's run by what it varies, with the tasks where that has to be said."""
-    return f"grid: {varied}" + (f" ({tasks})" if tasks else "")
+def grid_run(varied: Mapping[str, Sequence[str]], typed: Sequence[str], tasks: str | None) -> str:
+    """Name a grid's run by what it varies, with the tasks where that has to be said.
+
+    Where the values are too many for a name, their numbers are in it: ``grid: method (5), lambda (9)``.
+
+    Args:
+        varied: the values of each key that jobs differ in.
+        typed: the overrides, where they differ in nothing.
+        tasks: their names.
+    """
+    ending = f" ({tasks})" if tasks else ""
+    name = " ".join(f"{_short(key)}={','.join(values)}" for key, values in varied.items()) or " ".join(typed)
+    if len(name) > _LONG_NAME and varied:
+        name = ", ".join(f"{_short(key)} ({len(values)})" for key, values in varied.items())
+    return f"grid: {name if len(name) <= 2 * _LONG_NAME else name[: 2 * _LONG_NAME] + '…'}{ending}"
+
+
+def _short(key: str) -> str:
+    return key.removeprefix("method.")
 
 
 def sweep_run(task: str, method: str, sampler: str) -> str:
@@ -241,6 +255,6 @@ def report_run(task: str, method: str, number: int) -> str:
     return f"{task} {method} report: trial {number}"
 
 
-def baseline_run(role: str, label: str) -> str:
-    """Name the run of a base or an expert."""
-    return f"{role} {label}"
+def baseline_run(role: str, label: str, protocol: str) -> str:
+    """Name the run of a base or an expert; other protocols measure on other examples."""
+    return f"{role} {label} ({protocol})"

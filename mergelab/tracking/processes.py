@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import getpass
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -13,10 +14,12 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mergelab.tracking import names
 
 _LIBRARIES = ("mergelab", "torch", "transformers", "datasets", "evaluate", "mlflow")
+_NUMBERS = (names.HOST, names.PID, names.STARTED, names.STARTED_TICKS, names.BOOT, names.PID_NAMESPACE)
 # A process's start is computed from the boot time, which moves a little when the clock is set.
 _START_TOLERANCE_S = 10.0
 
@@ -93,9 +96,39 @@ def _started_ticks(pid: int) -> str:
         return ""
 
 
+def process_of(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return the numbers of the process that a run's tags name."""
+    try:
+        packed = json.loads(tags.get(names.PROCESS, "{}"))
+    except ValueError:
+        packed = {}
+    return {name: value for name, value in (packed | dict(tags)).items() if name in _NUMBERS}
+
+
 def environment_tags() -> dict[str, str]:
-    """Describe what a result depends on besides its config: code version, libraries, Python, machine, user, command."""
-    return _fixed_tags(os.getcwd()) | process_tags()
+    """Return the tags that say who ran what: process, user, command, version of the code."""
+    return _fixed_tags(os.getcwd()) | process_tag()
+
+
+def process_tag() -> dict[str, str]:
+    """Return the tag of a run that this process has open."""
+    return {names.PROCESS: json.dumps(process_tags())}
+
+
+def environment() -> dict[str, Any]:
+    """Describe what a result depends on besides its config: libraries, Python, machine, process."""
+    return {**_libraries(), "process": process_tags()}
+
+
+@functools.cache
+def _libraries() -> dict[str, Any]:
+    versions = {}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"python": platform.python_version(), "platform": platform.platform(), "versions": versions}
 
 
 @functools.lru_cache(maxsize=8)
@@ -104,14 +137,7 @@ def _fixed_tags(folder: str) -> dict[str, str]:
         names.USER: _user(),
         names.COMMAND: _command(),
         names.COMMAND_TYPE: "LOCAL",
-        names.PYTHON: platform.python_version(),
-        names.PLATFORM: platform.platform(),
     }
-    for library in _LIBRARIES:
-        try:
-            tags[names.version(library)] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     if commit := _git_commit(folder):
         tags[names.GIT_COMMIT] = commit.removesuffix("-dirty")
         tags[names.GIT_DIRTY] = "true" if commit.endswith("-dirty") else "false"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -26,6 +28,7 @@ from mergelab.tracking.moved import ARTIFACTS, adapt_locations
 from mergelab.tracking.secrets import has_secret, remember, without_password
 from mergelab.tracking.sqlite_urls import absolute, is_sqlite, sqlite_path, sqlite_url
 from mergelab.tracking.values import one_line
+from mergelab.tracking.views import OLDEST
 
 log = logging.getLogger(__name__)
 
@@ -279,13 +282,44 @@ def restore_command(store: Store, experiment_id: str) -> str:
     return f"{setting}{_mlflow()} experiments restore -x {experiment_id}"
 
 
-def ui_page(store: Store, experiment_id: str, run_ids: Sequence[str] = ()) -> str:
-    """Return the page of the running UI that lists an experiment's runs, or that compares the named ones."""
+def has_saved_views(store: Store) -> bool:
+    """Return whether the UI of a store opens saved views: that of this MLflow, or of the server's."""
+    return _version_of_ui(store.uri) >= OLDEST
+
+
+@functools.lru_cache(maxsize=8)
+def _version_of_ui(uri: str) -> tuple[int, ...]:
+    """Return the version of the MLflow that shows a store; nothing where that is not known."""
+    import mlflow
+    import requests
+
+    version = mlflow.__version__
+    if urlsplit(uri).scheme in ("http", "https"):
+        try:
+            response = requests.get(f"{uri}/version", timeout=(_PROBE_S, _RESPONSE_S))
+        except requests.exceptions.RequestException:
+            return ()
+        version = response.text if response.ok else ""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return tuple(map(int, found.groups())) if found else ()
+
+
+def ui_page(store: Store, experiment_id: str, run_ids: Sequence[str] = (), view: str | None = None) -> str:
+    """Return the page of the running UI that lists an experiment's runs, or that compares the named ones.
+
+    Args:
+        store: the store.
+        experiment_id: the experiment.
+        run_ids: the runs to compare; none: all runs are listed.
+        view: the key of the saved view that lists them.
+    """
     server = store.uri if urlsplit(store.uri).scheme in ("http", "https") else _LOCAL_UI
     page = f"experiments/{experiment_id}/runs?"
     if run_ids:
         runs, experiments = (quote(json.dumps(ids, separators=(",", ":"))) for ids in (list(run_ids), [experiment_id]))
         page = f"compare-runs?runs={runs}&experiments={experiments}&"
+    elif view:
+        page += f"viewStateShareKey={quote(view)}&"
     # Without it MLflow shows its pages for language-model applications.
     return without_password(f"{server}/#/{page}workflowType=machine_learning")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelab.errors import TrackingError
-from mergelab.tracking import names, processes, signs
+from mergelab.tracking import names, processes, signs, views
 from mergelab.tracking.config import TrackingConfig
 from mergelab.tracking.moved import adapt_locations, bring, location_today
 from mergelab.tracking.run import Run, Status, copy_artifacts, outcome, tag_values
@@ -19,6 +19,7 @@ from mergelab.tracking.store import (
     Store,
     connect,
     exclusively,
+    has_saved_views,
     locate,
     mlflow_calls,
     restore_command,
@@ -113,8 +114,16 @@ class Tracker:
         tags: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
         parent: str | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> Run:
-        """Open a run, tagged with its environment; ``parent`` is the id of the run that it is shown under.
+        """Open a run, with its environment as an artifact.
+
+        Args:
+            name: the run's.
+            experiment: the name of the experiment that it belongs to.
+            tags, params: what is recorded of it.
+            parent: id of the run that it is shown under.
+            about: what is recorded with the environment.
 
         Raises:
             TrackingError: the store does not take it.
@@ -136,6 +145,7 @@ class Tracker:
         try:
             if params:
                 run.log_params(params)
+            run.log_dict({**processes.environment(), **(about or {})}, names.ENVIRONMENT)
         except BaseException as error:
             run.end(*outcome(error))
             raise
@@ -150,7 +160,7 @@ class Tracker:
             info = found.info
             if names.ERROR in found.data.tags:  # of what ended it before
                 self.client.delete_tag(run_id, names.ERROR)
-            for name, value in (processes.process_tags() | signs.now_tag()).items():
+            for name, value in (processes.process_tag() | signs.now_tag()).items():
                 self.client.set_tag(run_id, name, value)
             self.client.update_run(run_id, status="RUNNING")
             if self.store is not None and self.store.file is not None:
@@ -171,6 +181,27 @@ class Tracker:
         with mlflow_calls(f"log artifacts {path} of run {run_id}"):
             location = self._location(self.client.get_run(run_id).info)
             copy_artifacts(self.client, run_id, location, folder, path)
+
+    def tag(self, run_id: str, tags: Mapping[str, Any]) -> None:
+        """Set tags of a run that has ended."""
+        from mlflow.entities import RunTag
+
+        with mlflow_calls(f"tag run {run_id}"):
+            self.client.log_batch(run_id, tags=[RunTag(name, text) for name, text in tag_values(tags).items()])
+
+    def copy_datasets(self, run: Run, *of: str | None) -> None:
+        """Record with a run the datasets that other runs have recorded, each once."""
+        from mlflow.entities import DatasetInput
+
+        if self.client is None:
+            return
+        with mlflow_calls(f"copy datasets to run {run.name}"):
+            found: dict[tuple[str, str], DatasetInput] = {}
+            for one in filter(None, of):
+                for own in self.client.get_run(one).inputs.dataset_inputs:
+                    found.setdefault((own.dataset.name, own.dataset.digest), own)
+            if found:
+                self.client.log_inputs(run.id, list(found.values()))
 
     def reopened(self, run_id: str) -> Run | None:
         """Open again a run that may be gone; None when this store does not have it, or only among the deleted."""
@@ -255,11 +286,12 @@ class Tracker:
         """
         closed = []
         for run in self.runs(status="RUNNING"):
-            process = f"process {run.tags.get(names.PID)}"
-            if processes.has_ended(run.tags):
+            of = processes.process_of(run.tags)
+            process = f"process {of.get(names.PID)}"
+            if processes.has_ended(of):
                 why = f"{process} ended without closing the run"
-            elif not processes.is_here(run.tags) and signs.is_silent(run.tags):
-                why = f"{process} on {run.tags.get(names.HOST)} gave no more sign of life"
+            elif not processes.is_here(of) and signs.is_silent(run.tags):
+                why = f"{process} on {of.get(names.HOST)} gave no more sign of life"
             else:
                 continue
             if self._is_running(run.id):  # it may have closed the run and ended since the runs were listed
@@ -290,9 +322,35 @@ class Tracker:
         """Return the command that opens the UI, to be typed in the working folder; for a server its address."""
         return ui_command(self.store) if self.store else ""
 
-    def ui_page(self, experiment: str, run_ids: Sequence[str] = ()) -> str:
-        """Return the address, in the UI that ``ui_command`` opens, of an experiment's runs or of their comparison."""
-        return ui_page(self.store, self.experiment(experiment), run_ids) if self.store else ""
+    def ui_page(self, experiment: str, run_ids: Sequence[str] = (), view: str | None = None) -> str:
+        """Return the address, in the UI that ``ui_command`` opens, of an experiment's runs or of their comparison.
+
+        Args:
+            experiment: its name.
+            run_ids: the runs to compare; none: all runs are listed.
+            view: the key of the saved view that lists them, if the experiment has it.
+        """
+        if self.store is None:
+            return ""
+        known = view is not None and names.saved_view(view) in self._tags(experiment)
+        return ui_page(self.store, self.experiment(experiment), run_ids, view if known else None)
+
+    def save_views(self, experiment: str, wanted: Sequence[views.View]) -> None:
+        """Give an experiment views of its runs, where MLflow's UI has such."""
+        if self.store is None or not has_saved_views(self.store):
+            return
+        number = self.experiment(experiment)
+        with self.exclusively(), mlflow_calls(f"save views of experiment {experiment}"):
+            fresh, gone = views.changes(self._tags(experiment), wanted)
+            for tag, value in fresh.items():
+                self.client.set_experiment_tag(number, tag, value)
+            for tag in gone:
+                self.client.delete_experiment_tag(number, tag)
+
+    def _tags(self, experiment: str) -> Mapping[str, str]:
+        with mlflow_calls(f"read experiment {experiment}"):
+            found: Mapping[str, str] = self.client.get_experiment(self.experiment(experiment)).tags
+            return found
 
 
 def _filter(tags: Mapping[str, str], status: str | None) -> str:

@@ -113,7 +113,7 @@ class Store:
             "eval": plan.config.eval.model_dump(),
             "seed": plan.config.seed,
         }
-        name = names.baseline_run(role, self.models[key])
+        name = f"{role} {self.models[key]}"
         tags = {names.METHOD: None}
         given = {"params": params, "models": [key], "name": name, "tags": tags} | options
         return self.run(role, *overrides, correct=correct, **given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -173,7 +174,7 @@ def check_each_trial_is_there_once(url: str, uri: str, count: int) -> list[Any]:
 
 
 def process_of(run: Any) -> int:
-    return int(run.data.tags["mergelab.pid"])
+    return int(json.loads(run.data.tags["mergelab.process"])["mergelab.pid"])
 
 
 def test_joblib_workers_keep_a_trial_when_the_sweeper_is_killed_and_lose_nothing_when_one_of_them_is(

@@ -392,11 +392,22 @@ def test_a_hopeless_trial_is_pruned_and_never_the_first(
     assert [bad.state.name, good.state.name, hopeless.state.name] == ["COMPLETE", "COMPLETE", "PRUNED"]
     seen = hopeless.user_attrs[OUTCOME]["pruned_at"]
     assert 0 < seen < 200
-    assert hopeless.intermediate_values[seen] == pytest.approx(hopeless.user_attrs[OUTCOME]["values"][0])
-    assert f"pruned after {seen} of 200 examples" in outcome.out
+    known = hopeless.user_attrs[OUTCOME]["estimate"]
+    assert hopeless.intermediate_values[200] == pytest.approx(known["value"])
+    same = (
+        f"accuracy {known['seen']:.4f} against {known['best_seen']:.4f} of the best on the same {seen} of 200 examples"
+    )
+    assert f"{same}; stopped, estimate {known['value']:.4f} [" in outcome.out
     run = next(run for run in runs(workplace, "trial") if run.data.tags["mergelab.trial"] == "2")
-    assert run.data.tags["mergelab.pruned"] == f"after {seen} of 200 examples"
+    assert run.data.tags["mergelab.pruned"].startswith(f"after {seen} of 200 examples: accuracy {known['seen']:.4f} ")
     assert run.data.metrics["select/examples"] == seen
+    assert {name for name in run.data.metrics if name.startswith("select/")} == {"select/examples"}
+    bounds = [run.data.metrics[f"estimate/accuracy{each}"] for each in ("_low", "", "_high")]
+    assert bounds == [known["low"], known["value"], known["high"]]
+    assert known["value"] == pytest.approx(good.value + known["seen"] - known["best_seen"])
+    complete = next(run for run in runs(workplace, "trial") if run.data.tags["mergelab.trial"] == "1")
+    assert {complete.data.metrics[f"estimate/accuracy{each}"] for each in ("_low", "", "_high")} == {good.value}
+    assert complete.data.metrics["select/accuracy"] == good.value
     if pruner in ("futility", "wilcoxon"):
         assert unpacked(good.user_attrs[SCORES]).mean() == pytest.approx(good.value)
 
@@ -457,7 +468,8 @@ def test_a_sweep_is_one_parent_run_with_a_child_for_every_trial(sweep: Callable[
     client = MlflowClient(f"sqlite:///{workplace}/outputs/mlflow.db")
     table = Path(client.download_artifacts(parent.info.run_id, "trials.csv")).read_text().splitlines()
     assert len(table) == 6
-    assert table[0].startswith("trial,state,method.lambda,method.density,select accuracy,examples")
+    estimated = "estimate accuracy,estimate accuracy low,estimate accuracy high"
+    assert table[0].startswith(f"trial,state,method.lambda,method.density,select accuracy,{estimated},examples")
     plots = {Path(file.path).name for file in client.list_artifacts(parent.info.run_id, "plots")}
     assert {"history.png", "slices.png"} <= plots
     copy = client.download_artifacts(parent.info.run_id, "study.db")

@@ -60,7 +60,7 @@ def drive(study: SweepStudy, again: Callable[[], SweepStudy] | None, trials: int
         elif number % 5 == 3 and len(study.directions) == 1:
             trial_id = study.trials[number]._trial_id
             study.storage.set_trial_intermediate_value(trial_id, 50 + number, 2 * value)  # as a pruner's check does
-            study.tell(number, [value], pruned_at=40 + number)
+            study.tell(number, [value], estimated_of=100)
         else:
             study.tell(number, [value, x][: len(study.directions)])
         points.append((x, y))
@@ -118,14 +118,42 @@ def test_a_dead_process_leaves_trials_that_are_whole(opened: Open) -> None:
     assert found.ask().number == 1
 
 
-def test_a_pruned_trial_says_after_how_many_examples_with_its_value_there(opened: Open) -> None:
+def test_a_pruned_trials_estimate_is_its_last_intermediate_value_and_never_the_best(opened: Open) -> None:
     study = opened()
-    study.ask()
-    study.tell(0, [0.25], pruned_at=64)
-    (trial,) = opened().trials
-    assert trial.state == optuna.trial.TrialState.PRUNED
-    assert trial.intermediate_values == {64: 0.25}
+    for value, reports in ((0.25, {}), (0.75, {3: 0.9, 16: 0.8})):
+        trial_id = study.trials[study.ask().number]._trial_id
+        for step, report in reports.items():
+            study.storage.set_trial_intermediate_value(trial_id, step, report)
+        study.tell(study.count - 1, [value], estimated_of=12)
+    first, second = opened().trials
+    assert (first.state, second.state) == (optuna.trial.TrialState.PRUNED,) * 2
+    assert first.intermediate_values == {12: 0.25}
+    assert second.intermediate_values == {3: 0.9, 16: 0.75}
     assert study.best() is None
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "cmaes", {"name": "nsga2", "population_size": 4}], ids=str)
+def test_samplers_learn_from_the_estimates_of_pruned_trials(opened: Open, sampler: Any) -> None:
+    # Nearly all trials are pruned; what is drawn depends on their estimates, as it would on scores.
+    def drawn(name: str, sign: float, *, pruned: bool) -> list[tuple[float, float]]:
+        study = opened(name, sampler=sampler, seed=1)
+        for number in range(16):
+            x, y = study.ask().params.values()
+            value = [-sign * ((x - 0.6) ** 2 + (y - 0.3) ** 2)]
+            study.tell(number, value, estimated_of=100 if pruned and number else None)
+        return [tuple(trial.params.values()) for trial in study.trials]
+
+    estimated = drawn("pruned", 1, pruned=True)
+    assert estimated == drawn("complete", 1, pruned=False)
+    assert estimated != drawn("otherwise", -1, pruned=True)
+
+
+def test_an_estimate_that_is_not_known_is_no_value(opened: Open) -> None:
+    study = opened(sampler="gp")
+    for _ in range(12):
+        study.tell(study.ask().number, [float("nan")], estimated_of=100)
+    assert study.ask().number == 12
+    assert [trial.state.name for trial in opened(sampler="gp").trials] == ["PRUNED"] * 12 + ["RUNNING"]
 
 
 @pytest.mark.parametrize(("direction", "number"), [("maximize", 1), ("minimize", 0)])

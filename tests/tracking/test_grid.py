@@ -48,7 +48,7 @@ def test_a_grid_is_one_parent_run_with_a_child_per_job(
         "",
     )
     ((parent, children),) = families(tracker)
-    assert parent.name == "grid: method=soup,ties method.density=0.1,0.3 (mini/rte)"
+    assert parent.name == "grid: method=soup,ties density=0.1,0.3 (mini/rte)"
     assert (parent.experiment, parent.status) == ("mini/rte", "FINISHED")
     assert parent.params == {"overrides": "method=soup,ties method.density=0.1,0.3 task=rte", "jobs": "4"}
     assert parent.tags["mergelab.sweep_dir"] == str(workplace / "outputs" / "grids" / "first")

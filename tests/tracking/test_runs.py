@@ -43,14 +43,19 @@ def test_more_parameters_and_metrics_than_one_call_takes_are_all_recorded(tracke
     assert (len(recorded.params), len(recorded.metrics)) == (250, 1100)
 
 
-def test_a_run_says_in_which_environment_it_was_made(tracker: Tracker, mlflow_client: Any) -> None:
+def test_a_run_says_in_which_environment_it_was_made(tracker: Tracker, mlflow_client: Any, tmp_path: Path) -> None:
     with tracker.start_run("ties", experiment="rte") as run:
         pass
     tags = mlflow_client.get_run(run.id).data.tags
-    assert tags["mergelab.host"] == socket.gethostname()
-    assert tags["mergelab.pid"] == str(os.getpid())
-    assert tags["version.torch"].startswith("2.")
-    assert {"python", "platform", "mlflow.user", "version.transformers", "version.mlflow"} <= set(tags)
+    process = json.loads(tags["mergelab.process"])
+    assert (process["mergelab.host"], process["mergelab.pid"]) == (socket.gethostname(), str(os.getpid()))
+    assert "mlflow.user" in tags
+    file = Path(mlflow_client.download_artifacts(run.id, "environment.json", str(tmp_path)))
+    recorded = json.loads(file.read_text())
+    assert recorded["process"] == process
+    assert recorded["versions"]["torch"].startswith("2.")
+    assert {"transformers", "mlflow"} <= set(recorded["versions"])
+    assert {"python", "platform"} <= set(recorded)
 
 
 def test_programs_that_a_repositorys_settings_name_are_not_run(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from mergelab.errors import TrackingError
 from mergelab.tracking import Tracker, TrackingConfig, open_tracking
+from mergelab.tracking.processes import process_tag
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +84,7 @@ def test_the_ui_serves_local_artifacts_a_server_takes_runs_and_one_that_goes_awa
     assert recorded.data.params == {"method.density": "0.2"}
     assert recorded.inputs.dataset_inputs[0].dataset.name == "rte"
     assert [path.read_text() for path in workplace.rglob("tables/summary.csv")] == ["a\n1\n"]
-    assert remote.find_run({"mergelab.pid": str(os.getpid())}) == run.id
+    assert remote.find_run(process_tag()) == run.id
     assert remote.ui_command() == server.address
     assert remote.ui_page("rte").startswith(f"{server.address}/#/experiments/")
 
