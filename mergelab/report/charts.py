@@ -44,9 +44,9 @@ def figures(group: Group) -> list[Figure]:
 
 def _models(group: Group) -> list[Figure]:
     """Draw each model's score with its interval, and lines at the best expert, the base and the soup."""
-    shown = [row for row in group.ranked if row.role != "merged"]
-    shown += group.merged[: max(1, _MOST_ROWS - len(shown))]
-    rows = [row for row in group.ranked if row in shown][::-1]
+    chosen = [row for row in group.ranked if row.role != "merged"]
+    chosen += group.merged[: max(1, _MOST_ROWS - len(chosen))]
+    rows = [row for row in group.ranked if row in chosen][::-1]
     if len(rows) < 2:
         return []
     data = []
@@ -137,7 +137,7 @@ def _tasks(group: Group) -> list[Figure]:
 
 def normalised_scores(group: Group, row: Row) -> dict[str, float]:
     """Return a model's score of each task of a suite relative to the task's best expert, where both are known."""
-    found = {}
+    found: dict[str, float] = {}
     for task in group.tasks:
         column = next((column for column in group.columns if column.name.startswith(f"{task}/")), None)
         if column is None or column.name not in row.scores or column.less is None:

@@ -171,8 +171,8 @@ def _sweep(content: Content, parent: str, trials: Sequence[Trial], commands: Com
     return {
         "title": name,
         "command": command,
-        "count": f"{len(trials)} trials, {len(trials) - stopped} complete, {stopped} stopped early",
-        "keys": [short(key) for key in keys],
+        "summary": f"{len(trials)} trials, {len(trials) - stopped} complete, {stopped} stopped early",
+        "swept": [short(key) for key in keys],
         "metric": f"{metric} ↓" if less else metric,
         "trials": [_trial_line(trial, keys, commands) for trial in order],
         "caption": note,

@@ -234,7 +234,8 @@ class _Search:
         inputs = [one.dataset for one in run.inputs.dataset_inputs] if run.inputs is not None else []
         datasets = {(one.name, one.digest, str(_json(one.source).get("split", ""))) for one in inputs}
         rows = [_json(one.profile).get("num_rows") for one in inputs]
-        count = sum(rows) if rows and all(isinstance(each, int) for each in rows) else None
+        counts = [each for each in rows if isinstance(each, int)]
+        count = sum(counts) if counts and len(counts) == len(rows) else None
         return LoggedRun(record, tuple(sorted(datasets)), count, info.artifact_uri or "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -10,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mergelab.engine.registry import get_method
-from mergelab.errors import MergelabError
+from mergelab.config import CONF_DIR
 from mergelab.report.figure import Figure, bars, sentence, short, shown, vertical
 
 _FEW_POINTS = 4  # below, a curve, a contour or an importance says nothing
@@ -50,15 +50,16 @@ def _is_curve(points: Sequence[Point], key: str) -> bool:
 
 
 def paper_defaults(method: str) -> dict[str, float]:
-    """Return the numbers that a method's paper proposes, which are the defaults of its parameters, by config key."""
-    try:
-        fields = get_method(method).parameters.model_fields
-    except MergelabError:
+    """Return the numbers that a method's paper proposes, by config key: those of its file in ``conf/method``."""
+    from omegaconf import OmegaConf
+
+    file = CONF_DIR / "method" / f"{method}.yaml"
+    if not re.fullmatch(r"\w+", method) or not file.is_file():
         return {}
     return {
-        f"method.{key.rstrip('_')}": float(value)
-        for key, each in fields.items()
-        if isinstance(value := each.get_default(), int | float) and not isinstance(value, bool)
+        f"method.{key}": float(value)
+        for key, value in OmegaConf.load(file).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
     }
 
 

@@ -232,8 +232,6 @@ def trial_records(group: Group, parents: Mapping[str, str], commands: Commands) 
 
 def _estimated(trial: Trial) -> dict[str, float | None]:
     cell = trial.cell
-    return {
-        "estimate": cell and cell.value,
-        names.low("estimate"): cell and cell.low,
-        names.high("estimate"): cell and cell.high,
-    }
+    if cell is None:
+        return dict.fromkeys(("estimate", names.low("estimate"), names.high("estimate")))
+    return {"estimate": cell.value, names.low("estimate"): cell.low, names.high("estimate"): cell.high}
