@@ -7,7 +7,6 @@ import hashlib
 import re
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +17,7 @@ from mergelab import __version__
 from mergelab.config import local_path
 from mergelab.console.formats import Format, for_a_program
 from mergelab.console.progress import console
-from mergelab.errors import ConfigError, TrackingError, shortened
+from mergelab.errors import ConfigError, TrackingError, listed, shortened
 from mergelab.report.commands import Commands, at_point, nested, sweep_command
 from mergelab.report.comparison import Comparison, compare_runs
 from mergelab.report.page import Content, render_page
@@ -81,7 +80,7 @@ class Report:
     def print(self, form: Format, page: Path) -> None:
         """Print the tables, and what has to be known about the runs; for a program, that goes to standard error."""
         out = console(error=form != "table")
-        for notice in self.notices[:_MOST_NOTICES]:
+        for notice in [*self._apart(), *self.notices[:_MOST_NOTICES]]:
             out.print(notice, markup=False, soft_wrap=True)
         print_rankings(self.rankings, form, self.commands)
         sys.stdout.flush()
@@ -94,6 +93,11 @@ class Report:
         own = ids[0] if len(ids) == 1 else hashlib.sha256(" ".join(ids).encode()).hexdigest()
         words = re.sub(r"[^A-Za-z0-9]+", "-", self.selection.title).strip("-")
         return f"{words[:60].strip('-')}-{own[:8]}".lstrip("-")
+
+    def _apart(self) -> list[str]:
+        groups = self.comparison.groups
+        kinds = list(dict.fromkeys(f"{group.title}, {group.protocol}, {group.source}" for group in groups))
+        return [f"{len(groups)} groups, each ranked apart: {listed(kinds)}"] if len(groups) > 1 else []
 
     def _logged_to(self) -> str:
         ids = list(self.selection.parents) or [run.record.id for run in self.selection.runs]
@@ -219,9 +223,6 @@ def _notices(selection: Selection, comparison: Comparison) -> list[str]:
     found = []
     for parent in selection.parents.values():
         found += _unfinished(parent, selection)
-    if (count := len(comparison.groups)) > 1:
-        kinds = Counter(f"{group.title}, {group.protocol}, {group.source}" for group in comparison.groups)
-        found.append(f"{count} groups, each ranked apart: {'; '.join(kinds)}")
     for group in comparison.groups:
         if group.unranked and group.ranked:
             total = len(group.merged) + len(group.unranked)

@@ -24,11 +24,11 @@
         yaxis: { ...axis(style), automargin: true, ...layout.yaxis },
         font: { family: "system-ui, sans-serif", size: 12, color: style.getPropertyValue("--ink").trim() },
         paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-        margin: { l: 60, r: 20, t: 28, b: 46 },
+        margin: { l: 60, r: 20, t: 28, b: data.filter((one) => one.showlegend !== false && one.type === "scatter").length > 1 ? 84 : 46 },
         hoverlabel: { align: "left" },
-        legend: { orientation: "h", y: -0.16, yanchor: "top", x: 0 },
+        legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0 },
       };
-      Plotly.react(place, data, whole, { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+      Plotly.react(place, data, whole, { displayModeBar: false, responsive: true });
     }
   };
 

@@ -208,10 +208,10 @@ def findings(ranking: Ranking) -> list[str]:
     cell = best.scores[group.primary]
     found = [f"Best merge: {best.label}, {group.primary} {' '.join(filter(None, [cell.text, cell.interval]))}."]
     if (base := group.base_of(best)) is not None and group.primary in base.scores:
-        found.append(f"Against the base {base.label}: {cell.value - base.scores[group.primary].value:+.4f}.")
+        found.append(f"Against the base ({base.label}): {cell.value - base.scores[group.primary].value:+.4f}.")
     for other in (EXPERT, SOUP):
         if (test := ranking.test(best, other)) is not None:
-            found.append(f"Against the {other} {test.label}: {test.difference:+.4f}, {_verdict(test)}.")
+            found.append(f"Against the {other} ({test.label}): {test.difference:+.4f}, {_verdict(test, ranking)}.")
     for other in (EXPERT, SOUP):
         made = [test for test in ranking.tests if test.other == other and test.adjusted is not None]
         if len(made) > 1:
@@ -226,12 +226,13 @@ def findings(ranking: Ranking) -> list[str]:
     return found
 
 
-def _verdict(test: PairedTest) -> str:
+def _verdict(test: PairedTest, ranking: Ranking) -> str:
     if test.p_value is None or test.adjusted is None:
         return "not tested"
     adjusted = f", {p_text(test.adjusted)} after Holm's correction for {test.family} tests" if test.family > 1 else ""
-    sure = "a difference" if test.adjusted < _LEVEL else "no difference is shown"
-    return f"p {p_text(test.p_value)}{adjusted}: {sure} at {_LEVEL:g}"
+    sure = "better" if _gain(test, ranking) > 0 else "worse"
+    said = sure if test.adjusted < _LEVEL else "no difference is shown"
+    return f"p {p_text(test.p_value)}{adjusted}: {said} at {_LEVEL:g}"
 
 
 def _count(tests: Sequence[PairedTest], other: str, ranking: Ranking) -> str:

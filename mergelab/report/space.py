@@ -149,10 +149,12 @@ def _importance(weights: Mapping[str, float], name: str, method: str) -> Figure:
         "y": [escape(short(key)) for key in keys],
         "marker": {"color": "@merged"},
         "texttemplate": "%{x:.2f}",
+        "textposition": "outside",
+        "textangle": 0,
         "hovertemplate": "%{y}: %{x:.3f}<extra></extra>",
         "showlegend": False,
     }
-    layout = {"xaxis": {"title": {"text": "share of the variance"}, "range": [0, 1]}, "yaxis": {"automargin": True}}
+    layout = {"xaxis": {"title": {"text": "share of the variance"}, "range": [0, 1.08]}, "yaxis": {"automargin": True}}
     caption = f"How much of the variance of {name} each parameter explains (fANOVA), estimates included."
     return Figure(f"Importance of the parameters of {method}", caption, [data], layout, 150 + 40 * len(keys))
 

@@ -84,6 +84,8 @@ def caption(ranking: Ranking) -> str:
     arrow = " (↓: less is better)" if any(column.less for column in group.columns) else ""
     lines.append(f"* best of its column{arrow}; [95 % bootstrap interval]; ranked by {group.primary}")
     lines += correction(ranking)
+    if group.protocol == "holdout":
+        lines.append("examples: those that select and those that report")
     if group.protocol == "oracle" and group.trials:
         lines.append("oracle: the winner was chosen on the examples that report, so its score and p-value flatter it")
     return "\n".join(filter(None, lines))

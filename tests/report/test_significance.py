@@ -35,7 +35,7 @@ def test_holm_of_a_published_example_and_of_none() -> None:
     assert holm([]) == []
 
 
-def tests_of(*wanted: str) -> dict[tuple[str, str], PairedTest]:
+def found_tests(*wanted: str) -> dict[tuple[str, str], PairedTest]:
     report = build_report(wanted, None, None, lambda _message, _done: None)
     (ranking,) = report.rankings
     return {(test.row.label, test.other): test for test in ranking.tests}
@@ -51,7 +51,7 @@ def sign_test(first: list[bool], second: list[bool]) -> float:
 
 
 def test_every_merge_is_tested_against_the_best_expert_and_the_soup(compared: Store) -> None:
-    found = tests_of("rte")
+    found = found_tests("rte")
     best, soup = right_on(170, seed=1), right_on(165, seed=3)
     assert set(found) == {
         ("soup", EXPERT), ("ties density=0.3", EXPERT), ("ties density=0.5", EXPERT),
@@ -67,7 +67,7 @@ def test_every_merge_is_tested_against_the_best_expert_and_the_soup(compared: St
 
 
 def test_p_values_of_a_family_are_corrected_together(compared: Store) -> None:
-    found = tests_of("rte")
+    found = found_tests("rte")
     for other, size in ((EXPERT, 3), (SOUP, 2)):
         family = [test for (_, against), test in found.items() if against == other]
         assert {test.family for test in family} == {size}
@@ -78,7 +78,7 @@ def test_p_values_of_a_family_are_corrected_together(compared: Store) -> None:
 def test_a_logged_test_is_not_computed_again(compared: Store) -> None:
     logged = {names.P_VS_BEST_EXPERT: 0.123}
     compared.run("merge", "method=dare", "task=rte", correct=right_on(150), metrics=logged, name="rte dare")
-    assert tests_of("rte")["dare", EXPERT].p_value == 0.123
+    assert found_tests("rte")["dare", EXPERT].p_value == 0.123
 
 
 def test_a_merge_whose_predictions_are_missing_is_said_to_be_untested(
@@ -86,7 +86,7 @@ def test_a_merge_whose_predictions_are_missing_is_said_to_be_untested(
 ) -> None:
     metric = names.report_metric("accuracy")
     compared.run("merge", "method=dare", "task=rte", metrics={metric: 0.99}, name="rte dare")
-    found = tests_of("rte")
+    found = found_tests("rte")
     assert found["dare", EXPERT].p_value is None
     assert found["dare", EXPERT].adjusted is None
     assert found["ties density=0.3", EXPERT].family == 3  # only tests that were made count
@@ -95,7 +95,7 @@ def test_a_merge_whose_predictions_are_missing_is_said_to_be_untested(
 
 def test_predictions_of_other_examples_are_never_paired(compared: Store) -> None:
     compared.run("merge", "method=dare", "task=rte", correct=right_on(150)[: EXAMPLES - 1], name="rte dare")
-    assert tests_of("rte")["dare", EXPERT].p_value is None
+    assert found_tests("rte")["dare", EXPERT].p_value is None
 
 
 def test_merges_of_other_models_are_compared_with_their_own_expert(compared: Store) -> None:
@@ -103,7 +103,7 @@ def test_merges_of_other_models_are_compared_with_their_own_expert(compared: Sto
     compared.run(
         "merge", "method=dare", "task=rte", correct=right_on(150, seed=9), name="rte dare", models=["base", "b"]
     )
-    found = tests_of("rte")
+    found = found_tests("rte")
     assert found["dare", EXPERT].label == "org/b"
     assert found["dare", EXPERT].family == 1
     assert found["ties density=0.3", EXPERT].family == 3
@@ -113,7 +113,7 @@ def test_the_table_says_what_was_corrected(compared: Store, report: Callable[...
     out = report("rte").out
     assert "p: paired bootstrap against the best expert (org/a), two-sided; Holm's correction for 3 tests" in out
     rows = {row["model"]: row for row in csv.DictReader(io.StringIO(report("rte", "--format=csv").out))}
-    row, test = rows["ties density=0.3"], tests_of("rte")["ties density=0.3", EXPERT]
+    row, test = rows["ties density=0.3"], found_tests("rte")["ties density=0.3", EXPERT]
     assert float(row["vs_best_expert_p"]) == test.p_value
     assert float(row["vs_best_expert_p_holm"]) == test.adjusted
     assert (row["vs_best_expert"], row["vs_best_expert_tests"]) == ("org/a", "3")
