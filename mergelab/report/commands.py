@@ -168,6 +168,8 @@ def _differences(known: Mapping[str, Any], recorded: Mapping[str, Any], above: s
         if path in _ELSEWHERE or path in ("method.name", "task.name", "models.name"):
             continue
         default = known.get(key)
+        if type(value) is type(default) and value == default:
+            continue
         if isinstance(value, Mapping) and value and isinstance(default, Mapping) and path not in _WHOLE:
             yield from _differences(default, value, f"{path}.")
         elif flatten({"value": value}) != flatten({"value": default}):

@@ -15,6 +15,7 @@ from mergelab.config import CONF_DIR
 from mergelab.report.figure import Figure, bars, sentence, short, shown, vertical
 
 _FEW_POINTS = 4  # below, a curve, a contour or an importance says nothing
+_TREES, _MANY_POINTS = 64, 100  # of the forest that importance is read from
 _GRID = 40  # points of a contour along each side
 
 
@@ -123,7 +124,8 @@ def importances(points: Sequence[Point], less: bool) -> dict[str, float]:
         for point in whole:
             params = {key: point.at[key] for key in keys}
             study.add_trial(optuna.trial.create_trial(params=params, distributions=spaces, value=point.value))
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        trees = _TREES if len(whole) <= _MANY_POINTS else _TREES // 4  # the time grows with the square of the points
+        evaluator = optuna.importance.FanovaImportanceEvaluator(n_trees=trees, seed=0)
         return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
     except (ValueError, RuntimeError, ZeroDivisionError):
         return {}

@@ -93,7 +93,7 @@ def test_a_report_is_replaced_and_may_be_logged(compared: Store, report: Callabl
 
 
 def test_a_report_on_several_runs_is_logged_to_none(compared: Store, report: Callable[..., Outcome]) -> None:
-    refused(report("rte", "--log"), "--log: the report is about 3 sweeps, grids or runs")
+    refused(report("rte", "--log"), "--log: the report is about 6 sweeps, grids or runs")
 
 
 def test_without_output_the_folder_is_named_after_the_runs(compared: Store) -> None:
