@@ -96,7 +96,7 @@ class Report:
 
     def _apart(self) -> list[str]:
         groups = self.comparison.groups
-        kinds = list(dict.fromkeys(f"{group.title}, {group.protocol}, {group.source}" for group in groups))
+        kinds = list(dict.fromkeys(f"{group.title} ({group.protocol}, {group.source})" for group in groups))
         return [f"{len(groups)} groups, each ranked apart: {listed(kinds)}"] if len(groups) > 1 else []
 
     def _logged_to(self) -> str:
@@ -136,7 +136,6 @@ class Report:
             parents,
             self.comparison.without_result,
             self.selection.pages,
-            {},
             files,
         )
         return render_page(content, self.commands)
@@ -209,7 +208,7 @@ class _Artifacts:
             return None
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         try:
-            found = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)  # nosec B506
+            found = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)
         except (OSError, ValueError, yaml.YAMLError):  # damaged
             return None
         return found if isinstance(found, dict) else None

@@ -38,7 +38,6 @@ class Content:
         parents: sweeps and grids by id, each with its name and the command that started it.
         without_result: runs that have none, with how they ended.
         pages: the address of each experiment's runs in the MLflow UI.
-        analyses: by the run's id, the address of its analysis.
         files: the names of the files beside the page.
     """
 
@@ -49,7 +48,6 @@ class Content:
     parents: Mapping[str, tuple[str, str | None]]
     without_result: Sequence[tuple[LoggedRun, str]]
     pages: Mapping[str, str]
-    analyses: Mapping[str, str]
     files: Sequence[str]
 
 
@@ -141,7 +139,6 @@ def _line(content: Content, ranking: Ranking, row: Row, commands: Commands) -> d
     return {
         "row": row,
         "page": run_page(content.pages.get(row.run.record.experiment, ""), row.run.record.id),
-        "analysis": content.analyses.get(row.run.record.id) if row.own_run else None,
         "over_base": over_base,
         "expert": ranking.test(row, EXPERT),
         "soup": ranking.test(row, SOUP),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ _PARENTS = ("sweep", "grid")
 _BASELINES = ("base", "expert")
 _ID_DIGITS = frozenset("0123456789abcdef")
 _ID_LENGTH = 32
+_PROGRESS_BAR = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"  # one for each file, in the midst of the output
 _AT_ONCE = 100  # ids in one filter
 
 
@@ -115,6 +117,7 @@ def artifact(tracker: Tracker, run: LoggedRun, path: str, folder: Path) -> Path 
         location = location_today(tracker.store.file, run.artifact_uri)
         if location is not None:
             return file if (file := location / path).exists() else None
+    os.environ.setdefault(_PROGRESS_BAR, "false")
     with mlflow_calls(f"read {path} of run {run.record.name}"):
         above = path.rpartition("/")[0] or None
         if all(one.path != path for one in tracker.client.list_artifacts(run.record.id, above)):

@@ -58,7 +58,7 @@ def paper_defaults(method: str) -> dict[str, float]:
     if not re.fullmatch(r"\w+", method) or not file.is_file():
         return {}
     return {
-        f"method.{key}": float(value)
+        f"method.{key!s}": float(value)
         for key, value in OmegaConf.load(file).items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
