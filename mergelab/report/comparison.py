@@ -25,6 +25,7 @@ _AVERAGES = tuple(name.removeprefix(_REPORT) for name in (names.REPORT_AVERAGE, 
 # Settings that say how scores are obtained: with others they are other scores.
 _SETTINGS = ("dtype", "max_length")
 _BASELINES = ("base", "expert")
+_COMPARED = ("merge", "trial", "report", *_BASELINES)
 _OF_TRIALS = "trial:"  # how the line of a note begins that only trials have
 # What tells apart runs of one name; the rest of a configuration says where and how they were run.
 _TELLING = ("method.", "seed", "models.", "save.", "eval.")
@@ -125,6 +126,10 @@ class Group:
         """Return the experts that ``row`` was merged from, the best first."""
         return [other for other in self.rows if other.role == "expert" and other.models <= row.models]
 
+    def missing_experts(self, row: Row) -> int:
+        """Return how many of the experts that ``row`` was merged from have no run among these."""
+        return expert_count(row.run) - len({expert.models for expert in self.experts_of(row)})
+
     def base_of(self, row: Row) -> Row | None:
         """Return the base that ``row`` was merged with."""
         return next((other for other in self.rows if other.role == "base" and other.models <= row.models), None)
@@ -155,7 +160,7 @@ def compare_runs(selection: Selection, metric: str | None, rivals: Rivals) -> Co
     baselines = {run.record.id: run for run in (*selection.baselines, *_baselines(selection.runs))}
     members: dict[tuple[object, ...], list[LoggedRun]] = {}
     without: list[tuple[LoggedRun, str]] = []
-    for run in selection.runs:
+    for run in (run for run in selection.runs if run.kind in _COMPARED):
         if names.NOTE not in run.record.tags or not (run.kind == "trial" or _scores(run.record.metrics)):
             without.append((run, _ending(run)))
         elif run.kind not in _BASELINES:
@@ -183,6 +188,13 @@ def models_of(run: LoggedRun) -> frozenset[str]:
     hashes = {names.model_hash(name) for name in named}
     found = [name for name in named if names.model(name) not in hashes]
     return frozenset(tags.get(names.model_hash(name)) or tags[names.model(name)] for name in found)
+
+
+def expert_count(run: LoggedRun) -> int:
+    """Return how many different experts a run names."""
+    tags = run.record.tags
+    base = tags.get(names.model_hash("base")) or tags.get(names.model("base"))
+    return len(models_of(run) - {base})
 
 
 def _baselines(runs: Iterable[LoggedRun]) -> list[LoggedRun]:

@@ -112,7 +112,9 @@ def _against_experts(group: Group, row: Row, predictions: _Predictions) -> list[
             continue
         sign = -1 if predictions.less(task) else 1
         best = max(able, key=lambda expert: sign * expert.scores[metric].value)
-        logged = row.logged.get(names.P_VS_BEST_EXPERT) if len(group.tasks) == 1 else None
+        # A run has logged the test against the best of all its experts, of which one may have no run here.
+        whole = len(group.tasks) == 1 and not group.missing_experts(row)
+        logged = row.logged.get(names.P_VS_BEST_EXPERT) if whole else None
         found.append(_tested(row, EXPERT, best, task, metric, logged, predictions))
     return found
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergelab.console.formats import Format, for_a_page, for_a_program
 from mergelab.console.progress import say
 from mergelab.console.tables import print_fitting
+from mergelab.errors import listed
 from mergelab.report.significance import EXPERT, SOUP, untested
 from mergelab.tracking import names
 
@@ -102,13 +103,16 @@ def correction(ranking: Ranking) -> list[str]:
             number = " and ".join(map(str, families))
             how = f"Holm's correction for {number} tests" if families[-1] > 1 else "one test, no correction"
             lines.append(f"p: paired bootstrap against the {other} ({against}), two-sided; {how}")
+    group = ranking.group
+    without = [row.label for row in group.merged if group.experts_of(row) and group.missing_experts(row)]
+    if without:
+        lines.append(f"some experts of {listed(without, 3)} have no run here: tested against the best of the others")
     return [*lines, *filter(None, [untested(ranking.tests)])]
 
 
 def listed_labels(tests: Sequence[PairedTest]) -> str:
     """Name the models that were tested against, each once."""
-    labels = list(dict.fromkeys(f"{test.label} on {test.task}" if _several(tests) else test.label for test in tests))
-    return ", ".join(labels[:4]) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "")
+    return listed(dict.fromkeys(f"{test.label} on {test.task}" if _several(tests) else test.label for test in tests), 4)
 
 
 def _several(tests: Sequence[PairedTest]) -> bool:

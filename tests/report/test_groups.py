@@ -180,3 +180,8 @@ def test_an_experiments_baselines_alone_can_be_compared(store: Store) -> None:
     store.baseline("base", "base", right_on(100))
     store.baseline("expert", "a", right_on(170, seed=1))
     assert groups("rte") == [["org/a", "org/base"]]
+
+
+def test_runs_of_other_kinds_are_no_merges_without_a_result(compared: Store, report: Callable[..., Outcome]) -> None:
+    compared.run("analysis", "method=ties", "task=rte", name="analysis of five experts")
+    assert "no result" not in report("rte").out

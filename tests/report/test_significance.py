@@ -117,3 +117,16 @@ def test_the_table_says_what_was_corrected(compared: Store, report: Callable[...
     assert float(row["vs_best_expert_p"]) == test.p_value
     assert float(row["vs_best_expert_p_holm"]) == test.adjusted
     assert (row["vs_best_expert"], row["vs_best_expert_tests"]) == ("org/a", "3")
+
+
+def test_a_logged_test_against_an_expert_without_a_run_is_not_taken_for_one_of_another(
+    store: Store, report: Callable[..., Outcome]
+) -> None:
+    """The run's own p-value is that against the best expert, which this store does not have."""
+    store.baseline("expert", "b", right_on(160, seed=2))
+    logged = {names.P_VS_BEST_EXPERT: 0.001}
+    store.run("merge", "method=ties", "task=rte", correct=right_on(165, seed=4), metrics=logged, name="rte ties")
+    test = found_tests("rte")["ties", EXPERT]
+    assert test.label == "org/b"
+    assert test.p_value == pytest.approx(sign_test(right_on(165, seed=4), right_on(160, seed=2)), abs=0.05)
+    assert "some experts of ties have no run here: tested against the best of the others" in report("rte").out
