@@ -33,9 +33,9 @@ def figures(group: Group) -> list[Figure]:
             if (cell := trial.cell) is not None
         ]
         name = f"{metric} of the selecting examples"
-        found += [*history(trials, name, less), *space_figures(points, method, name, less), *fronts(trials)]
+        found += [*history(trials, name, less), *space_figures(points, method, name, less, "trials"), *fronts(trials)]
     for method, points in _varied(group).items():
-        found += space_figures(points, method, f"{group.primary} of the reporting examples", group.less)
+        found += space_figures(points, method, f"{group.primary} of the reporting examples", group.less, "merges")
     return found
 
 

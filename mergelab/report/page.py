@@ -203,7 +203,9 @@ def findings(ranking: Ranking) -> list[str]:
         return []
     best = group.merged[0]
     cell = best.scores[group.primary]
-    found = [f"Best merge: {best.label}, {group.primary} {' '.join(filter(None, [cell.text, cell.interval]))}."]
+    score, count = " ".join(filter(None, [cell.text, cell.interval])), len(group.merged)
+    flattered = f" The best of {count} was chosen on these examples, which flatters its score." if count > 1 else ""
+    found = [f"Best merge: {best.label}, {group.primary} {score}.{flattered}"]
     if (base := group.base_of(best)) is not None and group.primary in base.scores:
         found.append(f"Against the base ({base.label}): {cell.value - base.scores[group.primary].value:+.4f}.")
     for other in (EXPERT, SOUP):

@@ -31,17 +31,25 @@ class Point:
     estimated: bool
 
 
-def space_figures(points: Sequence[Point], method: str, name: str, less: bool) -> list[Figure]:
-    """Draw a curve over each number that varies, the contour over the two that matter most, and their importance."""
+def space_figures(points: Sequence[Point], method: str, name: str, less: bool, of: str) -> list[Figure]:
+    """Draw a curve over each number that varies, the contour over the two that matter most, and their importance.
+
+    Args:
+        points: the merges.
+        method: what they were made with.
+        name: of the score.
+        less: whether less of it is better.
+        of: whose the points are, in the plural: ``trials``.
+    """
     keys = [key for key in dict.fromkeys(key for point in points for key in point.at) if _is_curve(points, key)]
     defaults = paper_defaults(method)
-    found = [_curve(points, key, defaults.get(key), name, method) for key in keys]
+    found = [_curve(points, key, defaults.get(key), name, method, of) for key in keys]
     weights = importances(points, less) if len(points) >= _FEW_POINTS else {}
     if len(weights) > 1:
-        found.append(_importance(weights, name, method))
+        found.append(_importance(weights, name, method, of))
         keys.sort(key=lambda key: -weights.get(key, 0))
     if len(keys) > 1:
-        found += _contour(points, keys[0], keys[1], defaults, name, method)
+        found += _contour(points, keys[0], keys[1], defaults, name, method, of)
     return found
 
 
@@ -64,7 +72,7 @@ def paper_defaults(method: str) -> dict[str, float]:
     }
 
 
-def _curve(points: Sequence[Point], key: str, default: float | None, name: str, method: str) -> Figure:
+def _curve(points: Sequence[Point], key: str, default: float | None, name: str, method: str, of: str) -> Figure:
     own = sorted((point for point in points if key in point.at), key=lambda point: float(point.at[key]))
     data = []
     for estimated, title in ((False, "measured on all examples"), (True, "estimate of a stopped trial")):
@@ -85,7 +93,7 @@ def _curve(points: Sequence[Point], key: str, default: float | None, name: str, 
     paler = " Paler points are estimates of trials that were stopped early, with their bounds."
     caption = f"Each point is a merge of {method}{others}."
     caption += paler * any(point.estimated for point in own)
-    return Figure(f"{short(key)} of {method}", caption, data, layout)
+    return Figure(f"{short(key)} of {method}: {of}", caption, data, layout)
 
 
 def markers(points: Sequence[Point], x: Sequence[float], title: str, estimated: bool) -> dict[str, Any]:
@@ -142,7 +150,7 @@ def _distribution(values: Sequence[float | str]) -> Any:
     return optuna.distributions.CategoricalDistribution(list(dict.fromkeys(values)))
 
 
-def _importance(weights: Mapping[str, float], name: str, method: str) -> Figure:
+def _importance(weights: Mapping[str, float], name: str, method: str, of: str) -> Figure:
     keys = list(weights)[::-1]
     data = {
         "type": "bar",
@@ -158,11 +166,11 @@ def _importance(weights: Mapping[str, float], name: str, method: str) -> Figure:
     }
     layout = {"xaxis": {"title": {"text": "share of the variance"}, "range": [0, 1.08]}, "yaxis": {"automargin": True}}
     caption = f"How much of the variance of {name} each parameter explains (fANOVA), estimates included."
-    return Figure(f"Importance of the parameters of {method}", caption, [data], layout, 150 + 40 * len(keys))
+    return Figure(f"Importance of the parameters of {method}: {of}", caption, [data], layout, 150 + 40 * len(keys))
 
 
 def _contour(
-    points: Sequence[Point], first: str, second: str, defaults: Mapping[str, float], name: str, method: str
+    points: Sequence[Point], first: str, second: str, defaults: Mapping[str, float], name: str, method: str, of: str
 ) -> list[Figure]:
     """Draw the score over two parameters, interpolated linearly between the points."""
     from scipy.interpolate import LinearNDInterpolator
@@ -217,7 +225,7 @@ def _contour(
         data.append({"type": "scatter", "mode": "markers", "name": "paper's default", **at, "hovertemplate": text})
     axes = {"xaxis": {"title": {"text": escape(short(first))}}, "yaxis": {"title": {"text": escape(short(second))}}}
     caption = f"{name}, interpolated linearly between the merges (points); nothing is drawn where there are none."
-    return [Figure(f"{short(first)} and {short(second)} of {method}", sentence(caption), data, axes, 460)]
+    return [Figure(f"{short(first)} and {short(second)} of {method}: {of}", sentence(caption), data, axes, 460)]
 
 
 def _hover(point: Point) -> str:
