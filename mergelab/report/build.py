@@ -19,9 +19,9 @@ from mergelab.console.formats import Format, for_a_program
 from mergelab.console.progress import console
 from mergelab.errors import ConfigError, TrackingError, listed, shortened
 from mergelab.report.commands import Commands, at_point, nested, sweep_command
-from mergelab.report.comparison import Comparison, compare_runs
+from mergelab.report.comparison import RunComparison, compare_runs
 from mergelab.report.page import Content, render_page
-from mergelab.report.selection import LoggedRun, Selection, artifact, select_runs
+from mergelab.report.selection import LoggedRun, RunSelection, artifact, select_runs
 from mergelab.report.significance import paired_tests
 from mergelab.report.tables import Ranking, page_table, print_rankings, records, trial_records
 from mergelab.report.trials import swept_keys
@@ -40,13 +40,13 @@ _MOST_NOTICES = 12
 
 
 @dataclass(frozen=True)
-class Report:
+class RunReport:
     """What was found, ready to be written and printed."""
 
-    selection: Selection
+    selection: RunSelection
     tracker: Tracker
     rankings: Sequence[Ranking]
-    comparison: Comparison
+    comparison: RunComparison
     notices: Sequence[str]
     commands: Commands
 
@@ -141,7 +141,7 @@ class Report:
         return render_page(content, self.commands)
 
 
-def build_report(wanted: Sequence[str], uri: str | None, metric: str | None, progress: Progress) -> Report:
+def build_report(wanted: Sequence[str], uri: str | None, metric: str | None, progress: Progress) -> RunReport:
     """Find runs, divide them into groups that may be compared, rank each and test its merges.
 
     Args:
@@ -170,7 +170,7 @@ def build_report(wanted: Sequence[str], uri: str | None, metric: str | None, pro
         Ranking(group, paired_tests(group, tracker, artifacts.configuration, progress)) for group in comparison.groups
     ]
     commands = Commands(artifacts.configuration)
-    return Report(selection, tracker, rankings, comparison, _notices(selection, comparison), commands)
+    return RunReport(selection, tracker, rankings, comparison, _notices(selection, comparison), commands)
 
 
 class _Artifacts:
@@ -217,7 +217,7 @@ class _Artifacts:
 # ------------------------------------------------------------------------------------------------------------- notices
 
 
-def _notices(selection: Selection, comparison: Comparison) -> list[str]:
+def _notices(selection: RunSelection, comparison: RunComparison) -> list[str]:
     """Say what has to be known before the tables are read."""
     found = []
     for parent in selection.parents.values():
@@ -232,7 +232,7 @@ def _notices(selection: Selection, comparison: Comparison) -> list[str]:
     return found
 
 
-def _unfinished(parent: LoggedRun, selection: Selection) -> list[str]:
+def _unfinished(parent: LoggedRun, selection: RunSelection) -> list[str]:
     """Say that a sweep or a grid has not come to its end."""
     record = parent.record
     if record.status == "FINISHED":
@@ -248,7 +248,7 @@ def _unfinished(parent: LoggedRun, selection: Selection) -> list[str]:
     return [f"unfinished: {record.name} {how}{why}; {ended} of {wanted} {what} have ended"]
 
 
-def _no_result(comparison: Comparison) -> str:
+def _no_result(comparison: RunComparison) -> str:
     without = comparison.without_result
     if not without:
         return "there is nothing to compare"

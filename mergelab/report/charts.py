@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mergelab.errors import MergelabError
 from mergelab.evaluation.averages import normalised
 from mergelab.report.figure import Figure, bars, shown, vertical
-from mergelab.report.space import Point, space_figures
+from mergelab.report.space import ScoredPoint, space_figures
 from mergelab.report.sweeps import fronts, history
 from mergelab.report.trials import judged_by, number
 from mergelab.tracking import names
@@ -28,7 +28,7 @@ def figures(group: Group) -> list[Figure]:
         runs = [trial.run for trial in trials]
         method = runs[0].record.tags.get(names.METHOD, "")
         points = [
-            Point(f"trial {trial.number}", trial.point, cell.value, cell.low, cell.high, trial.score is None)
+            ScoredPoint(f"trial {trial.number}", trial.point, cell.value, cell.low, cell.high, trial.score is None)
             for trial in trials
             if (cell := trial.cell) is not None
         ]
@@ -156,9 +156,9 @@ def normalised_scores(group: Group, row: Row) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------- search spaces
 
 
-def _varied(group: Group) -> dict[str, list[Point]]:
+def _varied(group: Group) -> dict[str, list[ScoredPoint]]:
     """Return, by method, the merges of grids and single runs in the numbers that differ between them."""
-    found: dict[str, list[Point]] = {}
+    found: dict[str, list[ScoredPoint]] = {}
     for row in group.merged:
         if row.own_run and row.run.kind == "merge":
             params = row.run.record.params
@@ -168,6 +168,6 @@ def _varied(group: Group) -> dict[str, list[Point]]:
                 if key.startswith("method.") and (value := number(text)) is not None
             }
             score = row.scores[group.primary]
-            point = Point(row.label, at, score.value, score.low, score.high, False)
+            point = ScoredPoint(row.label, at, score.value, score.low, score.high, False)
             found.setdefault(row.run.record.tags.get(names.METHOD, ""), []).append(point)
     return found

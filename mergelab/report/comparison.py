@@ -17,7 +17,7 @@ from mergelab.tracking import names
 
 if TYPE_CHECKING:
     from mergelab.evaluation.results import Role
-    from mergelab.report.selection import LoggedRun, Selection
+    from mergelab.report.selection import LoggedRun, RunSelection
 
 _REPORT = names.report_metric("")
 _P = names.p_value("")
@@ -136,7 +136,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """All groups of a report, and the runs without any result: each with what it ended with."""
 
     groups: tuple[Group, ...]
@@ -146,7 +146,7 @@ class Comparison:
 Rivals = Callable[["LoggedRun"], Sequence[Mapping[str, str]]]
 
 
-def compare_runs(selection: Selection, metric: str | None, rivals: Rivals) -> Comparison:
+def compare_runs(selection: RunSelection, metric: str | None, rivals: Rivals) -> RunComparison:
     """Divide runs into groups that may be compared, and rank each group.
 
     Args:
@@ -178,7 +178,7 @@ def compare_runs(selection: Selection, metric: str | None, rivals: Rivals) -> Co
         raise TrackingError(
             f"--metric={metric}: no run has it{did_you_mean(metric, known)} (there are {listed(known)})"
         )
-    return Comparison(tuple(found), tuple(without))
+    return RunComparison(tuple(found), tuple(without))
 
 
 def models_of(run: LoggedRun) -> frozenset[str]:
@@ -243,7 +243,7 @@ _DATASETS = 4  # the place in a key
 def _group(
     runs: Sequence[LoggedRun],
     baselines: Sequence[LoggedRun],
-    selection: Selection,
+    selection: RunSelection,
     metric: str | None,
     rivals: Rivals,
 ) -> Group:
@@ -294,7 +294,7 @@ def _ending(run: LoggedRun) -> str:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def _row(run: LoggedRun, selection: Selection) -> Row:
+def _row(run: LoggedRun, selection: RunSelection) -> Row:
     tags, params = run.record.tags, run.record.params
     role: Role = "base" if run.kind == "base" else "expert" if run.kind == "expert" else "merged"
     name = run.record.name

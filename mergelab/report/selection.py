@@ -54,7 +54,7 @@ class LoggedRun:
 
 
 @dataclass(frozen=True)
-class Selection:
+class RunSelection:
     """The runs of a report.
 
     Attributes:
@@ -72,7 +72,7 @@ class Selection:
     pages: Mapping[str, str] = field(default_factory=dict)
 
 
-def select_runs(tracker: Tracker, wanted: Sequence[str]) -> Selection:
+def select_runs(tracker: Tracker, wanted: Sequence[str]) -> RunSelection:
     """Find the runs that a report is about.
 
     Args:
@@ -98,7 +98,7 @@ def select_runs(tracker: Tracker, wanted: Sequence[str]) -> Selection:
     if not found:
         raise TrackingError(f"{title}: has no runs below it yet; there is nothing to report")
     pages = {name: tracker.ui_page(name) for name in experiments}
-    return Selection(title, tuple(found.values()), parents, tuple(baselines), pages)
+    return RunSelection(title, tuple(found.values()), parents, tuple(baselines), pages)
 
 
 def artifact(tracker: Tracker, run: LoggedRun, path: str, folder: Path) -> Path | None:

@@ -20,7 +20,7 @@ _GRID = 40  # points of a contour along each side
 
 
 @dataclass(frozen=True)
-class Point:
+class ScoredPoint:
     """A merge in the space of its parameters: where, its score with bounds, and whether that is an estimate."""
 
     label: str
@@ -31,7 +31,7 @@ class Point:
     estimated: bool
 
 
-def space_figures(points: Sequence[Point], method: str, name: str, less: bool, of: str) -> list[Figure]:
+def space_figures(points: Sequence[ScoredPoint], method: str, name: str, less: bool, of: str) -> list[Figure]:
     """Draw a curve over each number that varies, the contour over the two that matter most, and their importance.
 
     Args:
@@ -53,7 +53,7 @@ def space_figures(points: Sequence[Point], method: str, name: str, less: bool, o
     return found
 
 
-def _is_curve(points: Sequence[Point], key: str) -> bool:
+def _is_curve(points: Sequence[ScoredPoint], key: str) -> bool:
     values = {point.at.get(key) for point in points}
     return len(values - {None}) >= 3 and all(isinstance(value, float) for value in values - {None})
 
@@ -72,7 +72,7 @@ def paper_defaults(method: str) -> dict[str, float]:
     }
 
 
-def _curve(points: Sequence[Point], key: str, default: float | None, name: str, method: str, of: str) -> Figure:
+def _curve(points: Sequence[ScoredPoint], key: str, default: float | None, name: str, method: str, of: str) -> Figure:
     own = sorted((point for point in points if key in point.at), key=lambda point: float(point.at[key]))
     data = []
     for estimated, title in ((False, "measured on all examples"), (True, "estimate of a stopped trial")):
@@ -96,7 +96,7 @@ def _curve(points: Sequence[Point], key: str, default: float | None, name: str, 
     return Figure(f"{short(key)} of {method}: {of}", caption, data, layout)
 
 
-def markers(points: Sequence[Point], x: Sequence[float], title: str, estimated: bool) -> dict[str, Any]:
+def markers(points: Sequence[ScoredPoint], x: Sequence[float], title: str, estimated: bool) -> dict[str, Any]:
     """Return points at ``x`` with their bounds; estimates are paler."""
     colour = "@estimate" if estimated else "@merged"
     bounds = [(point.value, point.low, point.high) for point in points]
@@ -113,7 +113,7 @@ def markers(points: Sequence[Point], x: Sequence[float], title: str, estimated: 
     }
 
 
-def importances(points: Sequence[Point], less: bool) -> dict[str, float]:
+def importances(points: Sequence[ScoredPoint], less: bool) -> dict[str, float]:
     """Return how much of the scores' variance each parameter explains (fANOVA; Hutter et al. 2014), the most first.
 
     Empty where all scores are alike or there are too few points.
@@ -170,7 +170,13 @@ def _importance(weights: Mapping[str, float], name: str, method: str, of: str) -
 
 
 def _contour(
-    points: Sequence[Point], first: str, second: str, defaults: Mapping[str, float], name: str, method: str, of: str
+    points: Sequence[ScoredPoint],
+    first: str,
+    second: str,
+    defaults: Mapping[str, float],
+    name: str,
+    method: str,
+    of: str,
 ) -> list[Figure]:
     """Draw the score over two parameters, interpolated linearly between the points."""
     from scipy.interpolate import LinearNDInterpolator
@@ -228,5 +234,5 @@ def _contour(
     return [Figure(f"{short(first)} and {short(second)} of {method}: {of}", sentence(caption), data, axes, 460)]
 
 
-def _hover(point: Point) -> str:
+def _hover(point: ScoredPoint) -> str:
     return f"{shown(point.label)}<br>{'estimate ' if point.estimated else ''}{point.value:.4f}"

@@ -10,7 +10,7 @@ import numpy as np
 
 from mergelab.errors import ConfigError
 from mergelab.report.figure import Figure, sentence
-from mergelab.report.space import Point, markers
+from mergelab.report.space import ScoredPoint, markers
 from mergelab.report.trials import Trial
 from mergelab.tasks.metric import get_metric
 from mergelab.tracking import names
@@ -23,7 +23,7 @@ def history(trials: Sequence[Trial], name: str, less: bool) -> list[Figure]:
     if len(complete) < 2:
         return []
     points = [
-        Point(f"trial {trial.number}", {}, trial.cell.value, trial.cell.low, trial.cell.high, trial.score is None)
+        ScoredPoint(f"trial {trial.number}", {}, trial.cell.value, trial.cell.low, trial.cell.high, trial.score is None)
         for trial in known
         if trial.cell is not None
     ]

@@ -120,10 +120,12 @@ class Store:
 
 
 def predictions(correct: Sequence[bool]) -> pa.Table:
-    """A table of predictions as runs log it: half of the labels are 1, all examples report."""
-    right = np.asarray(correct, bool)
+    """A table of predictions as runs log it: half of the labels are 1; more examples follow, which select alone."""
+    selecting = [sum(correct) > 165] * 40
+    right = np.asarray([*correct, *selecting], bool)
     labels = np.arange(len(right)) % 2
     said = np.where(right, labels, 1 - labels)
+    reports = np.arange(len(right)) < len(correct)
     return pa.table(
         {
             "idx": np.arange(len(right)),
@@ -131,8 +133,8 @@ def predictions(correct: Sequence[bool]) -> pa.Table:
             "output_0": np.where(said == 0, 1.0, -1.0).astype(np.float32),
             "output_1": np.where(said == 1, 1.0, -1.0).astype(np.float32),
             "prediction": said,
-            "selects": np.zeros(len(right), bool),
-            "reports": np.ones(len(right), bool),
+            "selects": ~reports,
+            "reports": reports,
         }
     )
 
