@@ -208,7 +208,7 @@ class _Artifacts:
             return None
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         try:
-            found = yaml.load(file.read_text(encoding="utf-8"), Loader=loader)
+            found = loader(file.read_text(encoding="utf-8")).get_single_data()
         except (OSError, ValueError, yaml.YAMLError):  # damaged
             return None
         return found if isinstance(found, dict) else None
