@@ -38,6 +38,9 @@ def test_a_wheel_carries_its_configs(installed: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert Path(where.stdout.strip()) == installed / "mergelab" / "conf"
     assert (installed / "mergelab" / "tasks" / "prompts" / "gsm8k_cot.txt").is_file()
+    assert {"page.html.j2", "page.css", "page.js"} <= {
+        path.name for path in (installed / "mergelab" / "report").iterdir()
+    }
     assert (installed / "hydra_plugins" / "mergelab_sweeper.py").is_file()
     assert not (installed / "hydra_plugins" / "__init__.py").exists()  # other packages' plugins live there too
     done = run(installed, tmp_path, "--cfg", "job", "method=dare", "task=mrpc")

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mergelab.methods.__main__ import main as catalogue
+from mergelab.report.__main__ import main as report
 from tests.conftest import ROOT, Outcome
 from tests.models import pairs
 from tests.standins import BERT_BASE, BERT_RTE_EXPERTS, glue_table
@@ -33,6 +34,7 @@ def blocks(language: str) -> list[str]:
 
 COMMANDS = [line.partition("  #")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
 RUNS = [line for line in COMMANDS if line.startswith("python -m mergelab ")]
+REPORT = "python -m mergelab.report"
 CATALOGUE = [line for line in COMMANDS if line.startswith("python -m mergelab.methods")]
 FIRST = "python -m mergelab method=ties task=rte"
 
@@ -65,7 +67,7 @@ def shortened(line: str) -> str:
 
 
 def test_every_command_is_of_a_kind_that_a_test_below_runs() -> None:
-    others = [line for line in COMMANDS if line not in RUNS and line not in CATALOGUE]
+    others = [line for line in COMMANDS if line not in RUNS and line not in (*CATALOGUE, REPORT)]
     assert [line.split()[0] for line in others] == ["make", "make", "mlflow"]
     assert FIRST in RUNS
     assert len(RUNS) > 8
@@ -85,6 +87,14 @@ def test_a_command_works(mergelab_command: Callable[..., Outcome], line: str) ->
 def test_the_catalogue_is_printed(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert catalogue(shlex.split(line)[3:]) == 0
     assert "Yadav et al. 2023" in capsys.readouterr().out
+
+
+def test_a_report_on_the_newest_runs_is_a_page(mergelab_command: Callable[..., Outcome], workplace: Path) -> None:
+    assert REPORT in COMMANDS
+    assert mergelab_command("-m", "method=soup,ties", "task=rte", "source=mini", "task.limit=100").code == 0
+    assert report([]) == 0
+    (page,) = workplace.glob("outputs/reports/*/report.html")
+    assert "method=ties" in page.read_text(encoding="utf-8")
 
 
 def real_command(line: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from mergelab.evaluation.metrics import check_scorable, example_statistics, part_members, score, value_of_rows
+from mergelab.evaluation.metrics import check_scorable, example_statistics, part_members, value_of_rows
 from mergelab.tasks.metric import BEST_CONSTANT, PairMetric, get_metric
 
 if TYPE_CHECKING:
@@ -79,7 +79,10 @@ def paired_test(
         DataError: the examples have no labels, or shapes do not fit.
     """
     spec = replace(spec, metrics=(spec.primary,))
-    at = [score(spec, outputs, truth)[spec.primary] for outputs in (first, second)]
+    at = []
+    for outputs in (first, second):
+        check_scorable(spec, outputs, truth)
+        at.append(value_of_rows(spec, spec.primary, example_statistics(spec, outputs, truth)[spec.primary]))
     delta = at[0] - at[1]
     drawn = _resampled(spec, [first, second], truth, samples, np.random.default_rng(seed))
     moved = drawn[0][spec.primary] - drawn[1][spec.primary] - delta
