@@ -12,6 +12,7 @@ from uuid import uuid4
 from mergelab.console.progress import say, say_where
 from mergelab.console.tables import result_table
 from mergelab.errors import SweepError
+from mergelab.experiment.keeping import check_push
 from mergelab.experiment.recording import open_run, record_result
 from mergelab.sweep.launcher import fit_launcher
 from mergelab.sweep.plan import Sweep, definition, is_pruned, plan_sweep
@@ -56,6 +57,7 @@ def run_sweep(
     from mergelab.tracking.store import locate
 
     sweep = plan_sweep(node, config, loader, overrides)
+    check_push(sweep.plan, sweep.source)
     if sweep.plan.tracking.enabled:
         locate(sweep.plan.tracking)  # refuses an address that cannot be used before there is a study
     study = SweepStudy(

@@ -12,8 +12,9 @@ from typing import Any
 from mergelab.errors import TrackingError
 from mergelab.tracking import names, processes, signs
 from mergelab.tracking.config import TrackingConfig
+from mergelab.tracking.logged_models import LoggedFolder, log_models
 from mergelab.tracking.moved import adapt_locations, bring, location_today
-from mergelab.tracking.run import Run, Status, copy_artifacts, outcome, tag_values
+from mergelab.tracking.run import Run, Status, outcome, tag_values
 from mergelab.tracking.secrets import without_password
 from mergelab.tracking.store import (
     Store,
@@ -166,11 +167,16 @@ class Tracker:
         with mlflow_calls(f"find the artifacts of run {info.run_name}"):
             return location_today(self.store.file, info.artifact_uri)
 
-    def log_artifacts(self, run_id: str, folder: Path, path: str) -> None:
-        """Copy a folder into a run that another process recorded, into ``path`` of its artifacts."""
-        with mlflow_calls(f"log artifacts {path} of run {run_id}"):
-            location = self._location(self.client.get_run(run_id).info)
-            copy_artifacts(self.client, run_id, location, folder, path)
+    def log_models(self, run_id: str, folder: Path, register: str | None) -> list[LoggedFolder]:
+        """Log the model of a folder, or each task's, with a run, be it another process's.
+
+        Args:
+            run_id: of a run that has its metrics and datasets.
+            folder: as `mergelab.experiment.saving.Saving` writes it.
+            register: the registered model that it becomes a version of, if any.
+        """
+        with mlflow_calls(f"log the model of run {run_id}"):
+            return log_models(self.client, run_id, folder, register)
 
     def reopened(self, run_id: str) -> Run | None:
         """Open again a run that may be gone; None when this store does not have it, or only among the deleted."""
