@@ -89,6 +89,8 @@ def says_what_it_is(key: str) -> str | None:
 # What a pattern asks for, in words.
 PATTERNS = {
     "device": "must be auto, cpu, cuda, cuda:<number> or mps",
+    "push_to_hub": "must be a repository of the hub, org/name",
+    "register": "must be a name without / and :",
     "max_shard_size": "must be a number of at most 9 digits with kB, MB, GB or TB, such as 5GB",
 }
 
@@ -309,6 +311,10 @@ class SaveConfig(Schema):
     """For ``lora_svd`` one of these two: the rank of each layer, or the share of its squared change to keep."""
     library: Literal["peft", "adapters"] | None = None
     """Which library an adapter is written for; None: PEFT."""
+    push_to_hub: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")] | None = None
+    """The repository of the hub that what is written is uploaded to; None: none."""
+    private: bool = True
+    """Whether that repository is private."""
 
     @property
     def max_shard_bytes(self) -> int:

@@ -1,8 +1,8 @@
 """A hub-compatible HTTP server on loopback: model and dataset repositories served from plain folders.
 
 It answers what huggingface_hub, transformers and datasets ask for (repository information, tree and path listings,
-file heads and ranged downloads), with the hub's own headers and error codes, and without xet, so that files come by
-plain HTTP.
+file heads and ranged downloads; uploads with a token), with the hub's own headers and error codes, and without xet, so
+that files come and go by plain HTTP.
 
     with HubServer(tmp_path) as hub:
         hub.add_model("google-bert/bert-base-uncased", tmp_path / "bert")
@@ -25,6 +25,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.hub_uploads import Refused, Uploads, readable
 
 if TYPE_CHECKING:
     import pyarrow
@@ -61,12 +63,17 @@ class Commit:
     sha: str
     files: Mapping[str, StoredFile]
 
+    @property
+    def files_on_disk(self) -> dict[str, Path]:
+        return {name: file.path for name, file in self.files.items()}
+
 
 @dataclass
 class Repository:
     id: str
     gated: bool
     revisions: dict[str, Commit] = field(default_factory=dict)  # by branch or tag name and by commit hash
+    private: bool = False
 
 
 class HubError(Exception):
@@ -87,6 +94,7 @@ class HubServer:
         missing_status: status for an unknown repository; the hub says 401 to who is not logged in, else 404.
         gated_status: status for a gated repository's files: 401 to who is not logged in, else 403.
         outage: when set, the status (503, say) that every request is answered with.
+        uploads: what has been sent, and the tokens that may send it.
     """
 
     def __init__(self, root: Path, *, delay: float = 0.0) -> None:
@@ -96,6 +104,7 @@ class HubServer:
         self.gated_status: Literal[401, 403] = 401
         self.outage: int | None = None
         self.requests: list[tuple[str, str]] = []
+        self.uploads = Uploads(self)
         self._repositories: dict[tuple[str, str], Repository] = {}
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self._http.daemon_threads = True
@@ -127,6 +136,7 @@ class HubServer:
             "HF_HUB_OFFLINE": "0",
             "HF_DATASETS_OFFLINE": "0",
             "HF_TOKEN": "",
+            "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets would tell S3 about each load
             "DISABLE_SAFETENSORS_CONVERSION": "1",  # transformers would ask a public service to convert .bin files
@@ -144,13 +154,26 @@ class HubServer:
     def _add(self, kind: str, repo_id: str, folder: Path | str, revision: str, gated: bool) -> str:
         base = self.root / folder
         paths = sorted(path for path in base.rglob("*") if path.is_file())
-        files = {path.relative_to(base).as_posix(): _stored(path) for path in paths}
+        return self._commit(kind, repo_id, {p.relative_to(base).as_posix(): p for p in paths}, revision, gated).sha
+
+    def repository(self, repo_id: str) -> Repository | None:
+        """Return a model repository, or None."""
+        return self._repositories.get(("models", repo_id))
+
+    def create(self, repo_id: str, paths: Mapping[str, Path], *, private: bool) -> Commit:
+        """Give a model repository, a new one or an old one, a commit with these files."""
+        commit = self._commit("models", repo_id, paths, "main", False)
+        self._repositories[("models", repo_id)].private = private
+        return commit
+
+    def _commit(self, kind: str, repo_id: str, paths: Mapping[str, Path], revision: str, gated: bool) -> Commit:
+        files = {name: _stored(path, name) for name, path in paths.items()}
         listing = [repo_id, revision, sorted((name, file.etag) for name, file in files.items())]
         commit = Commit(hashlib.sha1(json.dumps(listing).encode()).hexdigest(), files)
         repository = self._repositories.setdefault((kind, repo_id), Repository(repo_id, gated))
         repository.gated = gated
         repository.revisions |= {revision: commit, commit.sha: commit}
-        return commit.sha
+        return commit
 
     def find(self, kind: str, repo_id: str, revision: str | None) -> tuple[Repository, Commit]:
         repository = self._repositories.get((kind, repo_id))
@@ -172,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve()
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def log_message(self, *_: object) -> None:
         pass
@@ -189,10 +212,15 @@ class _Handler(BaseHTTPRequestHandler):
                 self._route(body)
             except HubError as error:
                 self._send_json({"error": str(error)}, error.status, error.headers)
+            except Refused as error:
+                answer = {"error": str(error), "errors": [{"message": str(error)}], **error.content}
+                self._send_json(answer, error.status, {"X-Error-Code": error.code, "X-Error-Message": str(error)})
 
     def _route(self, body: bytes) -> None:
         target = urlsplit(self.path)
-        if target.path == "/":
+        if (answer := self.hub.uploads.answer(self.command, target.path, self.headers, body)) is not None:
+            self._send_json(answer)
+        elif target.path == "/":
             self._send_json({})
         elif target.path == "/api/agent-harnesses":
             self._send_json({"standardEnvVars": [], "harnesses": {}})
@@ -209,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _api(
         self, kind: str, repo_id: str, verb: str, revision: str, path: str, query: Mapping[str, list[str]], body: bytes
     ) -> object:
-        repository, commit = self.hub.find(kind, repo_id, revision)
+        repository, commit = self._find(kind, repo_id, revision)
         if verb == "tree":
             return _tree(commit, path, recursive=query.get("recursive", ["false"])[0].lower() in ("1", "true"))
         if verb == "paths-info":
@@ -226,8 +254,14 @@ class _Handler(BaseHTTPRequestHandler):
         blobs = "blobs" in query
         return _information(repository, commit, blobs=blobs)
 
-    def _send_file(self, kind: str, repo_id: str, revision: str, name: str) -> None:
+    def _find(self, kind: str, repo_id: str, revision: str) -> tuple[Repository, Commit]:
         repository, commit = self.hub.find(kind, repo_id, revision)
+        if not readable(repository, self.hub.uploads.tokens, self.headers):
+            raise HubError(self.hub.missing_status, "RepoNotFound", "Repository not found")
+        return repository, commit
+
+    def _send_file(self, kind: str, repo_id: str, revision: str, name: str) -> None:
+        repository, commit = self._find(kind, repo_id, revision)
         headers = {"X-Repo-Commit": commit.sha}
         if repository.gated:
             message = f"Access to {kind[:-1]} {repo_id} is restricted."
@@ -265,9 +299,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def _stored(path: Path) -> StoredFile:
+def _stored(path: Path, name: str) -> StoredFile:
     content = path.read_bytes()
-    if path.suffix in LARGE:
+    if name.endswith(LARGE):
         digest = hashlib.sha256(content).hexdigest()
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {len(content)}\n".encode()
         return StoredFile(path, len(content), _git_blob(pointer), digest)
@@ -316,7 +350,7 @@ def _information(repository: Repository, commit: Commit, *, blobs: bool) -> dict
         "id": repository.id,
         "modelId": repository.id,
         "sha": commit.sha,
-        "private": False,
+        "private": repository.private,
         "gated": "manual" if repository.gated else False,
         "disabled": False,
         "downloads": 0,

@@ -13,6 +13,7 @@ from mergelab.adapters.locations import FUSED, LOCATIONS, MODEL_TYPES, Place, pl
 from mergelab.adapters.writing import SITES, Ia3Folder, LoraFolder, whole_folder, write_json_file
 from mergelab.errors import ConfigError, ModelError, listed
 from mergelab.weights.adapters import ADAPTER_CONFIG, HEAD_CONFIG, HEAD_WEIGHTS, LIBRARY_WEIGHTS
+from mergelab.weights.writer import write_texts
 
 NAME = "merged"  # what the library calls the adapter
 VERSION = "adapters.1.3.0"  # the version whose format is written
@@ -37,7 +38,12 @@ def check_library_model(config: Mapping[str, Any]) -> None:
 
 
 def write_library_adapter(
-    folder: Path, adapter: LoraFolder | Ia3Folder, *, base: str, config: Mapping[str, Any]
+    folder: Path,
+    adapter: LoraFolder | Ia3Folder,
+    *,
+    base: str,
+    config: Mapping[str, Any],
+    documents: Mapping[str, str] | None = None,
 ) -> None:
     """Write LoRA or IA³ for the Adapters library; the folder exists once it is complete.
 
@@ -49,6 +55,7 @@ def write_library_adapter(
         adapter: what is written.
         base: a hub id or a folder.
         config: the adapted model's.
+        documents: the texts of further files, by their names.
 
     Raises:
         ConfigError: something changes that the library cannot hold.
@@ -70,6 +77,7 @@ def write_library_adapter(
     described |= {"composition_mode": "add" if is_lora else "scale", "init_weights": "lora" if is_lora else "ia3"}
     with whole_folder(folder) as making:
         torch.save(tensors, making / LIBRARY_WEIGHTS[0])
+        write_texts(making, documents or {})
         if sites := adapter.sites():
             write_json_file(making / SITES, sites)
         if adapter.heads:

@@ -17,6 +17,7 @@ from mergelab.adapters.files import open_adapter_files
 from mergelab.adapters.writing import whole_folder, write_json_file
 from mergelab.errors import KeyMismatch, ModelError, ShapeMismatch, listed
 from mergelab.weights.adapters import ADAPTER_CONFIG, HEAD_CONFIG, HEAD_WEIGHTS, LIBRARY_WEIGHTS
+from mergelab.weights.writer import write_texts
 
 # Settings that matter while a module is made or trained.
 _TRAINING = ("init_weights", "init_weights_seed", "dropout", "stochastic_depth")
@@ -158,19 +159,27 @@ def head_of(adapters: Sequence[Modules], policy: str) -> Sequence[Modules]:
     return adapters
 
 
-def write_modules(folder: Path, first: Modules, tensors: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> None:
+def write_modules(
+    folder: Path,
+    first: Modules,
+    tensors: Mapping[str, Tensor],
+    head: Mapping[str, Tensor],
+    documents: Mapping[str, str] | None = None,
+) -> None:
     """Write an adapter that the library loads with its defaults; the folder exists once it is complete.
 
     Args:
         folder: does not exist, or is empty.
         first: has the configuration.
         tensors, head: the averages; without a head ``head`` is empty.
+        documents: the texts of further files, by their names.
 
     Raises:
         ModelError: the folder is in use or cannot be written.
     """
     with whole_folder(folder) as making:
         torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, making / LIBRARY_WEIGHTS[0])
+        write_texts(making, documents or {})
         if head:
             assert first.head_config is not None
             torch.save({key: tensor.contiguous() for key, tensor in head.items()}, making / HEAD_WEIGHTS[0])

@@ -22,7 +22,7 @@ from mergelab.errors import ModelError
 from mergelab.weights.adapters import ADAPTER_CONFIG, PEFT_WEIGHTS
 from mergelab.weights.shards import WeightFiles
 from mergelab.weights.source import TensorInfo
-from mergelab.weights.writer import check_target
+from mergelab.weights.writer import check_target, write_texts
 
 SITES = "mergelab_sites.json"  # rank and kept energy of each layer
 _START = "base_model.model."
@@ -229,6 +229,7 @@ def write_adapter(
     base: str,
     revision: str | None,
     config: Mapping[str, Any] | None = None,
+    documents: Mapping[str, str] | None = None,
 ) -> None:
     """Write an adapter's folder; it exists once it is complete.
 
@@ -237,6 +238,7 @@ def write_adapter(
         adapter: what is written.
         base, revision: of the base that it is for.
         config: a ``config.json`` to put beside it, for the names of a head's outputs.
+        documents: the texts of further files, by their names.
 
     Raises:
         ModelError: there is nothing that changes, or the folder is in use or cannot be written.
@@ -245,6 +247,7 @@ def write_adapter(
         raise ModelError(f"{folder}: the merged model is its base, so that there is nothing to write as an adapter")
     with whole_folder(folder) as making:
         _write_weights(adapter, making)
+        write_texts(making, documents or {})
         if sites := adapter.sites():
             write_json_file(making / SITES, sites)
         if config is not None:

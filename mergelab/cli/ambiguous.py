@@ -50,6 +50,10 @@ class _NamesOnce(HydraOverrideVisitor):
         return super().visitDictContainer(ctx)
 
 
+# Where a job's model goes: what that is, and what may stand before a job's number in its name.
+_OF_ONE_JOB = {"output": ("folder", "/"), "save.push_to_hub": ("repository", "-")}
+
+
 def refuse_ambiguous(arguments: Sequence[str], *, multirun: bool) -> None:
     """Check that no override means one thing to its writer and another to Hydra.
 
@@ -59,7 +63,7 @@ def refuse_ambiguous(arguments: Sequence[str], *, multirun: bool) -> None:
 
     Raises:
         ConfigError: a name is given two values in braces, as ``models.experts={x: A, x: B}``; a group several options,
-            as ``method=[ties,dare]``; the jobs of a grid one folder.
+            as ``method=[ties,dare]``; the jobs of a grid one folder or repository.
     """
     read = [(argument, override) for argument in arguments if (override := _read(argument)) is not None]
     for argument, override in read:
@@ -75,10 +79,11 @@ def refuse_ambiguous(arguments: Sequence[str], *, multirun: bool) -> None:
         return
     for argument, override in read:
         constant = not override.is_sweep_override() and override.value() is not None and "${" not in argument
-        if override.key_or_group == "output" and constant:
+        if override.key_or_group in _OF_ONE_JOB and constant:
+            what, mark = _OF_ONE_JOB[override.key_or_group]
             raise ConfigError(
-                f"{argument}: all jobs of {swept[0]} would write into one folder; "
-                f"'{argument}/${{hydra:job.num}}' is one for each"
+                f"{argument}: all jobs of {swept[0]} would write into one {what}; "
+                f"'{argument}{mark}${{hydra:job.num}}' is one for each"
             )
 
 

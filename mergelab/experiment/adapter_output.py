@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from mergelab.experiment.locate import LocatedModels, Source
     from mergelab.experiment.merging import Merging
     from mergelab.experiment.plan import Plan
+    from mergelab.experiment.saving import Documents
     from mergelab.experiment.session import Session
     from mergelab.weights.source import TensorSource
 
@@ -85,12 +86,15 @@ class AdapterOutput:
             )
         self._coefficients = self._sum()
 
-    def write(self, folder: Path, reference: str, revision: str | None) -> float:
+    def write(
+        self, folder: Path, reference: str, revision: str | None, documents: Documents = lambda _config, _task: {}
+    ) -> float:
         """Write the adapter, say what it keeps of the change, and return the seconds it took.
 
         Args:
             folder: does not exist yet, or is empty.
             reference, revision: of the base.
+            documents: as for `mergelab.experiment.saving.Saving`.
 
         Raises:
             ConfigError, ModelError: something changes that the form cannot hold; or the folder cannot be written.
@@ -100,10 +104,12 @@ class AdapterOutput:
         head, updates = self._session.heads.to_save(self._session.tasks[0])
         found.heads |= head.tensors
         config = {**read_config(self._session.opened.experts[0].folder or self._folder, "a"), **updates}
+        texts = documents({**config, "architectures": [type(self._module).__name__]}, None)
         if self._settings.library == "adapters":
-            write_library_adapter(folder, found, base=reference, config=config)
+            write_library_adapter(folder, found, base=reference, config=config, documents=texts)
         else:
-            write_adapter(folder, found, base=reference, revision=revision, config=config if head.tensors else None)
+            own = config if head.tensors else None
+            write_adapter(folder, found, base=reference, revision=revision, config=own, documents=texts)
         return time.perf_counter() - started
 
     def in_memory(self) -> tuple[dict[str, Mapping[str, Tensor]], float]:

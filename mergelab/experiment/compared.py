@@ -110,13 +110,23 @@ def _file(file: Path) -> Mapping[str, Any]:
 
 def used_name(models: ModelsConfig) -> str:
     """Return the name of a set of models: a ready set's own only where its models are used, else the experts' names."""
-    known = _file(CONF_DIR / "models" / f"{models.name}.yaml")
+    known = _ready_models(models.name)
     if not known:
         return models.name
     ready = ModelsConfig.model_validate({key: known[key] for key in ("name", "base", "experts") if key in known})
     if ready.base == models.base and _references(ready) == _references(models):
         return models.name
     return ", ".join(_shortened(models.experts))
+
+
+def _ready_models(name: str) -> dict[str, Any]:
+    """Read a ready set of models, and the sets that it changes: those of its defaults before ``_self_``."""
+    from omegaconf import OmegaConf
+
+    own = dict(_file(CONF_DIR / "models" / f"{name}.yaml"))
+    below = [_ready_models(other) for other in own.pop("defaults", []) if other != "_self_"]
+    found: Any = OmegaConf.to_container(OmegaConf.merge(*below, own), resolve=False)
+    return dict(found)
 
 
 def _references(models: ModelsConfig) -> dict[str, Any]:

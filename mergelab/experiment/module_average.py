@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mergelab.experiment.plan import Plan
+    from mergelab.experiment.saving import Documents
 
 
 class ModuleAverage:
@@ -47,8 +48,8 @@ class ModuleAverage:
             tags[names.model_hash(adapter.name)] = joint_sha256([file_sha256(file) for file in adapter.files])
         return tags
 
-    def write(self, folder: Path) -> float:
-        """Average, write the adapter, and return the seconds it took.
+    def write(self, folder: Path, documents: Documents = lambda _config, _task: {}) -> float:
+        """Average, write the adapter with further files, and return the seconds it took.
 
         Raises:
             ModelError: the folder cannot be written. ConfigError: the weights sum to 0.
@@ -60,7 +61,8 @@ class ModuleAverage:
             head = self._heads[0].head
         elif self._heads:
             head = self._average({each.name: each.head for each in self._heads})
-        write_modules(folder, self._heads[0] if self._heads else self._adapters[0], tensors, head)
+        first = self._heads[0] if self._heads else self._adapters[0]
+        write_modules(folder, first, tensors, head, documents({}, None))
         return time.perf_counter() - started
 
     def _average(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

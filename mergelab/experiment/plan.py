@@ -12,7 +12,7 @@ from mergelab.console.progress import warn
 from mergelab.errors import ConfigError, did_you_mean, listed, shortened
 from mergelab.experiment.compared import used_name
 from mergelab.experiment.locate import Source, decide_source
-from mergelab.models.references import references
+from mergelab.models.references import parse_reference, references
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -52,6 +52,7 @@ def plan_experiment(config: DictConfig) -> Plan:
 
     Raises:
         ConfigError, DataError: a key, a value or a combination is not usable.
+        HubError: the model is to be pushed to the hub, and there is no token.
     """
     from mergelab.engine.registry import method_from_config, resolve_weights, unsupported_for_generation
     from mergelab.tasks.loading import tasks_from_config
@@ -78,6 +79,14 @@ def plan_experiment(config: DictConfig) -> Plan:
     _check_form(checked, method.name)
     models = checked.models.model_copy(update={"name": used_name(checked.models)})
     checked = checked.model_copy(update={"models": models})
+    tracking = tracking_config(checked.tracking)
+    if checked.save.push_to_hub is not None:
+        _check_push(checked.save.push_to_hub, checked)
+    if checked.save.form == "module_average" and tracking.enabled and tracking.log_model != "none":
+        raise ConfigError(
+            f"tracking.log_model={tracking.log_model}: MLflow has no format for averaged modules of adapters; "
+            "tracking.log_model=none"
+        )
     if checked.output is not None:
         check_output(checked.output, checked.models)
     return Plan(
@@ -89,7 +98,7 @@ def plan_experiment(config: DictConfig) -> Plan:
         suite.tasks,
         suite.data_dir,
         suite.limit,
-        tracking_config(checked.tracking),
+        tracking,
     )
 
 
@@ -186,6 +195,25 @@ def _check_form(config: ExperimentConfig, method: str) -> None:
         raise ConfigError(f"save.form={save.form}: an adapter needs a base (models.base) that is a folder or a hub id")
     if save.dtype is not None:
         raise ConfigError(f"save.dtype={save.dtype}: adapters are written in float32; leave it out")
+
+
+def _check_push(repository: str, config: ExperimentConfig) -> None:
+    """Check what can be known without network of a push to the hub.
+
+    Raises:
+        HubError: there is no token. ConfigError: the adapter's base is a local folder.
+    """
+    from mergelab.models.hub_push import check_token
+
+    key = f"save.push_to_hub={repository}"
+    if config.save.form != "dense":
+        base = config.models.base
+        if base is not None and any(model.folder for model in parse_reference(base).models):
+            raise ConfigError(
+                f"{key}: an adapter is of use with its base alone, and models.base is a folder of this machine; name "
+                "it by its hub id, or write save.form=dense"
+            )
+    check_token(repository)
 
 
 def _check_module_average(config: ExperimentConfig, method: str) -> None:

@@ -94,6 +94,8 @@ def _models(shown: Mapping[str, Any], tags: Mapping[str, Any]) -> dict[str, Any]
 def config_hash(resolved: Mapping[str, Any]) -> str:
     """Hash what determines a run's result: the resolved configuration except where it is recorded and saved."""
     hashed = {key: value for key, value in resolved.items() if key not in ("tracking", "output")}
+    if isinstance(save := hashed.get("save"), Mapping):
+        hashed["save"] = {key: value for key, value in save.items() if key not in ("push_to_hub", "private")}
     return hashlib.sha256(json.dumps(hashed, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -125,10 +127,13 @@ def record_inputs(run: Run, config: Mapping[str, Any], data: Iterable[TaskData])
         log_dataset(run, one)
 
 
-def record_models(run: Run, session: Session) -> None:
-    """Record the base and the experts."""
-    if run.id is not None:  # hashing the weights takes as long as reading them
-        tag_models(run, model_tags(session), session.located.source)
+def record_models(run: Run, session: Session) -> dict[str, str]:
+    """Record the base and the experts, and return the tags that name them; none where nothing is recorded."""
+    if run.id is None:  # hashing the weights takes as long as reading them
+        return {}
+    tags = model_tags(session)
+    tag_models(run, tags, session.located.source)
+    return tags
 
 
 def tag_models(run: Run, tags: Mapping[str, str], source: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,8 @@ from mergelab.console.progress import gathered_warnings, progress_bar, say, say_
 from mergelab.console.tables import result_table
 from mergelab.evaluation.results import RESULT, ExperimentResult, ModelResult, peak_memory_mb, write_result
 from mergelab.experiment import described, messages, recording
+from mergelab.experiment.cards import Cards
+from mergelab.experiment.keeping import Write, check_push, keep, log, push
 from mergelab.experiment.logged import Measured, measure_merged, with_logged
 from mergelab.experiment.plan import Plan, plan_experiment, warn_if_mini
 from mergelab.tracking import names
@@ -19,7 +23,9 @@ from mergelab.tracking import names
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from mergelab.experiment.adapter_output import AdapterOutput
     from mergelab.experiment.locate import Source
+    from mergelab.experiment.saving import Saving
     from mergelab.experiment.session import Session
     from mergelab.tracking import GridParent, Run, Tracker
 
@@ -38,6 +44,7 @@ def run_experiment(config: DictConfig) -> float | None:
     tracker, grid = open_tracking(plan.tracking), _grid_folder()
     parent = tracker.grid_parent(grid) if grid else None
     source = _source(plan, parent)
+    check_push(plan, source)
     if not grid:
         say(messages.announcement(plan, source))
     with (
@@ -49,7 +56,7 @@ def run_experiment(config: DictConfig) -> float | None:
         if plan.config.evaluate:
             result = _merge_and_evaluate(plan, source, tracker, run, progress)
         else:
-            _merge_to_disk(plan, source, run, progress)
+            _merge_to_disk(plan, source, tracker, run, progress)
     if result is not None:
         write_result(result, _run_folder() / RESULT)
     if grid:
@@ -107,7 +114,7 @@ def _merge_and_evaluate(plan: Plan, source: Source, tracker: Tracker, run: Run, 
     merging = Merging(plan.method, plan.parameters, session, plan.config.seed, progress, selection or examples)
     merging.check()
     adapter = None if plan.config.save.form == "dense" else AdapterOutput(merging, plan.config.save)
-    recording.record_models(run, session)
+    model_tags = recording.record_models(run, session)
     recording.record_inputs(run, plan.resolved, evaluator.data.values())
 
     baselines = tuple(with_logged(Measured(model, session)) for model in loaded.baselines)
@@ -124,19 +131,25 @@ def _merge_and_evaluate(plan: Plan, source: Source, tracker: Tracker, run: Run, 
     title = f"{plan.method.name} on {session.located.name}"
     result = ExperimentResult(title, evaluator.note, tuple(evaluator.data), (*baselines, merged))
     recording.record_result(run, result, evaluator, command=described.typed_command())
-    saving = Saving(session, plan.config.save)
-    write: Callable[[Path], object] = partial(saving.save, backbones)
-    if adapter is not None:
+    cards = Cards(plan, session.located, run, tracker, model_tags, result, evaluator)
+    saving = Saving(session, plan.config.save, cards)
+    save: Write = partial(saving.save, backbones)
+    in_grid = plan.tracking.log_model == "best" and _grid_folder() is not None
+    aside = _run_folder() / names.MODEL if in_grid else None
+    if adapter is None:
+        keep(plan, tracker, run, save, written=saving.say_copied, put_aside=aside)
+    else:
         reference, revision = base_reference(plan, source, session.located)
-        write = partial(adapter.write, reference=reference, revision=revision)
-    _save(plan, run, write, saving.say_copied)
+        write = partial(adapter.write, reference=reference, revision=revision, documents=cards)
+        save = partial(Saving(session, plan.config.save, replace(cards, whole=True)).save, backbones)
+        keep(plan, tracker, run, write, whole=save, put_aside=aside)
     return result
 
 
-def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> None:
+def _merge_to_disk(plan: Plan, source: Source, tracker: Tracker, run: Run, progress: Progress) -> None:
     """Open the models and merge them into the output folder, without evaluating anything."""
     if plan.config.save.form == "module_average":
-        return _average_modules(plan, run)
+        return _average_modules(plan, tracker, run)
     from mergelab.experiment.calibration import Calibration
     from mergelab.experiment.locate import locate
     from mergelab.experiment.merging import Merging
@@ -145,7 +158,7 @@ def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> 
 
     located = locate(plan.config.models, source, [task.name for task in plan.tasks if task.path], progress)
     session = open_session(located, plan.tasks, plan.config, module_names=bool(plan.method.needs))
-    recording.record_models(run, session)
+    cards = Cards(plan, located, run, tracker, recording.record_models(run, session))
     recording.record_inputs(run, plan.resolved, ())
 
     needed = "data" in plan.method.needs
@@ -154,34 +167,57 @@ def _merge_to_disk(plan: Plan, source: Source, run: Run, progress: Progress) -> 
     folder = local_path(plan.config.output, "output")
     merging = Merging(plan.method, plan.parameters, session, plan.config.seed, progress, examples)
     merging.check()
+    saving, whole = Saving(session, plan.config.save, cards), None
     if plan.config.save.form == "dense":
-        saving = Saving(session, plan.config.save)
         seconds = merging.to_disk(saving, folder, merge_key(plan, session))
         saving.say_copied()
     else:
         from mergelab.experiment.adapter_output import AdapterOutput, base_reference
 
-        seconds = AdapterOutput(merging, plan.config.save).write(folder, *base_reference(plan, source, located))
+        adapter = AdapterOutput(merging, plan.config.save)
+        seconds = adapter.write(folder, *base_reference(plan, source, located), cards)
+        whole = partial(_save_whole, adapter, Saving(session, plan.config.save, replace(cards, whole=True)))
 
     run.set_tags(recording.calibration_tags(examples))
     recording.log_coefficients(run, examples)
-    _record_written(plan, run, session, folder, seconds)
+    _record_written(plan, run, session, seconds)
+    _keep_written(plan, tracker, run, folder, whole)
 
 
-def _average_modules(plan: Plan, run: Run) -> None:
+def _average_modules(plan: Plan, tracker: Tracker, run: Run) -> None:
     """Average adapters that are modules beside the base's weights into the output folder."""
     from mergelab.experiment.module_average import ModuleAverage
 
     average = ModuleAverage(plan)
-    if run.id is not None:
-        run.set_tags(average.tags())
+    tags = average.tags() if run.id is not None else {}
+    run.set_tags(tags)
     recording.record_inputs(run, plan.resolved, ())
     assert plan.config.output is not None
     folder = local_path(plan.config.output, "output")
-    _record_written(plan, run, None, folder, average.write(folder))
+    _record_written(plan, run, None, average.write(folder, Cards(plan, None, run, tracker, tags)))
+    _keep_written(plan, tracker, run, folder, None)
 
 
-def _record_written(plan: Plan, run: Run, session: Session | None, folder: Path, seconds: float) -> None:
+def _save_whole(adapter: AdapterOutput, saving: Saving, folder: Path) -> None:
+    """Write the base with an adapter in it."""
+    backbones, _ = adapter.in_memory()
+    saving.save(backbones, folder)
+
+
+def _keep_written(plan: Plan, tracker: Tracker, run: Run, folder: Path, whole: Write | None) -> None:
+    """Push and log what has been written, where that is asked for; MLflow logs ``whole`` in its place."""
+    if plan.config.save.push_to_hub is not None:
+        push(plan, folder)
+    if run.id is None or plan.tracking.log_model == "none":
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        if whole is not None:
+            folder = Path(temporary) / names.MODEL
+            whole(folder)
+        log(plan, tracker, run, folder)
+
+
+def _record_written(plan: Plan, run: Run, session: Session | None, seconds: float) -> None:
     """Record a merge that was written without being measured."""
     models = plan.config.models.name if session is None else session.located.name
     label = f"{plan.method.name} of {len(plan.config.models.experts)}"
@@ -189,25 +225,6 @@ def _record_written(plan: Plan, run: Run, session: Session | None, folder: Path,
     merged = with_logged(Measured(merged, session))
     result = ExperimentResult(f"{plan.method.name} on {models}", "", (), (merged,))
     recording.record_result(run, result, command=described.typed_command())
-    if run.id and plan.tracking.log_model != "none":
-        run.log_artifacts(folder, names.MODEL)
-
-
-def _save(plan: Plan, run: Run, write: Callable[[Path], object], written: Callable[[], None]) -> None:
-    """Save the merged model where the user asked for it: in a folder, or with the run.
-
-    Args:
-        plan, run: of the merge.
-        write: writes it into a folder.
-        written: as for `mergelab.experiment.saving.keep`.
-    """
-    from mergelab.experiment.saving import keep
-
-    in_grid = run.id is not None and plan.tracking.log_model == "best" and _grid_folder() is not None
-    log = plan.tracking.log_model != "none" and not in_grid
-    keep(write, run, plan.config.output, log=log, written=written)
-    if in_grid:  # which one is logged is known at the grid's end
-        write(_run_folder() / names.MODEL)
 
 
 def _grid_folder() -> str | None:

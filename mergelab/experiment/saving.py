@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.config import local_path
 from mergelab.console.progress import say
 from mergelab.errors import listed
 from mergelab.models.architecture import read_config
@@ -27,7 +25,9 @@ if TYPE_CHECKING:
     from mergelab.config import SaveConfig
     from mergelab.experiment.plan import Plan
     from mergelab.experiment.session import Session
-    from mergelab.tracking import Run
+
+
+Documents = Callable[[Mapping[str, Any], str | None], Mapping[str, str]]
 
 
 class Saving:
@@ -36,14 +36,17 @@ class Saving:
     Args:
         session: the opened models, their heads, and the tasks.
         settings: how a merged model is written.
+        documents: returns the texts of a folder's further files, by their names, of the model's config and its task.
 
     Attributes:
         copied: for each folder that was written, the files that were copied into it.
     """
 
-    def __init__(self, session: Session, settings: SaveConfig) -> None:
+    def __init__(
+        self, session: Session, settings: SaveConfig, documents: Documents = lambda _config, _task: {}
+    ) -> None:
         self._opened, self._heads, self._tasks = session.opened, session.heads, session.tasks
-        self._description, self._settings = session.descriptions.merged, settings
+        self._description, self._settings, self._documents = session.descriptions.merged, settings, documents
         self.copied: dict[Path, tuple[str, ...]] = {}
 
     def say_copied(self) -> None:
@@ -129,25 +132,27 @@ class Saving:
         """Write one folder, or one for each task's head (or that of one task), from one stream of what they share."""
         shared = [info for info in layout if info.name not in self._opened.head_names]
         folders = self._model_folders(folder, task)
-        with noted(folder, [place for place, _, _ in folders], key), ExitStack() as stack:
+        with noted(folder, [place for place, *_ in folders], key), ExitStack() as stack:
             template = self._description.tokenizer if self._settings.tokenizer else None
             like = stack.enter_context(self._description.files(self._opened.folders, template=template))
             writers = []
-            for place, head, updates in folders:
+            for place, head, updates, of in folders:
                 heads = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in head.items()]
                 if self._opened.untied:
                     updates = {**untied_config(read_config(like, str(like))), **updates}
+                updates = {**self._class(), **updates}
                 writer = stack.enter_context(
                     writing_folder(
                         place,
                         layout=[*shared, *heads],
                         like=like,
-                        config_updates={**self._class(), **updates},
+                        config_updates=updates,
                         dtype=self._opened.dtype,
                         max_shard_bytes=self._settings.max_shard_bytes,
                         aliases={a: n for a, n in self._opened.aligned.aliases.items() if a not in self._copies},
                         inputs=self._opened.folders,
                         key=key,
+                        documents=self._documents({**read_config(like, str(like)), **updates}, of),
                     )
                 )
                 for name in head.keys() & writer.missing:
@@ -159,16 +164,18 @@ class Saving:
                     if part.name in missing:
                         writer.write_part(part)
                 del part  # let it go before the next one is made
-        self.copied |= {place: writer.companions for (place, _, _), writer in zip(folders, writers, strict=True)}
+        self.copied |= {place: writer.companions for (place, *_), writer in zip(folders, writers, strict=True)}
 
-    def _model_folders(self, folder: Path, only: str | None) -> list[tuple[Path, Mapping[str, Tensor], dict[str, Any]]]:
-        """Return the folders to write, each with its head and what its configuration says of the labels."""
+    def _model_folders(
+        self, folder: Path, only: str | None
+    ) -> list[tuple[Path, Mapping[str, Tensor], dict[str, Any], str | None]]:
+        """Return the folders to write, each with its head, what its configuration says of the labels, and its task."""
         if self._heads.policy != "per_task" or len(self._tasks) == 1 or not self._opened.head_names:
             head, updates = self._heads.to_save(self._tasks[0])
-            return [(folder, head.tensors, updates)]
+            return [(folder, head.tensors, updates, None)]
         tasks = [task for task in self._tasks if only in (None, task.name)]
         saved = [(task, *self._heads.to_save(task)) for task in tasks]
-        return [(folder / task.name, head.tensors, updates) for task, head, updates in saved]
+        return [(folder / task.name, head.tensors, updates, task.name) for task, head, updates in saved]
 
     def _class(self) -> dict[str, Any]:
         """Return the key of ``config.json`` that names the merged model's class: the experts', whosever the rest is."""
@@ -192,37 +199,11 @@ def merge_key(plan: Plan, session: Session) -> str:
         "models": [config.models.model_dump(), stamps],
         "vocabulary": opened.vocabulary and opened.vocabulary.digest,
         "tasks": [[task.name, session.heads[task.name].digest] for task in session.tasks],
-        "save": config.save.model_dump(),
+        "save": config.save.model_dump(exclude={"push_to_hub", "private"}),
         "seed": config.seed,
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
     return f"{key} {plan.data_dir}"  # of the examples that a method learns from
-
-
-def keep(
-    write: Callable[[Path], object],
-    run: Run,
-    output: str | None,
-    *,
-    log: bool,
-    written: Callable[[], None] = lambda: None,
-) -> None:
-    """Write a merged model into the folder ``output``, if that is given, and with ``log`` among the run's artifacts.
-
-    Args:
-        write: writes it into a folder.
-        run, output, log: as said.
-        written: is called when ``output`` is there.
-    """
-    from mergelab.tracking.names import MODEL
-
-    if output is not None:
-        write(local_path(output, "output"))
-        written()
-    if log and run.id:
-        with tempfile.TemporaryDirectory() as folder:
-            write(Path(folder) / MODEL)
-            run.log_artifacts(Path(folder) / MODEL, MODEL)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,18 @@ _GENERATORS = (
     *("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "EncoderDecoderModel"),
     *("MTModel", "BertGenerationDecoder", "ModelWithLMHead"),  # of Marian, BERT for generation, Reformer
 )
+# What a class's models do, in the hub's words.
+_PIPELINE_TAGS = {
+    **dict.fromkeys(_GENERATORS, "text-generation"),
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMultipleChoice": "multiple-choice",
+    "ForMaskedLM": "fill-mask",
+    "ForConditionalGeneration": "text2text-generation",
+    "EncoderDecoderModel": "text2text-generation",
+    "MTModel": "text2text-generation",
+}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -93,6 +105,16 @@ def architecture(
     if not labels and name.endswith(_CLASSIFIERS):
         labels = {index: f"LABEL_{index}" for index in range(int(config.get("num_labels", 2)))}
     return Architecture(name, prefix, name.endswith(_CLASSIFIERS), labels)
+
+
+def pipeline_tag(config: Mapping[str, Any]) -> str:
+    """Return what a model does, in the hub's words, by its class: ``text-classification``, ``text-generation``, …"""
+    name = str((config.get("architectures") or [""])[0])
+    if name.endswith("ForConditionalGeneration") and "vision_config" in config:
+        return "image-text-to-text"
+    if name.endswith("ForConditionalGeneration") and not config.get("is_encoder_decoder", True):
+        return "text-generation"
+    return next((tag for end, tag in _PIPELINE_TAGS.items() if name.endswith(end)), "feature-extraction")
 
 
 def architecture_of(module: nn.Module, names: Collection[str] = ()) -> Architecture | None:

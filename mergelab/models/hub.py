@@ -26,7 +26,7 @@ from mergelab.weights.adapters import (
     adapter_refusal,
     is_adapter,
 )
-from mergelab.weights.companions import is_companion, is_module_weights, module_folders
+from mergelab.weights.companions import PROVENANCE, README, is_companion, is_module_weights, module_folders
 from mergelab.weights.files import WEIGHT_FILES, StoredWeights, is_inside, weight_files
 
 # Any hub or mirror of it has something to say about this one, be it that it does not have it.
@@ -105,9 +105,9 @@ def cached(repo_id: str, revision: str | None = None) -> Path | None:
 def fetch(repo_id: str, revision: str | None = None) -> Path:
     """Download what a transformers checkpoint needs and return the local snapshot's folder.
 
-    That is configuration and companion files (tokenizer, generation settings, chat templates, licence, …), then the
-    weights in one format: safetensors, or PyTorch's where there are no safetensors; of an adapter its own. Files that
-    the cache has are not fetched again. When the hub cannot be reached, a complete copy in the cache serves.
+    That is configuration, card and companion files (tokenizer, generation settings, chat templates, licence, …), then
+    the weights in one format: safetensors, or PyTorch's where there are no safetensors; of an adapter its own. Files
+    that the cache has are not fetched again. When the hub cannot be reached, a complete copy in the cache serves.
 
     Raises:
         HubError: the repository or revision does not exist, is gated, has no weights, or the hub cannot be reached.
@@ -173,7 +173,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     if outside := sorted(name for name in names if name.startswith("/") or ".." in name.split("/")):
         raise HubError(f"{what} names files outside its folder: {listed(outside, 3)}")
     if ADAPTER_CONFIG in names and (weights_of := _adapter_weights(names)):
-        described = {"config.json", ADAPTER_CONFIG, HEAD_CONFIG, *weights_of[1:]}
+        described = {"config.json", ADAPTER_CONFIG, HEAD_CONFIG, README, PROVENANCE, *weights_of[1:]}
         _snapshot(repo_id, revision, {name for name in names if name in described or is_companion(name)})
         return _snapshot(repo_id, revision, weights_of[:1])
     if is_adapter(names):
@@ -187,7 +187,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
             f"{what} has no weights that can be merged (model.safetensors or pytorch_model.bin)"
             + (f"; it has {listed(others)}" if others else "")
         )
-    small = {name for name in names if name == "config.json" or is_companion(name)}
+    small = {name for name in names if name in ("config.json", README, PROVENANCE) or is_companion(name)}
     if not any(_TOKENIZER.fullmatch(name) for name in small):
         _record_absence(repo_id, information.sha, "tokenizer_config.json")
     # The weights come last: a snapshot that has them is then complete in all else, whenever it was interrupted.
@@ -298,7 +298,7 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> str | None
     )
 
     what = _named(repo_id, revision)
-    for each in _causes(error):
+    for each in causes_of(error):
         if isinstance(each, GatedRepoError):
             return f"{what} is gated: accept its terms at {endpoint()}/{repo_id} and log in (`hf auth login`)"
         if isinstance(each, RepositoryNotFoundError):
@@ -320,7 +320,7 @@ def _explain(error: Exception, repo_id: str, revision: str | None) -> str | None
     return None
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
     """Go from an error to what caused it."""
     while error is not None:
         yield error

@@ -13,6 +13,7 @@ from mergelab.console.progress import say, say_where
 from mergelab.console.tables import result_table
 from mergelab.errors import SweepError
 from mergelab.experiment.described import command
+from mergelab.experiment.keeping import check_push
 from mergelab.experiment.recording import open_run, record_result, save_views, tag_models
 from mergelab.sweep.launcher import fit_launcher
 from mergelab.sweep.objective import AVERAGE
@@ -59,6 +60,7 @@ def run_sweep(
     from mergelab.tracking.store import locate
 
     sweep = plan_sweep(node, config, loader, overrides)
+    check_push(sweep.plan, sweep.source)
     if sweep.plan.tracking.enabled:
         locate(sweep.plan.tracking)  # refuses an address that cannot be used before there is a study
     study = SweepStudy(

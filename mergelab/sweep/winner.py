@@ -12,10 +12,12 @@ from mergelab.evaluation.results import ExperimentResult, ModelResult
 from mergelab.evaluation.scoring import compare
 from mergelab.experiment import recording
 from mergelab.experiment.adapter_output import AdapterOutput, base_reference
+from mergelab.experiment.cards import Cards
+from mergelab.experiment.keeping import keep
 from mergelab.experiment.loaded import LoadedModels, open_loaded
 from mergelab.experiment.logged import Measured, measure_merged, with_logged
 from mergelab.experiment.merging import Merging
-from mergelab.experiment.saving import Saving, keep
+from mergelab.experiment.saving import Saving
 from mergelab.sweep.plan import expert_weights
 from mergelab.tracking import names
 
@@ -59,7 +61,7 @@ def report_winner(plan: Plan, source: Source, tracker: Tracker, run: Run, progre
     """
     loaded = open_loaded(plan, source, progress, keep=True)
     evaluator, session = loaded.evaluator, loaded.session
-    recording.record_models(run, session)
+    model_tags = recording.record_models(run, session)
     recording.record_inputs(run, plan.resolved, evaluator.data.values())
     baselines = tuple(with_logged(Measured(model, session)) for model in loaded.baselines)
     for baseline in baselines:
@@ -78,9 +80,9 @@ def report_winner(plan: Plan, source: Source, tracker: Tracker, run: Run, progre
     recording.log_coefficients(run, examples)
     tags = {names.MERGE_PATH: loaded.path} | recording.calibration_tags(examples)
     recording.record_result(run, result, evaluator, tags=tags)
-    _save(plan, source, loaded, run, examples, progress)
+    cards = Cards(plan, session.located, run, tracker, model_tags, result, evaluator)
+    _save(plan, source, loaded, tracker, run, examples, progress, cards)
     without_predictions = tuple(replace(model, predictions={}) for model in models)
-    model_tags = recording.model_tags(session) if run.id else {}
     return Report(replace(result, models=without_predictions), against, model_tags, run.id)
 
 
@@ -112,22 +114,31 @@ def _measured(loaded: LoadedModels, merge: _Merge, progress: Any) -> ModelResult
 
 
 def _save(
-    plan: Plan, source: Source, loaded: LoadedModels, run: Run, examples: Calibration | None, progress: Any
+    plan: Plan,
+    source: Source,
+    loaded: LoadedModels,
+    tracker: Tracker,
+    run: Run,
+    examples: Calibration | None,
+    progress: Any,
+    cards: Cards,
 ) -> None:
-    """Write the winner where the user asked for it: in a folder, or with the run."""
-    log = plan.tracking.log_model != "none"
-    if plan.config.output is None and (run.id is None or not log):
+    """Write the winner where the user asked for it: in a folder, to the hub, or with the run."""
+    log = run.id is not None and plan.tracking.log_model != "none"
+    if plan.config.output is None and plan.config.save.push_to_hub is None and not log:
         return
     session, weights = loaded.session, expert_weights(plan)
     if plan.config.save.form != "dense":
         merging = Merging(plan.method, plan.parameters, session, plan.config.seed, progress, examples, weights)
         reference, revision = base_reference(plan, source, session.located)
         adapter = AdapterOutput(merging, plan.config.save)
-        keep(partial(adapter.write, reference=reference, revision=revision), run, plan.config.output, log=log)
+        write = partial(adapter.write, reference=reference, revision=revision, documents=cards)
+        saving = Saving(session, plan.config.save, replace(cards, whole=True))
+        keep(plan, tracker, run, write, whole=lambda folder: saving.save(adapter.in_memory()[0], folder))
         return
     backbones, _ = loaded.merged(plan.method, plan.parameters, examples, progress, weights)
-    saving = Saving(session, plan.config.save)
-    keep(partial(saving.save, backbones), run, plan.config.output, log=log, written=saving.say_copied)
+    saving = Saving(session, plan.config.save, cards)
+    keep(plan, tracker, run, partial(saving.save, backbones), written=saving.say_copied)
 
 
 def _against(

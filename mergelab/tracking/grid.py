@@ -45,6 +45,7 @@ class _Grid:
     swept: tuple[str, ...]
     jobs: int
     pid: int
+    register: str | None
 
 
 _open_grids: list[_Grid] = []
@@ -111,7 +112,7 @@ def open_grid(config: DictConfig, decide_source: Callable[[DictConfig], str | No
     )
     if not _open_grids:
         atexit.register(close_open_parents)
-    _open_grids.append(_Grid(run, tracker, tuple(sweeps), jobs, os.getpid()))
+    _open_grids.append(_Grid(run, tracker, tuple(sweeps), jobs, os.getpid(), settings.register_as))
 
 
 def _typed(config: DictConfig) -> list[str]:
@@ -249,7 +250,7 @@ def _log_best_model(grid: _Grid, children: Sequence[RunRecord], best: RunRecord)
     saved = {run: Path(folder) / MODEL for run, folder in folders.items() if folder}
     if best.id not in saved or not saved[best.id].is_dir():
         return
-    grid.tracker.log_artifacts(best.id, saved[best.id], MODEL)
+    grid.tracker.log_models(best.id, saved[best.id], grid.register)
     for folder in saved.values():
         shutil.rmtree(folder, ignore_errors=True)
 

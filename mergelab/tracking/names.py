@@ -90,6 +90,7 @@ GIT_DIRTY = "mlflow.source.git.dirty"
 EXPERIMENT_KIND = "mlflow.experimentKind"
 DATASET_CONTEXT = "mlflow.data.context"
 DESCRIPTION = "mlflow.note.content"  # of a run, in Markdown
+MODEL_VERSIONS = "mlflow.modelVersions"  # of a logged model: the versions of registered models that it is
 # Of an experiment: mergelab writes to it. No others are searched.
 OURS = "mergelab"
 _VIEW = "mlflow.sharedViewState."

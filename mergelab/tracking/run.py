@@ -177,7 +177,7 @@ class Run:
         """Copy a whole folder into the run, into ``path`` of its artifacts."""
         if self._client is not None:
             with mlflow_calls(f"log artifacts {Path(folder).name} of run {self.name}"):
-                copy_artifacts(self._client, str(self.id), self._location, folder, path)
+                copy_artifacts(self._client, self.id, self._location, folder, path)
 
     def log_text(self, text: str, path: str) -> None:
         """Write ``text`` as the artifact ``path`` (``config.yaml``, ``plots/history.html``)."""
@@ -215,8 +215,10 @@ class Run:
         self.log_text(text.getvalue(), path)
 
 
-def copy_artifacts(client: Any, run_id: str, location: Path | None, folder: Path | str, path: str | None) -> None:
-    """Copy a folder into ``path`` of a run's artifacts: into the folder ``location``, or where MLflow's client says."""
+def copy_artifacts(
+    client: Any, run_id: str | None, location: Path | None, folder: Path | str, path: str | None
+) -> None:
+    """Copy a folder into ``path`` of a run's artifacts, in ``location`` or where MLflow's client says."""
     if location is None:
         client.log_artifacts(run_id, str(folder), path)
     else:

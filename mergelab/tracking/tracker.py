@@ -12,6 +12,7 @@ from typing import Any
 from mergelab.errors import TrackingError
 from mergelab.tracking import names, processes, signs, views
 from mergelab.tracking.config import TrackingConfig
+from mergelab.tracking.logged_models import LoggedFolder, log_models
 from mergelab.tracking.moved import adapt_locations, bring, location_today
 from mergelab.tracking.run import Run, Status, copy_artifacts, outcome, tag_values
 from mergelab.tracking.secrets import without_password
@@ -175,6 +176,17 @@ class Tracker:
             return None
         with mlflow_calls(f"find the artifacts of run {info.run_name}"):
             return location_today(self.store.file, info.artifact_uri)
+
+    def log_models(self, run_id: str, folder: Path, register: str | None) -> list[LoggedFolder]:
+        """Log the model of a folder, or each task's, with a run, be it another process's.
+
+        Args:
+            run_id: of a run that has its metrics and datasets.
+            folder: as `mergelab.experiment.saving.Saving` writes it.
+            register: the registered model that it becomes a version of, if any.
+        """
+        with mlflow_calls(f"log the model of run {run_id}"):
+            return log_models(self.client, run_id, folder, register)
 
     def log_artifacts(self, run_id: str, folder: Path, path: str) -> None:
         """Copy a folder into a run that another process recorded, into ``path`` of its artifacts."""

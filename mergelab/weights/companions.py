@@ -20,6 +20,8 @@ from mergelab.errors import MergeWarning, listed
 from mergelab.weights.adapters import ADAPTER_CONFIG, HEAD_CONFIG
 from mergelab.weights.quantised import QUANTISATION_FILES
 
+# What describes a model: its card, and what mergelab merged it from. A merged model has its own.
+README, PROVENANCE = "README.md", "mergelab.json"
 # sentence-transformers' list of the modules that a model consists of; the first is the transformer itself.
 MODULES = "modules.json"
 _WEIGHTS = (
@@ -57,7 +59,7 @@ _TRAINING = (
 # What a merged model has of its own, and what describes the model's own training or quantisation.
 _REPLACED = (
     "config.json",
-    "README.md",
+    README,
     "newly_initialised.json",
     "mergelab*",
     ADAPTER_CONFIG,

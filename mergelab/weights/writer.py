@@ -129,6 +129,7 @@ def writing_folder(
     aliases: Mapping[str, str] | None = None,
     inputs: Sequence[Path | str] = (),
     key: str | None = None,
+    documents: Mapping[str, str] | None = None,
 ) -> Iterator[FolderWriter]:
     """Open a model folder for writing, as `save_folder` describes; it exists once the block ends without an error.
 
@@ -137,6 +138,7 @@ def writing_folder(
         key: identifies everything that the content depends on. With a key, weight files that are complete when the
             block fails or the process is killed stay in the sibling folder ``.<name>.partial``. The next attempt with
             the same key does not write them again; an attempt with another key removes them.
+        documents: the texts of further files, by their names; they take the place of companion files.
 
     Raises:
         ModelError: as for `save_folder`; with a key, also when another process is writing the folder.
@@ -156,9 +158,16 @@ def writing_folder(
             with _os_errors_named(folder):
                 files.finish()
                 copy_files(like, companions, partial)
+                write_texts(partial, documents or {})
                 write_json(partial / CONFIG, _config_for(config, stored, config_updates, dtype))
         finally:
             files.close()
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files, by their names, into a folder."""
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 @contextmanager

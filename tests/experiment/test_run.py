@@ -241,6 +241,9 @@ def test_the_best_jobs_model_is_logged_where_that_is_asked_for(
     client = MlflowClient(f"sqlite:///{workplace}/outputs/mlflow.db")
     merges = [run for run in runs(workplace) if run.data.params.get("method.name") == "task_arithmetic"]
     best = max(merges, key=lambda run: run.data.metrics["report/accuracy"])
-    files = {run.info.run_id: client.list_artifacts(run.info.run_id, "model") for run in merges}
-    assert [run_id for run_id, found in files.items() if found] == [best.info.run_id]
+    (model,) = client.search_logged_models([best.info.experiment_id])
+    assert (model.source_run_id, model.status) == (best.info.run_id, "READY")
+    assert [metric.value for metric in model.metrics if metric.key == "report/accuracy"] == [
+        best.data.metrics["report/accuracy"]
+    ]
     assert not list(workplace.glob("outputs/grids/*/*/*/model"))

@@ -31,9 +31,9 @@ CACHED = "from mergelab.models import hub\nresult = hub.cached({0!r}, {1!r})"
 REACHABLE = "from mergelab.models import hub\nresult = hub.reachable({})"
 
 
-def test_fetch_brings_config_tokenizer_and_safetensors_and_nothing_else(hub: HubServer, client: Client) -> None:
+def test_fetch_brings_config_card_tokenizer_and_safetensors_and_nothing_else(hub: HubServer, client: Client) -> None:
     answer = client(FETCH.format(BERT_BASE, None))
-    assert set(answer["files"]) == {"config.json", "model.safetensors", *TOKENIZER}
+    assert set(answer["files"]) == {"README.md", "config.json", "model.safetensors", *TOKENIZER}
     assert answer["again"] == answer["folder"]
     downloaded = {path.rpartition("/")[2] for method, path in hub.requests if method == "GET" and "/resolve/" in path}
     assert downloaded == set(answer["files"])
@@ -93,8 +93,16 @@ def test_fetch_gives_generation_settings_chat_templates_and_a_decoders_tokenizer
 def test_fetch_brings_all_that_belongs_to_a_model_and_neither_other_formats_nor_training_state(
     empty_hub: HubServer, client: Client, checkpoint: Path
 ) -> None:
-    belongs = ["LICENSE", "modeling_my.py", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"]
-    left = ["README.md", "onnx/model.onnx", "tf_model.h5", "optimizer.pt", "runs/now/events.out.1", "extra/model.bin"]
+    belongs = [
+        "LICENSE",
+        "README.md",
+        "mergelab.json",
+        "modeling_my.py",
+        "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+    ]
+    left = ["onnx/model.onnx", "tf_model.h5", "optimizer.pt", "runs/now/events.out.1", "extra/model.bin"]
     for name in [*belongs, *left]:
         (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
         (checkpoint / name).write_text("{}")

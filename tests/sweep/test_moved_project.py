@@ -61,7 +61,7 @@ def test_a_sweep_and_a_grid_go_on_in_a_project_that_was_moved(
     assert all((artifacts(run) / "config.yaml").is_file() for run in found if kind(run) in ("trial", "sweep", "merge"))
     (sweep,) = (run for run in found if kind(run) == "sweep")
     assert len((artifacts(sweep) / "trials.csv").read_text().splitlines()) == 4
-    assert len(list((there / "outputs" / "mlartifacts" / "moved").glob("*/artifacts/model/*.safetensors"))) == 1
+    assert len(list((there / "outputs" / "mlartifacts" / "moved").glob("models/*/artifacts/model/*.safetensors"))) == 1
     assert not workplace.exists()
     assert list(there.parent.glob("50*")) == [there]
 
