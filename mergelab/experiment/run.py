@@ -171,13 +171,13 @@ def _average_modules(plan: Plan, run: Run) -> None:
     """Average adapters that are modules beside the base's weights into the output folder."""
     from mergelab.experiment.module_average import ModuleAverage
 
-    average = ModuleAverage(plan)
+    average = ModuleAverage(plan.config.models)
     if run.id is not None:
         run.set_tags(average.tags())
     recording.record_inputs(run, plan.resolved, ())
     assert plan.config.output is not None
     folder = local_path(plan.config.output, "output")
-    _record_written(plan, run, None, folder, average.write(folder))
+    _record_written(plan, run, None, folder, average.write(folder, plan.parameters))
 
 
 def _record_written(plan: Plan, run: Run, session: Session | None, folder: Path, seconds: float) -> None:
