@@ -23,6 +23,7 @@ _EXPORTS = {
     "dict_map": "mergelab.weights.state_dict",
     "model_merge": "mergelab.api",
     "layer_merge": "mergelab.api",
+    "module_average": "mergelab.experiment.module_average",
     "evaluate_glue_pipeline": "mergelab.evaluation.pipeline",
 }
 

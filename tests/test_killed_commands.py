@@ -175,6 +175,16 @@ def test_the_same_command_again_gives_what_an_undisturbed_one_does(
     if kind != "miniature":
         models = [] if kind == "encoder-decoder" else ["models.base=./base", "models.experts=[./a,./b,./c]"]
         arguments = [*arguments, *models, "task.data_dir=data"]
+    assert_kills_leave_no_trace(kind, arguments, begin, fresh)
+
+
+def assert_kills_leave_no_trace(
+    kind: str,
+    arguments: list[str],
+    begin: Callable[..., tuple[int, Callable[[], int]]],
+    fresh: Callable[[str], Path],
+) -> None:
+    """Kill a command at random moments, give it again, and compare all results with those of an undisturbed one."""
     undisturbed = fresh("undisturbed")
     started = time.monotonic()
     assert begin(undisturbed, arguments)[1]() == 0, said(undisturbed)

@@ -151,6 +151,11 @@ class Adapter:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     @property
+    def factor_kind(self) -> str:
+        """What its low-rank changes are called: by its type, and those of parameters apart from LoRA of layers."""
+        return f"{self.kind} of parameters (target_parameters)" if self.target_parameters else self.kind
+
+    @property
     def names(self) -> list[str]:
         """The names of the tensors that it changes, in its own spelling."""
         layers = dict.fromkeys([*self.factors, *self.products, *self.projected, *self.vectors, *self.rows])

@@ -16,7 +16,7 @@ from torch import Tensor
 from mergelab.ops.blocks import blocks
 
 Shape = tuple[int, ...]
-ROWS = 1 << 20  # entries of the rows of a product that are computed at once, which stay in a core's cache
+ROWS = 1 << 19  # entries of the rows of a product that are computed at once, which stay in a core's cache
 
 
 class Change(Protocol):
@@ -48,12 +48,14 @@ class LowRank:
         right: (r, columns).
         scale: α/r, or α/√r for rsLoRA.
         transposed: whether ``left`` is Aᵀ and ``right`` is Bᵀ.
+        kind: ``LORA``, or the type of adapter that it is computed of, whose own A and B these are not.
     """
 
     left: Tensor
     right: Tensor
     scale: float
     transposed: bool = False
+    kind: str = "LORA"
 
     @classmethod
     def of(cls, a: Tensor, b: Tensor, scale: float, *, transposed: bool) -> LowRank:

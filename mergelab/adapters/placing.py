@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,7 +78,8 @@ def place(adapter: Adapter, base: Checkpoint, part: str | None = None) -> Placem
     _check_modules(adapter, names, module)
     changes: dict[str, list[Change]] = {}
     for name, change in _changes(adapter, names, module, base):
-        changes.setdefault(name, []).append(change)
+        own = replace(change, kind=adapter.factor_kind) if isinstance(change, LowRank) else change
+        changes.setdefault(name, []).append(own)
     if not names.other_class and (odd := stored_rows(module, base, changes.keys() & names.new)):
         name, parts = next(iter(odd.items()))
         raise _stored_otherwise(name, parts, adapter)

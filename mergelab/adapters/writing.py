@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from mergelab.adapters.changes import Change, Factor, LowRank, Replacement, apply_all, joined
-from mergelab.errors import ModelError
+from mergelab.errors import ModelError, listed
 from mergelab.weights.adapters import ADAPTER_CONFIG, PEFT_WEIGHTS
+from mergelab.weights.companions import companion_files, copy_files
 from mergelab.weights.shards import WeightFiles
 from mergelab.weights.source import TensorInfo
+from mergelab.weights.unfinished import unfinished_folder
 from mergelab.weights.writer import check_target, write_texts
 
 SITES = "mergelab_sites.json"  # rank and kept energy of each layer
@@ -68,6 +68,10 @@ class LoraFolder:
         """The rank of each adapted layer."""
         joined_ranks = {layer: sum(change.rank for _, change in changes) for layer, changes in self.sums.items()}
         return {layer: left.shape[1] for layer, (left, _) in self.factors.items()} | joined_ranks
+
+    def others(self) -> list[str]:
+        """Return the names of what is stored whole beside the layers, but for the head."""
+        return [*self.biases, *self.modules]
 
     def sites(self) -> dict[str, dict[str, Any]]:
         """Return rank and kept energy of each layer."""
@@ -176,6 +180,10 @@ class Ia3Folder:
         """The adapted layers."""
         return list(self.vectors)
 
+    def others(self) -> list[str]:
+        """Return nothing: IA³ has no more than its vectors."""
+        return []
+
     def sites(self) -> dict[str, dict[str, Any]]:
         """Return nothing: a merge of IA³ is exact, and has no rank."""
         return {}
@@ -230,6 +238,7 @@ def write_adapter(
     revision: str | None,
     config: Mapping[str, Any] | None = None,
     documents: Mapping[str, str] | None = None,
+    tokenizer: Path | None = None,
 ) -> None:
     """Write an adapter's folder; it exists once it is complete.
 
@@ -239,11 +248,17 @@ def write_adapter(
         base, revision: of the base that it is for.
         config: a ``config.json`` to put beside it, for the names of a head's outputs.
         documents: the texts of further files, by their names.
+        tokenizer: a folder with the files of the tokenizer, where its tokens are not the base's.
 
     Raises:
-        ModelError: there is nothing that changes, or the folder is in use or cannot be written.
+        ModelError: no layer changes, or the folder is in use or cannot be written.
     """
     if not adapter.layers:
+        if others := adapter.others():
+            raise ModelError(
+                f"{folder}: an adapter adapts layers, and only {listed(others, 3)} change, which are stored whole; "
+                "save.form=dense can hold them"
+            )
         raise ModelError(f"{folder}: the merged model is its base, so that there is nothing to write as an adapter")
     with whole_folder(folder) as making:
         _write_weights(adapter, making)
@@ -252,12 +267,16 @@ def write_adapter(
             write_json_file(making / SITES, sites)
         if config is not None:
             write_json_file(making / "config.json", config)
+        if tokenizer is not None:
+            copy_files(tokenizer, companion_files(tokenizer), making)
         write_json_file(making / ADAPTER_CONFIG, adapter.config(base, revision))
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which becomes ``folder`` when the block ends without an error.
+    """Yield a hidden folder, which becomes ``folder`` when the block ends without an error.
+
+    What a killed process left of the same folder is removed.
 
     Raises:
         ModelError: the folder is in use or cannot be written.
@@ -265,13 +284,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     check_target(folder, [])
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        making = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
-        try:
+        with unfinished_folder(folder) as making:
             yield making
-            making.chmod(0o755)
-            os.rename(making, folder)
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
     except OSError as error:
         raise ModelError(f"{folder}: cannot be written: {error.strerror or error}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mergelab.adapters.changes import Change, Factor, LowRank, Magnitude, Replacement, Rows, Shift
+from mergelab.adapters.changes import Change, Factor, LowRank, Magnitude, Product, Replacement, Rows, Shift, Stacked
 from mergelab.adapters.deltas import delta_of
 from mergelab.errors import ConfigError
 from mergelab.weights.align import AlignedModels
@@ -15,6 +15,8 @@ _WHAT: dict[type, str] = {
     Rows: "token rows",
     Replacement: "a whole tensor (a trained bias, or modules_to_save)",
     Factor: "IA³",
+    Product: "LoHa or LoKr",
+    Stacked: "LoRA of parameters (target_parameters)",
 }
 
 
@@ -40,11 +42,12 @@ def factors_at(models: AlignedModels, name: str, method: str) -> list[LowRank | 
                 f"{method} combines the factors of adapters (task_arithmetic merges any models)"
             )
         own = delta.low_rank
-        if own is None or len(own) > 1:
+        if own is None or len(own) > 1 or any(change.kind != "LORA" for change in own):
+            forms = "dense or ia3" if isinstance(delta.changes[-1], Factor) else "dense or lora_svd"
             raise ConfigError(
                 f"method={method}: {expert.name} changes {name} by {_what(delta.changes)}, and {method} combines LoRA "
-                "factors alone; task_arithmetic holds it with save.form=dense or lora_svd, and models.passthrough "
-                "leaves it out of the merge"
+                f"factors alone; task_arithmetic holds it with save.form={forms}, and models.passthrough leaves it out "
+                "of the merge"
             )
         found.append(own[0] if own else None)
     _check_ranks(found, models, name, method)
@@ -65,7 +68,10 @@ def _check_ranks(found: Sequence[LowRank | None], models: AlignedModels, name: s
 
 def _what(changes: Sequence[Change]) -> str:
     others = [change for change in changes if not isinstance(change, LowRank)]
-    return _WHAT.get(type(others[-1]), "another change than LoRA's") if others else "two products of factors"
+    if others:
+        return _WHAT.get(type(others[-1]), "another change than LoRA's")
+    odd = next((change.kind for change in changes if isinstance(change, LowRank) and change.kind != "LORA"), None)
+    return odd or "two products of factors"
 
 
 def check_one_configuration(models: AlignedModels) -> None:

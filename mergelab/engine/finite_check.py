@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from threading import Lock
 
 from torch import Tensor
 
-from mergelab.ops.blocks import all_finite, blocks
+from mergelab.ops.blocks import all_finite, blocks, largest
 from mergelab.weights.align import check_finite
 from mergelab.weights.content import content_digest
 from mergelab.weights.hashing import joint_sha256
@@ -21,6 +22,7 @@ class FiniteChecked(WrappedSource):
         self.source = source
         self._checked: set[str] = set()
         self._digests: dict[str, str] = {}
+        self._largest: dict[str, float] = {}
         self._locks: dict[str, Lock] = {}
 
     def get(self, key: str) -> Tensor:
@@ -43,6 +45,12 @@ class FiniteChecked(WrappedSource):
         """Return where ``key`` is read, as for `mergelab.weights.source.traced`."""
         return self.source, key
 
+    def largest(self, key: str) -> float:
+        """Return the largest magnitude in ``key``, computed once."""
+        if key not in self._largest:
+            self._largest[key] = largest_of(self.get(key))
+        return self._largest[key]
+
     def digest(self, key: str, tensor: Tensor | None = None) -> str:
         """Return `content_digest` of ``key``, computed once; of ``tensor`` where it is read already."""
         if key not in self._digests:
@@ -50,6 +58,14 @@ class FiniteChecked(WrappedSource):
                 if key not in self._digests:
                     self._digests[key] = content_digest(self.source.get(key) if tensor is None else tensor)
         return self._digests[key]
+
+
+def largest_of(tensor: Tensor) -> float:
+    """Return the largest magnitude in a tensor of any size and dtype; NaN where it holds NaN."""
+    flat = tensor.reshape(-1)
+    parts = (flat[part] for part in blocks(flat.numel()))
+    found = [largest(part.float() if part.element_size() == 1 else part) for part in parts]
+    return max(found, default=0.0) if not any(map(math.isnan, found)) else math.nan
 
 
 def finite_checked(source: TensorSource) -> FiniteChecked:

@@ -8,9 +8,9 @@ one product for each layer (``experiments/benchmarks/README.md``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mergelab.adapters.changes import LowRank, added, joined, rows_at_once
 from mergelab.adapters.deltas import Delta, delta_of
+from mergelab.engine.finite_check import finite_checked, largest_of
 from mergelab.engine.method import MergeMethod, call_with
 from mergelab.ops.threads import CHUNK
 from mergelab.weights.align import AlignedModels
@@ -30,10 +31,12 @@ class FactoredSum:
     Attributes:
         base: the base's tensor.
         changes: what is added, each with its coefficient; none where the merged tensor is the base's.
+        base_largest: returns the largest magnitude in ``base``.
     """
 
     base: Tensor
-    changes: Sequence[tuple[float, LowRank]] = ()
+    changes: Sequence[tuple[float, LowRank]]
+    base_largest: Callable[[], float]
 
     @property
     def chunk(self) -> int:
@@ -48,6 +51,16 @@ class FactoredSum:
     def factors(self) -> tuple[Tensor, Tensor]:
         """The joined factors, in float32, or in float64 for a float64 base."""
         return joined(self.changes, torch.float64 if self.base.dtype == torch.float64 else torch.float32)
+
+    @cached_property
+    def reach(self) -> float:
+        """A magnitude that no entry exceeds: the base's largest, and the longest row of one factor and column of other.
+
+        By the inequality of Cauchy and Schwarz. It takes no pass over the sum.
+        """
+        left, right = self.factors
+        longest = left.square().sum(dim=1).max() * right.square().sum(dim=0).max()
+        return self.base_largest() + float(longest.sqrt())
 
     def parts(self, chunk: slice) -> Iterator[tuple[slice, Tensor]]:
         """Yield parts of a chunk of the flattened tensor, each with its place in the chunk; overwritten by the next."""
@@ -90,8 +103,12 @@ def factored_sum(
         return None
     plain = (source for source, delta in zip(sources, deltas, strict=True) if delta.is_on(start) and not delta.changes)
     reader = next(plain, None)
-    base = start.source.get(start.key) if reader is None else reader.get(name)
-    return FactoredSum(base, () if unchanged else weighted(factors, of_experts))
+    changes = () if unchanged else weighted(factors, of_experts)
+    if reader is None:
+        base = start.source.get(start.key)
+        return FactoredSum(base, changes, partial(largest_of, base))
+    checked = finite_checked(reader)
+    return FactoredSum(checked.get(name), changes, partial(checked.largest, name))
 
 
 def coefficients(method: MergeMethod, arguments: Mapping[str, Any], count: int) -> list[float] | None:

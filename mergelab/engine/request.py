@@ -312,10 +312,11 @@ def merge_into(job: MergeRequest, name: str, into: Tensor, chunk: slice, vector:
         return
     if (summed := job.factored(name)) is not None:
         stored = job.stored_dtype(name)
-        exact = not summed.changes and summed.base.dtype == stored  # checked when it was read
         bound = 0.99 * torch.finfo(stored).max
+        exact = not summed.changes and summed.base.dtype == stored  # checked when it was read
+        bounded = exact or (bool(summed.changes) and summed.reach < bound)
         for place, entries in summed.parts(chunk):
-            once = stored in (into.dtype, entries.dtype) and (exact or largest(entries) < bound)
+            once = stored in (into.dtype, entries.dtype) and (bounded or largest(entries) < bound)
             into[place] = entries if once else rounded(job, name, entries, into[place])
         return
     base, experts = job.open(name)

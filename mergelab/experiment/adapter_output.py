@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,9 @@ from mergelab.errors import ConfigError, ModelError, listed
 from mergelab.experiment.ia3_output import merged_vectors
 from mergelab.models.architecture import read_config
 from mergelab.models.references import Reference, parse_reference
+from mergelab.models.rows import has_stored_rows, in_own_rows
+from mergelab.models.tokens import CHAT_TEMPLATE, copy_companions
+from mergelab.weights.companions import copy_files
 from mergelab.weights.conversion import module_names, tied_parameters
 
 if TYPE_CHECKING:
@@ -69,9 +74,9 @@ class AdapterOutput:
             raise ConfigError(f"save.form={settings.form}: an adapter needs a base (models.base)")
         if module is None:
             raise ConfigError(f"save.form={settings.form}: transformers has no class for these models; save.form=dense")
-        if opened.vocabulary is not None or opened.untied:
+        if opened.untied:
             raise ConfigError(
-                f"save.form={settings.form}: an adapter has its base's tokens and ties; save.form=dense can hold others"
+                f"save.form={settings.form}: an adapter has its base's ties; save.form=dense can hold others"
             )
         if settings.library == "adapters":
             check_library_model(read_config(base.folder, "the base"))
@@ -108,9 +113,34 @@ class AdapterOutput:
         if self._settings.library == "adapters":
             write_library_adapter(folder, found, base=reference, config=config, documents=texts)
         else:
-            own = config if head.tensors else None
-            write_adapter(folder, found, base=reference, revision=revision, config=own, documents=texts)
+            with self._tokenizer() as tokenizer:
+                write_adapter(
+                    folder,
+                    found,
+                    base=reference,
+                    revision=revision,
+                    config=config if head.tensors else None,
+                    documents=texts,
+                    tokenizer=tokenizer,
+                )
         return time.perf_counter() - started
+
+    @contextmanager
+    def _tokenizer(self) -> Iterator[Path | None]:
+        """Make a folder with the merged model's tokenizer while the block runs; None where it is the base's."""
+        opened, merged = self._session.opened, self._session.descriptions.merged
+        if opened.vocabulary is None or not opened.vocabulary.added:
+            yield None
+            return
+        template = merged.tokenizer if self._settings.tokenizer else None
+        with merged.files(opened.folders, template=template) as files, TemporaryDirectory() as made:
+            folder = Path(made)
+            copy_companions(files, folder, tokenizer=True)
+            if (files / CHAT_TEMPLATE).is_file():
+                copy_files(files, [CHAT_TEMPLATE], folder)
+            if (size := opened.vocabulary.size) > opened.vocabulary.vocabularies[0].size:
+                say(f"tokens    {size} rows: call base.resize_token_embeddings({size}) before PEFT loads the adapter")
+            yield folder
 
     def in_memory(self) -> tuple[dict[str, Mapping[str, Tensor]], float]:
         """Merge, and return what `mergelab.experiment.merging.Merging.in_memory` does: the base with what is written.
@@ -198,33 +228,42 @@ class AdapterOutput:
     def _add_dense(self, found: LoraFolder, wholes: dict[str, float], names: Sequence[str]) -> None:
         """Add what changes in these tensors: matrices at the rank or energy, biases, and norms as whole modules."""
         for name, change in self._differences(names):
-            if change is None or not change.any():
-                continue
-            place, layer = self._names[name], self._names[name].rpartition(".")[0]
-            is_weight = self._layer(layer) is not None and place.endswith(".weight")
-            if is_weight and len(self._tied(place)) == 1:
+            place, on_stored = self._names[name], has_stored_rows(self._base, name)
+            changed = change is not None and bool(change.any())
+            if change is not None and changed and on_stored and self._is_weight(place) and len(self._tied(place)) == 1:
                 if self._settings.form != "lora_svd":
                     self._refuse_more(place)
                 fitted = factored.of_matrix(change.flatten(1), self._settings.rank, self._settings.energy)
                 self._add(found, wholes, name, fitted)
-                continue
-            if not place.endswith((".weight", ".bias")):
-                raise ConfigError(
-                    f"save.form={self._settings.form}: {place} is no layer's weight; save.form=dense can hold it"
-                )
-            whole = change.add_(self._base.get(name))
-            if is_weight:
-                found.modules.update(dict.fromkeys(self._tied(place), whole))
-            elif place.endswith(".bias") and (self._layer(layer) is not None or self._has_modules(layer)):
-                found.biases.update(dict.fromkeys(self._tied(place), whole))
-            elif self._has_modules(layer):
-                raise ConfigError(
-                    f"save.form={self._settings.form}: {place} belongs to no layer that PEFT stores whole; "
-                    "save.form=dense can hold it"
-                )
-            else:
-                found.modules[place] = whole
+            elif changed or not on_stored:
+                base = self._base.get(name)
+                whole = base.float() if change is None else change.add_(base)
+                # Entries of 0 are so in a base whose embeddings are resized: biases of tokens' scores.
+                if changed or whole.any() or in_own_rows(self._base).get(name).any():
+                    self._add_whole(found, place, whole)
         self._complete(found)
+
+    def _add_whole(self, found: LoraFolder, place: str, whole: Tensor) -> None:
+        """Add a tensor as it is: a bias, or what a module that is stored whole has."""
+        layer = place.rpartition(".")[0]
+        if not place.endswith((".weight", ".bias")):
+            raise ConfigError(
+                f"save.form={self._settings.form}: {place} is no layer's weight; save.form=dense can hold it"
+            )
+        if self._is_weight(place):
+            found.modules.update(dict.fromkeys(self._tied(place), whole))
+        elif place.endswith(".bias") and (self._layer(layer) is not None or self._has_modules(layer)):
+            found.biases.update(dict.fromkeys(self._tied(place), whole))
+        elif self._has_modules(layer):
+            raise ConfigError(
+                f"save.form={self._settings.form}: {place} belongs to no layer that PEFT stores whole; "
+                "save.form=dense can hold it"
+            )
+        else:
+            found.modules[place] = whole
+
+    def _is_weight(self, place: str) -> bool:
+        return place.endswith(".weight") and self._layer(place.rpartition(".")[0]) is not None
 
     def _has_modules(self, module: str) -> bool:
         """Return whether a module has others in it, so that to store it whole would be to store these too."""

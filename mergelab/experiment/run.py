@@ -188,13 +188,14 @@ def _average_modules(plan: Plan, tracker: Tracker, run: Run) -> None:
     """Average adapters that are modules beside the base's weights into the output folder."""
     from mergelab.experiment.module_average import ModuleAverage
 
-    average = ModuleAverage(plan)
+    average = ModuleAverage(plan.config.models)
     tags = average.tags() if run.id is not None else {}
     run.set_tags(tags)
     recording.record_inputs(run, plan.resolved, ())
     assert plan.config.output is not None
     folder = local_path(plan.config.output, "output")
-    _record_written(plan, run, None, average.write(folder, Cards(plan, None, run, tracker, tags)))
+    seconds = average.write(folder, plan.parameters, Cards(plan, None, run, tracker, tags))
+    _record_written(plan, run, None, seconds)
     _keep_written(plan, tracker, run, folder, None)
 
 

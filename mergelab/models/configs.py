@@ -28,6 +28,8 @@ _HARMLESS = (
 )
 # What these patterns would take for training alone, and scales what a trained model computes: in ESM and NLLB-MoE.
 _NOT_HARMLESS = ("token_dropout", "moe_token_dropout")
+# The number of rows: models may differ in it, and are then merged by token; a module has the rows of one of them.
+_ROWS = ("vocab_size", "vocab_size_or_config_json_file")
 # Which tensors are tied shows in the tensors. In T5 and its like the key also says whether outputs are scaled.
 _TIES = ("tie_word_embeddings",)
 # What says which token is which: the tokenizer's business. Each model is measured with its own.
@@ -104,9 +106,10 @@ def writing_differences(models: Sequence[Named]) -> list[Difference]:
 
 
 def module_settings(config: Mapping[str, Any]) -> str:
-    """Return all settings that a module's outputs depend on, as text that is equal where these are."""
+    """Return all settings that a module's shapes and outputs depend on, as text that is equal where these are."""
     flat = _flat(config)
-    return json.dumps({key: flat[key] for key in sorted(flat) if not _is_harmless(key)}, default=str)
+    kept = [key for key in sorted(flat) if _matches(key, _ROWS) or not _is_harmless(key)]
+    return json.dumps({key: flat[key] for key in kept}, default=str)
 
 
 def head_settings(config: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mergelab.weights.source import traced
+
 if TYPE_CHECKING:
     from mergelab.weights.source import TensorSource
 
@@ -22,6 +24,11 @@ class Reader:
     source: TensorSource
     names: set[str]
     rows: Tensor
+
+
+def has_stored_rows(source: TensorSource, key: str) -> bool:
+    """Return whether ``key`` has the rows that are stored, in their order, and not those of a merged vocabulary."""
+    return not isinstance(traced(source, key)[0], RowSource)
 
 
 def in_own_rows(source: TensorSource) -> TensorSource:
@@ -81,6 +88,11 @@ class RowSource:
     def prefetch(self, key: str) -> None:
         """Let the data of ``key`` be fetched in the background."""
         self.source.prefetch(key)
+
+    def read_from(self, key: str) -> tuple[TensorSource, str] | None:
+        """Return where ``key`` is read, as for `mergelab.weights.source.traced`; None where it has other rows."""
+        same = self.shape(key) == self.source.shape(key) and (key not in self.vocabulary or self._is_in_place)
+        return (self.source, key) if same else None
 
     def get(self, key: str) -> Tensor:
         """Read ``key``; a tensor in other rows than stored is held until the next one is read."""

@@ -52,6 +52,43 @@ def test_the_error_is_within_a_percent_of_the_least(spectrum: str, shape: tuple[
             assert found.whole == pytest.approx(whole, rel=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(120, 330), (330, 120), (200, 200)])
+@pytest.mark.parametrize("spectrum", [*SPECTRA, "noise"])
+def test_an_energy_is_kept_at_the_least_rank_with_an_error_near_the_least(
+    spectrum: str, shape: tuple[int, int]
+) -> None:
+    change, values = matrix(shape, SPECTRA.get(spectrum), 0)
+    whole = (values**2).sum()
+    shares = (values**2).cumsum() / whole
+    for energy in (0.1, 0.5, 0.9, 0.99, 0.9999, 0.9999999):
+        found = factored.of_matrix(change, None, energy)
+        rank, rounding = found.left.shape[1], 1e-6
+        assert found.energy >= energy - rounding
+        least = int(np.searchsorted(shares, energy - rounding)) + 1
+        assert rank >= least
+        assert rank == 1 or shares[rank - 2] <= energy + 2e-2 * (1 - energy) + rounding  # one less keeps too little
+        error = float((change.double() - found.left.double() @ found.right.double()).norm())
+        assert error <= 1.01 * math.sqrt((values[rank:] ** 2).sum()) + 1e-5 * math.sqrt(whole)
+        assert found.energy == pytest.approx(1 - error**2 / whole, abs=1e-5)
+        assert found.whole == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize(("energy", "most"), [(0.5, 24), (0.9, 24), (0.99, 48), (0.9998, 96), (1.0, 300)])
+def test_no_larger_svd_is_computed_than_the_energy_needs(
+    energy: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, _ = matrix((300, 420), SPECTRA["fast"], 0)
+    svd, sizes = torch.linalg.svd, []
+
+    def noted(a: torch.Tensor, **settings: bool) -> tuple[torch.Tensor, ...]:
+        sizes.append(min(a.shape))
+        return svd(a, **settings)
+
+    monkeypatch.setattr(torch.linalg, "svd", noted)
+    factored.of_matrix(change, None, energy)
+    assert max(sizes) == most
+
+
 def test_the_random_numbers_of_others_are_left_alone() -> None:
     change, _ = matrix((90, 120), None, 0)
     torch.manual_seed(3)

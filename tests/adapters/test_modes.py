@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,7 @@ def test_one_adapter_of_weight_one_is_itself_in_every_mode(tmp_path: Path) -> No
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
+MODES_OF = [name for name in method_names() if get_method(name).takes_adapters]
 REFUSED: dict[str, tuple[list[dict[str, Any]], str, dict[str, Any], str]] = {
     "ranks": ([{"r": 3}, {"r": 4}], "peft_linear", {}, "ranks of .* differ: 3 in .*adapter0 and 4 in .*adapter1"),
     "dora": ([{}, {"use_dora": True}], "peft_ties", {}, "adapter1 changes .* by DoRA, and peft_ties combines LoRA"),
@@ -267,6 +269,75 @@ def test_what_a_mode_cannot_combine_is_refused_in_one_line(what: str, tmp_path: 
     assert len(str(caught.value)) <= 400 + 2 * len(str(tmp_path))
 
 
+CHANGED_BY: dict[str, tuple[Any, Callable[[], Any], str]] = {
+    "adalora": (
+        small.bert,
+        lambda: peft.AdaLoraConfig(init_r=3, target_r=2, total_step=10, target_modules=["query"]),
+        "ADALORA",
+    ),
+    "vera": (small.bert, lambda: peft.VeraConfig(r=4, target_modules=["query"]), "VERA"),
+    "vera drawn": (
+        small.bert,
+        lambda: peft.VeraConfig(r=4, target_modules=["query"], save_projection=False),
+        "VERA",
+    ),
+    "loha": (small.bert, lambda: peft.LoHaConfig(r=2, target_modules=["query"]), "LoHa or LoKr"),
+    "lokr": (small.bert, lambda: peft.LoKrConfig(r=2, target_modules=["query"]), "LoHa or LoKr"),
+    "ia3": (
+        small.bert,
+        lambda: peft.IA3Config(target_modules=["query", "output.dense"], feedforward_modules=["output.dense"]),
+        "IA³",
+    ),
+    "norms": (
+        small.bert,
+        lambda: peft.LNTuningConfig(target_modules=["LayerNorm"]),
+        "a whole tensor (a trained bias, or modules_to_save)",
+    ),
+    "tokens": (
+        lambda: small.llama(tie_word_embeddings=False),
+        lambda: peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 7]),
+        "token rows",
+    ),
+    "parameters of stacked experts": (
+        small.gpt_oss,
+        lambda: peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.gate_up_proj"]),
+        "LoRA of parameters (target_parameters)",
+    ),
+    "parameters of experts that are stored one by one": (
+        small.mixtral,
+        lambda: peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"]),
+        "LORA of parameters (target_parameters)",
+    ),
+    "layers beside parameters": (
+        small.mixtral,
+        lambda: peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.down_proj"]),
+        "LORA of parameters (target_parameters)",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not")
+@pytest.mark.parametrize("kind", CHANGED_BY)
+def test_a_type_whose_factors_peft_does_not_combine_is_refused_by_every_mode(kind: str, tmp_path: Path) -> None:
+    build, config, what = CHANGED_BY[kind]
+    adapters = merging.several(tmp_path, build, [config(), config()])
+    models = merging.opened(adapters)
+    for method in MODES_OF:
+        with pytest.raises(
+            ConfigError, match=rf"changes .* by {re.escape(what)}, and {method} combines LoRA"
+        ) as caught:
+            checked_job(get_method(method), {}, models.aligned)
+        ways = re.search(r"task_arithmetic holds it with save\.form=(\w+) or (\w+)", str(caught.value))
+        assert ways is not None
+        assert ways.groups() == ("dense", "ia3" if kind == "ia3" else "lora_svd")
+        assert len(str(caught.value)) <= 400 + 2 * len(str(tmp_path))
+    assert merging.changes(models, "task_arithmetic")  # what the line says can hold it
+    if kind != "ia3":  # PEFT has a sum of these alone: of the vectors l, not of l − 1
+        tuner = adapters[0].peft.base_model
+        with pytest.raises((AttributeError, TypeError, ValueError)):
+            tuner.add_weighted_adapter(["default"], [1.0], "merged", "linear")
+
+
 def test_a_mode_merges_no_models_that_are_not_adapters(tmp_path: Path) -> None:
     (one,) = merging.several(tmp_path, small.llama, loras(1))
     small.llama().save_pretrained(tmp_path / "dense")
@@ -276,9 +347,6 @@ def test_a_mode_merges_no_models_that_are_not_adapters(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------- what holds for every method of weights
-
-
-MODES_OF = [name for name in method_names() if get_method(name).takes_adapters]
 
 
 def in_bfloat16(folder: Path, count: int = 2) -> list[small.Made]:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+import mergelab as ml
+from mergelab import errors
 from tests.adapters import adapterhub_made as library
 from tests.adapters import made as small
 from tests.adapters.adapterhub_made import BOTTLENECK, LORA, bottleneck, merged, with_head, written
@@ -46,6 +48,54 @@ def test_modules_are_averaged_with_their_weights_and_heads(
     torch.testing.assert_close(classifier, expected, rtol=1e-6, atol=1e-7)
     config = json.loads(Path("out/adapter_config.json").read_text())
     assert (config["name"], config["config"]) == ("merged", BOTTLENECK)
+
+
+def test_the_function_writes_what_the_command_does(base: Path, tmp_path: Path, mergelab_command: Command) -> None:
+    given = {name: written(tmp_path / name, bottleneck(name=name, seed=seed), BOTTLENECK, name=name)
+             for seed, name in enumerate("ab")}  # fmt: skip
+    for seed, name in enumerate("ab"):
+        with_head(
+            given[name], {"classifier.weight": library.drawn(2, 16, seed=seed), "classifier.bias": library.drawn(2)}
+        )
+    merged(mergelab_command, base, given, "method=soup", "method.weights=[3,1]", "save.form=module_average")
+    expected = {file.name: file.read_bytes() for file in Path("out").iterdir()}
+    for at, (adapters, weights) in enumerate(
+        [(given, {"a": 3.0}), ([str(each) for each in given.values()], [3.0, 1.0]), (list(given.values()), (3, 1))]
+    ):
+        folder = ml.module_average(adapters, tmp_path / f"own{at}", weights=weights)
+        assert folder == tmp_path / f"own{at}"
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == expected
+    headless = ml.module_average(given, str(tmp_path / "headless"), head="base")
+    assert {file.name for file in headless.iterdir()} == {"adapter_config.json", "pytorch_adapter.bin"}
+    first = ml.module_average(given, tmp_path / "first", head="expert:b")
+    head = torch.load(first / "pytorch_model_head.bin", weights_only=True)
+    assert torch.equal(head["classifier.weight"], library.drawn(2, 16, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("adapters", "settings", "error", "line"),
+    [
+        ([], {}, errors.ConfigError, "experts"),
+        ("a", {}, errors.ConfigError, "experts"),
+        (["a", "b"], {"weights": [1.0]}, errors.ConfigError, "must have one number per expert, 2, not 1"),
+        (["a", "b"], {"weights": [1.0, -1.0]}, errors.ConfigError, "sum|add up"),
+        (["a", "b"], {"weights": {"c": 1.0}}, errors.ConfigError, "no expert is called 'c'"),
+        (["a", "b"], {"head": "expert:c"}, errors.ConfigError, "head='expert:c': no expert 'c'"),
+        (["a", "b"], {"head": "per_task"}, errors.ModelError, "an adapter has one head"),
+        (["a", "base"], {}, errors.ModelError, "base"),
+        (["a", "nowhere"], {}, errors.MergelabError, "nowhere"),
+    ],
+)
+def test_what_the_function_cannot_average_is_one_line(
+    adapters: Any, settings: dict[str, Any], error: type[Exception], line: str, base: Path, tmp_path: Path
+) -> None:
+    for seed, name in enumerate("ab"):
+        written(tmp_path / name, bottleneck(name=name, seed=seed), BOTTLENECK, name=name)
+    given = adapters if isinstance(adapters, str) else [str(tmp_path / name) for name in adapters]
+    with pytest.raises(error, match=line) as caught:
+        ml.module_average(given, tmp_path / "out", **settings)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_adapter_is_its_own_average(base: Path, tmp_path: Path, mergelab_command: Command) -> None:

@@ -14,7 +14,9 @@ from mergelab.adapters import changes
 from mergelab.adapters.changes import LowRank, apply_all
 from mergelab.adapters.checkpoint import AdaptedCheckpoint
 from mergelab.engine.registry import get_method
+from mergelab.engine.request import checked_job
 from mergelab.engine.run import merge_to_dict
+from mergelab.errors import NonFinite
 from mergelab.models.adapted import on_base, open_model
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.checkpoint import open_checkpoint
@@ -126,3 +128,25 @@ def test_an_adapter_is_opened_once_and_again_once_its_files_change(tmp_path: Pat
     assert not torch.equal(before.get(name), after.get(name))
     fresh = open_model(on_base(made.base, made.adapter, where="a"))
     assert torch.equal(after.get(name), fresh.get(name))
+
+
+def test_no_entry_exceeds_the_bound_by_which_overflow_is_ruled_out(tmp_path: Path) -> None:
+    models, _, _ = opened(tmp_path, torch.float16)
+    method = get_method("task_arithmetic")
+    job = checked_job(method, {"lambda": 1.0}, models)
+    bounds: dict[str, tuple[float, float]] = {}
+    for name in models.names:
+        summed = job.factored(name)
+        assert summed is not None
+        if summed.changes:
+            left, right = summed.factors
+            change = left.double() @ right.double()
+            assert float((summed.base.double() + change).abs().max()) <= summed.reach
+            bounds[name] = float(change.abs().max()), summed.reach
+    name, (largest, reach) = max(bounds.items(), key=lambda each: each[1][1] / each[1][0])
+    assert reach > 1.5 * largest
+    most = torch.finfo(torch.float16).max
+    merged = merge_to_dict(method, {"lambda": 0.9 * most / max(top for top, _ in bounds.values())}, models)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in merged.values())  # though the bound is above the limit
+    with pytest.raises(NonFinite, match="gives NaN or infinity in float16"):
+        merge_to_dict(method, {"lambda": 1.1 * most / min(top for top, _ in bounds.values())}, models)

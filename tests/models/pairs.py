@@ -120,8 +120,8 @@ def bert2bert(folder: Path, seed: int = 0) -> Path:
     return words(saved(folder, make, seed))
 
 
-def lora(folder: Path, base: Path, seed: int) -> Path:
-    """Write a LoRA adapter of the attention of a model in ``base``, as PEFT does."""
+def lora(folder: Path, base: Path, seed: int, *, classes: int = 0) -> Path:
+    """Write a LoRA adapter of the attention of a model in ``base``, as PEFT does; with a classifier of some classes."""
     import json
 
     from safetensors.torch import load_file, save_file
@@ -133,9 +133,14 @@ def lora(folder: Path, base: Path, seed: int) -> Path:
             layer = f"base_model.model.{name.removesuffix('.weight')}"
             held[f"{layer}.lora_A.weight"] = torch.randn(4, tensor.shape[1], generator=draw)
             held[f"{layer}.lora_B.weight"] = 0.1 * torch.randn(tensor.shape[0], 4, generator=draw)
+    config: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
+    if classes:
+        for layer, outputs in (("bert.pooler.dense", 16), ("classifier", classes)):
+            held[f"base_model.model.{layer}.weight"] = torch.randn(outputs, 16, generator=draw)
+            held[f"base_model.model.{layer}.bias"] = torch.randn(outputs, generator=draw)
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["pooler.dense", "classifier"]}
     folder.mkdir()
     save_file(held, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
     return folder
 
