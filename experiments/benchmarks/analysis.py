@@ -68,6 +68,7 @@ def timed(code: str, what: str, folders: list[Path]) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Print how long each takes, and relative to reading."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=SETS, default="bert-base")
     parser.add_argument("--runs", type=int, default=3)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from mergelab.analyze.ranks import mean_rank
 from mergelab.analyze.result import Analysis, rows
 from mergelab.console.formats import chosen_format, for_a_page, for_a_program
+from mergelab.console.progress import is_silenced
 from mergelab.console.tables import print_fitting
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ LEGEND = (
 
 def print_analysis(analysis: Analysis) -> None:
     """Print the figures of the whole, of each layer and of each path; with a ``--format``, all but single tensors'."""
+    if is_silenced():
+        return
     form = chosen_format()
     if form in ("csv", "json"):
         found = [row for row in rows(analysis) if row["scope"] != "tensor"]
