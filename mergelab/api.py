@@ -108,11 +108,14 @@ def _signature(method: MergeMethod, merged: Callable[..., Any]) -> inspect.Signa
     return inspect.Signature([*common, *keywords(method)], return_annotation=result)
 
 
-def old_keywords(method: MergeMethod) -> list[str]:
-    """List the keywords of the library that mergelab grew from that a method's function takes as well."""
+def old_keywords(method: MergeMethod) -> dict[str, str | None]:
+    """Return the keywords of the library that mergelab grew from that a method's function takes too.
+
+    Each with the keyword that it is today; None for one that has no effect.
+    """
     known = method.parameters.model_fields
-    spelled = [old for old, (new, _) in _OLD_PARAMETERS.items() if new in known and old not in known]
-    return [*spelled, *_IGNORED, _OLD_PASSTHROUGH]
+    spelled = {old: new for old, (new, _) in _OLD_PARAMETERS.items() if new in known and old not in known}
+    return {**spelled, **dict.fromkeys(_IGNORED), _OLD_PASSTHROUGH: "passthrough"}
 
 
 def _usage(method: MergeMethod) -> str:

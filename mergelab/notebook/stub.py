@@ -17,7 +17,6 @@ from mergelab.api import method_function, old_keywords
 from mergelab.engine.registry import get_method, method_names
 
 FILE = Path(mergelab.__file__).with_suffix(".pyi")
-_OLD_TYPES = {"verbose": "bool", "passthrough_layers": "Sequence[str]"}
 _HEAD = """\
 # Written by python -m mergelab.notebook.stub from the methods' parameters.
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +46,7 @@ Model: TypeAlias = str | PathLike[str] | nn.Module | Mapping[str, Any] | Callabl
 
 def stub() -> str:
     """Return the file's text."""
-    return _HEAD + "".join(f"\n{_function(name)}" for name in sorted([*method_names(), *SEED_FUNCTIONS]))
+    return f"{_HEAD}\n" + "".join(_function(name) for name in sorted([*method_names(), *SEED_FUNCTIONS]))
 
 
 def _function(name: str) -> str:
@@ -65,12 +64,13 @@ def _parameters(name: str, signature: inspect.Signature) -> Iterator[str]:
             yield "    *,"
         annotation = "Sequence[Model]" if parameter.name == "models" else parameter.annotation
         yield _line(parameter.name, annotation, optional=parameter.default is not parameter.empty)
-    for old in old_keywords(get_method(SEED_FUNCTIONS.get(name, name))):
-        yield _line(old, _OLD_TYPES.get(old, "Any"), optional=True)
+    for old, new in old_keywords(get_method(SEED_FUNCTIONS.get(name, name))).items():
+        yield _line(old, signature.parameters[new].annotation if new else "bool", optional=True)
 
 
 def _line(name: str, annotation: Any, *, optional: bool) -> str:
-    return f"    {name}: {annotation}{' = ...' if optional else ''},"
+    written = str(annotation).replace("'", '"')  # as the code's style has it
+    return f"    {name}: {written}{' = ...' if optional else ''},"
 
 
 if __name__ == "__main__":

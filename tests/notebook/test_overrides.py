@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from mergelab.config import CONF_DIR
 from mergelab.errors import ConfigError
 from mergelab.notebook.calls import RunSettings, SweepSettings
 from mergelab.notebook.overrides import overrides_of, space_of, text_of
@@ -25,17 +22,12 @@ TEXT = st.text(st.characters(min_codepoint=32, exclude_categories=["Cs", "Cc"]),
 NAMES = st.text(st.characters(codec="ascii", categories=["L", "N"], include_characters="_-/.@"), min_size=1, max_size=8)
 
 
-@pytest.fixture(autouse=True)
-def _hydra() -> Iterator[None]:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        yield
-
-
 def composed(key: str, value: Any) -> Any:
-    config = compose("config", overrides_of({key: value}))
-    found = OmegaConf.select(config, key)
-    return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+    """The value as a configuration holds it once Hydra has read the override."""
+    (override,) = overrides_of({key: value})
+    read = OverridesParser.create().parse_override(override).value()
+    found: Any = OmegaConf.to_container(OmegaConf.create({"value": read}), resolve=True)
+    return found["value"]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
