@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,6 +67,14 @@ class Path:
     points: tuple[Point, ...]
 
 
+class _Place(NamedTuple):
+    """Where a point is, the share of each model in it, and the name of the model that it is, if it is one."""
+
+    place: tuple[float, ...]
+    shares: tuple[float, ...]
+    model: str = ""
+
+
 def measure_line(evaluator: Evaluator, models: Sequence[str], points: int) -> Path:
     """Measure (1−α)·θ_a + α·θ_b for α from 0 to 1, heads included.
 
@@ -79,7 +87,10 @@ def measure_line(evaluator: Evaluator, models: Sequence[str], points: int) -> Pa
         points: how many values α has.
     """
     corners = ((0.0,), (1.0,))
-    places = [((float(alpha),), (1 - float(alpha), float(alpha))) for alpha in np.linspace(0, 1, points)]
+    ends = {0.0: models[0], 1.0: models[1]}
+    places = [
+        _Place((alpha,), (1 - alpha, alpha), ends.get(alpha, "")) for alpha in map(float, np.linspace(0, 1, points))
+    ]
     return _measured(evaluator, models, corners, places)
 
 
@@ -114,8 +125,11 @@ def measure_plane(evaluator: Evaluator, models: Sequence[str], products: Any, po
         return 1 - other - third, other, third
 
     axes = [_axis([corner[axis] for corner in corners], points, margin) for axis in (0, 1)]
-    grid = [((x, y), coefficients(x, y)) for y, x in product(axes[1], axes[0])]
-    own = [(corner, tuple(float(at == index) for at in range(3))) for index, corner in enumerate(corners)]
+    grid = [_Place((x, y), coefficients(x, y)) for y, x in product(axes[1], axes[0])]
+    own = [
+        _Place(corner, tuple(float(at == index) for at in range(3)), models[index])
+        for index, corner in enumerate(corners)
+    ]
     return _measured(evaluator, models, corners, [*own, *grid])
 
 
@@ -129,7 +143,7 @@ def _measured(
     evaluator: Evaluator,
     models: Sequence[str],
     corners: tuple[tuple[float, ...], ...],
-    places: Sequence[tuple[tuple[float, ...], tuple[float, ...]]],
+    places: Sequence[_Place],
 ) -> Path:
     opened = evaluator.session.opened
     backbones = [_backbone(opened, name) for name in models]
@@ -138,8 +152,7 @@ def _measured(
 
     def points() -> Iterator[Point]:
         nonlocal done
-        for place, shares in places:
-            model = models[shares.index(1.0)] if 1.0 in shares and shares.count(0.0) == len(shares) - 1 else ""
+        for place, shares, model in places:
             combined = partial(_combined, backbones, shares)
             for task, data in evaluator.data.items():
                 head = Head(_combined([each.tensors for each in heads[task]], shares), "combined")

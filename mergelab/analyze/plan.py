@@ -12,6 +12,7 @@ from mergelab.config import Schema, check
 from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.experiment.locate import Source, decide_source
 from mergelab.experiment.plan import Plan, plan_experiment
+from mergelab.models.references import references
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -73,18 +74,15 @@ def plan_analysis(config: DictConfig) -> AnalysisPlan:
     from omegaconf import OmegaConf
 
     settings = check(AnalyzeConfig, _plain(config), KEY)
-    for key in ("sweep", "experiment"):
-        if config.get(key) is not None:
-            raise ConfigError(f"{key}: an analysis is of models alone; leave it out")
     if (method := OmegaConf.select(config, "method.name")) != "soup":
         raise ConfigError(f"method={method}: an analysis merges nothing; leave it out")
-    if config.get("output") is not None:
-        raise ConfigError(f"output={config.output}: an analysis makes no model; hydra.run.dir=FOLDER is for its files")
     rest = OmegaConf.masked_copy(config, [str(key) for key in config if key != KEY])
-    OmegaConf.update(rest, "evaluate", settings.line is not None or settings.plane is not None)
+    OmegaConf.update(rest, "evaluate", settings.line is not None or settings.plane is not None, force_add=True)
     plan = plan_experiment(rest, merges=False)
     if plan.config.models.base is None:
         raise ConfigError("models.base: task vectors are the experts' differences from a base, and none is given")
+    if plan.config.source != "mini":
+        references(plan.config.models)  # what is written as a folder has to be one
     names = [BASE, *plan.config.models.experts]
     _check_models(f"{KEY}.line", settings.line, names, 2)
     _check_models(f"{KEY}.plane", settings.plane, names, 3)

@@ -37,6 +37,7 @@ def print_analysis(analysis: Analysis) -> None:
         return
     if form in ("markdown", "latex"):
         for title, header, body in _plain(analysis):
+            header = [name.replace("\n", " ") for name in header]
             sys.stdout.write(for_a_page(form, header, body, title) + "\n")
         return
     print_fitting(_experts_tables(analysis))
@@ -69,12 +70,13 @@ def _experts_tables(analysis: Analysis) -> Iterator[Table]:
     if analysis.pairs:
         caption = f"{analysis.note}\ncolumns 1, 2, …: the cosine with that expert's task vector\n{LEGEND}"
         yield _table(_title(analysis), *_expert_rows(analysis, cosines=True), caption)
-    yield _table(_title(analysis), *_expert_rows(analysis, cosines=False), f"{analysis.note}\n{LEGEND}")
+    fullest, caption = _expert_rows(analysis, cosines=False), f"{analysis.note}\n{LEGEND}"
+    yield from _narrower(_title(analysis), *fullest, caption, fewest=2)
 
 
 def _expert_rows(analysis: Analysis, *, cosines: bool) -> tuple[list[str], list[list[str]]]:
     sums, several = analysis.whole, bool(analysis.pairs)
-    header = ["expert", "norm", "rms", *["sign conflict"] * several]
+    header = ["expert", "norm", *["sign\nconflict"] * several, "rms"]
     numbers = range(len(analysis.labels))
     if cosines and several:
         header += [str(number + 1) for number in numbers]
@@ -93,9 +95,10 @@ def _expert_rows(analysis: Analysis, *, cosines: bool) -> tuple[list[str], list[
 
 
 def _overlap_tables(analysis: Analysis) -> Iterator[Table]:
-    title = f"overlap of the largest {analysis.density:g} of the entries (at random {analysis.chance_overlap:.3f})"
-    yield _table(title, *_matrix_rows(analysis, "overlap"))
-    yield _table(title, *_pair_rows(analysis))
+    chance = f"two sets chosen at random have {analysis.chance_overlap:.3f}"
+    title = f"overlap of the largest {analysis.density:g}"
+    yield _table(title, *_matrix_rows(analysis, "overlap"), chance)
+    yield _table(f"cosine and {title}", *_pair_rows(analysis), chance)
 
 
 def _matrix_rows(analysis: Analysis, quantity: str) -> tuple[list[str], list[list[str]]]:
@@ -120,15 +123,15 @@ def _pair_rows(analysis: Analysis) -> tuple[list[str], list[list[str]]]:
 def _layer_tables(analysis: Analysis) -> Iterator[Table]:
     caption = "columns 1, 2, …: the norm of that expert's task vector" if len(analysis.labels) > 1 else ""
     yield _table("layers", *_layer_rows(analysis, each=True), caption)
-    yield _table("layers", *_layer_rows(analysis, each=False), "norm: the mean of the experts'")
+    yield from _narrower("layers", *_layer_rows(analysis, each=False), "norm: the mean of the experts'", fewest=2)
 
 
 def _layer_rows(analysis: Analysis, *, each: bool) -> tuple[list[str], list[list[str]]]:
     several, ranks = bool(analysis.pairs), analysis.ranks_of_layers()
     numbered = [str(number + 1) for number in range(len(analysis.labels))] if several else ["norm"]
     header = ["layer", *(numbered if each else ["norm"])]
-    header += ["mean cosine", "overlap", "sign conflict", "after trim"] if several else []
-    header += ["effective rank"] * bool(ranks)
+    header += ["mean\ncosine", "mean\noverlap", "sign\nconflict", "after\ntrim"] if several else []
+    header += ["effective\nrank"] * bool(ranks)
     body = []
     for layer, sums in analysis.layers.items():
         norms = sums.norms if each else [math.fsum(sums.norms) / len(sums.norms)]
@@ -195,6 +198,16 @@ def _table(title: str, header: Sequence[str], body: Sequence[Sequence[str]], cap
     for row in body:
         table.add_row(*map(Text, row))
     return table
+
+
+def _narrower(
+    title: str, header: Sequence[str], body: Sequence[Sequence[str]], caption: str, *, fewest: int
+) -> Iterator[Table]:
+    """Yield a table, and the same without its last columns, one after another; the caption says which are left out."""
+    for count in range(len(header), fewest - 1, -1):
+        left_out = ", ".join(name.replace("\n", " ") for name in header[count:])
+        said = f"{caption}\ntoo narrow for {left_out}; --format=csv has everything" if left_out else caption
+        yield _table(title, header[:count], [row[:count] for row in body], said)
 
 
 def _number(value: float | None) -> str:
