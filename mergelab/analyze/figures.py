@@ -122,11 +122,11 @@ def _plane(path: Path) -> Iterator[tuple[str, str, Figure]]:
 
     for task, metric in path.metrics.items():
         points = [point for point in path.points if point.task == task and not point.model]
-        for name, read in (
-            ("loss", lambda point: point.loss),
-            (metric, lambda point: point.score and point.score.value),
-        ):
-            values = [read(point) for point in points]
+        measured = {
+            "loss": [point.loss for point in points],
+            metric: [None if point.score is None else point.score.value for point in points],
+        }
+        for name, values in measured.items():
             if all(value is None for value in values):
                 continue
             x, y = [point.place[0] for point in points], [point.place[1] for point in points]

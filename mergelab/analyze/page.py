@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -151,13 +152,14 @@ def _plane(analysis: Analysis, axis: Axes) -> None:
     assert analysis.plane is not None
     task, metric = next(iter(analysis.plane.metrics.items()))
     points = [point for point in analysis.plane.points if point.task == task and not point.model]
-    losses = all(point.loss is not None for point in points)
-    values = [point.loss if losses else point.score and point.score.value for point in points]
+    scores = [math.nan if point.score is None else point.score.value for point in points]
+    losses = [math.nan if point.loss is None else point.loss for point in points]
+    lossy = not any(map(math.isnan, losses))
     x, y = [point.place[0] for point in points], [point.place[1] for point in points]
-    drawn = axis.scatter(x, y, c=values, s=160, marker="s")
-    axis.figure.colorbar(drawn, ax=axis, label="loss" if losses else metric)
+    drawn = axis.scatter(x, y, c=losses if lossy else scores, s=160, marker="s")
+    axis.figure.colorbar(drawn, ax=axis, label="loss" if lossy else metric)
     for name, corner in zip(analysis.plane.models, analysis.plane.corners, strict=True):
         axis.plot(*corner, "wo", markeredgecolor="black")
-        axis.annotate(name, corner, xytext=(4, 6), textcoords="offset points")
+        axis.annotate(name, (corner[0], corner[1]), xytext=(4, 6), textcoords="offset points")
     axis.set_aspect("equal")
     axis.set_title(f"plane of {', '.join(analysis.plane.models)} on {task}")

@@ -93,7 +93,10 @@ def _as_errors() -> Iterator[None]:
 
 
 def _raise(error: Exception) -> None:
-    line = None if isinstance(error, MergelabError | OSError) else line_of(error)
+    from hydra.errors import HydraException
+
+    of_the_machine = isinstance(error, OSError) and not isinstance(error, HydraException)
+    line = None if isinstance(error, MergelabError) or of_the_machine else line_of(error)
     raise error if line is None else ConfigError(line) from error
 
 
