@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from mergelab.engine.finite_check import finite_checked
-from mergelab.ops.blocks import blocks
+from mergelab.ops.blocks import BLOCK, blocks
 from mergelab.ops.task_vectors import Vectors, open_task_vectors
 from mergelab.ops.threads import chunks, in_order, return_memory
 from mergelab.ops.thresholds import find_thresholds
@@ -25,7 +25,6 @@ from mergelab.weights.align import AlignedModels
 from mergelab.weights.naming import depths, layer_of
 
 SMALLEST = 1e-20  # a block's sum of squares below which float32 may have lost some of them
-BLOCK = 1 << 16  # entries of a block: a block of every expert and its masks stay in a core's share of the cache
 Progress = Callable[[str, float], None]
 Array = NDArray[Any]
 
@@ -205,11 +204,12 @@ def _sums_of_block(vectors: list[torch.Tensor], thresholds: Sequence[float]) -> 
     conflict = some_above & some_below
     conflicts = int(np.count_nonzero(conflict))
     magnitudes, conflicting = np.zeros(len(vectors)), np.zeros(len(vectors))
+    inside = torch.from_numpy(conflict).to(vectors[0].dtype)
     for index, vector in enumerate(vectors):
         vector.abs_()
         magnitudes[index] = vector.sum()
         if conflicts:
-            conflicting[index] = torch.dot(vector, torch.from_numpy(conflict).to(vector.dtype))
+            conflicting[index] = torch.dot(vector, inside.to(vector.dtype))
     kept = [_largest(vector, threshold) for vector, threshold in zip(vectors, thresholds, strict=True)]
     kept_above = _any([mask & own for mask, own in zip(above, kept, strict=True)])
     kept_below = _any([mask & own for mask, own in zip(below, kept, strict=True)])
@@ -228,21 +228,18 @@ def _sums_of_block(vectors: list[torch.Tensor], thresholds: Sequence[float]) -> 
 
 def _products(vectors: Sequence[torch.Tensor]) -> Array:
     """Return the inner products of a block's vectors; in float64 where squares leave float32's range."""
-    wide = [vector.double() if _leaves_range(vector) else vector for vector in vectors]
-    products = np.zeros((len(wide), len(wide)))
-    for one, left in enumerate(wide):
-        for other, right in enumerate(wide[: one + 1]):
+    products = _inner(vectors)
+    odd = [not SMALLEST <= square < math.inf and bool(vectors[at].any()) for at, square in enumerate(np.diag(products))]
+    return _inner([vector.double() for vector in vectors]) if any(odd) else products
+
+
+def _inner(vectors: Sequence[torch.Tensor]) -> Array:
+    found = np.zeros((len(vectors), len(vectors)))
+    for one, left in enumerate(vectors):
+        for other, right in enumerate(vectors[: one + 1]):
             dtype = torch.promote_types(left.dtype, right.dtype)
-            products[one, other] = products[other, one] = torch.dot(left.to(dtype), right.to(dtype))
-    return products
-
-
-def _leaves_range(vector: torch.Tensor) -> bool:
-    """Return whether squares of a float32 vector's entries overflow, or are too small to be added up."""
-    if vector.dtype != torch.float32:
-        return False
-    square = float(torch.dot(vector, vector))
-    return not SMALLEST <= square < math.inf and bool(vector.any())
+            found[one, other] = found[other, one] = torch.dot(left.to(dtype), right.to(dtype))
+    return found
 
 
 def _largest(magnitudes: torch.Tensor, threshold: float) -> Array:
