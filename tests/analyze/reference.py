@@ -19,6 +19,7 @@ SHAPES = {
     "encoder.layer.0.dense.weight": (12, 12),
     "encoder.layer.0.dense.bias": (12,),
     "encoder.layer.1.dense.weight": (12, 31),
+    "encoder.layer.2.dense.weight": (5, 7),
     "encoder.layer.10.dense.weight": (8, 12),
     "norm.weight": (12,),
 }

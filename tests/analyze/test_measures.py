@@ -16,7 +16,7 @@ from mergelab.errors import NonFinite
 from tests.analyze import reference as ref
 
 DENSITY = 0.2
-LAYERS = ["embeddings", "layer 0", "layer 1", "layer 10", "other"]
+LAYERS = ["embeddings", "layer 0", "layer 1", "layer 2", "layer 10", "other"]
 
 
 def total(given: ref.Models, density: float = DENSITY) -> Sums:
