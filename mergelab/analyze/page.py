@@ -104,7 +104,8 @@ def _cosines(analysis: Analysis, axis: Axes) -> None:
     axis.imshow(filled, vmin=-1, vmax=1, cmap="RdBu")
     for one, row in enumerate(values):
         for other, value in enumerate(row):
-            axis.text(other, one, "–" if value is None else f"{value:.2f}", ha="center", va="center", fontsize=8)
+            shown, dark = ("–", False) if value is None else (f"{value:.2f}", abs(value) > 0.6)
+            axis.text(other, one, shown, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     axis.set_xticks(list(count), [str(index + 1) for index in count])
     axis.set_yticks(list(count), [f"{index + 1} {label}" for index, label in enumerate(analysis.labels)], fontsize=7)
     axis.set_title("cosine between experts")
