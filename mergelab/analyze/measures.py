@@ -190,18 +190,28 @@ def whole(tensors: Sequence[TensorSums], experts: int) -> Sums:
 
 
 def _sums_of_chunk(read: Vectors, chunk: slice, thresholds: Sequence[float]) -> Sums:
-    total = Sums.none(len(thresholds))
+    total, count = Sums.none(len(thresholds)), len(thresholds)
+    masks = np.empty((3, count, min(BLOCK, max(chunk.stop - chunk.start, 0))), dtype=np.bool_)  # used for every block
     for part in blocks(chunk.stop, BLOCK, chunk.start):
-        total += _sums_of_block(read(part), thresholds)
+        total += _sums_of_block(read(part), thresholds, masks[:, :, : part.stop - part.start])
     return total
 
 
-def _sums_of_block(vectors: list[torch.Tensor], thresholds: Sequence[float]) -> Sums:
-    """Return a block's sums; the vectors are written into."""
-    products = _products(vectors)
-    above, below = [(vector > 0).numpy() for vector in vectors], [(vector < 0).numpy() for vector in vectors]
-    some_above, some_below = _any(above), _any(below)
-    conflict = some_above & some_below
+def _sums_of_block(vectors: list[torch.Tensor], thresholds: Sequence[float], masks: Array) -> Sums:
+    """Return a block's sums.
+
+    Args:
+        vectors: T flat tensors, which are written into.
+        thresholds: T.
+        masks: (3, T, n) bool, to work in.
+    """
+    products, arrays = _products(vectors), [vector.numpy() for vector in vectors]
+    above, below, kept = masks
+    for index, array in enumerate(arrays):
+        np.greater(array, 0, out=above[index])
+        np.less(array, 0, out=below[index])
+    some_above, some_below = above.any(axis=0), below.any(axis=0)
+    changed, conflict = int(np.count_nonzero(some_above | some_below)), some_above & some_below
     conflicts = int(np.count_nonzero(conflict))
     magnitudes, conflicting = np.zeros(len(vectors)), np.zeros(len(vectors))
     inside = torch.from_numpy(conflict).to(vectors[0].dtype)
@@ -210,19 +220,21 @@ def _sums_of_block(vectors: list[torch.Tensor], thresholds: Sequence[float]) -> 
         magnitudes[index] = vector.sum()
         if conflicts:
             conflicting[index] = torch.dot(vector, inside.to(vector.dtype))
-    kept = [_largest(vector, threshold) for vector, threshold in zip(vectors, thresholds, strict=True)]
-    kept_above = _any([mask & own for mask, own in zip(above, kept, strict=True)])
-    kept_below = _any([mask & own for mask, own in zip(below, kept, strict=True)])
+        _mark_largest(arrays[index], thresholds[index], kept[index])
+    shared = _shared(kept, some_above)
+    above &= kept
+    below &= kept
+    some_above, some_below = above.any(axis=0), below.any(axis=0)
     return Sums(
         entries=len(vectors[0]),
         products=products,
         magnitudes=magnitudes,
         conflicting=conflicting,
-        changed=int(np.count_nonzero(some_above | some_below)),
+        changed=changed,
         conflicts=conflicts,
-        shared=_shared(kept),
-        kept=int(np.count_nonzero(kept_above | kept_below)),
-        kept_conflicts=int(np.count_nonzero(kept_above & kept_below)),
+        shared=shared,
+        kept=int(np.count_nonzero(some_above | some_below)),
+        kept_conflicts=int(np.count_nonzero(some_above & some_below)),
     )
 
 
@@ -242,23 +254,20 @@ def _inner(vectors: Sequence[torch.Tensor]) -> Array:
     return found
 
 
-def _largest(magnitudes: torch.Tensor, threshold: float) -> Array:
+def _mark_largest(magnitudes: Array, threshold: float, out: Array) -> None:
     """Mark the entries of at least the threshold; those that are 0 never."""
-    mask: Array = (magnitudes >= threshold if threshold > 0 else magnitudes > 0).numpy()
-    return mask
+    if threshold > 0:
+        np.greater_equal(magnitudes, threshold, out=out)
+    else:
+        np.greater(magnitudes, 0, out=out)
 
 
-def _shared(masks: Sequence[Array]) -> Array:
-    """Count the entries that are marked in each two of the masks."""
+def _shared(masks: Array, scratch: Array) -> Array:
+    """Count the entries that are marked in each two of the masks (T, n); ``scratch`` (n,) is written into."""
     found = np.zeros((len(masks), len(masks)), dtype=np.int64)
     for one, left in enumerate(masks):
-        for other, right in enumerate(masks[: one + 1]):
-            found[one, other] = found[other, one] = np.count_nonzero(left if one == other else left & right)
-    return found
-
-
-def _any(masks: Sequence[Array]) -> Array:
-    found = masks[0].copy()
-    for mask in masks[1:]:
-        found |= mask
+        found[one, one] = np.count_nonzero(left)
+        for other in range(one):
+            np.logical_and(left, masks[other], out=scratch)
+            found[one, other] = found[other, one] = np.count_nonzero(scratch)
     return found
