@@ -52,4 +52,4 @@ class MergelabSweeper(Sweeper):
         from mergelab.sweep.run import run_sweep
 
         node: Any = OmegaConf.to_container(self.config.hydra.sweeper, resolve=True)
-        run_sweep(node, self.config, self.launcher, self.loader, arguments)
+        return run_sweep(node, self.config, self.launcher, self.loader, arguments)

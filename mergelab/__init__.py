@@ -5,6 +5,7 @@ Usage:
 
     pipe = ml.ties([base, expert_a, expert_b], task="text-classification", base_index=0, density=0.2)
     ml.evaluate_glue_pipeline(pipe, "rte")
+    ml.run(method="ties", task="rte").table
 
 Every registered merge method is a function of this package (``ml.soup``, ``ml.slerp``, ...). Everything is imported at
 first use, so that ``import mergelab`` costs nothing.
@@ -25,6 +26,8 @@ _EXPORTS = {
     "layer_merge": "mergelab.api",
     "module_average": "mergelab.experiment.module_average",
     "evaluate_glue_pipeline": "mergelab.evaluation.pipeline",
+    "run": "mergelab.notebook.calls",
+    "sweep": "mergelab.notebook.calls",
 }
 
 

@@ -25,6 +25,7 @@ from mergelab import SEED_FUNCTIONS
 from mergelab.config import LayersConfig, LeaveOut, check
 from mergelab.engine.registry import check_parameters, get_method
 from mergelab.engine.run import merge
+from mergelab.engine.signatures import keywords
 from mergelab.errors import ConfigError, listed
 from mergelab.experiment.opening import MergeScope, open_models
 from mergelab.experiment.sources import ModelSource, from_list
@@ -50,6 +51,7 @@ _OLD_PARAMETERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "tau": ("t", lambda tau: tau),
     "signs": ("weights", lambda signs: signs),
 }
+_IGNORED, _OLD_PASSTHROUGH = ("verbose",), "passthrough_layers"
 
 
 @functools.cache
@@ -70,8 +72,8 @@ def method_function(name: str) -> Callable[..., Any]:
         seed: int = 0,
         **parameters: Any,
     ) -> Any:
-        parameters = {key: value for key, value in parameters.items() if key != "verbose"}
-        passthrough = [*passthrough, *parameters.pop("passthrough_layers", ())]
+        parameters = {key: value for key, value in parameters.items() if key not in _IGNORED}
+        passthrough = [*passthrough, *parameters.pop(_OLD_PASSTHROUGH, ())]
         checked = check_parameters(method, _new_spelling(method, parameters))
 
         if method.needs:
@@ -94,8 +96,26 @@ def method_function(name: str) -> Callable[..., Any]:
         return [for_expert(index) for index in range(len(models) - (base_index is not None))]
 
     merged.__name__ = merged.__qualname__ = name
+    merged.__signature__ = _signature(method, merged)  # type: ignore[attr-defined]
     merged.__doc__ = f"{inspect.getdoc(method.function)}\n\n{_usage(method)}"
     return merged
+
+
+def _signature(method: MergeMethod, merged: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a method's function, with the method's parameters in the place of ``**parameters``."""
+    *common, _ = inspect.signature(merged).parameters.values()
+    result = "list[Any]" if method.one_model_per_expert else "Any"
+    return inspect.Signature([*common, *keywords(method)], return_annotation=result)
+
+
+def old_keywords(method: MergeMethod) -> dict[str, str | None]:
+    """Return the keywords of the library that mergelab grew from that a method's function takes too.
+
+    Each with the keyword that it is today; None for one that has no effect.
+    """
+    known = method.parameters.model_fields
+    spelled = {old: new for old, (new, _) in _OLD_PARAMETERS.items() if new in known and old not in known}
+    return {**spelled, **dict.fromkeys(_IGNORED), _OLD_PASSTHROUGH: "passthrough"}
 
 
 def _usage(method: MergeMethod) -> str:

@@ -202,6 +202,16 @@ def test_a_merged_adapter_of_an_encoder_decoder_writes_as_the_readme_shows(
     assert names["ids"].shape[1] > 1
 
 
+def test_the_python_runs_work(workplace: Path) -> None:
+    import mergelab as ml
+
+    (code,) = (block for block in blocks("python") if "ml.sweep(" in block)
+    names: dict[str, Any] = {"ml": ml}
+    exec(code.replace("n_trials=20", "n_trials=2"), names)
+    assert names["found"].scores["accuracy"] > 0.5
+    assert len(names["search"].table) == 2
+
+
 def test_the_two_commands_do_their_own_set_up() -> None:
     make = shutil.which("make")
     if make is None:

@@ -115,10 +115,15 @@ def _groups(folders: Sequence[Path]) -> Iterator[str]:
 
 def _settings(conf: Path) -> Iterator[str]:
     for name, prefix in _DOCUMENTED:
-        for line in (conf / name).read_text(encoding="utf-8").splitlines():
-            if found := _SETTING.match(line):
-                setting = f"{prefix}{found['key']}={found['value']}"
-                yield _wrapped(f"  {setting:40}", found["meaning"])
+        yield from settings_of(conf / name, prefix)
+
+
+def settings_of(file: Path, prefix: str) -> Iterator[str]:
+    """Yield a line for each key of a file of configs whose comment says what it means; keys begin with ``prefix``."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if found := _SETTING.match(line):
+            setting = f"{prefix}{found['key']}={found['value']}"
+            yield _wrapped(f"  {setting:40}", found["meaning"])
 
 
 def _wrapped(heading: str, text: str) -> str:

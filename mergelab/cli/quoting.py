@@ -128,7 +128,7 @@ def quoted_form(argument: str) -> str | None:
     key, value = found["key"], found["value"]
     closing = _BRACKETS.get(value[:1])
     several = closing is not None and value.endswith(closing) and not (_PATH.fullmatch(key) or _exists(value))
-    candidate = f"{key}={_quoted_pieces(value) if several else _quoted(value)}"
+    candidate = f"{key}={_quoted_pieces(value) if several else quoted_text(value)}"
     override = parsed(candidate)
     return None if override is None or (not several and _plain(override.value()) != value) else candidate
 
@@ -138,7 +138,7 @@ def _plain(value: Any) -> Any:
     return value.replace(r"\${", "${") if isinstance(value, str) else value
 
 
-def _quoted(text: str) -> str:
+def quoted_text(text: str) -> str:
     """Quote a text in Hydra's way; ``${`` is no reference then."""
     return QuotedString(text.replace("${", r"\${"), _quote_mark(text)).with_quotes()
 
@@ -160,7 +160,7 @@ def _quoted_piece(piece: str, of_mapping: bool) -> str:
     if _BRACKETS.get(text[:1]) == text[-1:]:
         text = _quoted_pieces(text)
     elif (override := parsed(f"x={text}")) is None or isinstance(override.value(), bool | int | float):
-        text = _quoted(text)
+        text = quoted_text(text)
     return f"{name}{colon}{text}"
 
 

@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from mergelab.tracking.secrets import in_reach, mask_passwords, private_folder
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+VERSION_BASE = "1.3"  # of Hydra's behaviour
 _MULTIRUN = frozenset({"-m", "--multirun"})
 # Packages that end the process with good reason.
 _OWN = frozenset({"mergelab", "hydra_plugins", "hydra", "argparse", "__main__"})
@@ -33,7 +34,7 @@ _QUIET = frozenset({"-q", "--quiet"})
 _FORMAT = "--format"
 
 
-class _Refused(SystemExit):
+class Refused(SystemExit):
     """Carries an error out of a callback: Hydra turns other exceptions there into warnings."""
 
     def __init__(self, error: Exception) -> None:
@@ -48,6 +49,29 @@ def run(arguments: list[str]) -> None:
         MergelabError: something in the configuration, the models or the data is not usable.
         hydra.errors.HydraException: the configuration cannot be composed.
     """
+    compose_and_run(arguments, "config", experiment_or_trial)
+
+
+def experiment_or_trial(config: DictConfig) -> Any:
+    """Run the experiment that ``config`` composes, or the job of a sweep where it is one."""
+    from omegaconf import OmegaConf
+
+    if OmegaConf.select(config, "sweep.job") is not None:
+        from mergelab.sweep.trial import run_job
+
+        return run_job(config)
+    from mergelab.experiment.run import run_experiment
+
+    return run_experiment(config)
+
+
+def compose_and_run(arguments: list[str], config_name: str, work: Callable[[DictConfig], Any]) -> None:
+    """Compose a configuration from ``conf/<config_name>.yaml`` and the command line, and do ``work`` with it.
+
+    Raises:
+        MergelabError: something in the configuration, the models or the data is not usable.
+        hydra.errors.HydraException: the configuration cannot be composed.
+    """
     import hydra
 
     failures: list[Exception] = []
@@ -55,36 +79,27 @@ def run(arguments: list[str]) -> None:
     def job(config: Any) -> Any:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
-        from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
 
         _collect_garbage()
-        _mask_what_hydra_wrote()
+        mask_what_hydra_wrote()
         try:
-            if OmegaConf.select(config, "sweep.job") is not None:
-                from mergelab.sweep.trial import run_job
-
-                with no_exit():
-                    return run_job(config)
-            from mergelab.experiment.run import run_experiment
-
             with no_exit():
-                return run_experiment(config)
+                return work(config)
         except (MergelabError, OmegaConfBaseException, OSError) as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # Hydra says which job it was, and goes on with the next
             failures.append(error)
             return None
 
-    if "${" in (folder := os.getcwd()):
-        raise ConfigError(f"{folder}: Hydra reads ${{ in the working folder's name as a reference; rename the folder")
+    check_working_folder()
     before = {name: os.environ.get(name) for name in (QUIET, FORMAT)}
     os.environ |= _of_output(arguments)  # for the jobs in other processes too
     sys.argv = ["mergelab", *_for_hydra(references(as_text([each for each in arguments if not _is_of_output(each)])))]
     try:
         with no_exit():
-            hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(job)()
-    except _Refused as stop:
+            hydra.main(version_base=VERSION_BASE, config_path=str(CONF_DIR), config_name=config_name)(job)()
+    except Refused as stop:
         raise stop.error from None
     finally:
         for name, value in before.items():
@@ -93,6 +108,12 @@ def run(arguments: list[str]) -> None:
                 os.environ[name] = value
     if failures:
         raise failures[0]
+
+
+def check_working_folder() -> None:
+    """Raise `ConfigError` where Hydra would read the working folder's name as a reference to a key."""
+    if "${" in (folder := os.getcwd()):
+        raise ConfigError(f"{folder}: Hydra reads ${{ in the working folder's name as a reference; rename the folder")
 
 
 def _is_of_output(argument: str) -> bool:
@@ -145,7 +166,7 @@ def _collect_garbage() -> None:
         gc.enable()
 
 
-def _mask_what_hydra_wrote() -> None:
+def mask_what_hydra_wrote() -> None:
     """Mask the passwords of addresses that came from files of configs, in what Hydra has written about this job."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -160,7 +181,13 @@ class CheckedFirst(Callback):
     """Hydra callback that checks every setting of a single experiment before there is a folder for it.
 
     The folder of a run that has to do with passwords is made so that nobody else can look into it.
+
+    Args:
+        plan: dotted path of the function that checks a composed configuration.
     """
+
+    def __init__(self, plan: str = "mergelab.experiment.plan.plan_experiment") -> None:
+        self.plan = plan
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Make the folder of a grid or a sweep."""
@@ -169,9 +196,8 @@ class CheckedFirst(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Stop the run where a setting is not usable."""
+        from hydra.utils import get_method
         from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
-
-        from mergelab.experiment.plan import plan_experiment
 
         try:
             if config.get("sweep") is not None:
@@ -180,13 +206,13 @@ class CheckedFirst(Callback):
                     f"sweep={chosen}: a sweep is started with -m: python -m mergelab -m sweep={chosen} ...; "
                     "without -m this is one experiment: leave sweep out"
                 )
-            plan_experiment(config)
+            get_method(self.plan)(config)
         except InterpolationKeyError as error:
-            raise _Refused(ConfigError(no_such_reference(error))) from None
+            raise Refused(ConfigError(no_such_reference(error))) from None
         except OmegaConfBaseException:  # a value refers to the folder, and is checked when there is one
             pass
         except Exception as error:
-            raise _Refused(error) from None
+            raise Refused(error) from None
         _make_private(config, "hydra.run.dir")
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from mergelab.console.formats import chosen_format
@@ -25,6 +26,22 @@ QUIET = "MERGELAB_QUIET"
 """The environment variable that ``--quiet`` sets: only results are written to standard output."""
 
 _SHOWN_WARNINGS = 6
+_silent: ContextVar[bool] = ContextVar("silent", default=False)
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Write no lines, tables and bars: the caller returns what they would show."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
+def is_silenced() -> bool:
+    """Return whether lines and tables are not written."""
+    return _silent.get()
 
 
 def console(*, error: bool = False) -> Console:
@@ -42,13 +59,13 @@ def say(text: str, *, result: bool = False, failure: bool = False, to_copy: bool
     With ``--quiet`` only what is part of the ``result`` is written there; a ``failure`` goes to standard error. With a
     ``--format`` that is no table, both go there. A line ``to_copy`` is not broken at the terminal's end.
     """
-    if result or failure or not _quiet():
+    if failure or (not is_silenced() and (result or not _quiet())):
         error = chosen_format() != "table" or (failure and _quiet())
         console(error=error).print(text, markup=False, soft_wrap=True if to_copy else None)
 
 
 def _quiet() -> bool:
-    return os.environ.get(QUIET, "0") not in ("", "0") or chosen_format() != "table"
+    return is_silenced() or os.environ.get(QUIET, "0") not in ("", "0") or chosen_format() != "table"
 
 
 def say_where(tracker: Tracker, experiment: str, view: str | None = None) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mergelab.console.formats import Format, chosen_format, for_a_page, for_a_program
-from mergelab.console.progress import console, say
+from mergelab.console.progress import console, is_silenced, say
 from mergelab.console.scores import Cell, columns, records
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def result_table(result: ExperimentResult) -> None:
 
     Of tasks without metrics, the texts that the models write are printed side by side.
     """
+    if is_silenced():
+        return
     form = chosen_format()
     if form in ("csv", "json"):
         sys.stdout.write(for_a_program(form, records(result), title=result.title, note=result.note))

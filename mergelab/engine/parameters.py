@@ -239,7 +239,7 @@ def parameters_from(model: type[Parameters], values: Mapping[str, Any], method: 
         ConfigError: one line with the key, the value and what is allowed.
     """
     plain = {str(name): value for name, value in values.items()}
-    numbers = {key_of(name) for name, field in model.model_fields.items() if _takes_numbers(field.annotation)}
+    numbers = {key_of(name) for name, field in model.model_fields.items() if takes_numbers(field.annotation)}
     stated = None if per_tensor.KEY in model.model_fields else plain.pop(per_tensor.KEY, None)
     curves = {
         key: tuple(value) for key, value in plain.items() if key_of(key) in numbers and per_tensor.is_curve(value)
@@ -309,13 +309,13 @@ def _checked_rules(
     return tuple(checked)
 
 
-def _takes_numbers(annotation: Any) -> bool:
+def takes_numbers(annotation: Any) -> bool:
     """Tell a parameter that is one number."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return not any(isinstance(mark, PlainValidator) for mark in arguments[1:]) and _takes_numbers(arguments[0])
+        return not any(isinstance(mark, PlainValidator) for mark in arguments[1:]) and takes_numbers(arguments[0])
     if origin in (Union, types.UnionType):
-        return any(_takes_numbers(each) for each in arguments)
+        return any(takes_numbers(each) for each in arguments)
     return annotation in (float, int)
 
 
@@ -350,6 +350,6 @@ def _message(model: type[Parameters], given: Mapping[str, Any], problem: str, ke
         return f"method.{key}: {method} needs it" + (f"; {allowed}" if allowed else "")
     if problem.startswith(("greater_than", "less_than")):
         allowed = ranges(field.metadata) or allowed
-    alike = isinstance(given[key], Mapping) and given[key] and _takes_numbers(field.annotation)
+    alike = isinstance(given[key], Mapping) and given[key] and takes_numbers(field.annotation)
     same = ", the same for all experts" if alike and mark_of_experts(field.metadata) is None else ""
     return f"method.{key}={given[key]!r}: must be {allowed or 'another value'}{same}"

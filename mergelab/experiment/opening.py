@@ -116,11 +116,14 @@ class OpenedModels:
         """Return the content hash of the weights of a model in a folder, by its name."""
         return next(model.checkpoint.content_hash() for model in self.models if model.name == name and model.checkpoint)
 
-    def base_backbone(self) -> dict[str, Tensor]:
-        """Read the base's own tensors; what it does not have is the experts' mean, as in the merged model."""
+    def base_backbone(self, *, in_merged_rows: bool = False) -> dict[str, Tensor]:
+        """Read the base's own tensors; what it does not have is the experts' mean, as in the merged model.
+
+        ``in_merged_rows``: as for `expert_backbone`.
+        """
         base = self.aligned.base
         assert base is not None
-        return {**self.passed_through, **self._read(in_own_rows(base))}
+        return {**self.passed_through, **self._read(base if in_merged_rows else in_own_rows(base))}
 
     def expert_backbone(self, index: int, *, in_merged_rows: bool = False) -> dict[str, Tensor]:
         """Read an expert's own tensors without its head.

@@ -47,8 +47,12 @@ class Plan:
         return decide_source(self.config.source, self.config.models, data, data_is_local=local)
 
 
-def plan_experiment(config: DictConfig) -> Plan:
+def plan_experiment(config: DictConfig, *, merges: bool = True) -> Plan:
     """Check every setting of ``config``, the method's and the tasks' included, without loading anything.
+
+    Args:
+        config: the composed configuration.
+        merges: whether a merge is made, which has to be measured or written.
 
     Raises:
         ConfigError, DataError: a key, a value or a combination is not usable.
@@ -74,7 +78,7 @@ def plan_experiment(config: DictConfig) -> Plan:
     _check_tasks_of_experts(checked, suite.tasks)
     if (reason := unsupported_for_generation(method, parameters)) is not None and _merges_writers(checked, suite.tasks):
         raise ConfigError(reason)
-    if not checked.evaluate and checked.output is None:
+    if merges and not checked.evaluate and checked.output is None:
         raise ConfigError("evaluate=false: nothing would be made; say where the merged model goes with output=<folder>")
     _check_form(checked, method.name)
     models = checked.models.model_copy(update={"name": used_name(checked.models)})

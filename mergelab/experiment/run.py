@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +32,37 @@ if TYPE_CHECKING:
 Progress = Callable[[str, float], None]
 
 
+@dataclass(frozen=True)
+class FinishedExperiment:
+    """An experiment that has run.
+
+    Attributes:
+        result: what was measured; None where nothing was.
+        run: the id of its run; None where it is not tracked.
+        experiment: the name of the MLflow experiment.
+        folder: its own.
+        output: where the merged model is; None where it was not asked for.
+    """
+
+    result: ExperimentResult | None
+    run: str | None
+    experiment: str
+    folder: Path
+    output: Path | None
+
+
 def run_experiment(config: DictConfig) -> float | None:
     """Run the experiment that ``config`` composes and return its objective: what a sweep would select on.
+
+    Raises:
+        MergelabError: something in the configuration, the models or the data is not usable.
+    """
+    result = finish_experiment(config).result
+    return None if result is None else result.objective
+
+
+def finish_experiment(config: DictConfig) -> FinishedExperiment:
+    """Run the experiment that ``config`` composes, show and record its result, and return it.
 
     Raises:
         MergelabError: something in the configuration, the models or the data is not usable.
@@ -68,7 +97,8 @@ def run_experiment(config: DictConfig) -> float | None:
             say(f"run {run.id}")
             view = None if result is None else recording.save_views(tracker, run.experiment, result)
             say_where(tracker, run.experiment, view)
-    return None if result is None else result.objective
+    output = None if plan.config.output is None else local_path(plan.config.output, "output").absolute()
+    return FinishedExperiment(result, run.id, run.experiment, _run_folder(), output)
 
 
 def decide_source(config: DictConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -38,10 +39,31 @@ if TYPE_CHECKING:
     from mergelab.tracking import Run, Tracker
 
 
+@dataclass(frozen=True)
+class FinishedSweep:
+    """A sweep that has run.
+
+    Attributes:
+        study: its trials.
+        objectives: what they were judged by.
+        reports: on the winners, for each objective one.
+        run: the id of the sweep's run; None where it is not tracked.
+        experiment: the name of the MLflow experiment.
+        folder: its own.
+    """
+
+    study: SweepStudy
+    objectives: tuple[str, ...]
+    reports: tuple[Report, ...]
+    run: str | None
+    experiment: str
+    folder: Path
+
+
 def run_sweep(
     node: Mapping[str, Any], config: DictConfig, launcher: Launcher, loader: Any, overrides: Sequence[str]
-) -> None:
-    """Run the remaining trials of a sweep, then evaluate and show its winner.
+) -> FinishedSweep:
+    """Run the remaining trials of a sweep, then evaluate, show and return its winner.
 
     Args:
         node: the sweeper's settings.
@@ -93,6 +115,8 @@ def run_sweep(
             say(f"interrupted with {remaining} trials to go: the same command goes on", failure=True)
             raise SystemExit(130)
         _finish(sweep, study, run, tracker, reports, folder)
+    objectives = tuple(objective.name for objective in sweep.objectives)
+    return FinishedSweep(study, objectives, tuple(reports), run.id, run.experiment, folder)
 
 
 def _announce(sweep: Sweep, study: SweepStudy) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-Kind = Literal["merge", "grid", "sweep", "trial", "report", "base", "expert"]
+Kind = Literal["merge", "grid", "sweep", "trial", "report", "base", "expert", "analysis"]
 
 # ---------------------------------------------------------------------------------------------------- tags: every run
 
@@ -172,6 +172,11 @@ def best_of_trials(objective: str) -> str:
     return f"best/select_{objective}"
 
 
+def analysis_metric(quantity: str, *of: str) -> str:
+    """Name a figure of an analysis: ``analysis/norm/a``, ``analysis/cosine/a/b``."""
+    return "/".join(["analysis", quantity, *of])
+
+
 # ---------------------------------------------------------------- parameters in addition to the resolved configuration
 
 JOBS, OVERRIDES = "jobs", "overrides"  # of a grid
@@ -192,6 +197,9 @@ PLOTS_PAGE = "plots.html"  # among `PLOTS`: all of them, interactive
 TRIALS = "trials.csv"
 STUDY_FILE = "study.db"
 SUMMARY, SUMMARY_JSON = "summary.csv", "summary.json"
+ANALYSIS = "analysis"  # the folder of an analysis
+ANALYSIS_PAGE, ANALYSIS_PICTURE = "analysis.html", "analysis.png"
+ANALYSIS_JSON, ANALYSIS_TABLE = "analysis.json", "analysis.parquet"
 
 
 def generations(task: str) -> str:
@@ -254,6 +262,11 @@ def trial_run(task: str, method: str, number: int) -> str:
 def report_run(task: str, method: str, number: int) -> str:
     """Name the run of a sweep's report, which measures the trial ``number`` on the reporting examples."""
     return f"{task} {method} report: trial {number}"
+
+
+def analysis_run(models: str) -> str:
+    """Name the run of an analysis of models."""
+    return f"analysis: {models}"
 
 
 def baseline_run(role: str, label: str, protocol: str) -> str:

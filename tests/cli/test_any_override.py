@@ -11,8 +11,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mergelab.__main__ import _one_line
 from mergelab.cli.ambiguous import check_flags, refuse_ambiguous
+from mergelab.cli.command import line_of
 from mergelab.cli.overrides import in_jobs
 from mergelab.cli.quoting import as_text
 from mergelab.config import CONF_DIR
@@ -39,7 +39,7 @@ def planned(*overrides: str) -> Plan | None:
         refuse_ambiguous(quoted, multirun=False)
         return plan_experiment(compose("config", quoted))
     except Exception as error:
-        line = _one_line(error)
+        line = line_of(error)
         if line is None:
             raise
         assert line.strip()
@@ -118,7 +118,7 @@ def test_the_line_says_what_is_wrong(override: str, said: str) -> None:
         check_flags([override])
         refuse_ambiguous([override], multirun=False)
         plan_experiment(compose("config", [override]))
-    assert said in str(_one_line(caught.value))
+    assert said in str(line_of(caught.value))
 
 
 def test_jobs_of_a_grid_have_a_folder_each() -> None:
