@@ -18,6 +18,8 @@ from omegaconf import OmegaConf
 from mergelab.config import CONF_DIR
 from mergelab.engine.method import MISSING, MergeMethod
 from mergelab.engine.parameters import Parameters, key_of, parameters_from
+from mergelab.engine.presets import KEY as PRESET
+from mergelab.engine.presets import is_preset, with_preset_values
 from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.ops.expert_values import is_number
 
@@ -60,25 +62,34 @@ def method_from_config(node: Mapping[str, Any]) -> tuple[MergeMethod, Parameters
     """Return the method of a composed config group, and its checked parameters.
 
     Args:
-        node: plain containers: ``function`` is a dotted path, ``name`` is ignored, the other keys are parameters.
+        node: plain containers: ``function`` is a dotted path, ``name`` is ignored, the other keys are parameters. A
+            preset on the command line is resolved when the config is composed (`mergelab.cli.schema`).
 
     Raises:
-        ConfigError: the function cannot be used, or a parameter is unknown or out of range.
+        ConfigError: the function cannot be used, or a parameter is unknown or out of range; a preset from a file, which
+            could not be told from the defaults that surround it.
     """
     from mergelab.engine.custom import custom_method
 
     method = custom_method(str(node.get("function") or MISSING))
     values = {key: value for key, value in node.items() if key not in ("name", "function")}
+    if any(is_preset(method, key) for key in values):
+        raise ConfigError(
+            f"method.{PRESET}: must be an override of its own, method.{PRESET}={values[PRESET]}; within a file or a "
+            "mapping, write the values"
+        )
     return method, check_parameters(method, values)
 
 
 def check_parameters(method: MergeMethod, values: Mapping[str, Any]) -> Parameters:
     """Check parameter values, by config key (``lambda``) or Python name (``lambda_``), and fill in the defaults.
 
+    A value ``preset`` stands for the values that it sets where no other is given (`mergelab.engine.presets`).
+
     Raises:
         ConfigError: one line with the key, the value and what is allowed.
     """
-    return parameters_from(method.parameters, values, method.name)
+    return parameters_from(method.parameters, with_preset_values(method, values), method.name)
 
 
 def check_capabilities(method: MergeMethod, *, has_base: bool, experts: int) -> None:
