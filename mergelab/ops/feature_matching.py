@@ -25,8 +25,8 @@ def zip_greedily(
 ) -> Positions:
     """Merge the two most similar groups of features until ``count`` groups are left, starting with one per feature.
 
-    The similarity of two groups is the smallest similarity of their features. When it is positive, it is multiplied by
-    ``alpha`` for each feature that the groups have together beyond two.
+    The similarity of a group to another is the smaller one of the two groups that it was made of; when that is
+    positive, times ``alpha``. So it is multiplied once for each feature that two groups have together beyond two.
 
     Args:
         similarity: (N, N), symmetric; the diagonal is ignored. It is overwritten.
@@ -36,8 +36,8 @@ def zip_greedily(
         beta: budget of each model, as a fraction of (N − count) / models steps. A step counts against the budgets of
             the models of which both groups have features. Groups that share a model without budget are not merged. When
             no other groups are left, all budgets are void.
-        budget: "members": as above. "first": a group counts as its first feature's model's alone, and a model's groups
-            are merged until a step has used up its budget, one step where it is 0.
+        budget: "members": as above. "first": a group counts as its first feature's model's alone until a step has used
+            up a budget, one step where it is 0; from then on also as that model's.
 
     Returns:
         (N,) the group of each feature: the index of the group's first feature.
@@ -56,9 +56,8 @@ class _Zipping:
     ) -> None:
         count = len(similarity)
         self.similarity = similarity
-        self.penalty = alpha ** np.arange(2 * count, dtype=similarity.dtype)  # by number of excess features
+        self.alpha = similarity.dtype.type(alpha)
         np.fill_diagonal(self.similarity, -np.inf)
-        self.size = np.ones(count, dtype=np.intp)
         self.group = np.arange(count)
         self.alive = np.ones(count, dtype=bool)
         self.members = model_of[:, None] == np.arange(model_of.max(initial=0) + 1)
@@ -74,12 +73,11 @@ class _Zipping:
         first, second = self._most_similar_pair()
         shared = self.members[first] & self.members[second]
         row = np.minimum(self.similarity[first], self.similarity[second])
+        row *= np.where(row > 0, self.alpha, 1)
         self.similarity[first], self.similarity[:, first] = row, row
         self.similarity[second] = self.similarity[:, second] = -np.inf
         self.alive[second], self.bound[second], self.stale[second] = False, -np.inf, False
-        if self.by_members:
-            self.members[first] |= self.members[second]
-        self.size[first] += self.size[second]
+        self.members[first] |= self.members[second] & (self.spent | self.by_members)
         self.group[self.group == second] = first
         self.stale |= ((self.nearest == first) | (self.nearest == second)) & self.alive
         self._scan(first)
@@ -102,9 +100,6 @@ class _Zipping:
 
     def _scan(self, row: int) -> None:
         entries = self.similarity[row]
-        excess = self.size + (self.size[row] - 2)
-        if excess.max() > 0:
-            entries = entries * np.where(entries > 0, self.penalty[np.maximum(excess, 0)], 1)
         excluded = self._excluded(row)
         entries = np.where(excluded, -np.inf, entries) if excluded.any() else entries
         self.nearest[row] = entries.argmax()

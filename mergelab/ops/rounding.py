@@ -31,7 +31,7 @@ def rounding_norm(experts: Sequence[Tensor]) -> float:
     for expert in experts:
         unit = torch.finfo(expert.dtype).eps
         for part in blocks(rows, ROWS):
-            squares = expert[part].double().square_().cpu()
+            squares = expert[part].double().square().cpu()
             by_row[part] += squares.sum(1) * unit**2
             by_column += squares.sum(0) * unit**2
     return (math.sqrt(float(by_row.max())) + math.sqrt(float(by_column.max()))) / math.sqrt(12)
