@@ -19,6 +19,7 @@ from torch import Tensor
 
 VARIABLE = "MERGELAB_PARITY"
 FORMULA = "float64 transcription of the formula"
+AUTHORS_LOOP = "float64 transcription of what the authors' code computes"
 RECORDED_MERGEKIT = "mergekit 0.1.5, recorded values"
 
 Values = Tensor | np.ndarray[Any, Any] | Mapping[str, Any] | Sequence[Any]

@@ -319,6 +319,7 @@ def mean_entropy(output: Any, expert: str) -> Tensor:
     family="data",
     paper="Yang et al. 2024, arXiv:2310.02575",
     authors={"batch": 32},
+    use="experts of several classification tasks, with unlabelled examples and time to learn the coefficients",
 )
 def adamerging(
     vectors: Sequence[Tensor],

@@ -63,6 +63,7 @@ def _keep_between(lines: Tensor, first: int, last: int) -> None:
     family="task vectors",
     paper="Davari & Belilovsky 2023, arXiv:2312.06795",
     authors={"density": 0.2, "gamma": 0.1, "lambda_": 0.4},
+    use="many experts, where outliers and small changes both disturb the sum",
 )
 def breadcrumbs(
     vectors: Sequence[Tensor],

@@ -51,6 +51,7 @@ def drop_(
     family="task vectors",
     paper="Yu et al. 2024, arXiv:2311.03099",
     authors={"density": 0.9},
+    use="language models with small, redundant changes, which may be dropped at random",
 )
 def dare(
     vectors: Sequence[Tensor],

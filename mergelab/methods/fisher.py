@@ -55,6 +55,7 @@ def _unit_scale(diagonal: FisherDiagonal, names: Sequence[str], size: int) -> fl
     paper="Matena & Raffel 2022, arXiv:2111.09832",
     authors={"floor_of": "first"},
     tuned=("weights",),
+    use="experts of one architecture with labelled or unlabelled examples, where some weights matter to one task only",
 )
 def fisher(
     experts: Sequence[Tensor],

@@ -27,6 +27,7 @@ class Selection(Protocol):
     family="averages",
     paper="Wortsman et al. 2022, arXiv:2203.05482",
     authors={"strict": True},
+    use="several runs on one task, some of them bad, with examples to select on",
 )
 def greedy_soup(models: AlignedModels, *, examples: Selection, strict: bool = False) -> Substitute:
     """Average the experts that do not make the average's score worse when they are added.

@@ -41,6 +41,7 @@ def check_scaled(
     family="task vectors",
     paper="Wang et al. 2024, arXiv:2410.17146",
     tuned=("beta",),
+    use="after any method on task vectors, when shallow layers should stay near the base",
 )
 def lines(
     models: AlignedModels,

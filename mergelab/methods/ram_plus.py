@@ -49,6 +49,7 @@ def unique_scales(models: AlignedModels, *, epsilon: float, r: float, alpha: flo
     family="task vectors",
     paper="Yuan et al. 2026, arXiv:2601.13572",
     authors={"r": 0.2, "alpha": 1.0},
+    use="as ram, where what experts share outweighs what is their own",
 )
 def ram_plus(
     vectors: Sequence[Tensor],

@@ -37,6 +37,7 @@ def prepare_input_grams(
     work="solves a system for every linear layer",
     paper="Jin et al. 2023, arXiv:2212.09849",
     authors={"alpha": 0.1, "samples": 16000},
+    use="few experts with examples of their tasks: a closed form, without gradients",
 )
 def regmean(
     experts: Sequence[Tensor],

@@ -136,6 +136,7 @@ def _write_merged(
     work="solves a system for every linear layer",
     paper="Nguyen et al. 2025, arXiv:2508.03121",
     authors={"alpha": 0.95, "samples": 256},
+    use="as regmean, for deep models whose layers' inputs shift with the merge",
 )
 def regmean_plus(
     experts: Sequence[Tensor],

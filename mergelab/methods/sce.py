@@ -53,6 +53,7 @@ def select(vectors: Sequence[Tensor], density: float) -> list[Tensor]:
     family="task vectors",
     paper="Wan et al. 2024, arXiv:2408.07990",
     authors={"select_topk": 0.1, "entries": "all"},
+    use="chat models of unlike strength, without data",
 )
 def sce(
     vectors: Sequence[Tensor], *, select_topk: Density = 1.0, entries: Literal["selected", "all"] = "selected"

@@ -20,6 +20,7 @@ from mergelab.ops.task_vectors import mean
     family="spectral",
     work="decomposes every matrix of every expert",
     paper="Gargiulo et al. 2025, arXiv:2412.00081",
+    use="full fine-tunes of many tasks, without data",
 )
 def tsv_m(vectors: Sequence[Tensor], experts: Sequence[Tensor]) -> Tensor:
     """Add up the leading singular triplets of the task vectors after decorrelating their singular vectors.

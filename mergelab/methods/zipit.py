@@ -59,6 +59,7 @@ def units_of(models: AlignedModels, *, heads: int) -> tuple[Permutation, ...]:
     family="alignment",
     paper="Stoica et al. 2024, arXiv:2305.03053",
     authors={"budget": "first"},
+    use="models trained from different starts on different tasks, with examples",
 )
 def zipit(
     models: AlignedModels,
@@ -80,9 +81,10 @@ def zipit(
     matrix (each column a group's sum), layers W_t that write the features become M_t W_t and are added up. Layers that
     read them become W_t U_t and are averaged (Stoica et al. 2024, arXiv:2305.03053). Correlations are over the same
     tokens for all experts: training examples of every expert's task, at most about 2048 tokens or one of each example.
-    The correlation of a group with another is the smaller one of the two groups that it was made of, times ``alpha``. In BERT-, GPT-2- and Llama-like models the features are each layer's FFN hidden
-    units, its attention heads (whole heads, or whole groups that share keys and values), the residual stream, and a
-    pooler's outputs. All other tensors are averaged.
+    The correlation of a group with another is the smaller one of the two groups that it was made of, times ``alpha``.
+    In BERT-, GPT-2- and Llama-like models the features are each layer's FFN hidden units, its attention heads (whole
+    heads, or whole groups that share keys and values), the residual stream, and a pooler's outputs. All other tensors
+    are averaged.
 
     Departures: attention heads and the residual stream are zipped only across experts, with one feature of each expert
     in a group. Attention, LayerNorm and an embedding that is also the output layer do not keep their function when two
@@ -92,9 +94,9 @@ def zipit(
     several ends, is not supported. A step counts against the budgets of the experts of which both groups have features,
     so that with β = 0 no two features of one expert are merged. The authors' code counts a group as its first feature's
     expert's, so that mixed groups escape the budget, and merges once at β = 0: ``budget="first"``. When budgets leave
-    nothing to merge, they are void. Negative correlations are not multiplied by α, which would raise them. Of equal correlations, features with equal positions are merged first. Constant
-    features correlate fully with each other and not with others. Units that a tensor outside the merge reads or writes
-    are averaged without zipping.
+    nothing to merge, they are void. Negative correlations are not multiplied by α, which would raise them. Of equal
+    correlations, features with equal positions are merged first. Constant features correlate fully with each other and
+    not with others. Units that a tensor outside the merge reads or writes are averaged without zipping.
 
     Args:
         models: the experts; a base is not used. The units lie as in the expert whose name sorts first, where they can.
