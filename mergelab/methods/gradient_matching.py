@@ -36,7 +36,6 @@ def prepare_hessians(
     identical_at=None,
     family="data",
     paper="Daheim et al. 2024, arXiv:2310.12808",
-    tuned=("weights", "delta0"),
     use="as fisher, on task vectors: adding tasks to, or removing them from, a base",
 )
 def gradient_matching(

@@ -19,6 +19,7 @@ from mergelab.ops.task_vectors import mean
     family="spectral",
     work="decomposes every matrix",
     paper="Marczak et al. 2025, arXiv:2502.04959",
+    tuned=("lambda_",),
     use="full fine-tunes of many tasks, where a few directions dominate the sum",
 )
 def iso_c(vectors: Sequence[Tensor], experts: Sequence[Tensor]) -> Tensor:

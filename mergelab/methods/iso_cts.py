@@ -23,6 +23,7 @@ from mergelab.ops.task_vectors import mean
     family="spectral",
     work="decomposes every matrix of every expert",
     paper="Marczak et al. 2025, arXiv:2502.04959",
+    tuned=("lambda_",),
     use="as iso_c, for so many tasks that the common directions do not suffice",
 )
 def iso_cts(
