@@ -23,7 +23,7 @@ from mergelab.weights.source import DictSource
 from tests.methods.tiny_classifiers import Expert, classifier
 from tests.methods.toy import merged, toy_models
 from tests.methods.toy_data import ToyExamples
-from tests.parity import AUTHORS_LOOP, FORMULA, compared
+from tests.parity import FORMULA, MODEL_MERGING, UNCERTAINTY, compared
 
 THETA = [[1.0, 2.0, -3.0, 4.0], [5.0, -6.0, 7.0, 8.0]]
 OWN_INFORMATION = "of the same Fisher information, which torch.func checks"
@@ -157,7 +157,7 @@ def test_with_the_floor_of_the_first_expert_it_is_the_authors_merge(
                 lhs, rhs = lhs + weight * diagonal, rhs + weight * diagonal * expert.get(name).double()
             expected = rhs / lhs
             shown = {"floor_of": "first", "floor": 1e-4, "normalize": normalize}
-            compared("fisher", AUTHORS_LOOP, found[order][name], expected, options=shown, note=OWN_INFORMATION)
+            compared("fisher", MODEL_MERGING, found[order][name], expected, options=shown, note=OWN_INFORMATION)
             torch.testing.assert_close(found[order][name], expected.float(), rtol=1e-5, atol=1e-6)
     assert any(not torch.allclose(found["ab"][name], found["ba"][name]) for name in models.names)
 
@@ -186,7 +186,7 @@ def test_gradient_matching_multiplies_each_hessian_by_the_experts_number_of_exam
         preconditioner = 1 / (sum(own.values()) + 1e-2)
         step = sum(preconditioner * (own[e.name] + 1e-2) * (e.get(name).double() - start) for e in models.experts)
         options = {"sizes": "300 and 2000" if isinstance(sizes, dict) else sizes, "delta0": 0.01}
-        compared("gradient_matching", AUTHORS_LOOP, found[name], start + step, options=options, note=OWN_INFORMATION)
+        compared("gradient_matching", UNCERTAINTY, found[name], start + step, options=options, note=OWN_INFORMATION)
         torch.testing.assert_close(found[name], (start + step).float(), rtol=1e-5, atol=1e-6)
 
 

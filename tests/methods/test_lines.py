@@ -11,7 +11,7 @@ import torch
 from mergelab.errors import ConfigError
 from tests.engine.test_per_tensor import NAMES, models
 from tests.methods.toy import aligned, merged
-from tests.parity import FORMULA, compared
+from tests.parity import FORMULA, LINES, compared
 
 
 def depth(name: str) -> float:
@@ -70,7 +70,7 @@ def test_the_default_of_alpha_is_the_ratio_of_the_norms_over_the_number_of_exper
     assert (abs(alpha - 1 / 3) > 0.01) == (name != "task_arithmetic")
     for n in NAMES:
         expected = start[n] + (alpha + 0.3 * depth(n)) * change[n]
-        compared("lines", FORMULA, result[n], expected, options={"then": name, "alpha": None, "beta": 0.3})
+        compared("lines", LINES, result[n], expected, options={"then": name, "alpha": None, "beta": 0.3})
         np.testing.assert_allclose(result[n].numpy(), expected, rtol=3e-6, atol=3e-6)
 
 

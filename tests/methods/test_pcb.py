@@ -8,7 +8,7 @@ import torch
 
 from mergelab.weights.align import AlignedModels
 from tests.methods.toy import SHAPES, aligned, distinct_models, merged, merged_x, one_tensor, task_vector, toy_models
-from tests.parity import AUTHORS_LOOP, FORMULA, compared
+from tests.parity import PCB_MERGING, FORMULA, compared
 
 
 def clamped(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -74,7 +74,7 @@ def test_the_variants_of_the_authors_experiments_are_their_computations(
     result = merged("pcb", models, **options)
     base, vectors = flat(models)
     expected = base + as_in_the_experiments(vectors, ratio, clamp, between)
-    compared("pcb", AUTHORS_LOOP, [result[key] for key in SHAPES], expected, options=options)
+    compared("pcb", PCB_MERGING, [result[key] for key in SHAPES], expected, options=options)
     answer = np.concatenate([result[key].numpy().ravel() for key in SHAPES])
     np.testing.assert_allclose(answer, expected, rtol=1e-9, atol=1e-9)
     assert np.abs(answer - base - transcribed(vectors, ratio)).max() > 1e-3

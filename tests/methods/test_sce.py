@@ -8,7 +8,7 @@ import torch
 
 from tests.methods.test_mergekit import recipe
 from tests.methods.toy import SHAPES, distinct_models, merged, merged_x, one_tensor, task_vector, toy_models
-from tests.parity import AUTHORS_LOOP, FORMULA, RECORDED_MERGEKIT, compared
+from tests.parity import FUSEAI, FORMULA, RECORDED_MERGEKIT, compared
 
 GOLDEN = {
     1.0: [-0.45790544, 0.15146956, 0.58663821, -0.1666525, 0.26084456, -0.49148679, -0.057277501, 0.37021956,
@@ -100,7 +100,8 @@ def test_entries_that_are_not_selected_are_merged_as_by_the_authors_code_where_a
     for key in SHAPES:
         vectors = np.stack([task_vector(models, i, key).numpy() for i in range(4)])
         expected = models.base.get(key).numpy() + of_all(vectors, select_topk)
-        compared("sce", AUTHORS_LOOP, result[key], expected, options=options)
+        note = "FuseAI selects none of a scalar, and weighs the experts alike"
+        compared("sce", FUSEAI, result[key], expected, options=options, note=note)
         np.testing.assert_allclose(result[key].numpy(), expected, rtol=1e-12, atol=1e-12)
         assert torch.equal(result[key], others[key]) == (select_topk == 1 or key == "gate")
 
