@@ -8,7 +8,7 @@ import torch
 
 from mergelab.weights.align import AlignedModels
 from tests.methods.toy import SHAPES, aligned, distinct_models, merged, merged_x, one_tensor, task_vector, toy_models
-from tests.parity import PCB_MERGING, FORMULA, compared
+from tests.parity import FORMULA, PCB_MERGING, compared
 
 
 def clamped(values: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -8,7 +8,7 @@ import torch
 
 from tests.methods.test_mergekit import recipe
 from tests.methods.toy import SHAPES, distinct_models, merged, merged_x, one_tensor, task_vector, toy_models
-from tests.parity import FUSEAI, FORMULA, RECORDED_MERGEKIT, compared
+from tests.parity import FORMULA, FUSEAI, RECORDED_MERGEKIT, compared
 
 GOLDEN = {
     1.0: [-0.45790544, 0.15146956, 0.58663821, -0.1666525, 0.26084456, -0.49148679, -0.057277501, 0.37021956,

@@ -18,12 +18,14 @@ from mergelab.engine.warm_session import MergeSession
 from mergelab.errors import ConfigError, MergeWarning
 from mergelab.estimation.features import layer_inputs, spread_tokens
 from mergelab.methods.zipit import ZippedSource, standardised, units_of, zipit
+from mergelab.ops.feature_matching import zip_greedily
 from mergelab.weights.align import AlignedModels
 from tests.methods.test_fisher import Drawn
 from tests.methods.test_rebasin import EACH, FAMILIES, FFN, HEADS, Family, Orders, State, aligned, logits, state_of
 from tests.methods.tiny_classifiers import Expert, classifier, padded_batches, single_examples
 from tests.methods.toy import merged, toy_models
-from tests.parity import FORMULA, compared
+from tests.ops.test_feature_matching import zipped_in_turn
+from tests.parity import FORMULA, ZIPIT, compared
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 ZIPIT = get_method("zipit")
@@ -159,6 +161,20 @@ def zip_transcribed(correlation: Matrix, alpha: float, beta: float) -> tuple[Mat
         alive.remove(j)
     unmerge = unmerge[:, alive]
     return (unmerge / unmerge.sum(0)).T, unmerge
+
+
+@pytest.mark.parametrize("models", [2, 3, 4])
+@pytest.mark.parametrize("beta", [0.125, 0.5, 1.0])
+def test_groups_of_any_number_of_experts_are_those_of_the_authors_loop(models: int, beta: float) -> None:
+    similarity = np.abs(np.corrcoef(np.random.default_rng(0).normal(size=(models * 12, 15))))
+    expected = zipped_in_turn(similarity, models, 12, 0.3, beta)
+    found = zip_greedily(similarity, np.repeat(np.arange(models), 12), 12, alpha=0.3, beta=beta, budget="first")
+    options = f"budget=first, alpha=0.3, beta={beta}, {models} models"
+    note = (
+        "the group of each feature; ZipIt also multiplies negative correlations by alpha, and doubles features where "
+    )
+    compared("zipit", ZIPIT, torch.from_numpy(found), expected, options=options, note=note + "no pair is allowed")
+    assert found.tolist() == expected
 
 
 def hidden_features(state: State) -> Matrix:
