@@ -83,7 +83,7 @@ class _Method(DictConfig):
             object.__setattr__(self, "_explicit", explicit | {key})
             super().__setattr__(key, value)
             return
-        from mergelab.engine.presets import preset_values
+        from mergelab.engine.registry import preset_values
 
         for name, each in preset_values(method, value).items():
             if name not in explicit:
@@ -98,15 +98,14 @@ class _Method(DictConfig):
 
 def _method_of(node: DictConfig) -> Any:
     """Return the method whose parameters these are, if it can have presets; None for a user's own function."""
-    from mergelab.engine.presets import KEY, is_preset
-    from mergelab.engine.registry import get_method
+    from mergelab.engine.registry import PRESET, get_method, is_preset
 
     function = node._get_node("function")
     path = None if function is None else function._value()
     if not isinstance(path, str) or "." not in path:
         return None
     method = get_method(path)
-    return method if is_preset(method, KEY) else None
+    return method if is_preset(method, PRESET) else None
 
 
 def no_expert(name: str, experts: Any) -> str:
