@@ -28,9 +28,19 @@ from tests.methods.toy import SHAPES  # noqa: E402
 from tests.parity import FORMULA, VARIABLE, Record, merge_records, read  # noqa: E402
 
 PAGE = ROOT / "experiments" / "PARITY.md"
+TRANSCRIPTION = "float64 transcription"
 NOTHING = "no independent implementation yet"
 LIBRARIES = ("torch", "numpy", "scipy", "peft", "transformers")
-COLUMNS = ("method", "compared with", "options", "dtype", "largest difference", "largest value", "shapes", "remarks")
+COLUMNS = (
+    "method",
+    "held against",
+    "options",
+    "largest difference",
+    "dtype",
+    "what differs by design",
+    "largest value",
+    "shapes",
+)
 
 HEAD = """\
 # Parity with other implementations
@@ -44,7 +54,8 @@ Written by a script; do not edit. Measured on {day} on the CPU with
 
 - A row is the largest absolute difference between what the method answers here and what the other implementation
   answers for the same models, over all entries of all tensors; "largest value" is the largest magnitude among them.
-- "{formula}" is NumPy's or PyTorch's arithmetic in a test, written from the paper.
+- "{formula}" is NumPy's or PyTorch's arithmetic in a test, written from the paper; a
+  transcription of a project computes what the authors' code of that commit does.
 - "recorded values" are the eight or nine digits that mergekit printed once, so 1e-8 is in the record.{live}
 - Runs that differ only in options that are not shown, such as the number of experts, are one row.
 - A result is at best the nearest number of its dtype: for values between 4 and 8 that is up to 2.4e-7 away in float32,
@@ -82,7 +93,7 @@ def page(records: Sequence[Record], methods: Sequence[str], command: str, versio
 
 def by_formula(record: Record) -> bool:
     """Whether the other implementation is a transcription in a test."""
-    return record.compared_with.startswith(FORMULA)
+    return record.compared_with.startswith(TRANSCRIPTION)
 
 
 def is_live(record: Record) -> bool:
@@ -105,11 +116,11 @@ def cells(record: Record) -> list[str]:
         f"`{record.method}`",
         record.compared_with,
         record.options,
-        record.dtype,
         difference,
+        record.dtype,
+        record.note,
         f"{record.largest:.2g}",
         named,
-        record.note,
     ]
 
 

@@ -21,6 +21,18 @@ VARIABLE = "MERGELAB_PARITY"
 FORMULA = "float64 transcription of the formula"
 RECORDED_MERGEKIT = "mergekit 0.1.5, recorded values"
 
+FUSEAI, LINES, MODEL_MERGING, PCB_MERGING, UNCERTAINTY, ZIPIT = (
+    f"float64 transcription of {project}"
+    for project in (
+        "FuseAI 7d9a307 (18907305772/FuseAI)",
+        "LiNeS 43a7bdd (wang-kee/LiNeS)",
+        "model_merging f2d1677 (mmatena/model_merging)",
+        "pcb-merging 5897888 (duguodong7/pcb-merging)",
+        "iclr2024-model-merging c6e4114 (UKPLab/iclr2024-model-merging)",
+        "ZipIt 1b6ca40 (gstoica27/ZipIt)",
+    )
+)
+
 Values = Tensor | np.ndarray[Any, Any] | Mapping[str, Any] | Sequence[Any]
 
 
@@ -55,7 +67,7 @@ def compared(
         ours: a tensor, or several; dtype and shapes are theirs.
         theirs: the other's values, several in the same order, or all of them in one flat array.
         options: what the method was asked for beside its defaults, as far as rows of the table are to differ by it.
-        note: what is known to differ, or was left out of the comparison.
+        note: what differs by design, or was left out of the comparison.
     """
     if os.environ.get(VARIABLE):
         record = measured(method, with_, ours, theirs, options=options, note=note)

@@ -90,9 +90,9 @@ def test_the_page_lists_the_methods_that_only_a_transcription_is_compared_with(s
     ]
     page = script.page(made, ["pcb", "quite_new", "ram"], "the command", "torch 9", "2026-01-02")
     assert "2026-01-02 on the CPU with\ntorch 9:" in page
-    assert f"| `pcb` | {FORMULA} | | float64 | 0 | 1 | 3, scalar | |" in page
-    assert f"| `ram` | {FORMULA} | | float32 | 1.2e-07 | 4 | 2×2 | |" in page
-    assert f"| `ram` | {RECORDED_MERGEKIT} | r=1 | float32 | 1.0e-08 | 4 | 11 shapes up to 11 | said |" in page
+    assert f"| `pcb` | {FORMULA} | | 0 | float64 | | 1 | 3, scalar |" in page
+    assert f"| `ram` | {FORMULA} | | 1.2e-07 | float32 | | 4 | 2×2 |" in page
+    assert f"| `ram` | {RECORDED_MERGEKIT} | r=1 | 1.0e-08 | float32 | said | 4 | 11 shapes up to 11 |" in page
     assert page.split("transcription only\n")[1].split() == ["-", "`pcb`"]
 
 

@@ -66,6 +66,48 @@ class Experts(_Mapping):
         super().__setitem__(key, value)
 
 
+class _Method(DictConfig):
+    """A method's parameters, and which of them overrides have set."""
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        """Set a parameter: Hydra applies ``method.KEY=value`` by this call, one override after another.
+
+        ``method.preset=NAME`` sets the preset's values, except for parameters that an override sets, before or after.
+
+        Raises:
+            ConfigError: the method has no such preset.
+        """
+        explicit = self.__dict__.get("_explicit", frozenset())
+        method = _method_of(self) if key == "preset" else None
+        if method is None:
+            object.__setattr__(self, "_explicit", explicit | {key})
+            super().__setattr__(key, value)
+            return
+        from mergelab.engine.registry import preset_values
+
+        for name, each in preset_values(method, value).items():
+            if name not in explicit:
+                super().__setattr__(name, each)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = super().__deepcopy__(memo)
+        object.__setattr__(copied, "__class__", type(self))  # OmegaConf copies to its own classes
+        object.__setattr__(copied, "_explicit", self.__dict__.get("_explicit", frozenset()))
+        return copied
+
+
+def _method_of(node: DictConfig) -> Any:
+    """Return the method whose parameters these are, if it can have presets; None for a user's own function."""
+    from mergelab.engine.registry import PRESET, get_method, is_preset
+
+    function = node._get_node("function")
+    path = None if function is None else function._value()
+    if not isinstance(path, str) or "." not in path:
+        return None
+    method = get_method(path)
+    return method if is_preset(method, PRESET) else None
+
+
 def no_expert(name: str, experts: Any) -> str:
     """Return a message that there is no expert ``name`` among ``experts``, and which there are."""
     names = [str(each) for each in experts or () if experts[each] is not None]
@@ -88,8 +130,7 @@ def register() -> None:
         "untie": False,
     }
     # A method's parameters and a task's settings are checked, with a better message, by the method and the task.
-    owned = DictConfig({}, flags=_OPEN)
-    schema = {"method": owned, "models": models, "task": owned}
+    schema = {"method": _Method({}, flags=_OPEN), "models": models, "task": DictConfig({}, flags=_OPEN)}
     sweep = {"sweep": {"params": DictConfig({}, flags=_OPEN)}}
     for name, node in (("schema", schema), ("sweep", sweep)):
         store.store(name, node, group="mergelab", package="_global_", provider="mergelab")

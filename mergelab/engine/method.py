@@ -41,9 +41,10 @@ class MergeMethod:
         max_experts: most experts it merges; None for no limit.
         elementwise: an entry of the result depends on the same entry of the inputs alone (and on ``prepared``), so that
             the engine may call the function with parts of a tensor, flattened.
-        prepare: called once with ``models``, ``seed`` and any of the function's parameters that it names, before the
-            first tensor; its result is the function's ``prepared``. A method that draws random numbers can name
-            ``site_of``, which returns a tensor's `Site` with the keys for them; one that needs data, ``examples``.
+        prepare: called once with ``models``, ``first`` (the expert given first, by name), ``seed`` and any of the
+            function's parameters that it names, before the first tensor; its result is the function's ``prepared``. A
+            method that draws random numbers can name ``site_of``, which returns a tensor's `Site` with the keys for
+            them; one that needs data, ``examples``.
         check: called with ``models`` and any of the function's parameters that it names, one number per expert where
             there may be several, before a tensor is read; reads none, and raises ConfigError. What a parameter's type
             can check is not its business: what weights a method can take is declared by their type
@@ -62,6 +63,9 @@ class MergeMethod:
         family: heading in the catalogue.
         work: what it does with every matrix, where that takes longer than going through the models.
         paper: authors, year and arXiv id.
+        authors: by parameter, the values of the authors' code where the default is another; ``method.preset=authors``.
+        tuned: parameters that the authors choose on validation data.
+        use: one sentence on when to use it, for the catalogue.
     """
 
     name: str
@@ -87,6 +91,9 @@ class MergeMethod:
     family: str = ""
     work: str = ""
     paper: str = ""
+    authors: Mapping[str, Any] = field(default_factory=dict)
+    tuned: tuple[str, ...] = ()
+    use: str = ""
 
     @property
     def documentation(self) -> str:
@@ -137,6 +144,9 @@ def merge_method(
     family: str = "",
     work: str = "",
     paper: str = "",
+    authors: Mapping[str, Any] | None = None,
+    tuned: Sequence[str] = (),
+    use: str = "",
 ) -> Callable[[F], F]:
     """Declare a function to be a merge method; it comes back unchanged, with a `MergeMethod` as ``.merge_method``.
 
@@ -198,6 +208,9 @@ def merge_method(
             family=family,
             work=work,
             paper=paper,
+            authors=dict(authors or {}),
+            tuned=tuple(tuned),
+            use=use,
         )
         return function
 

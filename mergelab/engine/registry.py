@@ -21,6 +21,9 @@ from mergelab.engine.parameters import Parameters, key_of, parameters_from
 from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.ops.expert_values import is_number
 
+PRESET = "preset"  # ``method.preset=authors`` sets the authors' values where the defaults are others
+AUTHORS = "authors"
+
 
 def method_names() -> tuple[str, ...]:
     """List the built-in methods, sorted; ``custom``, a user's function, is not one of them."""
@@ -60,25 +63,74 @@ def method_from_config(node: Mapping[str, Any]) -> tuple[MergeMethod, Parameters
     """Return the method of a composed config group, and its checked parameters.
 
     Args:
-        node: plain containers: ``function`` is a dotted path, ``name`` is ignored, the other keys are parameters.
+        node: plain containers: ``function`` is a dotted path, ``name`` is ignored, the other keys are parameters. A
+            preset on the command line is resolved when the config is composed (`mergelab.cli.schema`).
 
     Raises:
-        ConfigError: the function cannot be used, or a parameter is unknown or out of range.
+        ConfigError: the function cannot be used, or a parameter is unknown or out of range; a preset from a file, which
+            could not be told from the defaults that surround it.
     """
     from mergelab.engine.custom import custom_method
 
     method = custom_method(str(node.get("function") or MISSING))
     values = {key: value for key, value in node.items() if key not in ("name", "function")}
+    if any(is_preset(method, key) for key in values):
+        raise ConfigError(
+            f"method.{PRESET}: must be an override of its own, method.{PRESET}={values[PRESET]}; within a file or a "
+            "mapping, write the values"
+        )
     return method, check_parameters(method, values)
 
 
 def check_parameters(method: MergeMethod, values: Mapping[str, Any]) -> Parameters:
     """Check parameter values, by config key (``lambda``) or Python name (``lambda_``), and fill in the defaults.
 
+    A value ``preset`` stands for the values that it sets where no other is given (`preset_values`).
+
     Raises:
         ConfigError: one line with the key, the value and what is allowed.
     """
-    return parameters_from(method.parameters, values, method.name)
+    return parameters_from(method.parameters, with_preset_values(method, values), method.name)
+
+
+def preset_values(method: MergeMethod, preset: object) -> dict[str, Any]:
+    """Return the values that a preset sets, by config key; none for None.
+
+    Raises:
+        ConfigError: there is no such preset, or the method has none.
+    """
+    if preset is None:
+        return {}
+    if preset != AUTHORS:
+        raise ConfigError(f"method.{PRESET}={preset!r}: must be {AUTHORS!r} or null")
+    if not method.authors:
+        raise ConfigError(
+            f"method.{PRESET}={preset}: {method.name} has no preset; methods with one are {listed(with_preset(), 99)}"
+        )
+    return {key_of(name): value for name, value in method.authors.items()}
+
+
+def with_preset() -> list[str]:
+    """List the built-in methods that have a preset."""
+    return [name for name in method_names() if get_method(name).authors]
+
+
+def is_preset(method: MergeMethod, key: str) -> bool:
+    """Return whether ``key`` asks for a preset, and is not a parameter of the user's own function."""
+    return key == PRESET and not method.custom and PRESET not in method.parameters.model_fields
+
+
+def with_preset_values(method: MergeMethod, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace a preset among explicit values by the values it sets; explicit ones take precedence.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    explicit = {key: value for key, value in values.items() if not is_preset(method, key)}
+    if len(explicit) == len(values):
+        return explicit
+    known = {key_of(key) for key in explicit}
+    return {key: value for key, value in preset_values(method, values[PRESET]).items() if key not in known} | explicit
 
 
 def check_capabilities(method: MergeMethod, *, has_base: bool, experts: int) -> None:

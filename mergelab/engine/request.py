@@ -81,6 +81,7 @@ class MergeRequest:
         reference: the model whose dtypes and layout the merged one has: the base, or the first expert given.
         prepared: by tensor, what the method's preparing pass made for it.
         workspaces: memory for blocks of task vectors.
+        first: name of the expert that was given first.
         seed, dtype, device, block, output, examples: as for `mergelab.engine.run.merge`.
     """
 
@@ -93,6 +94,7 @@ class MergeRequest:
     device: torch.device
     block: int
     output: int = 0
+    first: str = ""
     examples: Any = None
     prepared: Mapping[str, Any] = field(default_factory=dict)
     workspaces: WorkspacePool = field(default_factory=WorkspacePool)
@@ -224,6 +226,7 @@ def checked_job(
         dtype=dtype,
         device=torch.device(device),
         output=names.index(output) if output in names else 0,
+        first=names[0],
         examples=examples,
         block=block or (BLOCK if torch.device(device).type == "cpu" else ACCELERATOR_BLOCK),
     )
@@ -273,8 +276,8 @@ def prepared_job(job: MergeRequest, known: dict[Any, Any] | None = None) -> Merg
         own = {key: value for key, value in arguments.items() if key in looked_at}
         key = (job.method.name, job.seed, repr(sorted(own.items())), Same(job.examples))
         if key not in known:
-            supplied = {"models": job.models, "seed": job.seed, "site_of": job.site, "examples": job.examples}
-            known[key] = call_with(prepare, own | supplied)
+            supplied = {"models": job.models, "first": job.first, "seed": job.seed, "site_of": job.site}
+            known[key] = call_with(prepare, own | supplied | {"examples": job.examples})
         prepared[name] = known[key]
     return replace(job, prepared=prepared)
 

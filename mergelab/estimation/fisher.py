@@ -38,10 +38,12 @@ class FisherDiagonal:
     Attributes:
         tensors: the diagonal by common name, in the shapes of the parameters.
         scale: factor of all entries.
+        first: whether it is that of the expert that was given first.
     """
 
     tensors: Mapping[str, Tensor]
     scale: float = 1.0
+    first: bool = False
 
     def part(self, site: Site, like: Tensor) -> Tensor:
         """Return the entries for a flat part of a tensor, in float64; 0 for tensors without an estimate."""

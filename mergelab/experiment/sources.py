@@ -161,7 +161,9 @@ def from_given(given: Any, name: str, base: ModelSource | None = None, *, is_bas
         return from_folder(on_base(_base_folder(folder, name, base), folder, where=name), name, given=given)
     if (module := module_of(given)) is not None:
         _check_not_wrapped(module, name)
-        return ModelSource(name, DictSource(name, mergeable(name, _weights(module), module)), given)
+        config: Any = getattr(module, "config", None)
+        own = config.to_dict() if hasattr(config, "to_dict") else None
+        return ModelSource(name, DictSource(name, mergeable(name, _weights(module), module), own), given)
     if isinstance(given, Mapping):
         return ModelSource(name, DictSource(name, mergeable(name, dict(given))), given)
     raise ModelError(

@@ -318,6 +318,8 @@ def mean_entropy(output: Any, expert: str) -> Tensor:
     identical_at=None,
     family="data",
     paper="Yang et al. 2024, arXiv:2310.02575",
+    authors={"batch": 32},
+    use="experts of several classification tasks, with unlabelled examples and time to learn the coefficients",
 )
 def adamerging(
     vectors: Sequence[Tensor],
@@ -342,7 +344,8 @@ def adamerging(
 
     Departures: the examples are of the training split (without its labels), so that no reported example is learnt from;
     the paper learns from the unlabelled test examples. There is one batch per task and step; the authors' loop sums
-    two. Tensors that are not merged (heads, a pooler that the base lacks) have expert t's values for its examples.
+    the entropies of two batches of 16, which is a batch of 32 to Adam. Tensors that are not merged (heads, a pooler
+    that the base lacks) have expert t's values for its examples.
 
     Args:
         vectors: T task vectors (parts of them, flattened) of one shape.

@@ -16,7 +16,13 @@ from mergelab.ops.expert_values import DividedBySum
 from mergelab.ops.task_vectors import factors
 
 
-@merge_method(check=check_one_configuration, order_matters=True, identical_at=None, family="adapter factors")
+@merge_method(
+    check=check_one_configuration,
+    order_matters=True,
+    identical_at=None,
+    family="adapter factors",
+    use="adapters of the Adapters library, to reproduce its own averaging of factors",
+)
 def adapters_linear(
     adapters: Sequence[LowRank | None],
     *,

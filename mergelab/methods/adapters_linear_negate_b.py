@@ -22,6 +22,7 @@ from mergelab.ops.task_vectors import factors
     identical_at=None,
     family="adapter factors",
     paper="Zhang et al. 2023, arXiv:2306.14870",
+    use="adapters of the Adapters library that are to be subtracted",
 )
 def adapters_linear_negate_b(
     adapters: Sequence[LowRank | None],

@@ -16,7 +16,14 @@ from mergelab.ops.pair import check_pair, pair_of
 SMOOTHING = 1e-8  # added to probabilities before their logarithms are taken
 
 
-@merge_method(experts=(1, 2), check=check_pair, order_matters=True, family="pairwise", paper=MERGEKIT)
+@merge_method(
+    experts=(1, 2),
+    check=check_pair,
+    order_matters=True,
+    family="pairwise",
+    paper=MERGEKIT,
+    use="two models of which one is to change the other only where it matters",
+)
 def arcee_fusion(experts: Sequence[Tensor], *, base: Tensor | None = None) -> Tensor:
     """Take over from another model the entries whose change matters most.
 

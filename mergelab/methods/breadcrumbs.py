@@ -57,7 +57,14 @@ def _keep_between(lines: Tensor, first: int, last: int) -> None:
         entries.masked_fill_((magnitudes < low).logical_or_(magnitudes > high), 0)
 
 
-@merge_method(lambda_=1.0, identical_at=None, family="task vectors", paper="Davari & Belilovsky 2023, arXiv:2312.06795")
+@merge_method(
+    lambda_=1.0,
+    identical_at=None,
+    family="task vectors",
+    paper="Davari & Belilovsky 2023, arXiv:2312.06795",
+    authors={"density": 0.2, "gamma": 0.1, "lambda_": 0.4},
+    use="many experts, where outliers and small changes both disturb the sum",
+)
 def breadcrumbs(
     vectors: Sequence[Tensor],
     *,
@@ -74,7 +81,8 @@ def breadcrumbs(
 
     Departures: at least one entry of a row is kept; entries that equal the largest or the smallest magnitude kept stay
     too; where density and gamma add up to more than 1 fewer outliers are dropped, so that ``density=1`` keeps all; the
-    weights are an addition, the paper's are 1. ``scope="tensor"`` is what mergekit does.
+    weights are an addition, the paper's are 1. ``scope="tensor"`` is what mergekit does. The defaults are mergekit's
+    too, with λ = 1; the authors keep more (0.2 after dropping 0.1) and scale by λ = 0.4.
 
     Args:
         vectors: T task vectors, float32 or float64; whole tensors, not parts.

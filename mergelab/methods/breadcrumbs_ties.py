@@ -33,6 +33,7 @@ def prepare_breadcrumbs_ties(
     identical_at={"density": 1.0},
     family="task vectors",
     paper="Davari & Belilovsky 2023, arXiv:2312.06795, with Yadav et al. 2023, arXiv:2306.01708",
+    use="as breadcrumbs, for experts that pull in opposite directions",
 )
 def breadcrumbs_ties(
     vectors: Sequence[Tensor],

@@ -33,6 +33,8 @@ def check_tasks(weights: Sequence[float], min_tasks: int) -> None:
     identical_at=None,
     family="task vectors",
     paper="Wang et al. 2024, arXiv:2405.07813",
+    tuned=("lambda_", "mask_lambda"),
+    use="many tasks, where entries that one task alone uses hurt the others",
 )
 def consensus(
     vectors: Sequence[Tensor],

@@ -50,6 +50,8 @@ def drop_(
     identical_at=None,
     family="task vectors",
     paper="Yu et al. 2024, arXiv:2311.03099",
+    authors={"density": 0.9},
+    use="language models with small, redundant changes, which may be dropped at random",
 )
 def dare(
     vectors: Sequence[Tensor],
@@ -65,7 +67,8 @@ def dare(
     (Yu et al. 2024, arXiv:2311.03099; their drop rate p is 1 − density). Divided by the density, not by the number of
     experts or of survivors. Departures: none; masks come from a counter-based generator (`mergelab.ops.philox`), keyed
     by the seed, the values of the expert's tensor and the tensor's name. Where experts have equal values in a tensor,
-    as in one that both left frozen, they have the same mask.
+    as in one that both left frozen, they have the same mask. The default density is 0.5; the authors' code keeps 0.9
+    where nothing else is asked for, and searches.
 
     Args:
         vectors: T task vectors, float32 or float64; they are written over.

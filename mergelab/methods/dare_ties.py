@@ -52,6 +52,7 @@ def prepare_dare_ties(
     identical_at={"density": 1.0},
     family="task vectors",
     paper="Yu et al. 2024, arXiv:2311.03099, with Yadav et al. 2023, arXiv:2306.01708",
+    use="as dare, for experts whose signs conflict",
 )
 def dare_ties(
     vectors: Sequence[Tensor],

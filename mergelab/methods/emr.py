@@ -58,6 +58,7 @@ def rescalers(models: AlignedModels) -> tuple[float, ...]:
     prepare=rescalers,
     family="task vectors",
     paper="Huang et al. 2024, arXiv:2405.17461",
+    use="a model for each task that stores one merged vector and a mask per task",
 )
 def emr(vectors: Sequence[Tensor], *, output: int, prepared: Sequence[float]) -> Tensor:
     """Give each task its own masked and rescaled part of one unified task vector.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,14 +21,22 @@ from mergelab.weights.numerics import norm
 
 
 def prepare_fisher(
-    models: AlignedModels, examples: ExampleSource, *, seed: int, samples: int, normalize: bool, estimator: Estimator
+    models: AlignedModels,
+    examples: ExampleSource,
+    *,
+    first: str,
+    seed: int,
+    samples: int,
+    normalize: bool,
+    estimator: Estimator,
 ) -> tuple[FisherDiagonal, ...]:
     """Compute the experts' diagonal Fisher information; with ``normalize``, scale each to a root mean square of 1."""
-    diagonals = fisher_diagonals(models, examples, samples, seed, estimator)
+    found = fisher_diagonals(models, examples, samples, seed, estimator)
+    diagonals = tuple(replace(f, first=e.name == first) for f, e in zip(found, models.experts, strict=True))
     if not normalize:
         return diagonals
     sizes = [math.prod(models.experts[0].shape(name)) for name in models.names]
-    return tuple(FisherDiagonal(each.tensors, _unit_scale(each, models.names, sum(sizes))) for each in diagonals)
+    return tuple(replace(each, scale=_unit_scale(each, models.names, sum(sizes))) for each in diagonals)
 
 
 def _unit_scale(diagonal: FisherDiagonal, names: Sequence[str], size: int) -> float:
@@ -43,6 +53,9 @@ def _unit_scale(diagonal: FisherDiagonal, names: Sequence[str], size: int) -> fl
     unsupported_for_generation=unsupported_estimator,
     family="data",
     paper="Matena & Raffel 2022, arXiv:2111.09832",
+    authors={"floor_of": "first"},
+    tuned=("weights",),
+    use="experts of one architecture with labelled or unlabelled examples, where some weights matter to one task only",
 )
 def fisher(
     experts: Sequence[Tensor],
@@ -53,6 +66,7 @@ def fisher(
     samples: Samples = 4096,
     normalize: bool = True,
     floor: Positive = 1e-6,
+    floor_of: Literal["all", "first"] = "all",
     estimator: Estimator = "auto",
 ) -> Tensor:
     """Average the experts, each entry weighted by the expert's diagonal Fisher information.
@@ -61,10 +75,12 @@ def fisher(
     (Matena & Raffel 2022, arXiv:2111.09832, equation 4). Where every F_t is below ``floor``, the result is the weighted
     mean of the experts. Computed in float64.
 
-    Departures: F_t is raised to ``floor`` for every expert; the authors' code does so for the first one by default. The
-    floor applies after normalisation, so that it does not depend on the scale of the outputs. ``normalize`` divides F_t
-    by its root mean square over the merged entries, which equals the authors' division by its norm up to a factor that
-    all experts share.
+    Departures: F_t is raised to ``floor`` for every expert, after normalisation, so that neither the order of the
+    experts nor the scale of their outputs counts. The authors' code raises F before it normalises, and that of the
+    first expert alone, their target: ``floor_of="first"``; entries that only the others have no information on are
+    theirs then. ``normalize`` divides F_t by its root mean square over the merged entries, which equals the authors'
+    division by its norm up to a factor that all experts share. Where no information is left, the result is the weighted
+    mean, where their code divides 0 by 0.
 
     Args:
         experts: T tensors (parts of them, flattened) of one shape, any float dtype.
@@ -74,6 +90,7 @@ def fisher(
         samples: number of training examples of each expert.
         normalize: whether to scale each expert's F_t to a root mean square of 1.
         floor: lower bound of F_t.
+        floor_of: whose F_t has it: of "all" experts, or, before it is normalised, of the "first" that is given.
         estimator: "expected": exact over classes. "sampled": one class per example, drawn from the model's predictions.
             "empirical": the example's label. For models that generate tokens, "sampled" draws a token at each position,
             "empirical" uses the text's tokens, and there is no "expected". "auto": "expected" where it exists, else
@@ -88,7 +105,14 @@ def fisher(
     numerator = torch.zeros_like(experts[0], dtype=torch.float64)
     denominator = torch.zeros_like(numerator)
     for expert, diagonal, weight in zip(experts, prepared, factors(weights, len(experts)), strict=True):
-        importance = diagonal.part(site, expert).clamp_(min=floor).mul_(weight)
+        least = floor if floor_of == "all" else floor * diagonal.scale if diagonal.first else 0.0
+        importance = diagonal.part(site, expert).clamp_(min=least).mul_(weight)
         numerator.addcmul_(importance, expert.double())
         denominator.add_(importance)
+    unknown = denominator == 0
+    if unknown.any():
+        total = math.fsum(factors(weights, len(experts)))
+        for expert, weight in zip(experts, factors(weights, len(experts)), strict=True):
+            numerator.add_(expert.double().mul_(weight / total) * unknown)
+        denominator.masked_fill_(unknown, 1.0)
     return numerator.div_(denominator).to(experts[0].dtype)

@@ -78,7 +78,12 @@ def _relative(experts: Sequence[Tensor]) -> Array:
     return gram(experts, experts[0])
 
 
-@merge_method(prepare=model_coefficients, family="averages", paper="Pillutla et al. 2019, arXiv:1912.13445")
+@merge_method(
+    prepare=model_coefficients,
+    family="averages",
+    paper="Pillutla et al. 2019, arXiv:1912.13445",
+    use="many experts among which outliers are expected",
+)
 def geometric_median(
     experts: Sequence[Tensor],
     *,

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import MeanWeights, Positive, Samples
-from mergelab.engine.sweep_range import SweepRange
+from mergelab.engine.parameters import MeanWeights, OfExperts, Positive, Samples
+from mergelab.engine.sweep_range import NotSwept, SweepRange
 from mergelab.estimation.examples import ExampleSource
 from mergelab.estimation.fisher import Estimator, FisherDiagonal, fisher_diagonals, unsupported_estimator
 from mergelab.ops.site import Site
-from mergelab.ops.task_vectors import factors
+from mergelab.ops.task_vectors import factors, of_each
 from mergelab.weights.align import AlignedModels
+
+# How many examples each expert's Hessian is the sum of; one number for all, or one for each.
+Sizes = Annotated[float | Sequence[float], OfExperts(Positive), NotSwept()]
 
 
 def prepare_hessians(
@@ -33,6 +36,7 @@ def prepare_hessians(
     identical_at=None,
     family="data",
     paper="Daheim et al. 2024, arXiv:2310.12808",
+    use="as fisher, on task vectors: adding tasks to, or removing them from, a base",
 )
 def gradient_matching(
     vectors: Sequence[Tensor],
@@ -40,6 +44,7 @@ def gradient_matching(
     prepared: Sequence[FisherDiagonal],
     site: Site,
     weights: MeanWeights = None,
+    sizes: Sizes = 1.0,
     samples: Samples = 4096,
     delta0: Annotated[Positive, SweepRange(1e-12, 1e-2, log=True)] = 1e-12,
     estimator: Estimator = "auto",
@@ -47,16 +52,20 @@ def gradient_matching(
     """Add up the task vectors, each scaled by the ratio of its expert's Hessian to the merged model's.
 
     θ0 + Σ_t α_t H̄⁻¹ (H0 + H_t) τ_t with H̄ = H0 + Σ_t α_t H_t (Daheim et al. 2024, arXiv:2310.12808, equation 12), α_t
-    the weights. H_t is the expert's diagonal Fisher information on its training examples. H0 = ``delta0`` in every
-    entry, as in the paper when the base's training data are not available. Where no H_t reaches ``delta0``, the result
-    is task arithmetic with λ = 1. Computed in float64. Departure: H_t is the mean over examples, not their sum, so that
-    it does not grow with ``samples``.
+    the weights. H_t is n_t times the expert's diagonal Fisher information on its training examples. H0 = ``delta0`` in
+    every entry, as in the paper when the base's training data are not available. Where no H_t reaches ``delta0``, the
+    result is task arithmetic with λ = 1. Computed in float64.
+
+    Departures: n_t = ``sizes`` is 1, so that H_t is the mean over examples, not their sum, and does not grow with
+    ``samples``. The authors multiply H_t, and only H_t, by the number of examples that expert t was trained on; give
+    these as ``sizes``. Their α_t is one factor of all experts.
 
     Args:
         vectors: T task vectors (parts of them, flattened) of one shape.
         prepared: the experts' H_t.
         site: names the tensor and its part.
         weights: α_t per expert, at least 0; default 1.
+        sizes: n_t, the factor of each expert's Fisher information, such as the number of its training examples.
         samples: number of training examples of each expert.
         delta0: the base's Hessian, in every entry.
         estimator: of the Fisher information, as for ``fisher``.
@@ -69,8 +78,9 @@ def gradient_matching(
     """
     numerator = torch.zeros_like(vectors[0], dtype=torch.float64)
     hessian = torch.full_like(numerator, delta0)
-    for vector, diagonal, alpha in zip(vectors, prepared, factors(weights, len(vectors)), strict=True):
-        own = diagonal.part(site, vector)
+    counts, alphas = of_each(sizes, len(vectors)), factors(weights, len(vectors))
+    for vector, diagonal, count, alpha in zip(vectors, prepared, counts, alphas, strict=True):
+        own = diagonal.part(site, vector).mul_(count)
         hessian.add_(own, alpha=alpha)
         numerator.addcmul_(own.add_(delta0), vector.double(), value=alpha)
     return numerator.div_(hessian).to(vectors[0].dtype)

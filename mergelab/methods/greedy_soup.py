@@ -22,13 +22,20 @@ class Selection(Protocol):
         ...
 
 
-@merge_method(needs=("selection",), family="averages", paper="Wortsman et al. 2022, arXiv:2203.05482")
+@merge_method(
+    needs=("selection",),
+    family="averages",
+    paper="Wortsman et al. 2022, arXiv:2203.05482",
+    authors={"strict": True},
+    use="several runs on one task, some of them bad, with examples to select on",
+)
 def greedy_soup(models: AlignedModels, *, examples: Selection, strict: bool = False) -> Substitute:
     """Average the experts that do not make the average's score worse when they are added.
 
     The experts are tried in the order of their own scores, best first. Each is added if the average with it scores at
     least as well as without it (Wortsman et al. 2022, arXiv:2203.05482, recipe 1). Scores are on the selection split,
-    never on reported examples. Departures: none; experts of equal score are tried in the order of their names.
+    never on reported examples. Departures: an expert that leaves the score as it is joins, as in the paper's algorithm;
+    in the authors' code it does not (``strict``). Experts of equal score are tried in the order of their names.
 
     Args:
         models: the experts; a base is not used.

@@ -9,6 +9,7 @@ from torch import Tensor
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Fraction
 from mergelab.ops.layout import inputs_first, is_matrix
+from mergelab.ops.rounding import rounding_norm
 from mergelab.ops.site import Site
 from mergelab.ops.spectral import merge_directions
 from mergelab.ops.svd import tall_matrix
@@ -22,9 +23,16 @@ from mergelab.ops.task_vectors import mean
     family="spectral",
     work="decomposes every matrix of every expert",
     paper="Marczak et al. 2025, arXiv:2502.04959",
+    tuned=("lambda_",),
+    use="as iso_c, for so many tasks that the common directions do not suffice",
 )
 def iso_cts(
-    vectors: Sequence[Tensor], *, site: Site, prepared: frozenset[str] = frozenset(), common_fraction: Fraction = 0.8
+    vectors: Sequence[Tensor],
+    experts: Sequence[Tensor],
+    *,
+    site: Site,
+    prepared: frozenset[str] = frozenset(),
+    common_fraction: Fraction = 0.8,
 ) -> Tensor:
     """Merge as `iso_c` does, with the weakest common directions replaced by task-specific ones.
 
@@ -40,6 +48,7 @@ def iso_cts(
 
     Args:
         vectors: T task vectors, float32 or float64; whole tensors. Decompositions are in float64.
+        experts: T tensors in their stored dtypes.
         site: names the tensor.
         prepared: names of the matrices that are stored transposed.
         common_fraction: fraction of the directions that are the sum's.
@@ -56,5 +65,6 @@ def iso_cts(
     matrices = [vector.T for vector in vectors] if transposed else vectors
     outputs_are_columns = transposed or (rows < columns) != (site.name in prepared)
     tall = [tall_matrix(matrix) for matrix in matrices]
-    merged = merge_directions(tall, outputs_are_columns, common_fraction, matrices[0])
+    noise = [rounding_norm([expert]) for expert in experts]
+    merged = merge_directions(tall, outputs_are_columns, common_fraction, matrices[0], noise=noise)
     return merged.T if transposed else merged

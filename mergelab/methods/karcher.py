@@ -17,7 +17,11 @@ from mergelab.ops.gram import RESOLUTION, Array, combination, combination_norm, 
 ANTIPODE = 1e-3  # angle from the opposite point within which the shortest arc is not determined
 
 
-@merge_method(family="averages", paper="Karcher 1977, doi:10.1002/cpa.3160300502")
+@merge_method(
+    family="averages",
+    paper="Karcher 1977, doi:10.1002/cpa.3160300502",
+    use="more than two models to be interpolated on the sphere, without preferring one",
+)
 def karcher(
     experts: Sequence[Tensor],
     *,

@@ -176,6 +176,7 @@ def _matrices(models: AlignedModels, name: str, turned: frozenset[str]) -> list[
     family="spectral",
     work="decomposes every matrix of all experts side by side",
     paper="Stoica et al. 2024, arXiv:2410.19735",
+    use="LoRA experts, whose updates agree too little for merging entry by entry",
 )
 def knots(
     vectors: Sequence[Tensor],

@@ -17,6 +17,7 @@ from mergelab.engine.method import merge_method
     identical_at={"lambda": 1.0},
     family="task vectors",
     paper="Marczak et al. 2024, arXiv:2407.06322",
+    use="experts fine-tuned in sequence, or whose large changes lie apart",
 )
 def magmax(vectors: Sequence[Tensor]) -> Tensor:
     """Select, at each entry, the task vector of largest magnitude.

@@ -11,7 +11,11 @@ from mergelab.engine.method import merge_method
 from mergelab.ops.blocks import working
 
 
-@merge_method(elementwise=True, family="averages")
+@merge_method(
+    elementwise=True,
+    family="averages",
+    use="three or more experts, of which one may be broken",
+)
 def median(experts: Sequence[Tensor]) -> Tensor:
     """Return the median of the experts at each entry; for an even number of experts, the mean of the middle two.
 

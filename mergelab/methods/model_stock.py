@@ -48,6 +48,7 @@ def model_ratio(models: AlignedModels, *, scope: Literal["tensor", "model"]) -> 
     prepare=model_ratio,
     family="averages",
     paper="Jang et al. 2024, arXiv:2403.19522",
+    use="two or three fine-tunes on one task, instead of a soup of many",
 )
 def model_stock(
     base: Tensor,

@@ -19,7 +19,12 @@ from mergelab.ops.spherical import check_spherical, origin
 from mergelab.ops.task_vectors import factors
 
 
-@merge_method(check=check_spherical, family="averages", paper=MERGEKIT)
+@merge_method(
+    check=check_spherical,
+    family="averages",
+    paper=MERGEKIT,
+    use="several models to be interpolated on the sphere by weights",
+)
 def multislerp(
     experts: Sequence[Tensor],
     *,

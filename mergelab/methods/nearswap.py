@@ -14,7 +14,15 @@ from mergelab.methods import MERGEKIT
 from mergelab.ops.pair import check_pair, pair_of
 
 
-@merge_method(experts=(1, 2), elementwise=True, check=check_pair, order_matters=True, family="pairwise", paper=MERGEKIT)
+@merge_method(
+    experts=(1, 2),
+    elementwise=True,
+    check=check_pair,
+    order_matters=True,
+    family="pairwise",
+    paper=MERGEKIT,
+    use="two models of which the second is to count where they are near each other",
+)
 def nearswap(
     experts: Sequence[Tensor], *, base: Tensor | None = None, t: Annotated[float, Field(ge=0)] = 0.0001
 ) -> Tensor:

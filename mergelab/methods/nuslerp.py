@@ -16,7 +16,13 @@ from mergelab.ops.spherical import check_spherical, origin
 from mergelab.ops.task_vectors import factors
 
 
-@merge_method(experts=(2, 2), check=check_spherical, family="averages", paper=MERGEKIT)
+@merge_method(
+    experts=(2, 2),
+    check=check_spherical,
+    family="averages",
+    paper=MERGEKIT,
+    use="slerp between two models by weights, also of task vectors or row by row",
+)
 def nuslerp(
     experts: Sequence[Tensor],
     *,

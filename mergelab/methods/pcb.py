@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Density
+from mergelab.engine.sweep_range import NotSwept
 from mergelab.ops.blocks import blocks
 from mergelab.ops.kth_largest import Array, Open, kth_largest
 from mergelab.ops.task_vectors import Vectors, open_task_vectors, weighted_sum
 from mergelab.ops.threads import chunks, in_order
 from mergelab.weights.align import AlignedModels
 
-OUTLIERS = 1e-4  # fraction of the magnitudes that is clamped at either end
+Between = Literal["raw", "normalized"]  # the task vectors whose sum each is compared with
 OpenTensor = Callable[[str], Vectors]  # opens a tensor by name, to read its entries of the T vectors
 
 
@@ -52,20 +55,25 @@ class Competition:
     scores: tuple[Range, ...]
 
 
-def balance(vectors: Sequence[Tensor], magnitudes: Sequence[Range]) -> list[Tensor]:
+def balance(vectors: Sequence[Tensor], magnitudes: Sequence[Range], between: Between) -> list[Tensor]:
     """Compute the scores exp(T·(x_t² − 1))·tanh(τ_t·Σ_s τ_s), with x_t the magnitudes normalised by their range.
 
     Args:
         vectors: per expert, a block in float64.
         magnitudes: per expert, the range of magnitudes.
+        between: whether the sum is of the "raw" τ_s, or of the "normalized" sgn(τ_s)·x_s.
 
     Returns:
         Per expert, a block of scores in float64.
     """
-    total = weighted_sum(vectors, (1.0,) * len(vectors))
+    inside = [span.normalise(vector.abs()) for vector, span in zip(vectors, magnitudes, strict=True)]
+    summed = vectors
+    if between == "normalized":
+        summed = [vector.sign() * share for vector, share in zip(vectors, inside, strict=True)]
+    total = weighted_sum(summed, (1.0,) * len(vectors))
     scores = []
-    for vector, span in zip(vectors, magnitudes, strict=True):
-        within = span.normalise(vector.abs()).square_().sub_(1).mul_(len(vectors)).exp_()
+    for vector, share in zip(vectors, inside, strict=True):
+        within = share.square_().sub_(1).mul_(len(vectors)).exp_()
         scores.append(within.mul_((vector * total).tanh_()))
     return scores
 
@@ -75,7 +83,7 @@ def to_double(vectors: Sequence[Tensor]) -> list[Tensor]:
     return [vector.double() for vector in vectors]
 
 
-def competition(models: AlignedModels, *, ratio: float) -> Competition:
+def competition(models: AlignedModels, *, ratio: float, clamp: float, between: Between) -> Competition:
     """Find the ranges of magnitudes and of selected scores over the whole task vectors."""
     assert models.base is not None
     sizes = {name: math.prod(models.base.shape(name)) for name in models.names}
@@ -89,13 +97,13 @@ def competition(models: AlignedModels, *, ratio: float) -> Competition:
 
     lowest, highest = (
         select_ascending(magnitudes, sizes, count, index)
-        for index in (int(length * OUTLIERS), int(length * (1 - OUTLIERS) - 1))
+        for index in (int(length * clamp), int(length * (1 - clamp) - 1))
     )
     spans = tuple(Range(low, high) for low, high in zip(lowest, highest, strict=True))
 
     def scores(name: str) -> Vectors:
         read = open_task_vectors(models, name)
-        return lambda part: balance(to_double(read(part)), spans)
+        return lambda part: balance(to_double(read(part)), spans, between)
 
     index = min(int(length * (1 - ratio)), length - 1)
     least = select_ascending(positive_part(scores, 1), sizes, count, index)
@@ -148,16 +156,30 @@ def largest_entries(open_: OpenTensor, sizes: Mapping[str, int]) -> tuple[float,
     identical_at=None,
     family="task vectors",
     paper="Du et al. 2024, arXiv:2410.02396",
+    authors={"clamp": 0.01},
+    tuned=("lambda_",),
+    use="several tasks of unlike importance, without data",
 )
-def pcb(vectors: Sequence[Tensor], *, prepared: Competition, ratio: Density = 0.1) -> Tensor:
+def pcb(
+    vectors: Sequence[Tensor],
+    *,
+    prepared: Competition,
+    ratio: Density = 0.1,
+    clamp: Annotated[float, Field(ge=0, lt=0.5), NotSwept()] = 1e-4,
+    between: Between = "raw",
+) -> Tensor:
     """Average task vectors, each entry weighted by its competition within its task and between tasks.
 
     θ0 + λ·Σ_t β̂_t⊙τ̃_t / Σ_t β̂_t. Scores are β_t = exp(T·x_t²)·tanh(τ_t·Σ_s τ_s). The first factor balances within a
     task; x_t are the magnitudes |τ_t|, mapped to [0, 1] by their minimum and maximum. The second factor balances
     between tasks and is negative where an entry opposes the sum. The ``ratio`` largest scores of each task are selected
-    and mapped to [0, 1] by their minimum and maximum: β̂_t, with 0 for all others. Minima, maxima and ratio are over the
-    whole task vector. For x_t and τ̃_t, the 10⁻⁴ largest and smallest magnitudes are clamped first; the second factor
-    uses τ_t without clamping (Du et al. 2024, arXiv:2410.02396).
+    and mapped to [0, 1] by their minimum and maximum: β̂_t, with 0 for all others. Minima, maxima and ratio are over
+    the whole task vector. For x_t and τ̃_t, the fraction ``clamp`` of largest and of smallest magnitudes is clamped
+    first; the second factor uses τ_t without clamping (Du et al. 2024, arXiv:2410.02396).
+
+    The defaults are those of the authors' stand-alone function. Their experiments on language models clamp 0.01
+    (``method.preset=authors``); those on vision models also sum sgn(τ_s)·x_s in the second factor
+    (``between="normalized"``), select 0.05 and set λ = 1.2.
 
     This follows the authors' code. The paper's equations have Softmax(T·Norm(τ_t²)) for the first factor and
     Σ_s Softmax(Norm(τ_t·τ_s)) for the second, without a definition of Norm, and weights that are not mapped to [0, 1].
@@ -168,6 +190,8 @@ def pcb(vectors: Sequence[Tensor], *, prepared: Competition, ratio: Density = 0.
         vectors: T task vectors, float32 or float64.
         prepared: the ranges of magnitudes and scores.
         ratio: fraction of a task vector's entries to select.
+        clamp: fraction of a task vector's magnitudes that is clamped, at either end.
+        between: what the second factor sums: "raw", the τ_s; "normalized", their signs times x_s.
         lambda_: scale of the merged task vector; the engine applies it.
 
     Returns:
@@ -176,7 +200,7 @@ def pcb(vectors: Sequence[Tensor], *, prepared: Competition, ratio: Density = 0.
     doubles = to_double(vectors)
     merged, shares = torch.zeros_like(doubles[0]), torch.zeros_like(doubles[0])
     for vector, score, span, selected in zip(
-        doubles, balance(doubles, prepared.magnitudes), prepared.magnitudes, prepared.scores, strict=True
+        doubles, balance(doubles, prepared.magnitudes, between), prepared.magnitudes, prepared.scores, strict=True
     ):
         share = selected.normalise(score)
         merged += vector.sign() * span.clamp(vector.abs()) * share

@@ -14,7 +14,13 @@ from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import factors, weighted_sum
 
 
-@merge_method(order_matters=True, identical_at=None, family="adapter factors", paper="Yu et al. 2024, arXiv:2311.03099")
+@merge_method(
+    order_matters=True,
+    identical_at=None,
+    family="adapter factors",
+    paper="Yu et al. 2024, arXiv:2311.03099",
+    use="LoRA adapters, to reproduce PEFT's dare_linear",
+)
 def peft_dare_linear(
     adapters: Sequence[LowRank | None], *, site: Site, weights: Weights = None, density: Density = 0.5
 ) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,13 @@ from mergelab.ops.site import Site
 from mergelab.ops.task_vectors import MajoritySign, factors
 
 
-@merge_method(order_matters=True, identical_at=None, family="adapter factors", paper="Yu et al. 2024, arXiv:2311.03099")
+@merge_method(
+    order_matters=True,
+    identical_at=None,
+    family="adapter factors",
+    paper="Yu et al. 2024, arXiv:2311.03099",
+    use="LoRA adapters, to reproduce PEFT's dare_ties",
+)
 def peft_dare_ties(
     adapters: Sequence[LowRank | None],
     *,

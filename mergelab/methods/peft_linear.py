@@ -13,7 +13,12 @@ from mergelab.engine.parameters import Weights
 from mergelab.ops.task_vectors import factors, weighted_sum
 
 
-@merge_method(order_matters=True, identical_at=None, family="adapter factors")
+@merge_method(
+    order_matters=True,
+    identical_at=None,
+    family="adapter factors",
+    use="LoRA adapters, to reproduce PEFT's linear",
+)
 def peft_linear(adapters: Sequence[LowRank | None], *, weights: Weights = None) -> tuple[Tensor, Tensor]:
     """Add up LoRA factors, A with A and B with B, as PEFT's ``linear`` does: not linear in the weights.
 

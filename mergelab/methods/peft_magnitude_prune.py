@@ -13,7 +13,12 @@ from mergelab.engine.parameters import Density, Weights
 from mergelab.ops.task_vectors import factors, weighted_sum
 
 
-@merge_method(order_matters=True, identical_at=None, family="adapter factors")
+@merge_method(
+    order_matters=True,
+    identical_at=None,
+    family="adapter factors",
+    use="LoRA adapters, to reproduce PEFT's magnitude_prune",
+)
 def peft_magnitude_prune(
     adapters: Sequence[LowRank | None], *, weights: Weights = None, density: Density = 0.5
 ) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,11 @@ from mergelab.ops.task_vectors import MajoritySign, factors
 
 
 @merge_method(
-    order_matters=True, identical_at=None, family="adapter factors", paper="Yadav et al. 2023, arXiv:2306.01708"
+    order_matters=True,
+    identical_at=None,
+    family="adapter factors",
+    paper="Yadav et al. 2023, arXiv:2306.01708",
+    use="LoRA adapters, to reproduce PEFT's ties",
 )
 def peft_ties(
     adapters: Sequence[LowRank | None],

@@ -29,6 +29,7 @@ def changed(vectors: Sequence[Tensor], epsilon: float) -> tuple[list[Tensor], Te
     identical_at={"epsilon": 0.0},
     family="task vectors",
     paper="Yuan et al. 2026, arXiv:2601.13572",
+    use="agents trained by reinforcement learning, whose changes are sparse",
 )
 def ram(vectors: Sequence[Tensor], *, epsilon: NotNegative = 1e-5) -> Tensor:
     """Keep entries that only one expert changed, and average entries that several changed.

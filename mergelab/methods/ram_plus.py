@@ -48,6 +48,8 @@ def unique_scales(models: AlignedModels, *, epsilon: float, r: float, alpha: flo
     identical_at={"epsilon": 0.0},
     family="task vectors",
     paper="Yuan et al. 2026, arXiv:2601.13572",
+    authors={"r": 0.2, "alpha": 1.0},
+    use="as ram, where what experts share outweighs what is their own",
 )
 def ram_plus(
     vectors: Sequence[Tensor],
@@ -63,7 +65,8 @@ def ram_plus(
     that it shares with others over the number of entries that only it changed, in its whole task vector (Yuan et al.
     2026, arXiv:2601.13572). So the more of an expert's entries are averaged, the more its unique entries are scaled up.
 
-    Departures: none known. mergekit's ``ramplus_tl`` is tensor-local: it counts in each tensor.
+    Departures: the defaults of r and α are mergekit's; the authors' are 0.2 and 1. mergekit's ``ramplus_tl`` is
+    tensor-local: it counts in each tensor.
 
     Args:
         vectors: T task vectors, float32 or float64.

@@ -34,6 +34,7 @@ COMPARED_ENTRIES = 1 << 22  # entries of a tensor compared at once
     order_matters=True,
     family="alignment",
     paper="Ainsworth et al. 2023, arXiv:2209.04836",
+    use="models trained from different starts, before another method",
 )
 def rebasin(
     models: AlignedModels,
@@ -117,7 +118,7 @@ def attention_head_groups(
 
 
 def config_of(source: object) -> Mapping[str, Any] | None:
-    """Return the config of the checkpoint that a source, or the source it wraps, reads; None without one."""
+    """Return the config of the checkpoint or module that a source, or the source it wraps, reads; None without one."""
     while source is not None:
         config = getattr(source, "config", None)
         if isinstance(config, Mapping):

@@ -135,6 +135,8 @@ def _write_merged(
     family="data",
     work="solves a system for every linear layer",
     paper="Nguyen et al. 2025, arXiv:2508.03121",
+    authors={"alpha": 0.95, "samples": 256},
+    use="as regmean, for deep models whose layers' inputs shift with the merge",
 )
 def regmean_plus(
     experts: Sequence[Tensor],
@@ -153,6 +155,7 @@ def regmean_plus(
 
     Departures: linear layers outside of the blocks are merged in the same way, before the first or after the last
     block; the first layers of a model run on the averaged embeddings. Singular systems are solved as for ``regmean``.
+    The authors use α = 0.95 and 256 examples; the defaults are those of `regmean`, so that the two can be compared.
 
     Args:
         experts: T whole tensors of one shape, any float dtype.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -48,8 +49,15 @@ def select(vectors: Sequence[Tensor], density: float) -> list[Tensor]:
     return flat
 
 
-@merge_method(family="task vectors", paper="Wan et al. 2024, arXiv:2408.07990")
-def sce(vectors: Sequence[Tensor], *, select_topk: Density = 1.0) -> Tensor:
+@merge_method(
+    family="task vectors",
+    paper="Wan et al. 2024, arXiv:2408.07990",
+    authors={"select_topk": 0.1, "entries": "all"},
+    use="chat models of unlike strength, without data",
+)
+def sce(
+    vectors: Sequence[Tensor], *, select_topk: Density = 1.0, entries: Literal["selected", "all"] = "selected"
+) -> Tensor:
     """Select entries by variance, calculate the experts' coefficients, erase minority signs, per tensor.
 
     θ0 + τ_m. Select: of the entries on which the experts differ, keep the ``select_topk`` of largest variance over the
@@ -57,22 +65,29 @@ def sce(vectors: Sequence[Tensor], *, select_topk: Density = 1.0) -> Tensor:
     τ_m = Σ η_t τ̂_t / Σ η_t over the experts whose τ̂_t has the sign γ (Wan et al. 2024, arXiv:2408.07990). With
     ``select_topk`` below 1, nothing is selected in a tensor that is equal in all experts, and it becomes the base's.
 
-    Departures: as in mergekit's code, and unlike the paper's formula, the sum is divided by the coefficients of the
-    experts that agree, and votes that cancel count as positive. Unlike mergekit, at least one entry is selected, and
-    entries of equal variance are all kept. The experts get equal coefficients only when every τ̂ is 0; mergekit does so
-    below a mean square of 1e-6, which many fine-tuned models are under.
+    The paper's text merges the selected entries, τ̂, as mergekit's code does. The authors' code (FuseAI's FuseChat)
+    selects for the coefficients alone: η_t is of τ̂_t, and the entries that vote and are merged are τ_t. That is
+    ``entries="all"``; their FuseChat selects 0.1.
+
+    Departures: as in both codes, and unlike the paper's formula, the sum is divided by the coefficients of the experts
+    that agree, and votes that cancel count as positive. Unlike them, at least one entry is selected, and entries of
+    equal variance are all kept. The experts get equal coefficients only when every τ̂ is 0; mergekit does so below a
+    mean square of 1e-6, which many fine-tuned models are under.
 
     Args:
         vectors: T task vectors, float32 or float64; whole tensors, not parts.
         select_topk: fraction of the varying entries to select.
+        entries: what is merged: the "selected" entries, or "all", with the selection's coefficients.
 
     Returns:
         τ_m, of the vectors' shape and dtype.
     """
+    whole_vectors = entries == "all" and select_topk < 1
+    merged = [vector.reshape(-1).clone() for vector in vectors] if whole_vectors else None
     selected = select(vectors, select_topk)
     energy = [dot(vector, vector) for vector in selected]
     whole = math.fsum(energy)
-    if not whole:
+    if not whole and merged is None:
         return torch.zeros_like(vectors[0])
-    shares = [of_one / whole for of_one in energy]
-    return SignConsensus(shares).merge(selected, tie_sign=1.0).view(vectors[0].shape)
+    shares = [of_one / whole if whole else 1 / len(energy) for of_one in energy]
+    return SignConsensus(shares).merge(merged or selected, tie_sign=1.0).view(vectors[0].shape)

@@ -34,7 +34,13 @@ def arc(cosine: Tensor, t: float, threshold: float = 1.0) -> tuple[Tensor, Tenso
     return of_a, of_b
 
 
-@merge_method(experts=(2, 2), order_matters=True, family="averages", paper="Shoemake 1985, doi:10.1145/325165.325242")
+@merge_method(
+    experts=(2, 2),
+    order_matters=True,
+    family="averages",
+    paper="Shoemake 1985, doi:10.1145/325165.325242",
+    use="two models of one base, half-way between them at full norm",
+)
 def slerp(
     experts: Sequence[Tensor], *, t: Fraction = 0.5, threshold: Annotated[Fraction, NotSwept()] = 0.9995
 ) -> Tensor:

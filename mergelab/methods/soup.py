@@ -27,7 +27,11 @@ def coefficients(count: int, weights: Sequence[float] | None, normalize: bool) -
 
 
 @merge_method(
-    elementwise=True, coefficients=coefficients, family="averages", paper="Wortsman et al. 2022, arXiv:2203.05482"
+    elementwise=True,
+    coefficients=coefficients,
+    family="averages",
+    paper="Wortsman et al. 2022, arXiv:2203.05482",
+    use="several runs of one task from one base: the first thing to try",
 )
 def soup(
     experts: Sequence[Tensor],

@@ -23,6 +23,8 @@ def coefficients(count: int, weights: Sequence[float] | None) -> Sequence[float]
     identical_at=None,
     family="task vectors",
     paper="Ilharco et al. 2023, arXiv:2212.04089",
+    tuned=("lambda_",),
+    use="adding skills to a base, or with a negative weight removing one",
 )
 def task_arithmetic(vectors: Sequence[Tensor], *, weights: Weights = None) -> Tensor:
     """Add the scaled sum of the task vectors to the base.

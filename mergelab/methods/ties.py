@@ -35,6 +35,7 @@ def prepare_ties(
     identical_at={"density": 1.0},
     family="task vectors",
     paper="Yadav et al. 2023, arXiv:2306.01708",
+    use="several tasks from one base, without data: the second thing to try",
 )
 def ties(
     vectors: Sequence[Tensor],

@@ -26,6 +26,7 @@ ROWS = 768  # rows that are optimised at a time; the loss is a sum over rows
     family="spectral",
     work="multiplies every matrix hundreds of times",
     paper="Cheng et al. 2025, arXiv:2503.08099",
+    use="several tasks without data, when minutes of optimisation are worth a better merge",
 )
 def wudi(
     vectors: Sequence[Tensor],

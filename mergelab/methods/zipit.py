@@ -25,7 +25,7 @@ from mergelab.estimation.features import layer_inputs
 from mergelab.methods.rebasin import attention_head_groups, config_of, write_indices
 from mergelab.methods.soup import soup
 from mergelab.ops.blocks import working
-from mergelab.ops.feature_matching import Positions, Similarity, assign_positions
+from mergelab.ops.feature_matching import Budget, Positions, Similarity, assign_positions
 from mergelab.ops.layout import inputs_first
 from mergelab.ops.permutations import Permutation, Slot, find_permutations
 from mergelab.ops.threads import in_order
@@ -55,8 +55,11 @@ def units_of(models: AlignedModels, *, heads: int) -> tuple[Permutation, ...]:
 @merge_method(
     needs=("data",),
     check=check_units,
+    identical_at={"alpha": 1.0},
     family="alignment",
     paper="Stoica et al. 2024, arXiv:2305.03053",
+    authors={"budget": "first"},
+    use="models trained from different starts on different tasks, with examples",
 )
 def zipit(
     models: AlignedModels,
@@ -66,6 +69,7 @@ def zipit(
     ratio: Fraction = 0.5,
     alpha: Fraction = 0.3,
     beta: Fraction = 0.125,
+    budget: Budget = "members",
     samples: Samples = 200,
     heads: Annotated[int, Field(ge=1)] | None = None,
     kv_heads: Annotated[int, Field(ge=1)] | None = None,
@@ -77,19 +81,20 @@ def zipit(
     matrix (each column a group's sum), layers W_t that write the features become M_t W_t and are added up. Layers that
     read them become W_t U_t and are averaged (Stoica et al. 2024, arXiv:2305.03053). Correlations are over the same
     tokens for all experts: training examples of every expert's task, at most about 2048 tokens or one of each example.
-    The correlation of two groups is that of their least correlated features, times ``alpha`` for each feature that they
-    would have together beyond T. In BERT-, GPT-2- and Llama-like models the features are each layer's FFN hidden units,
-    its attention heads (whole heads, or whole groups that share keys and values), the residual stream, and a pooler's
-    outputs. All other tensors are averaged.
+    The correlation of a group with another is the smaller one of the two groups that it was made of, times ``alpha``.
+    In BERT-, GPT-2- and Llama-like models the features are each layer's FFN hidden units, its attention heads (whole
+    heads, or whole groups that share keys and values), the residual stream, and a pooler's outputs. All other tensors
+    are averaged.
 
     Departures: attention heads and the residual stream are zipped only across experts, with one feature of each expert
     in a group. Attention, LayerNorm and an embedding that is also the output layer do not keep their function when two
     features of one expert are merged; this way each expert computes the same as before. The output is one model of the
     experts' size: when ``ratio`` asks for fewer merged features, positions whose features already correlate best keep
     them, and only the others are zipped, so that ratio 0 gives the experts' mean. The paper's partial zip, a model with
-    several ends, is not supported. The authors' code multiplies by α in each step and counts a group as its first
-    feature's expert's; for single features of two experts that is the same. A step counts against the budgets of the
-    experts of which both groups have features; when budgets leave nothing to merge, they are void. Of equal
+    several ends, is not supported. A step counts against the budgets of the experts of which both groups have features,
+    so that with β = 0 no two features of one expert are merged. The authors' code counts a group as its first feature's
+    expert's, so that mixed groups escape the budget, and merges once at β = 0: ``budget="first"``. When budgets leave
+    nothing to merge, they are void. Negative correlations are not multiplied by α, which would raise them. Of equal
     correlations, features with equal positions are merged first. Constant features correlate fully with each other and
     not with others. Units that a tensor outside the merge reads or writes are averaged without zipping.
 
@@ -99,8 +104,9 @@ def zipit(
         seed: of the draw of examples.
         ratio: fraction of the T·d features that zipping removes (the paper's r); 1 − 1/T, the default for two experts,
             or more removes as many as possible.
-        alpha: factor that keeps groups of more than T features from growing.
+        alpha: factor that keeps groups of more than two features from growing.
         beta: budget for merging features of one expert in a layer, as a fraction of the steps per expert.
+        budget: which experts' budgets a step counts against, by all "members" of the groups or by their "first" one.
         samples: number of training examples of each expert.
         heads: number of attention heads; default: from the models' configs.
         kv_heads: number of key and value heads; default: from the configs, else ``heads``.
@@ -133,7 +139,13 @@ def zipit(
             return np.tile(np.arange(unit.size), (len(experts), 1))
         count = min(unit.size, round(ratio * unit.size * len(experts) / (len(experts) - 1)))
         return assign_positions(
-            correlations, len(experts), count, one_per_model=one_per_expert(unit), alpha=alpha, beta=beta
+            correlations,
+            len(experts),
+            count,
+            one_per_model=one_per_expert(unit),
+            alpha=alpha,
+            beta=beta,
+            budget=budget,
         )
 
     positions = dict(zip((unit.name for unit in units), in_order(zip_unit, units, ahead=1), strict=True))

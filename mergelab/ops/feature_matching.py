@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
 Similarity = NDArray[np.floating]
 Positions = NDArray[np.intp]
+Budget = Literal["members", "first"]
 
 SAME_POSITION = 1e-5  # added to the similarity of features with equal positions, to decide between equal similarities
 
 
-def zip_greedily(similarity: Similarity, model_of: Positions, count: int, *, alpha: float, beta: float) -> Positions:
+def zip_greedily(
+    similarity: Similarity,
+    model_of: Positions,
+    count: int,
+    *,
+    alpha: float,
+    beta: float,
+    budget: Budget = "members",
+) -> Positions:
     """Merge the two most similar groups of features until ``count`` groups are left, starting with one per feature.
 
-    The similarity of two groups is the smallest similarity of their features. When it is positive, it is multiplied by
-    ``alpha`` for each feature that the groups have together beyond the number of models.
+    The similarity of a group to another is the smaller one of the two groups that it was made of; when that is
+    positive, times ``alpha``. So it is multiplied once for each feature that two groups have together beyond two.
 
     Args:
         similarity: (N, N), symmetric; the diagonal is ignored. It is overwritten.
@@ -25,11 +36,13 @@ def zip_greedily(similarity: Similarity, model_of: Positions, count: int, *, alp
         beta: budget of each model, as a fraction of (N − count) / models steps. A step counts against the budgets of
             the models of which both groups have features. Groups that share a model without budget are not merged. When
             no other groups are left, all budgets are void.
+        budget: "members": as above. "first": a group counts as its first feature's model's alone until a step has used
+            up a budget, one step where it is 0; from then on also as that model's.
 
     Returns:
         (N,) the group of each feature: the index of the group's first feature.
     """
-    state = _Zipping(similarity, model_of, count, alpha, beta)
+    state = _Zipping(similarity, model_of, count, alpha, beta, budget)
     for _ in range(len(similarity) - count):
         state.step()
     return state.group
@@ -38,17 +51,19 @@ def zip_greedily(similarity: Similarity, model_of: Positions, count: int, *, alp
 class _Zipping:
     """Groups during merging; each alive row has its most similar other group, or (stale) a bound of its similarity."""
 
-    def __init__(self, similarity: Similarity, model_of: Positions, groups: int, alpha: float, beta: float) -> None:
+    def __init__(
+        self, similarity: Similarity, model_of: Positions, groups: int, alpha: float, beta: float, budget: Budget
+    ) -> None:
         count = len(similarity)
         self.similarity = similarity
-        self.penalty = alpha ** np.arange(2 * count, dtype=similarity.dtype)  # by number of excess features
+        self.alpha = similarity.dtype.type(alpha)
         np.fill_diagonal(self.similarity, -np.inf)
-        self.size = np.ones(count, dtype=np.intp)
         self.group = np.arange(count)
         self.alive = np.ones(count, dtype=bool)
         self.members = model_of[:, None] == np.arange(model_of.max(initial=0) + 1)
         self.budget = np.full(self.members.shape[1], int((count - groups) // self.members.shape[1] * beta + 1e-4))
-        self.spent = self.budget <= 0
+        self.by_members = budget == "members"
+        self.spent = (self.budget <= 0) & self.by_members
         self.nearest = np.zeros(count, dtype=np.intp)
         self.bound = np.full(count, np.inf)
         self.stale = self.alive.copy()
@@ -58,11 +73,11 @@ class _Zipping:
         first, second = self._most_similar_pair()
         shared = self.members[first] & self.members[second]
         row = np.minimum(self.similarity[first], self.similarity[second])
+        row *= np.where(row > 0, self.alpha, 1)
         self.similarity[first], self.similarity[:, first] = row, row
         self.similarity[second] = self.similarity[:, second] = -np.inf
         self.alive[second], self.bound[second], self.stale[second] = False, -np.inf, False
-        self.members[first] |= self.members[second]
-        self.size[first] += self.size[second]
+        self.members[first] |= self.members[second] & (self.spent | self.by_members)
         self.group[self.group == second] = first
         self.stale |= ((self.nearest == first) | (self.nearest == second)) & self.alive
         self._scan(first)
@@ -85,9 +100,6 @@ class _Zipping:
 
     def _scan(self, row: int) -> None:
         entries = self.similarity[row]
-        excess = self.size + (self.size[row] - self.members.shape[1])
-        if excess.max() > 0:
-            entries = entries * np.where(entries > 0, self.penalty[np.maximum(excess, 0)], 1)
         excluded = self._excluded(row)
         entries = np.where(excluded, -np.inf, entries) if excluded.any() else entries
         self.nearest[row] = entries.argmax()
@@ -157,7 +169,14 @@ def positions_of_groups(group: Positions, models: int) -> Positions:
 
 
 def assign_positions(
-    similarity: Similarity, models: int, count: int, *, one_per_model: bool, alpha: float, beta: float
+    similarity: Similarity,
+    models: int,
+    count: int,
+    *,
+    one_per_model: bool,
+    alpha: float,
+    beta: float,
+    budget: Budget = "members",
 ) -> Positions:
     """Assign the T·n features of T models to n positions.
 
@@ -167,7 +186,7 @@ def assign_positions(
         count: number of positions whose features are reassigned; the features of the other positions, which are the
             most similar across models, keep theirs.
         one_per_model: whether a position gets exactly one feature of each model.
-        alpha, beta: as for `zip_greedily`.
+        alpha, beta, budget: as for `zip_greedily`.
 
     Returns:
         (T, n) the position of each feature.
@@ -188,7 +207,7 @@ def assign_positions(
             found = match_in_turn(among, models)
         else:
             model_of = np.repeat(np.arange(models), len(open_))
-            group = zip_greedily(among, model_of, len(open_), alpha=alpha, beta=beta)
+            group = zip_greedily(among, model_of, len(open_), alpha=alpha, beta=beta, budget=budget)
             found = positions_of_groups(group, models)
         positions[:, open_] = open_[found]
     return positions

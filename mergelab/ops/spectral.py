@@ -23,7 +23,12 @@ from mergelab.weights.numerics import norm
 
 
 def merge_directions(
-    matrices: Sequence[TallMatrix], outputs_are_columns: bool, common_fraction: float, like: Tensor
+    matrices: Sequence[TallMatrix],
+    outputs_are_columns: bool,
+    common_fraction: float,
+    like: Tensor,
+    *,
+    noise: Sequence[float],
 ) -> Tensor:
     """Merge the tasks' matrices by their common and task-specific directions, as `iso_cts` defines it.
 
@@ -32,16 +37,17 @@ def merge_directions(
         outputs_are_columns: whether a layer's outputs lie along the columns; common directions are removed there.
         common_fraction: fraction of the directions that are the sum's.
         like: has the shape and dtype of the result; when it is wide, the result is transposed.
+        noise: per matrix, the singular value that rounding alone makes; errors of several matrices are independent.
     """
     common_rank, specific_rank = split_rank(matrices[0].columns, len(matrices), common_fraction)
     whole = matrix_sum(matrices)
-    common = decompose(whole).leading(common_rank)
+    common = decompose(whole, noise=math.hypot(*noise)).leading(common_rank)
     specific: list[TaskDirections] = []
     if specific_rank and outputs_are_columns:
         complement = torch.linalg.qr(common.right, mode="complete").Q[:, len(common.values) :]
-        specific = [project_right(matrix, complement, specific_rank) for matrix in matrices]
+        specific = [project_right(*each, complement, specific_rank) for each in zip(matrices, noise, strict=True)]
     elif specific_rank:
-        specific = [remove_left(matrix, common, specific_rank) for matrix in matrices]
+        specific = [remove_left(*each, common, specific_rank) for each in zip(matrices, noise, strict=True)]
     from_sum = torch.cat([common.right / common.values, *(-each.from_sum for each in specific)], dim=1)
     ends = list(accumulate((len(each.values) for each in specific), initial=len(common.values)))
 
@@ -81,15 +87,15 @@ class TaskDirections:
     from_sum: Tensor
 
 
-def project_right(matrix: TallMatrix, complement: Tensor, rank: int) -> TaskDirections:
+def project_right(matrix: TallMatrix, noise: float, complement: Tensor, rank: int) -> TaskDirections:
     """Decompose X C Cᵀ for C (n, c) of orthonormal columns; X − X V Vᵀ when C spans the complement of V."""
     projected = TallMatrix(lambda part: matrix.read(part) @ complement, matrix.rows, complement.shape[1])
-    found = decompose_leading(projected, rank, size=_size(matrix))
+    found = decompose_leading(projected, rank, size=_size(matrix), noise=noise)
     right = complement @ found.right
     return TaskDirections(found.values, right, right / found.values, torch.zeros_like(right))
 
 
-def remove_left(matrix: TallMatrix, common: Triplets, rank: int) -> TaskDirections:
+def remove_left(matrix: TallMatrix, noise: float, common: Triplets, rank: int) -> TaskDirections:
     """Decompose X − U Uᵀ X for the common left vectors U = S V/σ, with S the matrix of the common triplets."""
     whole, scaled = common.matrix, common.right / common.values
     gram = common.right.new_zeros(matrix.columns, matrix.columns)
@@ -106,7 +112,7 @@ def remove_left(matrix: TallMatrix, common: Triplets, rank: int) -> TaskDirectio
 
     size = float(gram.trace().sqrt())
     rest = TallMatrix(read, matrix.rows, matrix.columns)
-    found = decompose_leading(rest, rank, size=size, gram=gram - self_product(projection))
+    found = decompose_leading(rest, rank, size=size, noise=noise, gram=gram - self_product(projection))
     from_task = found.right / found.values
     return TaskDirections(found.values, found.right, from_task, from_whole @ from_task)
 

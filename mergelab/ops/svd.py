@@ -20,6 +20,7 @@ ReadRows = Callable[[slice], Tensor]
 ROWS = 2048  # rows in memory at once
 COLUMNS = 192  # columns of a symmetric product computed at once
 SQUARABLE = 1e-4  # σ_r/σ_1 above which float64 resolves σ_r² relative to σ_1²
+SQUARED = 1e-7  # σ/σ_1 above which σ² is known to a few percent, enough to tell whether σ is rounding
 SHARED = 1e-10  # eigenvalues of a Gram matrix of unit vectors count as 0 below this fraction of the largest
 
 
@@ -88,7 +89,7 @@ def matrix_sum(matrices: Sequence[TallMatrix]) -> TallMatrix:
     return TallMatrix(read, first.rows, first.columns)
 
 
-def decompose(matrix: TallMatrix, *, size: float = 0.0) -> Triplets:
+def decompose(matrix: TallMatrix, *, size: float = 0.0, noise: float = 0.0) -> Triplets:
     """Return the singular triplets with σ > m·ε·σ_1; vectors of smaller σ are arbitrary within rounding.
 
     QR decompositions reduce the matrix block by block to a triangular one, which is then decomposed. Nothing is
@@ -97,6 +98,7 @@ def decompose(matrix: TallMatrix, *, size: float = 0.0) -> Triplets:
     Args:
         matrix: the matrix to decompose.
         size: norm of the matrices whose difference ``matrix`` is, if it is one; replaces σ_1 above when it is larger.
+        noise: singular values up to it are dropped, too (`mergelab.ops.rounding.rounding_norm`).
     """
     triangle: Tensor | None = None
     for part in matrix.parts():
@@ -105,10 +107,12 @@ def decompose(matrix: TallMatrix, *, size: float = 0.0) -> Triplets:
         triangle = torch.linalg.qr(stacked, mode="r").R
     assert triangle is not None
     _, values, right = torch.linalg.svd(triangle, full_matrices=False)
-    return _without_zeros(matrix, values, right.T, size)
+    return _without_zeros(matrix, values, right.T, size, noise)
 
 
-def decompose_leading(matrix: TallMatrix, rank: int, *, size: float = 0.0, gram: Tensor | None = None) -> Triplets:
+def decompose_leading(
+    matrix: TallMatrix, rank: int, *, size: float = 0.0, noise: float = 0.0, gram: Tensor | None = None
+) -> Triplets:
     """Return the ``rank`` largest singular triplets, without those whose σ is 0 within rounding.
 
     They come from the eigenvectors of XᵀX when squaring does not lose accuracy, else from `decompose`.
@@ -116,16 +120,19 @@ def decompose_leading(matrix: TallMatrix, rank: int, *, size: float = 0.0, gram:
     Args:
         matrix: X.
         rank: number of triplets.
-        size: as for `decompose`.
+        size, noise: as for `decompose`.
         gram: XᵀX, with a rounding error of at most ε·size², when it is known.
     """
     squares, vectors = torch.linalg.eigh(_gram(matrix) if gram is None else gram)
     values = squares.clamp_min(0).sqrt().flip(0)[:rank]
-    if float(values[0]) <= _zero(matrix, values, size):
+    largest = max(float(values[0]), size)
+    if noise >= SQUARED * largest:
+        values = values[values > noise]
+    if not len(values) or float(values[0]) <= _zero(matrix, values, size, noise):
         return Triplets(matrix, values[:0], vectors[:, :0])
-    if values[-1] < SQUARABLE * max(float(values[0]), size):
-        return decompose(matrix, size=size).leading(rank)
-    return Triplets(matrix, values, vectors.flip(1)[:, :rank])
+    if values[-1] < SQUARABLE * largest:
+        return decompose(matrix, size=size, noise=noise).leading(rank)
+    return Triplets(matrix, values, vectors.flip(1)[:, : len(values)])
 
 
 def concatenated_left(parts: Sequence[Triplets]) -> TallMatrix:
@@ -176,14 +183,14 @@ def self_product(matrix: Tensor) -> Tensor:
     return product
 
 
-def _without_zeros(matrix: TallMatrix, values: Tensor, right: Tensor, size: float) -> Triplets:
-    rank = int((values > _zero(matrix, values, size)).sum())
+def _without_zeros(matrix: TallMatrix, values: Tensor, right: Tensor, size: float, noise: float) -> Triplets:
+    rank = int((values > _zero(matrix, values, size, noise)).sum())
     return Triplets(matrix, values[:rank], right[:, :rank])
 
 
-def _zero(matrix: TallMatrix, values: Tensor, size: float) -> float:
+def _zero(matrix: TallMatrix, values: Tensor, size: float, noise: float) -> float:
     """Return the bound up to which a singular value counts as 0."""
-    return matrix.rows * torch.finfo(values.dtype).eps * max(float(values[0]), size)
+    return max(noise, matrix.rows * torch.finfo(values.dtype).eps * max(float(values[0]), size))
 
 
 def _gram(matrix: TallMatrix) -> Tensor:

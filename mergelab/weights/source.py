@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -110,10 +110,12 @@ class DictSource:
     Attributes:
         name: what errors call it.
         tensors: by name.
+        config: the model's configuration, where the tensors are those of a module that has one.
     """
 
     name: str
     tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if others := [key for key, value in self.tensors.items() if not isinstance(value, Tensor)]:

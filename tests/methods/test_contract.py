@@ -129,7 +129,10 @@ def test_dtype_shape_order_and_ties_are_kept(name: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32_and_rounded_once(name: str, dtype: torch.dtype) -> None:
-    half = models_for(name, dtype=dtype)
+    method = get_method(name)
+    sees_rounding = method.returns_task_vector and "experts" in method.injected
+    # Task vectors that are large beside the rounding of the dtype, where directions that are rounding are left out.
+    half = models_for(name, dtype=dtype, spread=1.0 if sees_rounding else 0.05)
     assert half.base is not None
     base, *experts = ({key: source.get(key).float() for key in SHAPES} for source in (half.base, *half.experts))
     wide = merged(name, aligned(base, experts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mergelab.weights.source import DictSource
 from tests.methods.tiny_classifiers import Expert, classifier
 from tests.methods.toy import merged, toy_models
 from tests.methods.toy_data import ToyExamples
-from tests.parity import FORMULA, compared
+from tests.parity import FORMULA, MODEL_MERGING, UNCERTAINTY, compared
 
 THETA = [[1.0, 2.0, -3.0, 4.0], [5.0, -6.0, 7.0, 8.0]]
 OWN_INFORMATION = "of the same Fisher information, which torch.func checks"
@@ -131,6 +131,63 @@ def test_whole_models_are_merged_by_the_papers_formula(berts: tuple[AlignedModel
         expected = formula_fisher(theta, [f[name] / r for f, r in zip(information, rms, strict=True)], [1, 1], 1e-6)
         compared("fisher", FORMULA, normal[name], expected, note=OWN_INFORMATION)
         torch.testing.assert_close(normal[name], expected.float(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_with_the_floor_of_the_first_expert_it_is_the_authors_merge(
+    berts: tuple[AlignedModels, Drawn], normalize: bool
+) -> None:
+    from mergelab.estimation.fisher import diagonal_fisher
+
+    models, drawn = berts
+    found = {}
+    for order in ("ab", "ba"):
+        turned = replace(models, experts=tuple(sorted(models.experts, key=lambda e: order.index(e.name))))
+        options = {"floor_of": "first", "floor": 1e-4, "normalize": normalize, "weights": {"a": 2.0, "b": 1.0}}
+        found[order] = merge_to_dict(get_method("fisher"), options, turned, examples=drawn)
+        information = {name: diagonal_fisher(drawn.experts[name]) for name in order}
+        scales = {n: sum(f[k].double().square().sum() for k in models.names).sqrt() for n, f in information.items()}
+        for name in models.names:
+            lhs = rhs = torch.zeros(())
+            for expert in turned.experts:
+                diagonal = information[expert.name][name].double()
+                if expert.name == order[0]:
+                    diagonal = torch.maximum(diagonal, torch.tensor(1e-4))
+                weight = {"a": 2.0, "b": 1.0}[expert.name] / (scales[expert.name] if normalize else 1.0)
+                lhs, rhs = lhs + weight * diagonal, rhs + weight * diagonal * expert.get(name).double()
+            expected = rhs / lhs
+            shown = {"floor_of": "first", "floor": 1e-4, "normalize": normalize}
+            compared("fisher", MODEL_MERGING, found[order][name], expected, options=shown, note=OWN_INFORMATION)
+            torch.testing.assert_close(found[order][name], expected.float(), rtol=1e-5, atol=1e-6)
+    assert any(not torch.allclose(found["ab"][name], found["ba"][name]) for name in models.names)
+
+
+def test_where_the_floor_leaves_no_information_it_is_the_weighted_mean() -> None:
+    prepared = [FisherDiagonal({"x": torch.zeros(4)}), FisherDiagonal({"x": torch.zeros(4)}, first=True)]
+    theta, site = [torch.tensor(values) for values in THETA], Site("x", ("a", "b"), (4,))
+    found = fisher(theta, prepared=prepared, site=site, weights=(1.0, 0.0), floor_of="first")
+    assert torch.equal(found, theta[0])
+
+
+@pytest.mark.parametrize("sizes", [{"a": 300, "b": 2000.0}, 5.0])
+def test_gradient_matching_multiplies_each_hessian_by_the_experts_number_of_examples(
+    berts: tuple[AlignedModels, Drawn], sizes: Any
+) -> None:
+    from mergelab.estimation.fisher import diagonal_fisher
+
+    models, drawn = berts
+    assert models.base is not None
+    found = merge_to_dict(get_method("gradient_matching"), {"sizes": sizes, "delta0": 1e-2}, models, examples=drawn)
+    each = sizes if isinstance(sizes, dict) else dict.fromkeys("ab", sizes)
+    h = {name: diagonal_fisher(drawn.experts[name]) for name in "ab"}
+    for name in models.names:
+        start = models.base.get(name).double()
+        own = {e.name: each[e.name] * h[e.name][name].double() for e in models.experts}
+        preconditioner = 1 / (sum(own.values()) + 1e-2)
+        step = sum(preconditioner * (own[e.name] + 1e-2) * (e.get(name).double() - start) for e in models.experts)
+        options = {"sizes": "300 and 2000" if isinstance(sizes, dict) else sizes, "delta0": 0.01}
+        compared("gradient_matching", UNCERTAINTY, found[name], start + step, options=options, note=OWN_INFORMATION)
+        torch.testing.assert_close(found[name], (start + step).float(), rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_matching_is_the_papers_formula(berts: tuple[AlignedModels, Drawn]) -> None:

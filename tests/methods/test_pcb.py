@@ -8,7 +8,7 @@ import torch
 
 from mergelab.weights.align import AlignedModels
 from tests.methods.toy import SHAPES, aligned, distinct_models, merged, merged_x, one_tensor, task_vector, toy_models
-from tests.parity import FORMULA, compared
+from tests.parity import FORMULA, PCB_MERGING, compared
 
 
 def clamped(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -52,6 +52,32 @@ def test_it_is_the_authors_computation_on_the_flattened_models(count: int, ratio
     expected = base + 1.2 * transcribed(vectors, ratio)
     compared("pcb", FORMULA, [result[key] for key in SHAPES], expected, options=f"ratio={ratio}")
     np.testing.assert_allclose(answer, expected, rtol=1e-9, atol=1e-9)
+
+
+def as_in_the_experiments(vectors: np.ndarray, ratio: float, clamp: float, between: str) -> np.ndarray:
+    """The merged task vector of (T, d) task vectors."""
+    magnitudes = clamped(np.abs(vectors), clamp, clamp)
+    inside = normalized(magnitudes)
+    summed = (np.sign(vectors) * inside if between == "normalized" else vectors).sum(axis=0)
+    scale = normalized(clamped(np.exp(len(vectors) * inside**2) * np.tanh(vectors * summed), 1 - ratio, 0))
+    return (np.sign(vectors) * magnitudes * scale).sum(axis=0) / np.maximum(scale.sum(axis=0), 1e-300)
+
+
+@pytest.mark.parametrize("between", ["raw", "normalized"])
+@pytest.mark.parametrize("clamp", [0.01, 0.2, 0.0])
+@pytest.mark.parametrize("ratio", [0.05, 0.7])
+def test_the_variants_of_the_authors_experiments_are_their_computations(
+    ratio: float, clamp: float, between: str
+) -> None:
+    models = distinct_models(3)
+    options = {"ratio": ratio, "clamp": clamp, "between": between}
+    result = merged("pcb", models, **options)
+    base, vectors = flat(models)
+    expected = base + as_in_the_experiments(vectors, ratio, clamp, between)
+    compared("pcb", PCB_MERGING, [result[key] for key in SHAPES], expected, options=options)
+    answer = np.concatenate([result[key].numpy().ravel() for key in SHAPES])
+    np.testing.assert_allclose(answer, expected, rtol=1e-9, atol=1e-9)
+    assert np.abs(answer - base - transcribed(vectors, ratio)).max() > 1e-3
 
 
 def test_task_vectors_of_very_different_sizes_have_ranges_of_their_own() -> None:

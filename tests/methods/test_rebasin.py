@@ -22,6 +22,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+import mergelab as ml
 from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge
 from mergelab.errors import ConfigError, MergeWarning, NonFinite
@@ -323,6 +324,15 @@ def test_the_number_of_heads_comes_from_the_checkpoints_config(family: Family, t
     result = merged("rebasin", models)
     assert all(torch.equal(result[name], state[name]) for name in result)
     assert set(result) >= set(models.names)
+
+
+@EACH
+def test_the_number_of_heads_comes_from_a_modules_own_config(family: Family) -> None:
+    first, second = family.model().float(), family.model().float()
+    state = state_of(first)
+    second.load_state_dict(family.shuffled(state, Orders(1)))
+    result = ml.rebasin([first, second])
+    assert all(torch.equal(tensor, state[name]) for name, tensor in state_of(result).items())
 
 
 def test_without_a_config_the_number_of_heads_must_be_given() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from tests.methods.test_mergekit import recipe
 from tests.methods.toy import SHAPES, distinct_models, merged, merged_x, one_tensor, task_vector, toy_models
-from tests.parity import FORMULA, RECORDED_MERGEKIT, compared
+from tests.parity import FORMULA, FUSEAI, RECORDED_MERGEKIT, compared
 
 GOLDEN = {
     1.0: [-0.45790544, 0.15146956, 0.58663821, -0.1666525, 0.26084456, -0.49148679, -0.057277501, 0.37021956,
@@ -75,6 +75,41 @@ def test_select_calculate_and_erase_by_hand() -> None:
     torch.testing.assert_close(merged_x("sce", models), torch.tensor([3.0, 1.0, 2.0, -2.0]))
     weighted = merged_x("sce", one_tensor([0.0, 0.0], [3.0, 1.0], [1.0, 2.0]))
     torch.testing.assert_close(weighted, torch.tensor([(10 * 3 + 5 * 1) / 15, (10 * 1 + 5 * 2) / 15]))
+
+
+def of_all(vectors: np.ndarray, select_topk: float) -> np.ndarray:
+    """The authors' code: the selection counts for the coefficients, and the whole task vectors vote and are merged."""
+    variance, chosen = vectors.var(axis=0), vectors
+    if select_topk < 1:
+        kept = max(1, int(select_topk * np.count_nonzero(variance)))
+        chosen = vectors * (variance >= np.sort(variance, axis=None)[-kept])
+    energy = np.array([np.square(each).mean() for each in chosen])
+    shares = energy / energy.sum() if energy.sum() else np.full(len(vectors), 1 / len(vectors))
+    majority = np.where(vectors.sum(axis=0) >= 0, 1, -1)
+    erased = shares.reshape(-1, *[1] * (vectors.ndim - 1)) * (np.sign(vectors) == majority)
+    divisor = erased.sum(axis=0)
+    return (erased * vectors).sum(axis=0) / np.where(divisor == 0, 1, divisor)
+
+
+@pytest.mark.parametrize("select_topk", [1.0, 0.7, 0.1])
+def test_entries_that_are_not_selected_are_merged_as_by_the_authors_code_where_asked_for(select_topk: float) -> None:
+    models = distinct_models(4)
+    assert models.base is not None
+    options = {"select_topk": select_topk, "entries": "all"}
+    result, others = merged("sce", models, **options), merged("sce", models, select_topk=select_topk)
+    for key in SHAPES:
+        vectors = np.stack([task_vector(models, i, key).numpy() for i in range(4)])
+        expected = models.base.get(key).numpy() + of_all(vectors, select_topk)
+        note = "FuseAI selects none of a scalar, and weighs the experts alike"
+        compared("sce", FUSEAI, result[key], expected, options=options, note=note)
+        np.testing.assert_allclose(result[key].numpy(), expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(result[key], others[key]) == (select_topk == 1 or key == "gate")
+
+
+def test_a_tensor_that_is_equal_in_all_experts_is_theirs_where_all_entries_are_merged() -> None:
+    twin = torch.rand(1000)
+    models = one_tensor(torch.zeros(1000), twin, twin, twin)
+    torch.testing.assert_close(merged_x("sce", models, select_topk=0.5, entries="all"), twin)
 
 
 def test_entries_of_equal_variance_all_stay_and_one_at_least() -> None:

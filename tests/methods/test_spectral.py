@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge
 from mergelab.methods.iso_c import iso_c
 from mergelab.methods.iso_cts import iso_cts
 from mergelab.methods.tsv_m import tsv_m
-from mergelab.ops import svd
+from mergelab.ops import rounding, svd
+from mergelab.ops.rounding import rounding_norm
 from mergelab.ops.spectral import split_rank
 from mergelab.ops.svd import decompose, decompose_leading, tall_matrix
 from tests.methods.toy import aligned, merged, merged_x, one_tensor, task_vector, toy_models
@@ -248,9 +251,68 @@ def test_matrices_read_in_several_blocks_are_the_same(method: Any, monkeypatch: 
 
     options = {"site": Site("x", (), (120, 40))} if method is iso_cts else {}
     vectors = [torch.from_numpy(vector) for vector in drawn((120, 40), 3)]
-    whole = method([vector.clone() for vector in vectors], **options)
+    whole = method([vector.clone() for vector in vectors], vectors, **options)
     monkeypatch.setattr(svd, "ROWS", 17)
-    torch.testing.assert_close(method(vectors, **options), whole, rtol=0, atol=1e-12)
+    monkeypatch.setattr(rounding, "ROWS", 17)
+    torch.testing.assert_close(method(vectors, vectors, **options), whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(60, 50), (50, 60), (50, 50)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts"])
+def test_what_rounding_alone_adds_to_experts_of_low_rank_is_no_direction_of_theirs(
+    method: str, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    generator = np.random.default_rng(0)
+    base = torch.from_numpy(0.04 * generator.standard_normal(shape)).to(dtype)
+    parts = [(generator.standard_normal((shape[0], 3)), generator.standard_normal((3, shape[1]))) for _ in range(3)]
+    changes = [0.05 * a @ b for a, b in parts]
+    stored = [(base.double() + torch.from_numpy(change)).to(dtype) for change in changes]
+    exact = {"tsv_m": tsv_m_low_rank, "iso_c": iso_c_low_rank, "iso_cts": iso_cts_low_rank}[method](changes)
+    method_, experts = get_method(method), [{"x": each} for each in stored]
+    models = aligned({"x": base}, experts)
+    result = dict(merge(method_, {}, models, dtype=torch.float64))["x"].numpy() - base.double().numpy()
+    spans = np.linalg.qr(np.concatenate([a for a, _ in parts], axis=1))[0]
+    outside = np.linalg.norm(result - spans @ (spans.T @ result)) / np.linalg.norm(result)
+    unit = torch.finfo(dtype).eps
+    assert outside < 5 * unit
+    np.testing.assert_allclose(result, exact, rtol=0, atol=20 * unit * np.abs(exact).max())
+
+
+def low_rank(vector: Matrix, rank: int) -> tuple[Matrix, Matrix, Matrix]:
+    u, s, v = np.linalg.svd(vector, full_matrices=False)
+    rank = min(rank, int((s > 1e-10 * s[0]).sum()))
+    return u[:, :rank], s[:rank], v[:rank]
+
+
+def tsv_m_low_rank(vectors: Sequence[Matrix]) -> Matrix:
+    """As `tsv_m_transcribed`, of the directions that there are."""
+    parts = [low_rank(vector, min(vector.shape) // len(vectors)) for vector in vectors]
+    u, v = (np.concatenate(each, axis=1) for each in ([p[0] for p in parts], [p[2].T for p in parts]))
+    return procrustes(u) @ np.diag(np.concatenate([p[1] for p in parts])) @ procrustes(v).T
+
+
+def iso_c_low_rank(vectors: Sequence[Matrix]) -> Matrix:
+    u, s, v = low_rank(sum(vectors[1:], vectors[0]), 10**6)
+    return s.sum() / min(vectors[0].shape) * u @ v
+
+
+def iso_cts_low_rank(vectors: Sequence[Matrix]) -> Matrix:
+    """The common directions are all that there are, so that the tasks have none of their own."""
+    return iso_c_low_rank(vectors)
+
+
+@pytest.mark.parametrize("rows", [1, 1000])
+def test_the_norm_of_rounding_errors_bounds_them_closely(rows: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(300, 200, generator=generator, dtype=torch.float64)
+    exact[0] *= rows  # one row much larger than the others
+    stored = exact.to(torch.bfloat16)
+    found = rounding_norm([stored])
+    largest = float(torch.linalg.matrix_norm(stored.double() - exact, 2))
+    assert largest < found < 2.5 * largest
+    twice = rounding_norm([stored, stored])
+    assert twice == pytest.approx(found * 2**0.5)
 
 
 def test_a_self_product_of_more_columns_than_are_multiplied_at_once_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:

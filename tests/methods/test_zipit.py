@@ -18,12 +18,15 @@ from mergelab.engine.warm_session import MergeSession
 from mergelab.errors import ConfigError, MergeWarning
 from mergelab.estimation.features import layer_inputs, spread_tokens
 from mergelab.methods.zipit import ZippedSource, standardised, units_of, zipit
+from mergelab.ops.feature_matching import zip_greedily
 from mergelab.weights.align import AlignedModels
 from tests.methods.test_fisher import Drawn
 from tests.methods.test_rebasin import EACH, FAMILIES, FFN, HEADS, Family, Orders, State, aligned, logits, state_of
 from tests.methods.tiny_classifiers import Expert, classifier, padded_batches, single_examples
 from tests.methods.toy import merged, toy_models
+from tests.ops.test_feature_matching import zipped_in_turn
 from tests.parity import FORMULA, compared
+from tests.parity import ZIPIT as AUTHORS
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 ZIPIT = get_method("zipit")
@@ -69,8 +72,9 @@ def test_shuffled_copies_are_recovered_with_all_features_zipped(family: Family, 
     state = state_of(family.model())
     shuffled = [family.shuffled(state, Orders(seed)) for seed in range(copies)]
     assert (logits(family, zipped(family, state, *shuffled, ratio=0.0)) - logits(family, state)).abs().max() > 0.1
-    result = zipped(family, state, *shuffled, ratio=1.0)
-    compared("zipit", "the model before it was shuffled", result, [state[name] for name in result], options="ratio=1")
+    result = zipped(family, state, *shuffled, ratio=1.0, alpha=1.0)
+    options = "ratio=1, alpha=1"
+    compared("zipit", "the model before it was shuffled", result, [state[name] for name in result], options=options)
     torch.testing.assert_close(logits(family, result), logits(family, state), rtol=0, atol=family.accuracy)
     for name, tensor in result.items():
         torch.testing.assert_close(tensor, state[name], rtol=1e-15 if copies > 1 else 0, atol=0)
@@ -144,20 +148,32 @@ def zip_transcribed(correlation: Matrix, alpha: float, beta: float) -> tuple[Mat
     np.fill_diagonal(like, -np.inf)
     for _ in range(size):
         has = np.stack([unmerge[:size].any(0), unmerge[size:].any(0)])  # of each model
-        repeated = unmerge.sum(0)[:, None] + unmerge.sum(0) - 2
-        value = np.where(like > 0, like * alpha ** np.maximum(repeated, 0), like)
+        value = like.copy()
         for m in (0, 1):
             value[(budget[m] <= 0) & has[m][:, None] & has[m]] = -np.inf
         i, j = sorted(np.unravel_index(value.argmax(), value.shape))
         for m in (0, 1):
             budget[m] -= bool(has[m, i] and has[m, j])
         unmerge[:, i] += unmerge[:, j]
-        like[i] = like[:, i] = np.minimum(like[i], like[j])
+        least = np.minimum(like[i], like[j])
+        like[i] = like[:, i] = np.where(least > 0, least * alpha, least)
         like[i, i] = -np.inf
         like[j] = like[:, j] = -np.inf
         alive.remove(j)
     unmerge = unmerge[:, alive]
     return (unmerge / unmerge.sum(0)).T, unmerge
+
+
+@pytest.mark.parametrize("models", [2, 3, 4])
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_groups_of_any_number_of_experts_are_those_of_the_authors_loop(models: int, beta: float) -> None:
+    similarity = np.abs(np.corrcoef(np.random.default_rng(0).normal(size=(models * 12, 15))))
+    expected = zipped_in_turn(similarity, models, 12, 0.3, beta)
+    found = zip_greedily(similarity, np.repeat(np.arange(models), 12), 12, alpha=0.3, beta=beta, budget="first")
+    options = f"budget=first, alpha=0.3, beta={beta}, {models} models"
+    note = "groups; ZipIt multiplies negative correlations by alpha, too, and doubles features where no pair is left"
+    compared("zipit", AUTHORS, torch.from_numpy(found), expected, options=options, note=note)
+    assert found.tolist() == expected
 
 
 def hidden_features(state: State) -> Matrix:
@@ -219,7 +235,7 @@ def test_a_smaller_ratio_leaves_places_as_they_are() -> None:
 def test_identical_experts_are_that_expert(family: Family) -> None:
     state = state_of(family.model())
     for count in (1, 2, 3):
-        result = zipped(family, *[state] * count)
+        result = zipped(family, *[state] * count, **({"alpha": 1.0} if count > 2 else {}))
         for name, tensor in result.items():
             torch.testing.assert_close(tensor, state[name], rtol=1e-15 if count > 2 else 0, atol=0)
 
