@@ -28,7 +28,8 @@ class MergedVector:
     def of(self, name: str) -> Tensor:
         """Return λ·τ_m of a tensor: float32, or float64 where a model is; 0 everywhere where no expert changes it."""
         job = self.job
-        assert job.models.base is not None and job.dtype is not None
+        assert job.models.base is not None
+        assert job.dtype is not None
         shape = torch.Size(job.reference.shape(name))
         into = torch.empty(shape.numel(), dtype=job.dtype)
         exact = job.method.returns_task_vector and job.factored(name) is None

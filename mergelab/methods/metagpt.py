@@ -40,7 +40,7 @@ def metagpt(vectors: Sequence[Tensor], *, prepared: Sequence[float]) -> Tensor:
     """Add up the task vectors in proportion to their squared norms.
 
     θ0 + Σ λ_t τ_t with λ_t = ‖τ_t‖² / Σ_k ‖τ_k‖², norms over an expert's whole task vector (Zhou et al. 2024,
-    arXiv:2406.11385). These λ minimise the paper's bound on the mean increase of the experts' losses, where the model is
+    arXiv:2406.11385). These λ minimise the paper's bound on the mean increase of the experts' losses, if the model is
     linear around the base and the task vectors are orthogonal. They add up to 1.
 
     Departures: none. The authors publish no code.
