@@ -39,7 +39,7 @@ def expo(
 
     θ_1 + α (θ_1 − θ0) = θ0 + (1 + α)·τ_1, where the base θ0 is a supervised fine-tuned model and the expert θ_1 the
     same model after alignment by preferences (Zheng et al. 2024, arXiv:2404.16792). α = 0 is the expert. The authors
-    choose α for each model on validation prompts; of the models that they publish, most have 0.3 or 0.5.
+    search α for each model on validation prompts; their code's page says that 0.3 or 0.5 is usually good.
 
     Departures: with several experts, θ_1 is their weighted average; the paper has one expert. The authors' code has no
     default of α.

@@ -58,7 +58,8 @@ def svc(
 
     Departures: where a_r^t is 0 within float64's rounding, s_r^t counts as 0; the authors' code limits ‖a_r^t‖² to
     1e-12 from below, which small task vectors reach. With matrices stored transposed (GPT-2's Conv1D), u_r is along
-    the outputs all the same.
+    the outputs all the same. Where singular values of the merge are equal (`iso_c` makes them so), the paper does not
+    say along which directions to compare; they are those that the decomposition happens to give.
 
     Args:
         base: θ0, whole.
