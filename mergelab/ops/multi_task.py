@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mergelab.ops.sign_consensus import SignConsensus, TensorConsensus, prepare_consensus
 from mergelab.ops.task_vectors import (
-    disjoint_reduce,
     factors,
     just_below,
     open_task_vectors,
@@ -37,13 +36,16 @@ def multi_task_vector(
     vectors: Sequence[Tensor], weights: Sequence[float] | None, consensus: TensorConsensus | None
 ) -> Tensor:
     """Return Σ w_t τ_t, or with ``consensus`` the weighted sum of what agrees after TIES' trimming and election."""
-    shares = factors(weights, len(vectors))
-    if consensus is None:
-        return weighted_sum(vectors, shares)
+    chosen = vectors if consensus is None else agreeing(vectors, consensus)
+    return weighted_sum(chosen, factors(weights, len(vectors)))
+
+
+def agreeing(vectors: Sequence[Tensor], consensus: TensorConsensus) -> list[Tensor]:
+    """Return the task vectors without what TIES trims, and without the entries that have not the elected sign."""
     bounds = (just_below(threshold, vectors[0].dtype) if threshold > 0 else -1.0 for threshold in consensus.thresholds)
     trimmed = [trim(vector, bound) for vector, bound in zip(vectors, bounds, strict=True)]
     signs = resolve_zeros(SignConsensus().elect(trimmed), consensus.tie_sign)
-    return disjoint_reduce(trimmed, signs, shares, "sum")
+    return [vector.masked_fill_(vector * signs <= 0, 0) for vector in trimmed]
 
 
 def uses(vector: Tensor, whole: Tensor, kappa: float) -> Tensor:

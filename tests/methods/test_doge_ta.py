@@ -75,7 +75,7 @@ def test_it_is_the_papers_formula(shape: tuple[int, int], subspace: int) -> None
     compared("doge_ta", AUTOGRAD, result, expected, options=options)
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-9)
     plain = merged_matrices(vectors, **(options | {"steps": 0}))
-    assert (result - plain).abs().max() > 1e-4
+    assert subspace == 1 or (result - plain).abs().max() > 1e-4
 
 
 def test_float32_follows_float64() -> None:
