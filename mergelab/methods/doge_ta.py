@@ -14,13 +14,18 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Density, Positive
+from mergelab.ops.blocks import blocks, working
 from mergelab.ops.layout import inputs_first, is_embedding
 from mergelab.ops.site import Site
-from mergelab.ops.svd import decompose_leading, is_wide, self_product, tall_matrix
-from mergelab.ops.task_vectors import just_below, open_task_vectors, weighted_sum
+from mergelab.ops.svd import TallMatrix, Triplets, decompose_leading, is_wide, self_product
+from mergelab.ops.task_vectors import just_below, mean, open_task_vectors, task_vectors, weighted_sum
 from mergelab.ops.thresholds import Thresholds, find_thresholds
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.numerics import norm
+
+ROWS = 512  # rows in float64 at once
+ENTRIES = 1 << 16  # entries of the columns of Δ that Adam changes at once
+RESOLVED = 1e-10  # eigenvalues of the Gram matrix of unit vectors up to this one are rounding
 
 
 @dataclass(frozen=True)
@@ -39,17 +44,55 @@ class Layers:
 def prepare_layers(models: AlignedModels, *, density: float) -> Layers:
     """Find the matrices of layers, and the magnitudes that ``density`` of their entries have."""
     assert models.base is not None
-    shapes = {name: tuple(models.base.shape(name)) for name in models.names}
+    shapes = {name: torch.Size(models.base.shape(name)) for name in models.names}
     sizes = {
-        name: math.prod(shape)
+        name: shape.numel()
         for name, shape in shapes.items()
-        if len(shape) == 2 and math.prod(shape) and not is_embedding(name)
+        if len(shape) == 2 and shape.numel() and not is_embedding(name)
     }
     thresholds = find_thresholds(partial(open_task_vectors, models), sizes, density, "model", models) if sizes else {}
     return Layers(thresholds, inputs_first(models))
 
 
+@dataclass(frozen=True)
+class TaskMatrix:
+    """A task vector's matrix, outputs along the rows, computed when it is read.
+
+    Attributes:
+        base, expert: (m, n), in their stored dtypes.
+    """
+
+    base: Tensor
+    expert: Tensor
+
+    def rows(self, part: slice) -> Tensor:
+        """Return some rows, float32 or float64."""
+        return working(self.expert[part]) - working(self.base[part])
+
+    def columns(self, part: slice) -> Tensor:
+        """Return some columns, float32 or float64."""
+        return working(self.expert[:, part]) - working(self.base[:, part])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The numbers of outputs and inputs."""
+        return self.base.shape[0], self.base.shape[1]
+
+    def norm(self) -> float:
+        """Return the Frobenius norm."""
+        return math.hypot(*(norm(self.rows(part)) for part in blocks(self.shape[0], ROWS)))
+
+    def leading(self, rank: int) -> Triplets:
+        """Return the ``rank`` largest singular triplets, of the transpose where the matrix is wide."""
+        if is_wide(self.shape):
+            tall = TallMatrix(lambda part: self.columns(part).T.double(), *self.shape[::-1])
+        else:
+            tall = TallMatrix(lambda part: self.rows(part).double(), *self.shape)
+        return decompose_leading(tall, rank)
+
+
 @merge_method(
+    needs_base=True,
     prepare=prepare_layers,
     identical_at=None,
     family="spectral",
@@ -57,7 +100,8 @@ def prepare_layers(models: AlignedModels, *, density: float) -> Layers:
     paper="Wei et al. 2025, arXiv:2501.01230",
 )
 def doge_ta(
-    vectors: Sequence[Tensor],
+    base: Tensor,
+    experts: Sequence[Tensor],
     *,
     site: Site,
     prepared: Layers,
@@ -75,16 +119,18 @@ def doge_ta(
     common directions alone: P projects onto the ⌊min(m, n)/``subspace``⌋ leading left singular vectors of [U_1 … U_T],
     with U_t those of the ⌊min(m, n)/T⌋ largest singular values of τ_t (Wei et al. 2025, arXiv:2501.01230, DOGE with
     task arithmetic, as in the code that the authors gave to FusionBench). Embeddings and tensors that are no matrices
-    stay the base's, as there.
+    get the mean task vector.
 
-    Departures: entries equal to the threshold of m_t all stay, and k is at least 1, as in `ties`; FusionBench keeps one
-    entry more. A task vector of norm 0 has λ_t = 0. GPT-2's Conv1D matrices are transposed for rows to be outputs.
+    Departures: FusionBench leaves tensors that are no such matrices at the base. Entries equal to the threshold of m_t
+    all stay, and k is at least 1, as in `ties`; FusionBench keeps one entry more. A task vector of norm 0 has λ_t = 0.
+    GPT-2's Conv1D matrices are transposed for rows to be outputs.
 
     Cost: a step takes 4·m·n·(T + min(m, n)/``subspace``) operations. For BERT-base with five experts that is 45 GFLOP a
     step, 18 TFLOP in all.
 
     Args:
-        vectors: T task vectors, float32 or float64, whole tensors; Δ is optimised in their dtype.
+        base: θ0, whole.
+        experts: T tensors of the base's shape. Δ is optimised in float32, or float64 where a model is.
         site: names the tensor.
         prepared: thresholds of the layers' matrices, and the names of those that are stored transposed.
         eta: η, the norm of each weighted task vector of a matrix.
@@ -94,61 +140,81 @@ def doge_ta(
         lr: Adam's learning rate, about the change of an entry in a step.
 
     Returns:
-        Σ λ_t m_t⊙(τ_t + Δ), of the vectors' shape and dtype.
+        Tensor of the base's shape, float32 (float64 for float64 inputs).
     """
     thresholds = prepared.thresholds.get(site.name)
     if thresholds is None:
-        return torch.zeros_like(vectors[0])
-    norms = [norm(vector) for vector in vectors]
-    shares = [eta / length if length else 0.0 for length in norms]
+        return working(base) + mean(task_vectors(base, experts))
     turned = site.name in prepared.transposed
-    matrices = [vector.T for vector in vectors] if turned else list(vectors)
-    change = _common_change(matrices, shares, _shared_directions(matrices, subspace), steps, lr)
-    merged = torch.zeros_like(change)
-    for matrix, share, threshold in zip(matrices, shares, thresholds, strict=True):
-        dropped = matrix.abs() <= just_below(threshold, matrix.dtype)
-        merged += (matrix + change).masked_fill_(dropped, 0).mul_(share)
+    start = base.T if turned else base
+    matrices = [TaskMatrix(start, expert.T if turned else expert) for expert in experts]
+    norms = [matrix.norm() for matrix in matrices]
+    shares = [eta / length if length else 0.0 for length in norms]
+    changes = _common_change(matrices, shares, _shared_directions(matrices, subspace), steps, lr)
+    merged = torch.empty(start.shape, dtype=changes[0][1].dtype, device=base.device)
+    for part, change in changes:
+        total = torch.zeros_like(change)
+        for matrix, share, threshold in zip(matrices, shares, thresholds, strict=True):
+            own = matrix.columns(part)
+            dropped = own.abs() <= just_below(threshold, own.dtype)
+            total += (own + change).masked_fill_(dropped, 0).mul_(share)
+        merged[:, part] = total + working(start[:, part])
     return merged.T if turned else merged
 
 
-def _shared_directions(matrices: Sequence[Tensor], subspace: int) -> Tensor:
+def _shared_directions(matrices: Sequence[TaskMatrix], subspace: int) -> Tensor:
     """Return an orthonormal basis (m, r) of the leading directions that the experts' left singular vectors span."""
-    least = min(matrices[0].shape)
+    like, least = matrices[0].rows(slice(0, 1)), min(matrices[0].shape)
     wanted, rank = least // subspace, least // len(matrices)
-    found = [_outputs(matrix, rank) for matrix in matrices if rank]
-    spanning = torch.cat(found, dim=1) if found else matrices[0].new_zeros(matrices[0].shape[0], 0).double()
-    wanted = min(wanted, spanning.shape[1])
-    if not wanted:
-        return matrices[0].new_zeros(matrices[0].shape[0], 0)
+    spanning = like.new_zeros(matrices[0].shape[0], rank * len(matrices), dtype=torch.float64)
+    for at, matrix in enumerate(matrices if rank else ()):
+        found = matrix.leading(rank)
+        columns = slice(at * rank, at * rank + len(found.values))  # fewer than rank of a matrix of low rank
+        if is_wide(matrix.shape):
+            spanning[:, columns] = found.right
+            continue
+        for part in found.matrix.parts():
+            spanning[part, columns] = found.left(part)
     squares, directions = torch.linalg.eigh(self_product(spanning))
-    leading = squares[-wanted:].clamp_min(torch.finfo(squares.dtype).eps)
-    return (spanning @ (directions[:, -wanted:] / leading.sqrt())).to(matrices[0].dtype)
+    leading = [i for i in range(len(squares))[::-1] if squares[i] > RESOLVED][:wanted]
+    basis: Tensor = spanning @ (directions[:, leading] / squares[leading].sqrt())
+    return basis.to(like.dtype)
 
 
-def _outputs(matrix: Tensor, rank: int) -> Tensor:
-    """Return the ``rank`` leading left singular vectors, (m, r) float64."""
-    found = decompose_leading(tall_matrix(matrix), rank)
-    if is_wide(matrix.shape):
-        return found.right
-    return torch.cat([found.left(part) for part in found.matrix.parts()])
-
-
-def _common_change(matrices: Sequence[Tensor], shares: Sequence[float], fixed: Tensor, steps: int, lr: float) -> Tensor:
-    """Return Δ after Adam's steps, (m, n)."""
-    change = torch.zeros_like(matrices[0])
+def _common_change(
+    matrices: Sequence[TaskMatrix], shares: Sequence[float], fixed: Tensor, steps: int, lr: float
+) -> list[tuple[slice, Tensor]]:
+    """Return Δ (m, n) after Adam's steps, in parts of its columns, which depend on each other by sums over a row."""
+    rows, columns = matrices[0].shape
+    parts = blocks(columns, max(1, ENTRIES // rows))
+    changes = [(part, fixed.new_zeros(rows, part.stop - part.start)) for part in parts]
     whole = math.fsum(shares)
     if not steps or not whole:
-        return change
-    added = weighted_sum(matrices, shares)
-    missing = [(matrix.double() * (matrix - added)).sum(dim=1).to(change.dtype) for matrix in matrices]  # at Δ = 0
-    del added
-    adam = torch.optim.Adam([change], lr=lr)
-    change.grad = torch.empty_like(change)
+        return changes
+    missing = _missing(matrices, shares)
+    adams = [torch.optim.Adam([change], lr=lr) for _, change in changes]
     for _ in range(steps):
-        gradient = change.grad.zero_()
-        for matrix, at_start in zip(matrices, missing, strict=True):
-            residual = at_start - whole * torch.linalg.vecdot(matrix, change)
-            gradient.addcmul_(residual[:, None], matrix, value=-2 * whole)
-        gradient -= fixed @ (fixed.T @ gradient)
-        adam.step()
-    return change.detach()
+        residuals = [each.clone() for each in missing]
+        for part, change in changes:
+            for residual, matrix in zip(residuals, matrices, strict=True):
+                residual -= whole * torch.linalg.vecdot(matrix.columns(part), change)
+        for (part, change), adam in zip(changes, adams, strict=True):
+            gradient = torch.zeros_like(change)
+            for residual, matrix in zip(residuals, matrices, strict=True):
+                gradient.addcmul_(residual[:, None], matrix.columns(part), value=-2 * whole)
+            change.grad = gradient - fixed @ (fixed.T @ gradient)
+            adam.step()
+            change.grad = None
+    return changes
+
+
+def _missing(matrices: Sequence[TaskMatrix], shares: Sequence[float]) -> list[Tensor]:
+    """Return ⟨τ_t,i, τ_t,i − Σ_s λ_s τ_s,i⟩ for each expert and row, (m,) each."""
+    rows = matrices[0].shape[0]
+    found: list[list[Tensor]] = [[] for _ in matrices]
+    for part in blocks(rows, ROWS):
+        vectors = [matrix.rows(part) for matrix in matrices]
+        added = weighted_sum([vector.double() for vector in vectors], shares)
+        for missing, vector in zip(found, vectors, strict=True):
+            missing.append(torch.linalg.vecdot(vector.double(), vector - added).to(vector.dtype))
+    return [torch.cat(missing) for missing in found]

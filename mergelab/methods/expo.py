@@ -55,4 +55,5 @@ def expo(
     Raises:
         ConfigError: the weights add up to 0.
     """
-    return weighted_sum(vectors, coefficients(len(vectors), weights, alpha))
+    shares = factors(weights, len(vectors))
+    return weighted_sum(vectors, coefficients(len(vectors), shares, alpha))

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Positive
+from mergelab.ops.blocks import blocks
 from mergelab.ops.layout import inputs_first, is_embedding, is_matrix
 from mergelab.ops.site import Site
-from mergelab.ops.svd import decompose_leading, is_wide, tall_matrix
+from mergelab.ops.svd import ROWS, decompose_leading, is_wide, tall_matrix
 from mergelab.ops.task_vectors import mean
 from mergelab.weights.numerics import norm
 
@@ -68,14 +69,15 @@ def wudi_v2(
         return average
     matrices = [vector.T for vector in vectors] if site.name in prepared else vectors
     merged = average.T if site.name in prepared else average
-    found = [(matrix, _inputs(matrix, rank)) for matrix in matrices]
-    inputs = torch.cat([rows for _, rows in found])  # Z (Σ r, n), of float64, with ZᵀZ = A
+    found = [_inputs(matrix, rank) for matrix in matrices]
+    inputs = torch.cat(found)  # Z (Σ r, n), of float64, with ZᵀZ = A
     if not len(inputs):
         return average
-    residuals = [(merged.double() - matrix.double()) @ rows.T for matrix, rows in found]
     squares, directions = torch.linalg.eigh(inputs @ inputs.T)
-    travelled = (directions * _descended(squares, steps, lr, momentum)) @ directions.T
-    merged += ((torch.cat(residuals, dim=1) @ travelled) @ inputs).to(merged.dtype)
+    travelled = ((directions * _descended(squares, steps, lr, momentum)) @ directions.T) @ inputs
+    for part in blocks(len(merged), ROWS):
+        each = [(merged[part].double() - matrix[part]) @ rows.T for matrix, rows in zip(matrices, found, strict=True)]
+        merged[part] += (torch.cat(each, dim=1) @ travelled).to(merged.dtype)
     return average
 
 
@@ -85,8 +87,12 @@ def _inputs(matrix: Tensor, rank: int) -> Tensor:
     found = decompose_leading(tall_matrix(matrix), rank)
     if not size or not len(found.values):
         return found.right.new_zeros(0, matrix.shape[1])
-    rows = found.right.T @ matrix.double() if is_wide(matrix.shape) else (found.right * found.values).T
-    return rows / size
+    if not is_wide(matrix.shape):
+        return (found.right * (found.values / size)).T
+    rows = found.right.new_empty(len(found.values), matrix.shape[1])
+    for part in found.matrix.parts():
+        rows[:, part] = found.right.T @ found.matrix.read(part).T / size
+    return rows
 
 
 def _descended(squares: Tensor, steps: int, lr: float, momentum: float) -> Tensor:

@@ -33,7 +33,7 @@ def prepare_multi_task(
 
 
 def multi_task_vector(
-    vectors: Sequence[Tensor], weights: Sequence[float] | None, consensus: TensorConsensus | None
+    vectors: Sequence[Tensor], weights: Sequence[float] | Mapping[str, float] | None, consensus: TensorConsensus | None
 ) -> Tensor:
     """Return Σ w_t τ_t, or with ``consensus`` the weighted sum of what agrees after TIES' trimming and election."""
     chosen = vectors if consensus is None else agreeing(vectors, consensus)

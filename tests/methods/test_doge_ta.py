@@ -12,8 +12,9 @@ from torch import Tensor
 from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge
 from mergelab.errors import ConfigError
+from mergelab.methods import doge_ta as module
 from tests.methods.authors import SHAPES, authors_models, recorded, source
-from tests.methods.toy import aligned, merged, one_tensor, toy_models
+from tests.methods.toy import aligned, merged, one_tensor, task_vector, toy_models
 from tests.parity import FORMULA, compared
 
 AUTOGRAD = f"{FORMULA}, gradients by autograd"
@@ -98,13 +99,20 @@ def test_the_density_is_of_all_layers_matrices_together() -> None:
     assert not torch.equal(result["layer.0.up.weight"], models.base.get("layer.0.up.weight"))
 
 
-def test_embeddings_and_tensors_that_are_no_matrices_stay_the_bases() -> None:
-    models = toy_models(3)
-    result = merged("doge_ta", models, steps=2)
+@pytest.mark.parametrize("key", ["embed", "layer.bias", "gate"])
+def test_embeddings_and_tensors_that_are_no_matrices_get_the_mean_task_vector(key: str) -> None:
+    models = toy_models(3, dtype=torch.float64)
     assert models.base is not None
-    for key in ("embed", "layer.bias", "gate"):
-        assert torch.equal(result[key], models.base.get(key)), key
-    assert not torch.equal(result["layer.weight"], models.base.get("layer.weight"))
+    expected = models.base.get(key) + torch.stack([task_vector(models, expert, key) for expert in range(3)]).mean(0)
+    torch.testing.assert_close(merged("doge_ta", models, steps=2)[key], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_matrix_changed_in_parts_of_its_columns_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = drawn((20, 14), 3)
+    whole = merged_matrices(vectors, steps=30, subspace=3)
+    monkeypatch.setattr(module, "ENTRIES", 100)
+    monkeypatch.setattr(module, "ROWS", 6)
+    torch.testing.assert_close(merged_matrices(vectors, steps=30, subspace=3), whole, rtol=0, atol=1e-10)
 
 
 def test_an_expert_equal_to_the_base_has_no_part() -> None:
