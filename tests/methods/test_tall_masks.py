@@ -133,3 +133,11 @@ def test_negative_weights_are_refused_on_ties_alone() -> None:
 def test_it_must_be_said_for_which_expert() -> None:
     with pytest.raises(ConfigError, match="method=tall_masks: makes one model for each expert; say for which"):
         merge(get_method("tall_masks"), {}, toy_models(2))
+
+
+def test_votes_that_cancel_take_the_majoritys_sign_on_ties_and_none_where_there_is_no_majority() -> None:
+    options = {"merge": "ties", "density": 1.0, "min_tasks": 0, "lambda": 1.0, "weights": [1.0, 3.0]}
+    models = one_tensor([0.0] * 3, [1.0, 2.0, 3.0], [-1.0, 2.0, 3.0])
+    assert merged_x("consensus", models, **options).tolist() == [1.0, 8.0, 12.0]
+    models = one_tensor([0.0] * 3, [1.0, 2.0, -3.0], [-1.0, 2.0, -3.0])
+    assert merged_x("consensus", models, **options).tolist() == [0.0, 8.0, -12.0]
