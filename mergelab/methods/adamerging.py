@@ -17,16 +17,17 @@ from torch import Tensor, nn
 
 from mergelab.engine.finite_check import digest_of
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import Fraction, Positive, Samples
+from mergelab.engine.parameters import Density, Fraction, Positive, Samples
 from mergelab.errors import ConfigError
 from mergelab.estimation.disk_cache import disk_cached
 from mergelab.estimation.examples import LABELS, Batch, ExampleSource, ExpertExamples, Padding
 from mergelab.estimation.forward import frozen, requiring_gradients, size_of
-from mergelab.ops.blocks import working
-from mergelab.ops.gram import combination
+from mergelab.ops.blocks import blockwise, working
+from mergelab.ops.multi_task import MultiTask, agreeing, multi_task_vector, prepare_multi_task
 from mergelab.ops.philox import stream_key, words
+from mergelab.ops.sign_consensus import TensorConsensus
 from mergelab.ops.site import Site
-from mergelab.ops.task_vectors import weighted_sum
+from mergelab.ops.task_vectors import task_vectors
 from mergelab.ops.threads import in_order, on_one_thread, thread_count
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.numerics import dot
@@ -51,6 +52,19 @@ class LearningExamples(ExampleSource, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Learnt:
+    """What merging a tensor needs to know.
+
+    Attributes:
+        coefficients: of each tensor, one per expert.
+        consensus: TIES' thresholds and tie sign of each tensor; None where plain task vectors are added up.
+    """
+
+    coefficients: Mapping[str, tuple[float, ...]]
+    consensus: Mapping[str, TensorConsensus] | None
+
+
 def prepare_coefficients(
     models: AlignedModels,
     examples: LearningExamples,
@@ -62,22 +76,25 @@ def prepare_coefficients(
     batch: int,
     init: float,
     samples: int,
-) -> Mapping[str, tuple[float, ...]]:
+    merge: MultiTask,
+    density: float,
+) -> Learnt:
     """Learn the coefficients of each tensor, one per expert, or read them from the cache."""
     experts = [expert.name for expert in models.experts]
     drawn = [examples.of(expert, samples=samples, seed=seed) for expert in experts]
     layer_of = {name: name if granularity == "layer" else "" for name in models.names}
     layers = sorted(set(layer_of.values()))
+    consensus = prepare_multi_task(models, merge=merge, density=density)
 
     def compute() -> tuple[dict[str, Tensor], dict[str, str]]:
         contents = [digest_of(expert, models.names) for expert in models.experts]
         tasks = [_task(*each) for each in zip(experts, contents, drawn, strict=True)]
-        learning = _Learning(models, tasks, layer_of, layers, batch, seed)
+        learning = _Learning(models, tasks, layer_of, layers, batch, seed, consensus)
         return {"coefficients": learning.run(init, lr, steps, examples)}, {}
 
     key = {
         "statistic": "adamerging",
-        "settings": [granularity, lr, steps, batch, init, seed],
+        "settings": [granularity, lr, steps, batch, init, seed, *([density] if merge == "ties" else [])],
         "experts": experts,
         "examples": [each.key for each in drawn],
         "names": [sorted(each.parameter_names.items()) for each in drawn],
@@ -88,7 +105,7 @@ def prepare_coefficients(
     values = dict(zip(layers, found["coefficients"].tolist(), strict=True))
     learnt = {name: tuple(values[layer]) for name, layer in layer_of.items()}
     examples.settle({expert: {name: row[t] for name, row in learnt.items()} for t, expert in enumerate(experts)})
-    return learnt
+    return Learnt(learnt, consensus)
 
 
 def _digest(models: AlignedModels) -> str:
@@ -210,6 +227,7 @@ class _Learning:
     layers: Sequence[str]
     batch: int
     seed: int
+    consensus: Mapping[str, TensorConsensus] | None
 
     def run(self, init: float, lr: float, steps: int, examples: LearningExamples) -> Tensor:
         """Take steps of Adam, and return the coefficients (layers, experts) in float64."""
@@ -259,7 +277,13 @@ class _Learning:
         @torch.no_grad()
         def write(name: str) -> None:
             base, experts = self._read(name, next(iter(targets[name].values())).device)
-            value = combination(experts, rows[self.layer_of[name]], base)
+            factors = rows[self.layer_of[name]]
+            known = None if self.consensus is None else self.consensus[name]
+
+            def move(start: Tensor, *ends: Tensor) -> Tensor:
+                return start + multi_task_vector(task_vectors(start, ends), factors, known)
+
+            value = blockwise(move, base, *experts)
             for parameter in targets[name].values():
                 parameter.copy_(value)
 
@@ -268,6 +292,8 @@ class _Learning:
 
     def _products(self, name: str, gradient: Tensor) -> list[float]:
         base, experts = self._read(name, gradient.device)
+        if self.consensus is not None:
+            return [dot(gradient, each) for each in agreeing(task_vectors(base, experts), self.consensus[name])]
         start = working(base)
         return [dot(gradient, working(expert) - start) for expert in experts]
 
@@ -324,7 +350,7 @@ def mean_entropy(output: Any, expert: str) -> Tensor:
 def adamerging(
     vectors: Sequence[Tensor],
     *,
-    prepared: Mapping[str, Sequence[float]],
+    prepared: Learnt,
     site: Site,
     granularity: Granularity = "layer",
     lr: Positive = 1e-3,
@@ -332,6 +358,8 @@ def adamerging(
     batch: Annotated[int, Field(ge=1)] = 16,
     init: Fraction = 0.3,
     samples: Samples = 4096,
+    merge: MultiTask = "sum",
+    density: Density = 0.2,
 ) -> Tensor:
     """Add up the task vectors with coefficients learnt by minimising the entropy of the merged model's predictions.
 
@@ -340,7 +368,8 @@ def adamerging(
     on unlabelled examples x of its task (Yang et al. 2024, arXiv:2310.02575). Each step draws ``batch`` examples of
     each expert's task. ∂L/∂λ_t is Σ ⟨∂L/∂θ, τ_t⟩ over the tensors that share λ_t, in float64. λ is clamped to [0, 1],
     as in the authors' code, and has no gradient outside. A layer is one parameter tensor, as in the authors' code; tied
-    ones count once.
+    ones count once. ``merge=ties`` is the paper's AdaMerging++: in place of τ_t, what TIES' trimming leaves of it and
+    has the elected sign.
 
     Departures: the examples are of the training split (without its labels), so that no reported example is learnt from;
     the paper learns from the unlabelled test examples. There is one batch per task and step; the authors' loop sums
@@ -349,7 +378,7 @@ def adamerging(
 
     Args:
         vectors: T task vectors (parts of them, flattened) of one shape.
-        prepared: by tensor, the experts' λ_t.
+        prepared: by tensor, the experts' λ_t, and what TIES needs to know.
         site: names the tensor.
         granularity: "task": one λ per expert; "layer": one λ per expert and tensor.
         lr: Adam's learning rate, about the change of a λ in a step.
@@ -357,6 +386,8 @@ def adamerging(
         batch: number of examples of each expert's task in a step.
         init: initial value of every λ.
         samples: number of training examples of each expert to draw batches from.
+        merge: "sum": λ for the task vectors; "ties": for what of them agrees after TIES' trimming and election.
+        density: fraction of entries that TIES keeps of each task vector; without effect on the sum.
 
     Returns:
         Σ λ_t τ_t, of the vectors' shape and dtype.
@@ -364,4 +395,5 @@ def adamerging(
     Raises:
         ConfigError: while learning: an expert's model predicts a score, not classes.
     """
-    return weighted_sum(vectors, prepared[site.name])
+    known = None if prepared.consensus is None else prepared.consensus[site.name]
+    return multi_task_vector(vectors, prepared.coefficients[site.name], known)

@@ -28,7 +28,7 @@ from tests.standins import glue_table
 Command = Callable[..., Outcome]
 peft = pytest.importorskip("peft")
 
-SUMS = ("soup", "task_arithmetic", "lines")
+SUMS = ("soup", "task_arithmetic", "lines", "expo")
 METHODS = [method for method in OF_WEIGHTS if not get_method(method).needs]
 
 

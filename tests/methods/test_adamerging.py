@@ -118,14 +118,33 @@ def drawn(outputs: int = 3, dtype: torch.dtype = torch.float64) -> Drawn:
 Coefficients = Callable[[str], list[Tensor]]
 
 
-def entropies(setting: Drawn, coefficients: Coefficients, chosen: Callable[[str], list[int]]) -> Tensor:
+def task_vectors(setting: Drawn, density: float | None) -> dict[str, list[Tensor]]:
+    """Task vectors; with a density, what of them agrees after TIES' trimming and election, over all tensors."""
+    names = [name for name in setting.base if not name.startswith(HEAD)]
+    rows = [
+        torch.cat([(expert.weights[name] - setting.base[name]).flatten() for name in names])
+        for expert in setting.experts.values()
+    ]
+    if density is not None:
+        count = int(density * rows[0].numel())
+        bounds = [row.abs().sort(descending=True).values[count - 1] for row in rows]
+        rows = [row * (row.abs() >= bound) for row, bound in zip(rows, bounds, strict=True)]
+        sign = sum(rows[1:], rows[0]).sign()
+        sign[sign == 0] = sign.sum().sign()
+        rows = [row * (row * sign > 0) for row in rows]
+    sizes = [setting.base[name].numel() for name in names]
+    parts = [row.split(sizes) for row in rows]
+    return {name: [part[i].view_as(setting.base[name]) for part in parts] for i, name in enumerate(names)}
+
+
+def entropies(
+    setting: Drawn, coefficients: Coefficients, chosen: Callable[[str], list[int]], density: float | None = None
+) -> Tensor:
     """Σ over experts of the mean entropy of the merged model, with the expert's head, one example at a time."""
     network = classifier("bert", 3)
     theta = dict(setting.base)
-    for name, start in setting.base.items():
-        if not name.startswith(HEAD):
-            vectors = [expert.weights[name] - start for expert in setting.experts.values()]
-            theta[name] = start + sum(c * v for c, v in zip(coefficients(name), vectors, strict=True))
+    for name, vectors in task_vectors(setting, density).items():
+        theta[name] = setting.base[name] + sum(c * v for c, v in zip(coefficients(name), vectors, strict=True))
     total = torch.zeros((), dtype=torch.float64)
     for label, expert in setting.experts.items():
         weights = theta | {name: value for name, value in expert.weights.items() if name.startswith(HEAD)}
@@ -138,7 +157,9 @@ def entropies(setting: Drawn, coefficients: Coefficients, chosen: Callable[[str]
     return total
 
 
-def learnt_by_autograd(setting: Drawn, steps: int, lr: float, batch: int, *, by_tensor: bool) -> Weights:
+def learnt_by_autograd(
+    setting: Drawn, steps: int, lr: float, batch: int, *, by_tensor: bool, density: float | None = None
+) -> Weights:
     """Each tensor's coefficients, by a graph that runs from them through the merged weights to the entropy."""
     names = [name for name in setting.base if not name.startswith(HEAD)]
     raw = {key: torch.full((2,), 0.3, dtype=torch.float64, requires_grad=True) for key in (names if by_tensor else "*")}
@@ -152,7 +173,7 @@ def learnt_by_autograd(setting: Drawn, steps: int, lr: float, batch: int, *, by_
             return positions(COUNT, batch, 5, setting.content(label), step)
 
         adam.zero_grad()
-        entropies(setting, coefficients, chosen).backward()
+        entropies(setting, coefficients, chosen, density).backward()
         adam.step()
     return {name: raw[name if by_tensor else "*"].detach().clamp(0, 1) for name in names}
 
@@ -178,6 +199,31 @@ def test_coefficients_are_those_of_autograd(granularity: str, steps: int, lr: fl
     assert bool((values == values[0]).all()) == (granularity == "task")
     if lr == 0.3:
         assert {0.0, 1.0} & set(values.flatten().tolist())
+
+
+@pytest.mark.parametrize("granularity", ["task", "layer"])
+def test_on_ties_coefficients_are_those_of_autograd_on_what_agrees(granularity: str) -> None:
+    setting = drawn()
+    settings = {"merge": "ties", "density": 0.4, "granularity": granularity, "steps": 4, "lr": 0.02, "batch": 5}
+    found = setting.merge(**settings)
+    expected = learnt_by_autograd(setting, 4, 0.02, 5, by_tensor=granularity == "layer", density=0.4)
+    vectors = task_vectors(setting, 0.4)
+    for name, theirs in expected.items():
+        exact = torch.tensor([setting.learnt[expert][name] for expert in "ab"], dtype=torch.float64)
+        torch.testing.assert_close(exact, theirs, rtol=0, atol=1e-9, msg=name)
+        merged = setting.base[name] + sum(c * v for c, v in zip(theirs, vectors[name], strict=True))
+        compared("adamerging", FORMULA, found[name], merged, options=settings, note="coefficients by autograd")
+        torch.testing.assert_close(found[name], merged, rtol=0, atol=1e-8)
+    plain = learnt_by_autograd(setting, 4, 0.02, 5, by_tensor=granularity == "layer")
+    assert any((plain[name] - theirs).abs().max() > 1e-3 for name, theirs in expected.items())
+
+
+def test_without_steps_on_ties_it_is_the_sum_of_what_agrees() -> None:
+    setting = drawn(dtype=torch.float32)
+    found = setting.merge(steps=0, init=0.3, merge="ties", density=0.4)
+    options = {"lambda": 0.3, "density": 0.4, "reduce": "sum"}
+    for name, value in merge_to_dict(get_method("ties"), options, setting.models).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
 
 
 def test_entropy_falls() -> None:
