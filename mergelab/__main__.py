@@ -78,11 +78,13 @@ def _main() -> None:
         hint = did_you_mean(arguments[0], commands()) or f" ({there_are}; settings are GROUP=OPTION and KEY=VALUE)"
         sys.exit(_fail(f"{arguments[0]}: no such command{hint}"))
     else:
-        _experiment(arguments)
+        experiment(arguments)
 
 
-def _experiment(arguments: list[str]) -> None:
+def experiment(arguments: list[str]) -> None:
+    """Run an experiment, a grid or a sweep; bad input is one line and exit code 2."""
     from mergelab.cli.run import run
+    from mergelab.mergekit.commands import expanded
     from mergelab.tracking.secrets import without_password
     from mergelab.weights import truncated_file
 
@@ -91,7 +93,7 @@ def _experiment(arguments: list[str]) -> None:
     os.environ[_FULL_ERROR] = "1"  # Hydra then lets its errors through instead of printing them over many lines
     try:
         with truncated_file.reported():
-            run(arguments)
+            run(expanded(arguments))
     except KeyboardInterrupt as interrupt:
         _close_grid("KILLED")
         sys.exit(_fail("; ".join(["interrupted", *getattr(interrupt, "__notes__", ())]), code=130))
