@@ -11,6 +11,7 @@ from mergelab.config import ExperimentConfig, ModelsConfig, check, local_path
 from mergelab.console.progress import warn
 from mergelab.errors import ConfigError, did_you_mean, listed, shortened
 from mergelab.experiment.locate import Source, decide_source
+from mergelab.experiment.slicing import without_slices
 from mergelab.models.references import references
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def plan_experiment(config: DictConfig) -> Plan:
     from mergelab.tracking import tracking_config
 
     resolved = _resolved(config)
-    checked = check(ExperimentConfig, resolved)
+    checked = without_slices(check(ExperimentConfig, resolved))
     if checked.models.base is not None and "base" in checked.models.experts:
         raise ConfigError("models.experts.base: that is the base's name; give another one: {<name>: <reference>}")
     names = [*(["base"] if checked.models.base is not None else []), *checked.models.experts]
