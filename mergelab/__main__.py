@@ -78,11 +78,10 @@ def _main() -> None:
         hint = did_you_mean(arguments[0], commands()) or f" ({there_are}; settings are GROUP=OPTION and KEY=VALUE)"
         sys.exit(_fail(f"{arguments[0]}: no such command{hint}"))
     else:
-        experiment(arguments)
+        _experiment(arguments)
 
 
-def experiment(arguments: list[str]) -> None:
-    """Run an experiment, a grid or a sweep; bad input is one line and exit code 2."""
+def _experiment(arguments: list[str]) -> None:
     from mergelab.cli.run import run
     from mergelab.mergekit.commands import expanded
     from mergelab.tracking.secrets import without_password

@@ -280,7 +280,9 @@ def _rule_options(model: type[Parameters], options: Mapping[str, Any], method: s
         raise ConfigError(f"method.{per_tensor.REQUIRED}={required!r}: must be a list of parameters")
     for key in map(str, required):
         if key.partition(".")[0] not in known:
-            raise ConfigError(f"method.{per_tensor.REQUIRED}: {method} has no parameter {key!r}{did_you_mean(key, known)}")
+            raise ConfigError(
+                f"method.{per_tensor.REQUIRED}: {method} has no parameter {key!r}{did_you_mean(key, known)}"
+            )
     return {"as_mergekit": read_as is not None, "required": tuple(map(str, required))}
 
 

@@ -99,7 +99,9 @@ def locate(
     """
     if source == "mini":
         if any(isinstance(expert.reference, StackConfig) for expert in models.experts.values()):
-            raise ConfigError("models.slices: layers are chosen of models that are there; the embedded miniature is none")
+            raise ConfigError(
+                "models.slices: layers are chosen of models that are there; the embedded miniature is none"
+            )
         return _locate_mini(models, tasks, progress)
     base = None
     if models.base is not None:

@@ -107,7 +107,9 @@ def _expert(
     return own.model_copy(update={"reference": _stack(references, parts)})
 
 
-def _renamed(name: str | None, renamed: Mapping[str, str], base: StackConfig | None, slots: Sequence[str]) -> str | None:
+def _renamed(
+    name: str | None, renamed: Mapping[str, str], base: StackConfig | None, slots: Sequence[str]
+) -> str | None:
     """Return what stands for a model whose config or tokenizer the merged one has."""
     if name is None or (name == _BASE and base is not None):
         return name
@@ -146,9 +148,7 @@ def _with_rules(
     return {**method, _RULES: joined} if joined else dict(method)
 
 
-def _of_slice(
-    name: str, rules: Any, where: Mapping[str, Any], names: Mapping[str, str]
-) -> list[dict[str, Any]]:
+def _of_slice(name: str, rules: Any, where: Mapping[str, Any], names: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return a slice's rules by tensor name as rules for its layers."""
     if not isinstance(rules, Sequence) or isinstance(rules, str) or not all(isinstance(r, Mapping) for r in rules):
         raise ConfigError(f"models.slices.{name}.method.rules: must be a list of {{match: PATTERN, PARAMETER: VALUE}}")

@@ -11,10 +11,10 @@ Usage:
 from __future__ import annotations
 
 import argparse
+import runpy
 import sys
 from collections.abc import Sequence
 
-import mergelab.__main__ as command
 from mergelab.errors import ConfigError, MergelabError
 from mergelab.mergekit.commands import KEY, is_strict, read, text_of
 
@@ -41,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MergelabError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    command.experiment([f"{KEY}={options.file}", "evaluate=false", f"output={options.output}", *settings, *own])
+    merge = [f"{KEY}={options.file}", "evaluate=false", f"output={options.output}"]
+    sys.argv = ["mergelab", *merge, *settings, *own]
+    runpy.run_module(
+        "mergelab", run_name="__main__", alter_sys=True
+    )  # as the command itself: its lines, its exit codes
     return 0
 
 

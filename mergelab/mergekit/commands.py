@@ -84,9 +84,9 @@ def as_config(found: Translation) -> dict[str, Any]:
 
 def text_of(found: Translation, file: str) -> str:
     """Write a translation as the file of an experiment: for the folder ``experiment`` of a ``--config-dir``."""
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
-    class Dumper(yaml.SafeDumper):
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]
         """Writes lists of numbers on one line, and no references."""
 
         def ignore_aliases(self, data: Any) -> bool:

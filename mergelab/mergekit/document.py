@@ -79,7 +79,7 @@ def load(path: str | Path) -> list[tuple[str, Mapping[str, Any]]]:
     Raises:
         ConfigError: the file cannot be read, is no YAML, or has no document that is a mapping.
     """
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
@@ -117,10 +117,13 @@ def parse(content: Mapping[str, Any], where: str, known: Mapping[str, Sequence[s
     reader.keys(content, TOP, "")
     given = [key for key in ("models", "slices", "modules") if content.get(key)]
     if len(given) != 1:
-        raise ConfigError(f"{where}: needs exactly one of models, slices and modules, and has {listed(given) or 'none'}")
+        raise ConfigError(
+            f"{where}: needs exactly one of models, slices and modules, and has {listed(given) or 'none'}"
+        )
     base = None if content.get("base_model") is None else model_text(content["base_model"], f"{where}: base_model")
     top = reader.parameters(content, "parameters")
-    body, levels = content, (top,)
+    levels: Levels = (top,)
+    body = content
     if given == ["modules"]:
         body, levels = reader.only_module(content["modules"], top)
     slices, stacked = reader.slices(body, levels, base)
@@ -145,7 +148,7 @@ def model_text(value: Any, where: str) -> str:
 def _refuse_others(content: Mapping[str, Any], where: str) -> None:
     if "genome" in content:
         raise ConfigError(
-            f"{where}: a genome of mergekit-evolve, which searches for a merge; here -m sweep=METHOD does (sweep=ties, …)"
+            f"{where}: a genome of mergekit-evolve, which searches for a merge; here -m sweep=METHOD does that"
         )
     if "experts" in content and "merge_method" not in content and (content.keys() & {*_MIXTURE, "base_model", "dtype"}):
         raise ConfigError(f"{where}: a config of mergekit-moe, which makes mixtures of experts; they are not made here")
@@ -247,12 +250,16 @@ class _Reader:
         if layers is not None and not 0 <= layers[0] < layers[1]:
             raise ConfigError(f"{self.where}: {path}.layer_range={list(layers)}: holds no layer")
         model = model_text(node["model"], f"{self.where}: {path}.model")
-        return Source(model, None if layers is None else (layers[0], layers[1]), self.parameters(node, f"{path}.parameters"))
+        return Source(
+            model, None if layers is None else (layers[0], layers[1]), self.parameters(node, f"{path}.parameters")
+        )
 
     def _distinct(self, found: Sequence[Source], path: str) -> tuple[Source, ...]:
         names = [each.model for each in found]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ConfigError(f"{self.where}: {path}: {listed(repeated)} is there more than once, and counts once in mergekit")
+            raise ConfigError(
+                f"{self.where}: {path}: {listed(repeated)} is there more than once, and counts once in mergekit"
+            )
         return tuple(found)
 
     def _list(self, node: Any, path: str) -> Sequence[Any]:

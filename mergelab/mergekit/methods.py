@@ -78,9 +78,7 @@ METHODS: Mapping[str, Method] = {
     "ties": Method("ties", (_WEIGHT, _DENSITY, _LAMBDA, _mean(True)), constants={"scope": "tensor", **_VOTES}),
     "dare_ties": Method("dare_ties", (_WEIGHT, _DENSITY, _LAMBDA, _mean(False), _rescale(True)), constants=_VOTES),
     "dare_linear": Method("dare", (_WEIGHT, _DENSITY, _LAMBDA, _sum(), _rescale(True))),
-    "breadcrumbs": Method(
-        "breadcrumbs", (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _sum()), constants={"scope": "tensor"}
-    ),
+    "breadcrumbs": Method("breadcrumbs", (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _sum()), constants={"scope": "tensor"}),
     "breadcrumbs_ties": Method(
         "breadcrumbs_ties",
         (_WEIGHT, _DENSITY, _GAMMA, _LAMBDA, _mean(False)),

@@ -91,9 +91,7 @@ def _add(found: Settings, setting: Setting, chain: Chain) -> None:
     found.rules += [{"match": pattern(text), setting.ours: value} for text, value in chain.filters]
 
 
-def _by_expert(
-    found: Settings, setting: Setting, document: Document, part: Slice, experts: Mapping[str, str]
-) -> None:
+def _by_expert(found: Settings, setting: Setting, document: Document, part: Slice, experts: Mapping[str, str]) -> None:
     """Add a parameter of which each model has its own."""
     chains = {
         experts[source.model]: _chain(setting, (source.parameters, *part.levels), f"{document.where}: {source.model}")
@@ -141,7 +139,11 @@ def _entries(setting: Any, where: str) -> Iterator[tuple[str | None, Any]]:
     """Yield the filters of a setting, each with its value; None for what holds for all tensors."""
     if isinstance(setting, Mapping):
         setting = [setting]
-    if not isinstance(setting, Sequence) or isinstance(setting, str) or not any(isinstance(e, Mapping) for e in setting):
+    if (
+        not isinstance(setting, Sequence)
+        or isinstance(setting, str)
+        or not any(isinstance(e, Mapping) for e in setting)
+    ):
         yield None, setting
         return
     for entry in setting:

@@ -57,7 +57,7 @@ def translate(content: Mapping[str, Any], where: str, name: str) -> Translation:
     owner = _owner(document, parts[0], names)
     models["config"] = owner
     save: dict[str, Any] = {"tokenizer": owner}
-    notes = [*document.notes, *_dtype(document, save), *_tokens(document, models, save)]
+    notes = [*document.notes, *_ends(document), *_dtype(document, save), *_tokens(document, models, save)]
     return Translation(models, {"name": method.ours, **parameters}, save, tuple(notes))
 
 
@@ -101,7 +101,8 @@ class _Part:
             count = f"{bound} model{'' if bound.endswith(' 1') else 's'}{besides}"
             hint = f" ({len(document.slices)} slices can take one each)" if document.stacked else ""
             raise ConfigError(
-                f"{where}: merge_method={document.method}: takes {count}, and has {len(experts)}: {listed(experts)}{hint}"
+                f"{where}: merge_method={document.method}: takes {count}, and has {len(experts)}: "
+                f"{listed(experts)}{hint}"
             )
         return cls(part, base, experts)
 
@@ -156,7 +157,18 @@ def _owner(document: Document, part: _Part, names: Mapping[str, str]) -> str:
     """Return the name of the model whose config and tokenizer the merged one has: the base's, or the first one's."""
     if part.base is not None:
         return _BASE
-    return names[document.base] if document.base in names else next(iter(names.values()))
+    return names.get(document.base or "", next(iter(names.values())))
+
+
+def _ends(document: Document) -> list[str]:
+    """Say where what follows the layers is merged of other models than in mergekit."""
+    first, last = (len(document.slices[at].sources) for at in (0, -1))
+    if last <= first:
+        return []
+    return [
+        f"slices[{len(document.slices) - 1}]: has {last} sources, and the first slice {first}: mergekit merges what "
+        f"follows the layers (last norm, head) from the first {first} of them alone, here from all"
+    ]
 
 
 def _dtype(document: Document, save: dict[str, Any]) -> list[str]:
@@ -181,10 +193,14 @@ def _tokens(document: Document, models: dict[str, Any], save: dict[str, Any]) ->
     node = settings.get("tokenizer")
     source = settings.get("tokenizer_source") if node is None else node.get("source", "union")
     if node is not None and (node.get("tokens") or node.get("pad_to_multiple_of")):
-        raise ConfigError(f"{where}: tokenizer.tokens and tokenizer.pad_to_multiple_of cannot be had here; take them out")
+        raise ConfigError(
+            f"{where}: tokenizer.tokens and tokenizer.pad_to_multiple_of cannot be had here; take them out"
+        )
     notes = []
     if settings.get("chat_template") is not None:
-        notes.append("chat_template: is not written here; the merged model has that of the model whose tokenizer it has")
+        notes.append(
+            "chat_template: is not written here; the merged model has that of the model whose tokenizer it has"
+        )
     if source is None:
         return notes
     if source == "base" or source == models["base"]:
@@ -194,6 +210,8 @@ def _tokens(document: Document, models: dict[str, Any], save: dict[str, Any]) ->
     elif source == "union":
         models["vocab"] = "union"
     else:
-        raise ConfigError(f"{where}: tokenizer_source={source}: must be base or union; another model's cannot be had here")
+        raise ConfigError(
+            f"{where}: tokenizer_source={source}: must be base or union; another model's cannot be had here"
+        )
     save.pop("tokenizer", None)
     return notes

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Densities, SumWeights
-from mergelab.ops.philox import bernoulli
 from mergelab.ops.blocks import blocks
+from mergelab.ops.philox import bernoulli
 from mergelab.ops.site import Site, SiteOf
 from mergelab.ops.sparsify import Rescale, restoring
 from mergelab.ops.task_vectors import factors, of_each, open_task_vectors, weighted_sum

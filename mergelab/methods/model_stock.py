@@ -17,7 +17,6 @@ from mergelab.ops.sparsify import row_blocks, rows
 from mergelab.ops.task_vectors import weighted_sum
 from mergelab.weights.align import AlignedModels
 
-
 Scope = Literal["tensor", "model", "row"]
 SINGULAR = 1e-6  # 1 + (T−1)·c below which there is no interpolation, and the base stays
 

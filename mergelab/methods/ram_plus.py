@@ -17,7 +17,6 @@ from mergelab.ops.task_vectors import open_task_vectors, weighted_sum
 from mergelab.ops.threads import in_order
 from mergelab.weights.align import AlignedModels
 
-
 Scope = Literal["model", "tensor"]
 
 

@@ -130,7 +130,7 @@ def parse_reference(reference: str | PairConfig | StackConfig) -> AnyReference:
     if isinstance(reference, str):
         return _with_adapter(reference)
     if isinstance(reference, StackConfig):
-        return Stack(tuple((_with_adapter(part.model), *part.layers) for part in reference.stack))
+        return Stack(tuple((_with_adapter(each.model), each.layers[0], each.layers[1]) for each in reference.stack))
     ids = reference.model_dump(include={"decoder_start_token_id", "pad_token_id", "eos_token_id"}, exclude_none=True)
     return Pair(_parsed(reference.encoder), _parsed(reference.decoder), reference.seed, ids)
 

@@ -1,4 +1,4 @@
-"""Models that are made of layers of others: a folder in the cache for config and tokenizer, weights read from theirs."""
+"""Models made of layers of others: a folder in the cache for config and tokenizer; weights are read from theirs."""
 
 from __future__ import annotations
 
@@ -182,7 +182,9 @@ def _stack(
         if len(stacks) == 1 < len(prefixes):
             raise ModelError(f"{name}: the layers of the models are called differently: {listed(sorted(prefixes))}")
         if len(stacks) != 1:
-            raise ModelError(f"{name}: layers of {model.folder} cannot be chosen: it has {len(stacks)} stacks of layers")
+            raise ModelError(
+                f"{name}: layers of {model.folder} cannot be chosen: it has {len(stacks)} stacks of layers"
+            )
         if stop > count:
             raise ModelError(f"{name}: layers {start} to {stop} of {model.folder}: it has {count} layers")
         for key in keys:
@@ -225,7 +227,9 @@ def _config(opened: Sequence[Checkpoint], parts: Sequence[Part], where: str) -> 
     holder = next((key for key in ("text_config",) if isinstance(config.get(key), Mapping)), None)
     key = next((key for key in _COUNTS if key in (config if holder is None else config[holder])), None)
     if key is None:
-        raise ModelError(f"{where}: the config of {parts[0][0]} does not say how many layers it has ({listed(_COUNTS)})")
+        raise ModelError(
+            f"{where}: the config of {parts[0][0]} does not say how many layers it has ({listed(_COUNTS)})"
+        )
     own = [model.config if holder is None else model.config.get(holder, {}) for model in opened]
     changed = dict(own[0])
     changed[key] = sum(stop - start for _, start, stop in parts)
@@ -233,8 +237,12 @@ def _config(opened: Sequence[Checkpoint], parts: Sequence[Part], where: str) -> 
         by_layer = "layer" in name or name in _BY_LAYER
         if by_layer and isinstance(value, list) and len(value) == own[0][key]:
             lists = [each.get(name) for each in own]
-            if not all(isinstance(each, list) and len(each) == one.get(key) for each, one in zip(lists, own, strict=True)):
-                raise ModelError(f"{where}: {name} of the config has an entry for each layer in some of the models alone")
+            if not all(
+                isinstance(each, list) and len(each) == one.get(key) for each, one in zip(lists, own, strict=True)
+            ):
+                raise ModelError(
+                    f"{where}: {name} of the config has an entry for each layer in some of the models alone"
+                )
             changed[name] = [
                 entry
                 for entries, (_, start, stop) in zip(lists, parts, strict=True)

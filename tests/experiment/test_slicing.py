@@ -87,6 +87,7 @@ def test_what_is_written_loads_and_computes_what_the_layers_do(models: Path, tmp
     one, other = (transformers.LlamaForCausalLM.from_pretrained(models / name) for name in "ab")
     one.model.layers = torch.nn.ModuleList([*one.model.layers[:3], *other.model.layers[2:]])
     one.model.norm, one.lm_head = other.model.norm, other.lm_head
+    one.model.config.num_hidden_layers = 5
     for at, layer in enumerate(one.model.layers):
         layer.self_attn.layer_idx = at
     tokens = torch.tensor([[1, 5, 7, 2]])
@@ -113,7 +114,8 @@ def test_lists_with_an_entry_for_each_layer_are_those_of_the_layers(models: Path
 
 def test_a_reference_may_be_a_stack_or_have_an_adapter(models: Path) -> None:
     plan = planned(
-        f"models.experts={{s:{{stack:[{{model:'{models / 'a'}',layers:[0,2]}},{{model:'{models / 'b'}',layers:[3,4]}}]}}}}",
+        f"models.experts={{s:{{stack:[{{model:'{models / 'a'}',layers:[0,2]}},"
+        f"{{model:'{models / 'b'}',layers:[3,4]}}]}}}}",
         "models.base=null",
         "method=soup",
     )
@@ -121,7 +123,7 @@ def test_a_reference_may_be_a_stack_or_have_an_adapter(models: Path) -> None:
     assert json.loads((located.experts[0].folder / "config.json").read_text())["num_hidden_layers"] == 3
     assert isinstance(parse_reference("org/a@v1+org/b"), Adapted)
     assert isinstance(parse_reference(plan.config.models.experts["s"].reference), Stack)
-    with pytest.raises(ModelError, match="models\\.base: layers 2 to 9 of .*a: it has 4 layers"):
+    with pytest.raises(ModelError, match=r"models\.base: layers 2 to 9 of .*a: it has 4 layers"):
         local_folder(Stack(((parse_reference(str(models / "a")), 2, 9),)), "models.base")  # type: ignore[arg-type]
 
 
@@ -133,7 +135,10 @@ def test_a_reference_may_be_a_stack_or_have_an_adapter(models: Path) -> None:
         ("{s:{sources:{a:[2,2]}}}", "each must be [FIRST, AFTER_LAST], with a layer between them"),
         ("{s:{sources:{a:[0,2]}}}", "models.experts.b: is in none of models.slices"),
         ("{s:{source:{a:[0,2]}}}", "models.slices.s.source: no such key; did you mean 'sources'"),
-        ("{s:{sources:{a:[0,2],b:[0,2],base:[0,2]}},t:{sources:{a:[0,2],b:[0,2]}}}", "models.slices.t.sources: needs base"),
+        (
+            "{s:{sources:{a:[0,2],b:[0,2],base:[0,2]}},t:{sources:{a:[0,2],b:[0,2]}}}",
+            "models.slices.t.sources: needs base",
+        ),
         ("{s:{sources:{a:[0,2],b:[0,2]},method:{rules:[{layers:[0,1],t:1}]}}}", "leave layers out"),
     ],
 )

@@ -83,9 +83,7 @@ def test_each_slice_has_what_differs_and_the_method_what_they_share() -> None:
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers_and_int8_mask_is_nothing() -> None:
-    found = of(
-        "{merge_method: ram, base_model: b, models: [{model: a}], parameters: {epsilon: 1e-5, int8_mask: true}}"
-    )
+    found = of("{merge_method: ram, base_model: b, models: [{model: a}], parameters: {epsilon: 1e-5, int8_mask: true}}")
     assert found.method["epsilon"] == 1e-5
     assert found.notes == ()
 
@@ -127,7 +125,9 @@ def test_models_with_adapters_and_revisions_keep_both() -> None:
         ("models: [{model: a}]\nparameters: {weight: [{filtr: x, value: 1}]}", "did you mean 'filter'?"),
     ],
 )
-def test_what_mergekit_passes_over_is_named_with_what_was_meant(text: str, said: str, tmp_path: Path, capsys: Any) -> None:
+def test_what_mergekit_passes_over_is_named_with_what_was_meant(
+    text: str, said: str, tmp_path: Path, capsys: Any
+) -> None:
     whole = f"merge_method: ties\nbase_model: b\n{text}\n"
     if "parameters" not in text:
         whole += "parameters: {weight: 1}\n"
@@ -170,15 +170,22 @@ def test_what_mergekit_passes_over_is_named_with_what_was_meant(text: str, said:
             "pad_to_multiple_of=0: must be a whole number above 0",
         ),
         (
-            "{merge_method: linear, models: [{model: a}], parameters: {weight: 1}, tokenizer: {}, tokenizer_source: base}",
+            "{merge_method: linear, models: [{model: a}], parameters: {weight: 1},"
+            " tokenizer: {}, tokenizer_source: base}",
             "tokenizer_source",
         ),
         ("{merge_method: linear, models: [{model: a}, {model: a}], parameters: {weight: 1}}", "there more than once"),
         ("{merge_method: linear, models: [{model: a}], parameters: {weight: heavy}}", "must be a number"),
-        ("{merge_method: ties, base_model: b, models: [{model: a}], parameters: {weight: 1, rescale: true}}", "rescale"),
+        (
+            "{merge_method: ties, base_model: b, models: [{model: a}], parameters: {weight: 1, rescale: true}}",
+            "rescale",
+        ),
         ("{base_model: a, gate_mode: hidden, experts: [{source_model: b}]}", "mixtures of experts"),
         ("{genome: {models: [a, b]}}", "-m sweep=METHOD"),
-        ("{merge_method: model_stock, base_model: a, models: [{model: b}]}", "takes at least 2 models besides the base"),
+        (
+            "{merge_method: model_stock, base_model: a, models: [{model: b}]}",
+            "takes at least 2 models besides the base",
+        ),
     ],
 )
 def test_what_cannot_be_merged_is_one_line(text: str, said: str) -> None:
