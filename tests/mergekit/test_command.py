@@ -47,7 +47,15 @@ def same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
 
 
 def test_the_command_merges_with_the_flags_of_scripts_and_a_setting_changed(home: Path, tmp_path: Path) -> None:
-    flags = ["--lazy-unpickle", "--no-low-cpu-memory", "--copy-tokenizer", "--out-shard-size", "1B", "--random-seed", "3"]
+    flags = [
+        "--lazy-unpickle",
+        "--no-low-cpu-memory",
+        "--copy-tokenizer",
+        "--out-shard-size",
+        "1B",
+        "--random-seed",
+        "3",
+    ]
     file = str(home / "merge.yml")
     done = run(tmp_path, "mergelab.mergekit", file, "out", *flags, "method.lambda=0.5", "tracking=none")
     assert done.returncode == 0, done.stderr

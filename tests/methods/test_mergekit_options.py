@@ -1,4 +1,4 @@
-"""Options that mergekit's methods have: weights divided by their sum or not, sums of magnitudes restored, rows, scales."""
+"""Options that mergekit's methods have: weights divided by their sum, sums of magnitudes restored, rows, scales."""
 
 from __future__ import annotations
 
