@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergelab.errors import ConfigError, MergeWarning, did_you_mean, listed
-from mergelab.weights.naming import Place, matches_any, places
+from mergelab.weights.naming import LayerPlace, matches_any, places
 
 KEY = "rules"
 MATCH, LAYERS = "match", "layers"
@@ -35,7 +35,7 @@ class Rule:
     values: Mapping[str, Any]
     layers: Layers = (None, None)
 
-    def fits(self, name: str, place: Place) -> bool:
+    def fits(self, name: str, place: LayerPlace) -> bool:
         """Return whether the rule is for a tensor."""
         start, stop = self.layers
         within = (start is None or place.layer >= start) and (stop is None or place.layer < stop)
@@ -133,7 +133,7 @@ class Varied:
                 raise ConfigError(f"method.{missing[0]}: needs a value for {name}, and no rule gives one")
             yield name, own
 
-    def _position(self, place: Place, start: int | None = None, stop: int | None = None) -> float:
+    def _position(self, place: LayerPlace, start: int | None = None, stop: int | None = None) -> float:
         """Return how far along the layers a tensor lies, or along those from ``start`` to ``stop``: from 0 to 1."""
         if not place.count:
             return 0.0 if self.as_mergekit else place.depth()

@@ -51,7 +51,7 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Document:
+class MergeDocument:
     """A mergekit config.
 
     Attributes:
@@ -96,7 +96,7 @@ def load(path: str | Path) -> list[tuple[str, Mapping[str, Any]]]:
     return [(f"{path}, document {at}" if many else str(path), each) for at, each in enumerate(documents, 1)]
 
 
-def parse(content: Mapping[str, Any], where: str, known: Mapping[str, Sequence[str]]) -> Document:
+def parse(content: Mapping[str, Any], where: str, known: Mapping[str, Sequence[str]]) -> MergeDocument:
     """Read one document.
 
     Args:
@@ -130,7 +130,7 @@ def parse(content: Mapping[str, Any], where: str, known: Mapping[str, Sequence[s
     settings = {key: content[key] for key in TOP[6:] if content.get(key) is not None}
     if "tokenizer" in settings:
         reader.tokenizer(settings)
-    return Document(where, method, slices, stacked, base, settings, reader.notes)
+    return MergeDocument(where, method, slices, stacked, base, settings, reader.notes)
 
 
 def model_text(value: Any, where: str) -> str:

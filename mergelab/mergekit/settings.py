@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergelab.errors import ConfigError, shortened
-from mergelab.mergekit.document import Document, Levels, Slice
+from mergelab.mergekit.document import Levels, MergeDocument, Slice
 from mergelab.mergekit.methods import ONLY_DEFAULT, REQUIRED, Method, Setting
 
 _MISSING = object()
@@ -55,7 +55,7 @@ class Settings:
         return found | ({"required": self.required} if self.required else {})
 
 
-def settings_of(document: Document, part: Slice, method: Method, experts: Mapping[str, str]) -> Settings:
+def settings_of(document: MergeDocument, part: Slice, method: Method, experts: Mapping[str, str]) -> Settings:
     """Return the method's parameters for one slice.
 
     Args:
@@ -91,7 +91,9 @@ def _add(found: Settings, setting: Setting, chain: Chain) -> None:
     found.rules += [{"match": pattern(text), setting.ours: value} for text, value in chain.filters]
 
 
-def _by_expert(found: Settings, setting: Setting, document: Document, part: Slice, experts: Mapping[str, str]) -> None:
+def _by_expert(
+    found: Settings, setting: Setting, document: MergeDocument, part: Slice, experts: Mapping[str, str]
+) -> None:
     """Add a parameter of which each model has its own."""
     chains = {
         experts[source.model]: _chain(setting, (source.parameters, *part.levels), f"{document.where}: {source.model}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergelab.errors import ConfigError, listed
-from mergelab.mergekit.document import Document, Slice, parse
+from mergelab.mergekit.document import MergeDocument, Slice, parse
 from mergelab.mergekit.methods import METHODS, Method, known_parameters
 from mergelab.mergekit.settings import Settings, settings_of
 
@@ -76,7 +76,7 @@ class _Part:
     experts: tuple[str, ...]
 
     @classmethod
-    def of(cls, document: Document, part: Slice, method: Method, at: int) -> _Part:
+    def of(cls, document: MergeDocument, part: Slice, method: Method, at: int) -> _Part:
         """Tell the base from the experts, and check how many there are."""
         where = f"{document.where}: slices[{at}]" if document.stacked else document.where
         models = [source.model for source in part.sources]
@@ -153,14 +153,14 @@ def _slices(
     return slices, whole
 
 
-def _owner(document: Document, part: _Part, names: Mapping[str, str]) -> str:
+def _owner(document: MergeDocument, part: _Part, names: Mapping[str, str]) -> str:
     """Return the name of the model whose config and tokenizer the merged one has: the base's, or the first one's."""
     if part.base is not None:
         return _BASE
     return names.get(document.base or "", next(iter(names.values())))
 
 
-def _ends(document: Document) -> list[str]:
+def _ends(document: MergeDocument) -> list[str]:
     """Say where what follows the layers is merged of other models than in mergekit."""
     first, last = (len(document.slices[at].sources) for at in (0, -1))
     if last <= first:
@@ -171,7 +171,7 @@ def _ends(document: Document) -> list[str]:
     ]
 
 
-def _dtype(document: Document, save: dict[str, Any]) -> list[str]:
+def _dtype(document: MergeDocument, save: dict[str, Any]) -> list[str]:
     """Set what the merged model is stored in; say where mergekit rounds on the way."""
     computed, stored = (document.settings.get(key) for key in ("dtype", "out_dtype"))
     for key, value in (("dtype", computed), ("out_dtype", stored)):
@@ -187,7 +187,7 @@ def _dtype(document: Document, save: dict[str, Any]) -> list[str]:
     return []
 
 
-def _tokens(document: Document, models: dict[str, Any], save: dict[str, Any]) -> list[str]:
+def _tokens(document: MergeDocument, models: dict[str, Any], save: dict[str, Any]) -> list[str]:
     """Set whose tokens the merged model has."""
     settings, where = document.settings, document.where
     node = settings.get("tokenizer")

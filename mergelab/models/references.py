@@ -89,7 +89,7 @@ class Adapted:
 
 
 @dataclass(frozen=True)
-class Stack:
+class LayerStack:
     """Layers of models, one above the other.
 
     Attributes:
@@ -115,7 +115,7 @@ class Stack:
         return " + ".join(ends)
 
 
-AnyReference = Reference | Pair | Adapted | Stack
+AnyReference = Reference | Pair | Adapted | LayerStack
 
 
 def parse_reference(reference: str | PairConfig | StackConfig) -> AnyReference:
@@ -130,7 +130,9 @@ def parse_reference(reference: str | PairConfig | StackConfig) -> AnyReference:
     if isinstance(reference, str):
         return _with_adapter(reference)
     if isinstance(reference, StackConfig):
-        return Stack(tuple((_with_adapter(each.model), each.layers[0], each.layers[1]) for each in reference.stack))
+        return LayerStack(
+            tuple((_with_adapter(each.model), each.layers[0], each.layers[1]) for each in reference.stack)
+        )
     ids = reference.model_dump(include={"decoder_start_token_id", "pad_token_id", "eos_token_id"}, exclude_none=True)
     return Pair(_parsed(reference.encoder), _parsed(reference.decoder), reference.seed, ids)
 
@@ -183,7 +185,7 @@ def local_folder(reference: AnyReference, where: str) -> Path:
         from mergelab.models.adapted import on_base
 
         return on_base(*(local_folder(model, where) for model in reference.models), where=where)
-    if isinstance(reference, Stack):
+    if isinstance(reference, LayerStack):
         from mergelab.models.stacked import stacked
 
         return stacked([(local_folder(model, where), start, stop) for model, start, stop in reference.parts], where)

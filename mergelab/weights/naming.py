@@ -131,7 +131,7 @@ _BEFORE_LAYERS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)(\.|$)")
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPlace:
     """Where a tensor lies along the layers.
 
     Attributes:
@@ -150,7 +150,7 @@ class Place:
         return self.layer / (self.count - 1) if self.count > 1 else 0.0
 
 
-def places(names: Sequence[str]) -> dict[str, Place]:
+def places(names: Sequence[str]) -> dict[str, LayerPlace]:
     """Return where each tensor lies; layers are counted separately for each stack (encoder, decoder)."""
     layers = {name: (match[1], int(match[2])) for name in names if (match := _LAYER.match(name))}
     last: dict[str, int] = {}
@@ -160,14 +160,14 @@ def places(names: Sequence[str]) -> dict[str, Place]:
     for name in names:
         if name in layers:
             stack, number = layers[name]
-            found[name] = Place(number, last[stack] + 1)
+            found[name] = LayerPlace(number, last[stack] + 1)
         else:
-            found[name] = Place(-math.inf if _BEFORE_LAYERS.search(name) else math.inf)
+            found[name] = LayerPlace(-math.inf if _BEFORE_LAYERS.search(name) else math.inf)
     return found
 
 
 def depths(names: Sequence[str]) -> dict[str, float]:
-    """Return the relative depth of each tensor, as `Place.depth` says it."""
+    """Return the relative depth of each tensor, as `LayerPlace.depth` says it."""
     return {name: place.depth() for name, place in places(names).items()}
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from mergelab.errors import ConfigError, ModelError
 from mergelab.experiment.locate import locate
-from mergelab.models.references import Adapted, Stack, local_folder, parse_reference
+from mergelab.models.references import Adapted, LayerStack, local_folder, parse_reference
 from mergelab.models.stacked import open_stack, stacked
 from tests.mergekit.made import make_models, merged, planned
 
@@ -122,9 +122,9 @@ def test_a_reference_may_be_a_stack_or_have_an_adapter(models: Path) -> None:
     located = locate(plan.config.models, "local", [])
     assert json.loads((located.experts[0].folder / "config.json").read_text())["num_hidden_layers"] == 3
     assert isinstance(parse_reference("org/a@v1+org/b"), Adapted)
-    assert isinstance(parse_reference(plan.config.models.experts["s"].reference), Stack)
+    assert isinstance(parse_reference(plan.config.models.experts["s"].reference), LayerStack)
     with pytest.raises(ModelError, match=r"models\.base: layers 2 to 9 of .*a: it has 4 layers"):
-        local_folder(Stack(((parse_reference(str(models / "a")), 2, 9),)), "models.base")  # type: ignore[arg-type]
+        local_folder(LayerStack(((parse_reference(str(models / "a")), 2, 9),)), "models.base")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
