@@ -68,7 +68,8 @@ LIVE = """
 
 def measure(mergekit: str | None) -> list[Record]:
     """Run the tests that compare and read what they measured."""
-    files = [path for path in sorted((ROOT / "tests" / "methods").glob("test_*.py")) if "compared(" in path.read_text()]
+    places = [path for name in ("methods", "mergekit") for path in sorted((ROOT / "tests" / name).glob("test_*.py"))]
+    files = [path for path in places if "compared(" in path.read_text()]
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "parity.jsonl"
         environment = {**os.environ, VARIABLE: str(lines)} | ({"MERGELAB_MERGEKIT": mergekit} if mergekit else {})

@@ -40,8 +40,9 @@ def _main() -> None:
 
 def _experiment(arguments: list[str]) -> None:
     from mergelab.cli.run import run
+    from mergelab.mergekit.commands import expanded
 
-    run(arguments)
+    run(expanded(arguments))
 
 
 if __name__ == "__main__":

@@ -120,14 +120,37 @@ class PairConfig(Schema):
     """By default these three are the decoder's own."""
 
 
+class LayersOfModel(Schema):
+    """Some layers of a model, from ``layers[0]`` up to but not including ``layers[1]``."""
+
+    model: str
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+
+    @field_validator("layers")
+    @classmethod
+    def _hold_one(cls, layers: list[int]) -> list[int]:
+        if layers[0] >= layers[1]:
+            raise ValueError("holds no layer; it is [FIRST, AFTER_LAST]")
+        return layers
+
+
+class StackConfig(Schema):
+    """A model that is made of layers of others: the first gives what comes before them, the last what comes after."""
+
+    stack: Annotated[list[LayersOfModel], Field(min_length=1)]
+
+
 def _kind_of_reference(value: object) -> str:
+    if isinstance(value, StackConfig) or (isinstance(value, Mapping) and "stack" in value):
+        return _STACK
     return _PAIR if isinstance(value, Mapping | PairConfig) else _NAME
 
 
 # Steps of pydantic's paths that are no keys of the configuration are in brackets.
-_NAME, _PAIR = "[name]", "[pair]"
+_NAME, _PAIR, _STACK = "[name]", "[pair]", "[stack]"
 ReferenceConfig = Annotated[
-    Annotated[str, Tag(_NAME)] | Annotated[PairConfig, Tag(_PAIR)], Discriminator(_kind_of_reference)
+    Annotated[str, Tag(_NAME)] | Annotated[PairConfig, Tag(_PAIR)] | Annotated[StackConfig, Tag(_STACK)],
+    Discriminator(_kind_of_reference),
 ]
 _Layers = list[Annotated[int, Field(ge=0)]]
 
@@ -159,12 +182,33 @@ class ExpertConfig(Schema):
     """The task's label names in the order of the model's outputs, where its own ``id2label`` does not tell."""
 
 
+class SliceConfig(Schema):
+    """Layers of the merged model: which layers of which models they are merged from, and how."""
+
+    sources: Annotated[dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+    """By name, ``base`` or an expert's: its first layer and the one after its last; all have equally many."""
+    method: dict[str, Any] = {}
+    """Parameters of the method that hold for these layers; lists of numbers run over them."""
+
+    @field_validator("sources")
+    @classmethod
+    def _equally_many(cls, sources: dict[str, list[int]]) -> dict[str, list[int]]:
+        lengths = {name: stop - start for name, (start, stop) in sources.items()}
+        if any(start < 0 for start, _ in sources.values()) or min(lengths.values()) < 1:
+            raise ValueError("each must be [FIRST, AFTER_LAST], with a layer between them")
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"all must have equally many layers, and have {lengths}")
+        return sources
+
+
 class ModelsConfig(Schema):
     """What is merged."""
 
     name: str
     base: ReferenceConfig | None = None
     experts: dict[str, ExpertConfig] = Field(min_length=1)
+    slices: dict[str, SliceConfig] | None = None
+    """What the merged model's layers are made of, from the first on, by any names; None: all layers of all models."""
     head: str = "average"
     passthrough: list[str] = []
     leave_out: LeaveOut = []
@@ -192,6 +236,13 @@ class ModelsConfig(Schema):
                 if value is not None  # `models.experts.NAME=null` leaves an expert of a ready set out
             }
         return experts
+
+    @field_validator("slices", mode="before")
+    @classmethod
+    def _numbered(cls, slices: object) -> object:
+        if isinstance(slices, Sequence) and not isinstance(slices, str):
+            return {f"s{at}": each for at, each in enumerate(slices, 1)}
+        return slices or None
 
     @field_validator("leave_out", mode="before")
     @classmethod
@@ -243,6 +294,9 @@ def _with_reference(expert: object) -> object:
     """Bring the short forms of an expert, a reference or a pair alone, to the long one."""
     if isinstance(expert, str):
         return {"reference": expert}
+    if isinstance(expert, Mapping) and "reference" not in expert and "stack" in expert:
+        rest = {key: value for key, value in expert.items() if key != "stack"}
+        return {"reference": {"stack": expert["stack"]}, **rest}
     if isinstance(expert, Mapping) and "reference" not in expert and expert.keys() & {"encoder", "decoder"}:
         pair = {key: value for key, value in expert.items() if key in PairConfig.model_fields}
         return {"reference": pair, **{key: value for key, value in expert.items() if key not in pair}}
@@ -390,7 +444,7 @@ def _line(schema: type[BaseModel], where: str, problem: Any) -> str:
 def _schema_at(schema: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:
     """Find the schema of the node at ``path`` below ``schema``."""
     for part in path:
-        tagged: dict[Any, type[BaseModel]] = {_PAIR: PairConfig, _EACH: LayersConfig}
+        tagged: dict[Any, type[BaseModel]] = {_PAIR: PairConfig, _STACK: StackConfig, _EACH: LayersConfig}
         schema = tagged.get(part, schema)
         field = schema.model_fields.get(str(part))
         inner = getattr(field, "annotation", None)
@@ -398,4 +452,6 @@ def _schema_at(schema: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:
             schema = inner
         elif field is not None and field.annotation == dict[str, ExpertConfig]:
             schema = ExpertConfig
+        elif field is not None and field.annotation == dict[str, SliceConfig] | None:
+            schema = SliceConfig
     return schema

@@ -121,6 +121,7 @@ def register() -> None:
         "name": MISSING,
         "base": _Mapping(None, flags=_OPEN),
         "experts": Experts({}, flags=_OPEN),
+        "slices": _Mapping(None, flags=_OPEN),
         "head": "average",
         "passthrough": [],
         "vocab": None,

@@ -28,6 +28,7 @@ from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.ops.expert_values import MeanWeights as MeanWeights
 from mergelab.ops.expert_values import NormalizedWeights as NormalizedWeights
 from mergelab.ops.expert_values import OfExperts as OfExperts
+from mergelab.ops.expert_values import SumWeights as SumWeights
 from mergelab.ops.expert_values import Weights as Weights
 
 # Arguments that the engine supplies; no parameter of a method can have these names.
@@ -87,7 +88,11 @@ class Parameters(BaseModel):
         """Return, for each rule by tensor name, the values that hold where it fits, by the function's names."""
         rules = () if self._varied is None else self._varied.rules
         plain = {name: self._each.get(key_of(name), value) for name, value in self.arguments().items()}
-        return [{name: rule.values.get(key_of(name), value) for name, value in plain.items()} for rule in rules]
+        first = [{key: per_tensor.value_at(value, 0.0) for key, value in rule.values.items()} for rule in rules]
+        return [
+            {name: per_tensor.joined(value, own.get(key_of(name), value)) for name, value in plain.items()}
+            for own in first
+        ]
 
     def by_key(self) -> dict[str, Any]:
         """Return the values by the names that configs use (``lambda``), as they were given."""
@@ -111,7 +116,8 @@ class Parameters(BaseModel):
         check_experts(self._each, names)
         for index, rule in enumerate(self._varied.rules if self._varied is not None else ()):
             mappings = {key: value for key, value in rule.values.items() if isinstance(value, Mapping)}
-            check_experts({key: value for key, value in mappings.items() if self._is_of_experts(key)}, names, index)
+            own = {key: {**self._each.get(key, {}), **value} for key, value in mappings.items()}
+            check_experts({key: value for key, value in own.items() if self._is_of_experts(key)}, names, index)
 
     @classmethod
     def _is_of_experts(cls, key: str) -> bool:
@@ -127,9 +133,9 @@ class Parameters(BaseModel):
             return [(self, list(names))]
         self._varied.check_names(names)
         groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
-        for name, own in self._varied.at(names):
-            groups.setdefault(repr(own), (own, []))[1].append(name)
         plain = {key_of(name): value for name, value in self.arguments().items()}
+        for name, own in self._varied.at(names, {**plain, **self._each}):
+            groups.setdefault(repr(own), (own, []))[1].append(name)
         return [(self._with(plain, {**self._each, **own}), tensors) for own, tensors in groups.values()]
 
     def _with(self, plain: Mapping[str, Any], own: Mapping[str, Any]) -> Parameters:
@@ -240,24 +246,68 @@ def parameters_from(model: type[Parameters], values: Mapping[str, Any], method: 
     """
     plain = {str(name): value for name, value in values.items()}
     numbers = {key_of(name) for name, field in model.model_fields.items() if takes_numbers(field.annotation)}
-    stated = None if per_tensor.KEY in model.model_fields else plain.pop(per_tensor.KEY, None)
-    curves = {
-        key: tuple(value) for key, value in plain.items() if key_of(key) in numbers and per_tensor.is_curve(value)
-    }
-    each = {key: value for key, value in plain.items() if _is_of_each(model, key, value)}
-    first = {key: curve[0] for key, curve in curves.items()} | {key: _first(value) for key, value in each.items()}
-    for key, curve in curves.items():
-        for number in curve:
-            validated(model, plain | first | {key: number}, method)
-    for key, value in each.items():
-        _check_each(model, plain | first, key, value, method)
-    checked = validated(model, plain | first, method)
-    if curves or stated:
+    own = {key_of(name) for name in model.model_fields}
+    options = {key: plain.pop(key, None) for key in (per_tensor.KEY, *_RULE_OPTIONS) if key not in own}
+    stated = options.pop(per_tensor.KEY, None)
+    curves = {key: per_tensor.as_curves(value) for key, value in plain.items() if _varies(key, value, numbers)}
+    first = {key: per_tensor.value_at(curve, 0.0) for key, curve in curves.items()}
+    each = {key: first.get(key, value) for key, value in plain.items() if _is_of_each(model, key, value)}
+    start = plain | first | {key: _first(value) for key, value in each.items()}
+    for key in {**curves, **each}:
+        for value in _alternatives(plain[key]):
+            _check_value(model, start, key, value, method)
+    checked = validated(model, start, method)
+    if curves or stated or any(options.values()):
         by_name = _checked_rules(model, stated or [], checked.by_key(), numbers, method)
-        checked._varied = per_tensor.Varied({key_of(key): curve for key, curve in curves.items()}, by_name)
+        checked._varied = per_tensor.Varied(
+            {key_of(key): curve for key, curve in curves.items()}, by_name, **_rule_options(model, options, method)
+        )
         checked._method = method
     checked._each = {key_of(key): {str(name): number for name, number in own.items()} for key, own in each.items()}
     return checked
+
+
+_RULE_OPTIONS = (per_tensor.RULES_AS, per_tensor.REQUIRED)
+
+
+def _rule_options(model: type[Parameters], options: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Check what else is said of rules: how they are read, and which parameters have no value but theirs."""
+    known = [key_of(name) for name in model.model_fields]
+    read_as, required = options.get(per_tensor.RULES_AS), options.get(per_tensor.REQUIRED) or ()
+    if read_as not in (None, per_tensor.MERGEKIT):
+        raise ConfigError(f"method.{per_tensor.RULES_AS}={read_as}: must be {per_tensor.MERGEKIT} or null")
+    if isinstance(required, str) or not isinstance(required, Sequence):
+        raise ConfigError(f"method.{per_tensor.REQUIRED}={required!r}: must be a list of parameters")
+    for key in map(str, required):
+        if key.partition(".")[0] not in known:
+            raise ConfigError(
+                f"method.{per_tensor.REQUIRED}: {method} has no parameter {key!r}{did_you_mean(key, known)}"
+            )
+    return {"as_mergekit": read_as is not None, "required": tuple(map(str, required))}
+
+
+def _varies(key: str, value: object, numbers: Collection[str]) -> bool:
+    """Tell a list over the layers, or experts by name of which one has such a list."""
+    return (key_of(key) in numbers and per_tensor.is_curve(value)) or per_tensor.runs_over_layers(value)
+
+
+def _alternatives(value: Any) -> Iterator[Any]:
+    """Yield plain values that together have every number of ``value``."""
+    if per_tensor.runs_over_layers(value):
+        first = per_tensor.value_at(per_tensor.as_curves(value), 0.0)
+        for name, one in value.items():
+            for number in one if per_tensor.is_curve(one) else [one]:
+                yield {**first, str(name): number}
+        return
+    yield from value if per_tensor.is_curve(value) else [value]
+
+
+def _check_value(model: type[Parameters], values: Mapping[str, Any], key: str, value: Any, method: str) -> None:
+    """Check a plain value among ``values`` of the others; of experts by name each."""
+    if _is_of_each(model, key, value):
+        _check_each(model, values, key, value, method)
+    else:
+        validated(model, {**values, key: value}, method)
 
 
 def _is_of_each(model: type[Parameters], key: str, value: object) -> bool:
@@ -290,23 +340,35 @@ def _checked_rules(
     checked = []
     for index, entry in enumerate(stated):
         where = f"method.rules[{index}]"
-        if not isinstance(entry, Mapping) or not isinstance(entry.get(per_tensor.MATCH), str):
+        layers = _checked_layers(where, entry) if isinstance(entry, Mapping) else (None, None)
+        everywhere = None if layers == (None, None) else "*"
+        pattern = entry.get(per_tensor.MATCH, everywhere) if isinstance(entry, Mapping) else None
+        if not isinstance(pattern, str):
             raise ConfigError(f"{where}={entry!r}: must be {{match: PATTERN, PARAMETER: VALUE}}")
-        values = {key_of(str(key)): value for key, value in entry.items() if key != per_tensor.MATCH}
+        named = (per_tensor.MATCH, per_tensor.LAYERS)
+        values = {key_of(str(key)): value for key, value in entry.items() if key not in named}
         if not values:
             raise ConfigError(f"{where}: sets no parameter of {method}")
         for key, value in values.items():
             try:
-                if _is_of_each(model, key, value):
-                    _check_each(model, given, key, value, method)
-                    continue
-                for each in value if key in numbers and per_tensor.is_curve(value) else [value]:
-                    validated(model, {**given, key: each}, method)
+                for one in _alternatives(value) if _varies(key, value, numbers) else [value]:
+                    _check_value(model, given, key, one, method)
             except ConfigError as error:
                 raise ConfigError(str(error).replace("method.", f"{where}.", 1)) from None
-        own = {k: tuple(v) if k in numbers and per_tensor.is_curve(v) else v for k, v in values.items()}
-        checked.append(per_tensor.Rule(entry[per_tensor.MATCH], own))
+        own = {k: per_tensor.as_curves(v) if _varies(k, v, numbers) else v for k, v in values.items()}
+        checked.append(per_tensor.Rule(pattern, own, layers))
     return tuple(checked)
+
+
+def _checked_layers(where: str, entry: Mapping[str, Any]) -> per_tensor.Layers:
+    """Check a rule's range of layers: the first and the one after the last, each a number or null."""
+    layers = entry.get(per_tensor.LAYERS, (None, None))
+    if not isinstance(layers, Sequence) or len(layers) != 2 or not all(n is None or type(n) is int for n in layers):
+        raise ConfigError(f"{where}.layers={layers!r}: must be [FIRST, AFTER_LAST], each a number of a layer or null")
+    start, stop = layers
+    if (start or 0) < 0 or (stop is not None and stop <= (start or 0)):
+        raise ConfigError(f"{where}.layers={list(layers)}: holds no layer")
+    return start, stop
 
 
 def takes_numbers(annotation: Any) -> bool:

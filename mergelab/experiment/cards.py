@@ -10,7 +10,7 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from mergelab.config import ExpertConfig, PairConfig, local_path
+from mergelab.config import ExpertConfig, ReferenceConfig, local_path
 from mergelab.models.architecture import pipeline_tag
 from mergelab.models.references import Pair, local_folder, parse_reference
 from mergelab.report.card import CardFacts, Library, MeasuredOn, common_license, model_card, read_metadata
@@ -106,12 +106,12 @@ class Cards:
     # -------------------------------------------------------------------------------------------------- what was merged
 
     @property
-    def _written(self) -> list[str | PairConfig]:
+    def _written(self) -> list[ReferenceConfig]:
         """The references as they are written, the base's first."""
         models = self.plan.config.models
         return [*([models.base] if models.base else []), *(expert.reference for expert in models.experts.values())]
 
-    def _hub_ids(self, references: Iterable[str | PairConfig | None]) -> list[str]:
+    def _hub_ids(self, references: Iterable[ReferenceConfig | None]) -> list[str]:
         parsed = [one for reference in references if reference for one in parse_reference(reference).models]
         return list(dict.fromkeys(one.repository for one in parsed if one.repository))
 
@@ -133,7 +133,7 @@ class Cards:
             mergelab=version("mergelab"),
         )
 
-    def _source(self, name: str, reference: str | PairConfig, expert: ExpertConfig | None) -> SourceModel:
+    def _source(self, name: str, reference: ReferenceConfig, expert: ExpertConfig | None) -> SourceModel:
         located = self._located.get(name)
         made = [] if self._is_mini else [read_provenance(folder) for folder in _folders_of(reference)]
         return SourceModel(
@@ -232,7 +232,7 @@ def _on(result: ExperimentResult, task: str) -> ExperimentResult:
     return replace(result, tasks=(task,), models=tuple(models))
 
 
-def _folders_of(reference: str | PairConfig) -> list[Path]:
+def _folders_of(reference: ReferenceConfig) -> list[Path]:
     parsed = parse_reference(reference)
     return [local_folder(one, "models") for one in parsed.models]
 

@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 
 import mergelab.miniature as miniature
 from mergelab.cache import replace_cache
-from mergelab.config import ModelsConfig
+from mergelab.config import ModelsConfig, StackConfig
 from mergelab.errors import ConfigError, HubError, listed
 from mergelab.miniature import text
 from mergelab.models import hub
 from mergelab.models.adapted import base_reference, in_part, is_adapter_folder, on_base
-from mergelab.models.references import Pair, Reference, local_folder, parse_reference, references
+from mergelab.models.references import AnyReference, local_folder, parse_reference, references
 
 Source = Literal["hub", "mini", "local"]
 Progress = Callable[[str, float], None]
@@ -98,6 +98,10 @@ def locate(
         ConfigError: the miniature does not have what was asked for.
     """
     if source == "mini":
+        if any(isinstance(expert.reference, StackConfig) for expert in models.experts.values()):
+            raise ConfigError(
+                "models.slices: layers are chosen of models that are there; the embedded miniature is none"
+            )
         return _locate_mini(models, tasks, progress)
     base = None
     if models.base is not None:
@@ -123,7 +127,7 @@ def locate(
     return LocatedModels(models.name, source, base, tuple(experts), {})
 
 
-def _revision(reference: Reference | Pair) -> str | None:
+def _revision(reference: AnyReference) -> str | None:
     """Return the commit of a model that the hub's cache has, or those of a pair's two."""
     commits = [hub.commit(local_folder(model, "")) for model in reference.models]
     return " + ".join(commit or "local" for commit in commits) if any(commits) else None

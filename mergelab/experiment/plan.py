@@ -12,6 +12,7 @@ from mergelab.console.progress import warn
 from mergelab.errors import ConfigError, did_you_mean, listed, shortened
 from mergelab.experiment.compared import used_name
 from mergelab.experiment.locate import Source, decide_source
+from mergelab.experiment.slicing import without_slices
 from mergelab.models.references import parse_reference, references
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def plan_experiment(config: DictConfig, *, merges: bool = True) -> Plan:
     from mergelab.tracking import tracking_config
 
     resolved = _resolved(config)
-    checked = check(ExperimentConfig, resolved)
+    checked = without_slices(check(ExperimentConfig, resolved))
     if checked.models.base is not None and "base" in checked.models.experts:
         raise ConfigError("models.experts.base: that is the base's name; give another one: {<name>: <reference>}")
     names = [*(["base"] if checked.models.base is not None else []), *checked.models.experts]

@@ -24,6 +24,7 @@ from mergelab.models.architecture import Architecture, architecture, architectur
 from mergelab.models.encoder_decoder import newly_initialised
 from mergelab.models.parts import ModelPart
 from mergelab.models.references import local_folder, parse_reference
+from mergelab.models.stacked import is_stack, open_stack
 from mergelab.models.unnamed_class import class_by_tensors
 from mergelab.models.vocabulary import LoadedTokens
 from mergelab.weights.checkpoint import Checkpoint
@@ -120,7 +121,7 @@ def from_folder(folder: Path, name: str, *, label: str = "", given: Any = None) 
 
     Where its config names no class, it is the one that has the folder's tensors.
     """
-    checkpoint = open_model(folder, name)
+    checkpoint = open_stack(folder, name) if is_stack(folder) else open_model(folder, name)
     if not checkpoint.config.get("architectures") and (found := class_by_tensors(checkpoint)) is not None:
         checkpoint.config["architectures"] = [found]
     return ModelSource(name, checkpoint, given, label)

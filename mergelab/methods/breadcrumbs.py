@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import Densities, Fractions, Weights
+from mergelab.engine.parameters import Densities, Fractions, SumWeights
 from mergelab.engine.sweep_range import SweepRange
 from mergelab.ops.blocks import blocks
 from mergelab.ops.kth_largest import rank_of
@@ -70,8 +70,9 @@ def breadcrumbs(
     *,
     density: Densities = 0.1,
     gamma: Gammas = 0.01,
-    weights: Weights = None,
+    weights: SumWeights = None,
     scope: RowScope = "row",
+    normalize: bool = False,
 ) -> Tensor:
     """Add up task vectors without their outliers and without their small entries.
 
@@ -91,8 +92,9 @@ def breadcrumbs(
         lambda_: scale of the sum; the engine applies it.
         weights: per expert, any sign; default 1.
         scope: what the fractions are of: each row, or the whole tensor.
+        normalize: whether to divide by the sum of the weights, as mergekit can.
 
     Returns:
         Σ w_t m_t⊙τ_t, of the vectors' shape and dtype.
     """
-    return summed(keep_middle(vectors, density, gamma, scope), factors(weights, len(vectors)))
+    return summed(keep_middle(vectors, density, gamma, scope), factors(weights, len(vectors), normalize))

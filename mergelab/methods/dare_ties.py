@@ -8,9 +8,10 @@ from torch import Tensor
 
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import Densities, OptionalTrimDensities
-from mergelab.methods.dare import drop_
+from mergelab.methods.dare import Scales, drop_, restoring_scales
 from mergelab.ops.sign_consensus import SignConsensus, TensorConsensus, prepare_consensus
 from mergelab.ops.site import Site, SiteOf
+from mergelab.ops.sparsify import Rescale
 from mergelab.ops.task_vectors import Vectors, of_each, open_task_vectors
 from mergelab.ops.thresholds import Scope
 from mergelab.ops.ties_kernels import merge_in
@@ -24,12 +25,17 @@ def prepare_dare_ties(
     site_of: SiteOf,
     density: float | Sequence[float],
     trim_density: float | Sequence[float] | None,
-    rescale: bool,
+    rescale: Rescale,
     scope: Scope,
     consensus: SignConsensus,
-) -> Mapping[str, TensorConsensus]:
-    """Find thresholds (where a second trim is asked for) and majority signs of the dropped and rescaled vectors."""
+) -> tuple[Mapping[str, TensorConsensus], Scales]:
+    """Find thresholds (where a second trim is asked for) and majority signs of the dropped and rescaled vectors.
+
+    Returns:
+        These, and the factors that the vectors are rescaled by.
+    """
     count = len(models.experts)
+    scales = restoring_scales(models, site_of=site_of, density=density, rescale=rescale)
 
     def open_vectors(name: str, /, *, only: slice = slice(None)) -> Vectors:
         whole = open_task_vectors(models, name, only=only)
@@ -38,11 +44,12 @@ def prepare_dare_ties(
         def read(part: slice) -> list[Tensor]:
             # The masks of a strided sample are drawn for all that the stride passes over.
             dense = whole(slice(part.start, part.stop))
-            return [vector[:: part.step] for vector in drop_(dense, keys, part.start, shares, rescale)]
+            own = scales[name][only] if name in scales else None
+            return [vector[:: part.step] for vector in drop_(dense, keys, part.start, shares, rescale, own)]
 
         return read
 
-    return prepare_consensus(models, open_vectors, consensus, density=trim_density, scope=scope)
+    return prepare_consensus(models, open_vectors, consensus, density=trim_density, scope=scope), scales
 
 
 @merge_method(
@@ -58,11 +65,11 @@ def dare_ties(
     vectors: Sequence[Tensor],
     *,
     site: Site,
-    prepared: Mapping[str, TensorConsensus],
+    prepared: tuple[Mapping[str, TensorConsensus], Scales],
     workspace: Workspace,
     density: Densities = 0.5,
     trim_density: OptionalTrimDensities = None,
-    rescale: bool = True,
+    rescale: Rescale = True,
     scope: Scope = "model",
     consensus: SignConsensus,
 ) -> Tensor:
@@ -76,13 +83,13 @@ def dare_ties(
     Args:
         vectors: T task vectors, float32 or float64; they are written over.
         site: keys the masks, and names the tensor in ``prepared``.
-        prepared: thresholds and tie sign by tensor name.
+        prepared: by tensor name, thresholds and tie sign; and the factors that restore the sums of magnitudes.
         workspace: the memory of the vectors and of intermediates.
         density: probability of keeping an entry; may be given for each expert.
         trim_density: fraction of entries kept by the second trim; None for no such trim; may be given for each expert,
             except with ``scope="pooled"``.
         lambda_: scale of the merged task vector; the engine applies it.
-        rescale: divide the remaining entries by the density.
+        rescale: divide the remaining entries by the density; "magnitudes": restore each tensor's Σ|τ_t|.
         scope: of the second trim and of the majority, as in `ties`.
         consensus: weights, majority_sign, reduce, tie_break, weights_stage: as in `ties`.
 
@@ -92,5 +99,6 @@ def dare_ties(
     Raises:
         ConfigError: a weight is negative, or none is above 0; a ``trim_density`` for each expert where they are pooled.
     """
-    drop_(vectors, site.keys, site.offset, density, rescale)
-    return merge_in(workspace, consensus, prepared[site.name])
+    thresholds, scales = prepared
+    drop_(vectors, site.keys, site.offset, density, rescale, scales.get(site.name))
+    return merge_in(workspace, consensus, thresholds[site.name])

@@ -16,7 +16,7 @@ from mergelab.errors import ConfigError
 from mergelab.ops.philox import words
 from mergelab.ops.sign_consensus import SignConsensus, find_tie_sign
 from mergelab.ops.site import Site, SiteOf
-from mergelab.ops.sparsify import row_blocks, rows
+from mergelab.ops.sparsify import Rescale, restoring, row_blocks, rows
 from mergelab.ops.task_vectors import of_each
 from mergelab.weights.align import AlignedModels
 
@@ -47,7 +47,11 @@ def keep_probabilities(length: int, density: float, epsilon: float) -> Tensor:
 
 
 def drop_by_rank(
-    vectors: Sequence[Tensor], keys: Sequence[int], density: float | Sequence[float], epsilon: float | Sequence[float]
+    vectors: Sequence[Tensor],
+    keys: Sequence[int],
+    density: float | Sequence[float],
+    epsilon: float | Sequence[float],
+    rescale: Rescale = True,
 ) -> list[Tensor]:
     """Keep each entry with a probability by the rank of its magnitude in its row, and divide it by that; else 0.
 
@@ -59,6 +63,7 @@ def drop_by_rank(
         keys: of the experts' random numbers in the tensor (`Site.keys`).
         density: mean probability in a row, of all experts or of each.
         epsilon: how much lower and higher it is for the smallest and the largest entry; likewise.
+        rescale: whether to divide; "magnitudes": the tensor's sum of magnitudes is restored instead.
     """
     count, sparse = len(vectors), []
     settings = zip(of_each(density, count), of_each(epsilon, count), strict=True)
@@ -69,6 +74,7 @@ def drop_by_rank(
         whole = vector.contiguous()
         lines = rows(whole)
         by_rank = keep_probabilities(lines.shape[1], share, spread).to(whole.device)
+        before = float(whole.abs().sum(dtype=torch.float64)) if rescale == "magnitudes" else 0.0
         for part in row_blocks(lines):
             entries = lines[part]
             order = entries.abs().argsort(dim=1, stable=True)
@@ -77,7 +83,10 @@ def drop_by_rank(
             drawn = words(key, part.start * lines.shape[1], entries.numel()).astype(np.int64)
             numbers = torch.from_numpy(drawn).to(whole.device).view(entries.shape)
             dropped = numbers >= (probability * 2.0**32).round_()
-            entries.div_(probability.to(whole.dtype)).masked_fill_(dropped, 0)
+            kept = entries.div_(probability.to(whole.dtype)) if rescale is True else entries
+            kept.masked_fill_(dropped, 0)
+        if rescale == "magnitudes":
+            whole.mul_(restoring(before, float(whole.abs().sum(dtype=torch.float64))))
         sparse.append(whole)
     return sparse
 
@@ -88,11 +97,12 @@ def prepare_della(
     site_of: SiteOf,
     density: float | Sequence[float],
     epsilon: float | Sequence[float],
+    rescale: Rescale,
     consensus: SignConsensus,
 ) -> float:
     """Find the sign of entries whose votes cancel."""
     return find_tie_sign(
-        models, lambda vectors, site: drop_by_rank(vectors, site.keys, density, epsilon), consensus, site_of
+        models, lambda vectors, site: drop_by_rank(vectors, site.keys, density, epsilon, rescale), consensus, site_of
     )
 
 
@@ -113,6 +123,7 @@ def della(
     prepared: float,
     density: MeanDensities = 0.5,
     epsilon: Epsilons = 0.15,
+    rescale: Rescale = True,
     consensus: SignConsensus,
 ) -> Tensor:
     """Drop and rescale task vectors by rank as `della_linear` does, then elect signs and merge what agrees.
@@ -129,6 +140,7 @@ def della(
         density: mean probability of keeping an entry; may be given for each expert.
         epsilon: how much the probability departs from it at either end of a row; may be given for each expert.
         lambda_: scale of the merged task vector; the engine applies it.
+        rescale: as in `della_linear`.
         consensus: weights, majority_sign, reduce, tie_break, weights_stage: as in `ties`; the majority is over the
             whole model.
 
@@ -138,4 +150,4 @@ def della(
     Raises:
         ConfigError: a weight is negative, or none is above 0; density ± epsilon are not above 0 and at most 1.
     """
-    return consensus.merge(drop_by_rank(vectors, site.keys, density, epsilon), prepared)
+    return consensus.merge(drop_by_rank(vectors, site.keys, density, epsilon, rescale), prepared)

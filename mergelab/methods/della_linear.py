@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import Weights
+from mergelab.engine.parameters import SumWeights
 from mergelab.methods.della import Epsilons, MeanDensities, check_probabilities, drop_by_rank
 from mergelab.ops.site import Site
-from mergelab.ops.sparsify import summed
+from mergelab.ops.sparsify import Rescale, summed
 from mergelab.ops.task_vectors import factors
 
 
@@ -28,7 +28,9 @@ def della_linear(
     site: Site,
     density: MeanDensities = 0.5,
     epsilon: Epsilons = 0.15,
-    weights: Weights = None,
+    weights: SumWeights = None,
+    rescale: Rescale = True,
+    normalize: bool = False,
 ) -> Tensor:
     """Add up task vectors of which a random part was dropped, small entries the likelier, and the rest rescaled.
 
@@ -48,6 +50,8 @@ def della_linear(
         epsilon: how much the probability departs from it at either end of a row; may be given for each expert.
         lambda_: scale of the sum; the engine applies it.
         weights: per expert, any sign; default 1.
+        rescale: divide each entry by its probability; "magnitudes", as mergekit: restore each tensor's Σ|τ_t|.
+        normalize: whether to divide by the sum of the weights, as mergekit can.
 
     Returns:
         Σ w_t τ̂_t, of the vectors' shape and dtype.
@@ -55,4 +59,5 @@ def della_linear(
     Raises:
         ConfigError: density ± epsilon are not above 0 and at most 1.
     """
-    return summed(drop_by_rank(vectors, site.keys, density, epsilon), factors(weights, len(vectors)))
+    dropped = drop_by_rank(vectors, site.keys, density, epsilon, rescale)
+    return summed(dropped, factors(weights, len(vectors), normalize))

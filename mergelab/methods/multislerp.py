@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -11,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import NormalizedWeights
+from mergelab.engine.parameters import SumWeights
 from mergelab.engine.sweep_range import NotSwept
 from mergelab.methods import MERGEKIT
 from mergelab.ops.gram import RESOLUTION, combination, combination_norm, gram
@@ -29,7 +28,8 @@ def multislerp(
     experts: Sequence[Tensor],
     *,
     base: Tensor | None = None,
-    weights: NormalizedWeights = None,
+    weights: SumWeights = None,
+    normalize: bool = True,
     eps: Annotated[float, Field(gt=0, lt=1), NotSwept()] = 1e-8,
     task_vectors: bool | None = None,
 ) -> Tensor:
@@ -44,12 +44,13 @@ def multislerp(
 
     Departures from mergekit: where the directions cancel, the result is the linear mean Σ ŵ_t x_t, for any number of
     experts (mergekit raises an error for more than two, also where all task vectors are 0). ``eps`` is not added to the
-    norms. Weights are always normalised.
+    norms.
 
     Args:
         experts: T tensors of one shape, any float dtype; whole tensors, not parts.
         base: parameter of the pretrained model, of the experts' shape.
         weights: per expert, any sign; default 1.
+        normalize: whether ŵ_t = w_t / Σ w; else ŵ_t = w_t, which scales the mean of the norms.
         eps: ‖Σ ŵ_t u_t‖ below which the directions count as cancelling; below 1e-7 they always do.
         task_vectors: whether to average task vectors, not weights; None: when there is a base.
 
@@ -60,8 +61,7 @@ def multislerp(
         ConfigError: the weights cancel, or there is no base for the task vectors.
     """
     start = origin(base, task_vectors)
-    shares = np.array(factors(weights, len(experts)))
-    shares /= math.fsum(shares)
+    shares = np.array(factors(weights, len(experts), normalize))
     inner = gram(experts, start)
     norms = np.sqrt(inner.diagonal())
     of_units = np.divide(shares, norms, out=np.zeros_like(shares), where=norms > 0)

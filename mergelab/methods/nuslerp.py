@@ -10,7 +10,7 @@ from torch import Tensor
 from mergelab.engine.method import merge_method
 from mergelab.engine.parameters import NormalizedWeights
 from mergelab.methods import MERGEKIT
-from mergelab.methods.slerp import arc, slerp
+from mergelab.methods.slerp import arc, cosine_of, interpolated
 from mergelab.ops.blocks import BLOCK, blocks, blockwise, working
 from mergelab.ops.spherical import check_spherical, origin
 from mergelab.ops.task_vectors import factors
@@ -61,7 +61,8 @@ def nuslerp(
     t = of_b / (of_a + of_b)
     start = origin(base, task_vectors)
     ends = experts if start is None else [blockwise(torch.sub, expert, start) for expert in experts]
-    merged = slerp(ends, t=t, threshold=1.0) if flatten else _interpolated(*ends, t=t, row_wise=row_wise)
+    a, b = ends
+    merged = interpolated(a, b, cosine_of(a, b), t) if flatten else _interpolated(a, b, t=t, row_wise=row_wise)
     return merged if start is None else merged + working(start)
 
 

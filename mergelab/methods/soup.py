@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
 
 from torch import Tensor
 
 from mergelab.engine.method import merge_method
-from mergelab.engine.parameters import Weights
+from mergelab.engine.parameters import SumWeights
 from mergelab.ops.blocks import working
-from mergelab.ops.expert_values import DividedBySum
 from mergelab.ops.task_vectors import factors, weighted_sum
 
 ROUNDING = 1e-9  # of a sum of weights that were given in decimals
@@ -36,7 +34,7 @@ def coefficients(count: int, weights: Sequence[float] | None, normalize: bool) -
 def soup(
     experts: Sequence[Tensor],
     *,
-    weights: Annotated[Weights, DividedBySum(when="normalize")] = None,
+    weights: SumWeights = None,
     normalize: bool = True,
 ) -> Tensor:
     """Average the experts' weights.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergelab.config import ModelsConfig, PairConfig, local_path
+from mergelab.config import ModelsConfig, PairConfig, StackConfig, local_path
 from mergelab.errors import ModelError
 from mergelab.models import hub
 
@@ -65,8 +65,61 @@ class Pair:
         return " + ".join(names) + (f" (seed {self.seed})" if self.seed else "")
 
 
-def parse_reference(reference: str | PairConfig) -> Reference | Pair:
-    """Read ``org/name``, ``org/name@revision``, a local folder's path, or a pair of these.
+@dataclass(frozen=True)
+class Adapted:
+    """A model with an adapter: ``org/name+org/adapter``."""
+
+    model: Reference
+    adapter: Reference
+
+    @property
+    def models(self) -> tuple[Reference, ...]:
+        """The models that have to be had: both."""
+        return (self.model, self.adapter)
+
+    @property
+    def text(self) -> str:
+        """The two as they are written."""
+        return f"{self.model.text}+{self.adapter.text}"
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return f"{self.model.label}+{self.adapter.label}"
+
+
+@dataclass(frozen=True)
+class LayerStack:
+    """Layers of models, one above the other.
+
+    Attributes:
+        parts: each a model with its first layer and the one after its last.
+    """
+
+    parts: tuple[tuple[Reference | Adapted, int, int], ...]
+
+    @property
+    def models(self) -> tuple[Reference, ...]:
+        """The models that have to be had, each once."""
+        return tuple(dict.fromkeys(each for model, _, _ in self.parts for each in model.models))
+
+    @property
+    def text(self) -> str:
+        """The parts in words."""
+        return ", ".join(f"{model.text}[{start}:{stop}]" for model, start, stop in self.parts)
+
+    @property
+    def label(self) -> str:
+        """What tables call it: by the ends of the models' names."""
+        ends = (f"{model.text.rstrip('/').rsplit('/', 1)[-1]}[{start}:{stop}]" for model, start, stop in self.parts)
+        return " + ".join(ends)
+
+
+AnyReference = Reference | Pair | Adapted | LayerStack
+
+
+def parse_reference(reference: str | PairConfig | StackConfig) -> AnyReference:
+    """Read ``org/name``, ``org/name@revision``, a local folder's path, one with ``+adapter``, a pair or a stack.
 
     What exists as a folder is that folder; what is written like a path (``./x``, ``/x``, ``~/x``) must be one.
 
@@ -75,9 +128,21 @@ def parse_reference(reference: str | PairConfig) -> Reference | Pair:
         ConfigError: a path in the home of nobody.
     """
     if isinstance(reference, str):
-        return _parsed(reference)
+        return _with_adapter(reference)
+    if isinstance(reference, StackConfig):
+        return LayerStack(
+            tuple((_with_adapter(each.model), each.layers[0], each.layers[1]) for each in reference.stack)
+        )
     ids = reference.model_dump(include={"decoder_start_token_id", "pad_token_id", "eos_token_id"}, exclude_none=True)
     return Pair(_parsed(reference.encoder), _parsed(reference.decoder), reference.seed, ids)
+
+
+def _with_adapter(text: str) -> Reference | Adapted:
+    """Read a model, or one with an adapter; a folder may have a + in its name."""
+    model, plus, adapter = text.partition("+")
+    if not plus or local_path(text, "model").is_dir():
+        return _parsed(text)
+    return Adapted(_parsed(model), _parsed(adapter))
 
 
 def _parsed(text: str) -> Reference:
@@ -103,7 +168,7 @@ def references(models: ModelsConfig) -> list[Reference]:
     return [model for reference in written for model in parse_reference(reference).models]
 
 
-def local_folder(reference: Reference | Pair, where: str) -> Path:
+def local_folder(reference: AnyReference, where: str) -> Path:
     """Return the folder of a model: the user's own, one that the hub's cache has or gets, or that of a joined pair.
 
     ``where`` is the configuration's key of the reference, for messages.
@@ -116,6 +181,14 @@ def local_folder(reference: Reference | Pair, where: str) -> Path:
 
         encoder, decoder = (local_folder(model, where) for model in reference.models)
         return warm_start(encoder, decoder, where=where, seed=reference.seed, token_ids=reference.token_ids)
+    if isinstance(reference, Adapted):
+        from mergelab.models.adapted import on_base
+
+        return on_base(*(local_folder(model, where) for model in reference.models), where=where)
+    if isinstance(reference, LayerStack):
+        from mergelab.models.stacked import stacked
+
+        return stacked([(local_folder(model, where), start, stop) for model, start, stop in reference.parts], where)
     if reference.folder is not None:
         return reference.folder
     assert reference.repository is not None

@@ -113,3 +113,4 @@ class DividedBySum:
 Weights = Annotated[Sequence[float] | Mapping[str, float] | None, PlainValidator(one_number_each)]
 MeanWeights = Annotated[Weights, OfMean()]
 NormalizedWeights = Annotated[Weights, DividedBySum()]
+SumWeights = Annotated[Weights, DividedBySum(when="normalize")]

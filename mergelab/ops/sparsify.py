@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,15 @@ def rows(tensor: Tensor) -> Tensor:
     """View a contiguous tensor as a matrix: along its last dimension; one without rows is a row itself."""
     count = math.prod(tensor.shape[:-1])
     return tensor.view(count, tensor.numel() // max(1, count))
+
+
+Rescale = bool | Literal["magnitudes"]  # by the probability of staying, or to the same sum of magnitudes
+_NOTHING = 1e-7  # a sum of magnitudes under which mergekit rescales nothing
+
+
+def restoring(before: float, after: float) -> float:
+    """Return the factor that brings a sum of magnitudes from ``after`` to ``before``; 1 where one is nothing."""
+    return 1.0 if min(before, after) < _NOTHING else before / after
 
 
 def row_blocks(lines: Tensor) -> Iterator[slice]:

@@ -68,17 +68,19 @@ def open_task_vectors(models: AlignedModels, name: str, *, only: slice = slice(N
     return read
 
 
-def factors(weights: Sequence[float] | Mapping[str, float] | None, count: int) -> tuple[float, ...]:
-    """Return one factor per expert: the resolved ``weights``, or ones.
+def factors(
+    weights: Sequence[float] | Mapping[str, float] | None, count: int, normalize: bool = False
+) -> tuple[float, ...]:
+    """Return one factor per expert: the resolved ``weights``, or ones; with ``normalize``, divided by their sum.
 
     Raises:
         ValueError: the weights are by name (only the engine knows names), or not ``count`` many.
     """
-    if weights is None:
-        return (1.0,) * count
-    if not isinstance(weights, Sequence) or len(weights) != count:
+    given = (1.0,) * count if weights is None else weights
+    if not isinstance(given, Sequence) or len(given) != count:
         raise ValueError(f"{count} weights are needed, in the experts' order")
-    return tuple(weights)
+    total = math.fsum(given) if normalize else 1.0
+    return tuple(given) if total == 1 else tuple(weight / total for weight in given)
 
 
 def of_each(number: float | Sequence[float], count: int) -> tuple[float, ...]:

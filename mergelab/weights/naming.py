@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from mergelab.weights.source import TensorSource
@@ -128,24 +130,45 @@ _OTHER_EMBEDDING = re.compile(r"position|token_type|segment|wpe|[Nn]orm")
 _BEFORE_LAYERS = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)(\.|$)")
 
 
-def depths(names: Sequence[str]) -> dict[str, float]:
-    """Return the relative depth of each tensor: ℓ/(L−1) in layer ℓ of L, counted separately for each stack of layers.
+@dataclass(frozen=True)
+class LayerPlace:
+    """Where a tensor lies along the layers.
 
-    Embeddings and the only layer of a stack have depth 0. Other tensors outside the layers (final norms, poolers,
-    heads) have depth 1.
+    Attributes:
+        layer: the number of its layer in its stack, from 0; −inf for embeddings, +inf for what follows the layers
+            (final norms, poolers, heads).
+        count: how many layers the stack has; 0 for tensors outside the layers.
     """
+
+    layer: float
+    count: int = 0
+
+    def depth(self) -> float:
+        """Return ℓ/(L−1) in layer ℓ of L; 0 before the layers and in an only layer, 1 after the layers."""
+        if not self.count:
+            return 0.0 if self.layer < 0 else 1.0
+        return self.layer / (self.count - 1) if self.count > 1 else 0.0
+
+
+def places(names: Sequence[str]) -> dict[str, LayerPlace]:
+    """Return where each tensor lies; layers are counted separately for each stack (encoder, decoder)."""
     layers = {name: (match[1], int(match[2])) for name in names if (match := _LAYER.match(name))}
     last: dict[str, int] = {}
     for stack, number in layers.values():
         last[stack] = max(last.get(stack, 0), number)
-    depth = {}
+    found = {}
     for name in names:
         if name in layers:
             stack, number = layers[name]
-            depth[name] = number / last[stack] if last[stack] else 0.0
+            found[name] = LayerPlace(number, last[stack] + 1)
         else:
-            depth[name] = 0.0 if _BEFORE_LAYERS.search(name) else 1.0
-    return depth
+            found[name] = LayerPlace(-math.inf if _BEFORE_LAYERS.search(name) else math.inf)
+    return found
+
+
+def depths(names: Sequence[str]) -> dict[str, float]:
+    """Return the relative depth of each tensor, as `LayerPlace.depth` says it."""
+    return {name: place.depth() for name, place in places(names).items()}
 
 
 def layer_of(name: str) -> tuple[str, int] | None:

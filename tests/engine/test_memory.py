@@ -121,3 +121,10 @@ def test_input_gram_matrices_need_one_matrix_for_each_distinct_input() -> None:
     matrix = 8 * width * width  # the sums are in float64
     assert most_copies(work) * LARGEST <= (depth + 2) * matrix  # and a product that is being added, in both precisions
     assert len(found[0].matrices) == depth
+
+
+def test_slerp_holds_no_whole_tensor_but_the_result(models: AlignedModels) -> None:
+    two = replace(models, experts=models.experts[:2])
+    method = get_method("slerp")
+    # and two products of a block with their sum; a whole tensor would be 2 copies
+    assert most_copies(lambda: [None for _ in merge(method, {"t": [0.1, 0.9]}, two)]) < 1.5

@@ -130,3 +130,86 @@ def test_what_cannot_be_is_one_line(values: dict[str, Any], said: str) -> None:
 def test_a_rule_that_fits_nothing_is_an_error_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match=r"method\.rules\[0\]\.match='nrm': fits no tensor.*did you mean 'norm'"):
         merged("ties", models(), rules=[{"match": "nrm", "density": 0.5}])
+
+
+def test_a_rule_may_hold_for_some_layers_and_its_list_runs_over_them() -> None:
+    rules = [{"layers": [1, 4], "lambda": [0.2, 0.8]}, {"layers": [None, 1], "match": "*", "lambda": 0.1}]
+    result = merged("task_arithmetic", models(), rules=rules)
+    expected = dict.fromkeys(NAMES[:3], 0.1)
+    expected |= {f"encoder.layer.{i}.mlp.weight": value for i, value in ((1, 0.2), (2, 0.5), (3, 0.8), (4, 0.3))}
+    for name, value in {**expected, "norm": 0.3}.items():
+        assert torch.equal(result[name], at("task_arithmetic", name, **{"lambda": value})), name
+
+
+def test_experts_may_have_weights_that_run_over_the_layers() -> None:
+    weights = {"pear": [0.0, 1.0], "apple": 0.5}
+    result = merged("soup", models(), weights=weights, normalize=False)
+    for name, depth in depths(NAMES).items():
+        assert torch.equal(result[name], at("soup", name, weights=[depth, 0.5], normalize=False)), name
+    densities = merged("ties", models(), density={"pear": [0.2, 0.6], "apple": 0.4}, scope="tensor")
+    for name, depth in depths(NAMES).items():
+        own = {"pear": on_curve([0.2, 0.6], depth), "apple": 0.4}
+        assert torch.equal(densities[name], at("ties", name, density=own, scope="tensor")), name
+
+
+def test_a_rule_for_one_expert_leaves_the_others_their_values() -> None:
+    rules = [{"match": "norm", "weights": {"pear": 0.25}}]
+    result = merged("soup", models(), weights={"pear": 1, "apple": 3}, rules=rules, normalize=False)
+    assert torch.equal(result["norm"], at("soup", "norm", weights=[0.25, 3], normalize=False))
+    assert torch.equal(result["embed.weight"], at("soup", "embed.weight", weights=[1, 3], normalize=False))
+
+
+def test_as_mergekit_the_first_rule_counts_and_lists_are_for_the_layers_alone() -> None:
+    rules = [{"match": "*mlp*", "t": [0.2, 1.0]}, {"match": "*", "t": [0.5, 0.9]}]
+    result = merged("slerp", models(), rules=rules, rules_as="mergekit", required=["t"])
+    expected = {
+        "embed.weight": 0.5,
+        "encoder.layer.0.mlp.weight": 0.2,
+        "encoder.layer.2.attention.weight": 0.7,
+        "encoder.layer.4.mlp.weight": 1.0,
+        "norm": 0.5,
+    }
+    for name, t in expected.items():
+        assert torch.equal(result[name], at("slerp", name, t=t)), name
+    alone = merged("slerp", models(), t=[0.1, 0.8], rules_as="mergekit", rules=[{"layers": [2, 3], "t": [0.3, 0.6]}])
+    assert torch.equal(alone["encoder.layer.2.mlp.weight"], at("slerp", "encoder.layer.2.mlp.weight", t=0.6))
+    assert torch.equal(alone["norm"], at("slerp", "norm", t=0.1))
+
+
+def test_a_value_that_no_rule_gives_is_an_error_where_rules_have_to() -> None:
+    rules = [{"match": "*mlp*", "t": 0.2}, {"match": "*attention*", "t": 0.2}]
+    with pytest.raises(ConfigError, match=r"method\.t: needs a value for embed\.weight, and no rule gives one"):
+        merged("slerp", models(), rules=rules, required=["t"])
+    rules = [{"match": "*", "weights": {"pear": 0.2}}]
+    with pytest.raises(ConfigError, match=r"method\.weights\.apple: needs a value for embed\.weight"):
+        merged("soup", models(), rules=rules, required=["weights.apple"])
+    with pytest.warns(MergeWarning, match=r"method\.rules\[0\]\.match='nrm': fits no tensor"):
+        merged("slerp", models(), rules=[{"match": "nrm", "t": 0.2}], rules_as="mergekit")
+
+
+def test_what_is_said_of_rules_is_shown_as_it_was_given() -> None:
+    given = {
+        "weights": {"pear": [0.1, 0.2], "apple": 1.0},
+        "rules": [{"match": "*", "layers": [None, 2], "weights": {"pear": [1.0, 2.0]}}],
+        "rules_as": "mergekit",
+        "required": ["weights.pear"],
+    }
+    shown = check_parameters(get_method("soup"), given).by_key()
+    assert {key: shown[key] for key in given} == given
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"rules": [{"layers": [2, 2], "density": 0.2}]}, r"method\.rules\[0\]\.layers=\[2, 2\]: holds no layer"),
+        ({"rules": [{"layers": 3, "density": 0.2}]}, r"method\.rules\[0\]\.layers=3: must be \[FIRST, AFTER_LAST\]"),
+        ({"rules_as": "mrgekit"}, r"method\.rules_as=mrgekit: must be mergekit or null"),
+        ({"required": ["densty"]}, r"method\.required: ties has no parameter 'densty'; did you mean 'density'"),
+        ({"required": "density"}, r"method\.required='density': must be a list"),
+        ({"weights": {"a": [1, "x"]}}, r"method\.weights="),
+        ({"density": {"a": [0.1, 7]}}, r"method\.density\.a=7: must be greater than 0"),
+    ],
+)
+def test_what_cannot_be_said_of_rules_is_one_line(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_parameters(get_method("ties"), values)

@@ -23,7 +23,11 @@ BERT, SUMMARISER = "google-bert/bert-base-uncased", "patrickvonplaten/bert2bert_
 SETTINGS = {"num_beams": 4, "max_length": 20, "min_length": 2, "length_penalty": 2.0, "no_repeat_ngram_size": 3}
 
 
-@pytest.mark.parametrize("file", sorted((CONF_DIR / "models").glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    sorted(each for each in (CONF_DIR / "models").glob("*.yaml") if each.stem != "custom"),
+    ids=lambda file: file.stem,
+)
 def test_a_ready_set_is_named_as_its_file_and_every_reference_can_be_read(file: Path) -> None:
     content = yaml.safe_load(file.read_text())
     if "defaults" in content:

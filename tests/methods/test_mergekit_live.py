@@ -22,7 +22,7 @@ INTERPRETER = os.environ.get("MERGELAB_MERGEKIT", "")
 pytestmark = pytest.mark.skipif(not INTERPRETER, reason="MERGELAB_MERGEKIT names no interpreter that has mergekit")
 
 # Reads requests and writes tensors. The random numbers that keep an entry are given, as no two generators agree, and
-# what is kept is divided by its probability, as mergekit would restore the sum of magnitudes instead.
+# what is kept is divided by its probability, except where mergekit restores the sum of magnitudes.
 SCRIPT = """
 import sys
 from importlib.metadata import version
@@ -30,8 +30,8 @@ import torch
 from mergekit.merge_methods.api import merge_tensors
 requests, found = torch.load(sys.argv[1]), []
 for request in requests:
-    drawn = iter(request.pop("drawn"))
-    torch.bernoulli = lambda p: (next(drawn).reshape(p.shape) < p).to(p) / p
+    drawn, restores = iter(request.pop("drawn")), request.pop("restores")
+    torch.bernoulli = lambda p: (next(drawn).reshape(p.shape) < p).to(p) / (1 if restores else p)
     found.append(merge_tensors(request.pop("tensors"), request.pop("method"), **request))
 torch.save({"version": version("mergekit"), "found": found}, sys.argv[2])
 """
@@ -55,6 +55,7 @@ class Case:
     common: float = 0.0  # change that the experts have in common
     note: str = ""
     drops: bool = False  # entries at random
+    restores: bool = False  # the sum of magnitudes of what is left
     scalar: bool = True  # whether the two agree on one
     alone: bool = False  # each tensor is a model
     distinct: bool = False  # no two changes of a row are of the same magnitude, which float64 alone can hold
@@ -129,6 +130,25 @@ CASES = [
         note="mergekit ranks whole tensors, and keeps no entry of a scalar",
         scalar=False,
     ),
+    *(
+        Case(
+            ours,
+            {"density": 0.6, "weights": WEIGHTS, "rescale": "magnitudes", **options, **spread},
+            theirs,
+            {"density": 0.6, "weight": WEIGHTS, "normalize": normalize, **spread},
+            drops=True,
+            restores=True,
+            note="by the same random numbers; mergekit drops in float32",
+            scalar=False,
+            distinct=bool(spread),
+        )
+        for ours, theirs, options, spread, normalize in [
+            ("dare", "dare_linear", {}, {}, False),
+            ("dare_ties", "dare_ties", AS_THEIRS, {}, True),
+            ("della", "della", AS_THEIRS, {"epsilon": 0.2}, True),
+            ("della_linear", "della_linear", {"normalize": True}, {"epsilon": 0.2}, True),
+        ]
+    ),
     Case(
         "model_stock",
         {},
@@ -194,6 +214,7 @@ def request(case: Case, models: AlignedModels, key: str) -> dict[str, Any]:
         "parameters": case.parameters,
         "base_index": 0 if case.base else None,
         "drawn": drawn,
+        "restores": case.restores,
     }
 
 

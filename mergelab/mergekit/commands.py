@@ -1,0 +1,123 @@
+"""A mergekit config on the command line: as overrides of the config here, and as a file of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergelab.errors import ConfigError, one_line
+from mergelab.mergekit.document import load
+from mergelab.mergekit.translate import Translation, translate
+
+KEY, STRICT = "mergekit", "strict"
+
+
+def expanded(arguments: Sequence[str]) -> list[str]:
+    """Put, in the place of ``mergekit=FILE`` among a command's arguments, the overrides that the file stands for.
+
+    They come first, so that every other argument can change them. What mergekit passes over is said on standard error;
+    with ``strict=true`` it is an error.
+
+    Raises:
+        ConfigError: the file is no mergekit config, or cannot be merged here to the same numbers.
+    """
+    prefix = f"{KEY}="
+    files = [argument.removeprefix(prefix) for argument in arguments if argument.startswith(prefix)]
+    if not files:
+        return list(arguments)
+    if len(files) > 1:
+        raise ConfigError(f"{KEY}: given {len(files)} times; one file is one merge")
+    strict = is_strict(arguments)
+    rest = [each for each in arguments if not each.startswith((prefix, f"{STRICT}="))]
+    return [*overrides(read(files[0], strict=strict)), *rest]
+
+
+def is_strict(arguments: Sequence[str]) -> bool:
+    """Return whether ``strict=true`` is among arguments."""
+    given = [each.partition("=")[2].lower() for each in arguments if each.startswith(f"{STRICT}=")]
+    if odd := [value for value in given if value not in ("true", "false")]:
+        raise ConfigError(f"{STRICT}={odd[0]}: must be true or false")
+    return given[-1:] == ["true"]
+
+
+def read(file: str, *, strict: bool = False) -> Translation:
+    """Read a file of one merge, and say what in it has no effect.
+
+    Raises:
+        ConfigError: as for `expanded`.
+    """
+    documents = load(file)
+    if len(documents) > 1:
+        raise ConfigError(f"{file}: has {len(documents)} documents; a merge in stages cannot be run here")
+    ((where, content),) = documents
+    found = translate(content, where, Path(file).stem)
+    for note in found.notes:
+        if strict and not note.startswith("dtype:"):
+            raise ConfigError(f"{where}: {note} (strict=true)")
+        sys.stderr.write(f"{one_line(f'note: {where}: {note}')}\n")
+    return found
+
+
+def overrides(found: Translation) -> list[str]:
+    """Return a translation as overrides of the config here."""
+    method = {key: value for key, value in found.method.items() if key != "name"}
+    groups = {"models": found.models, "method": method, "save": found.save}
+    lines = [f"method={found.method['name']}", "models=custom"]
+    for group, values in groups.items():
+        for key, value in values.items():
+            if value is not None or key == "base":
+                lines.append(f"{group}.{key}={literal(value)}")
+    return lines
+
+
+def as_config(found: Translation) -> dict[str, Any]:
+    """Return a translation as a file of the group ``experiment`` has it."""
+    return {
+        "defaults": [{"override /method": found.method["name"]}, {"override /models": "custom"}],
+        "models": {key: value for key, value in found.models.items() if value is not None},
+        "method": {key: value for key, value in found.method.items() if key != "name"},
+        "save": found.save,
+    }
+
+
+def text_of(found: Translation, file: str) -> str:
+    """Write a translation as the file of an experiment: for the folder ``experiment`` of a ``--config-dir``."""
+    import yaml  # type: ignore[import-untyped]
+
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]
+        """Writes lists of numbers on one line, and no references."""
+
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def listed(dumper: Any, data: list[Any]) -> Any:
+        flat = all(isinstance(each, int | float | None) for each in data)
+        return dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=flat)
+
+    Dumper.add_representer(list, listed)
+    body = yaml.dump(as_config(found), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return f"# @package _global_\n# {one_line(file)}, a config of mergekit\n{body}"
+
+
+def literal(value: Any) -> str:
+    """Write a value in the grammar of Hydra's overrides."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{literal(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ",".join(map(literal, value)) + "]"
+    return quoted(str(value))
+
+
+def quoted(text: str) -> str:
+    """Write text between quotes; a backslash counts only before a quote, and at the end."""
+    import re
+
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"

@@ -1,0 +1,65 @@
+"""Small models for mergekit's configs, and their merges here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from hydra import compose, initialize_config_dir
+from torch import Tensor
+
+from mergelab.config import CONF_DIR
+from mergelab.experiment.locate import locate
+from mergelab.experiment.merging import Merging
+from mergelab.experiment.plan import Plan, plan_experiment
+from mergelab.experiment.session import open_session
+from mergelab.mergekit.commands import expanded
+
+LAYERS = {"llama": 4, "tied": 3, "bert": 3}
+_SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+}
+
+
+def make_models(folder: Path, kind: str, layers: int | None = None) -> None:
+    """Write ``base``, ``a``, ``b`` and ``c``, experts around the base."""
+    sizes = {**_SIZES, "num_hidden_layers": layers or LAYERS[kind]}
+    config: Any
+    if kind == "bert":
+        config, made = transformers.BertConfig(**sizes), transformers.BertModel
+    else:
+        config = transformers.LlamaConfig(**sizes, num_key_value_heads=1, tie_word_embeddings=kind == "tied")
+        made = transformers.LlamaForCausalLM
+    generator = torch.Generator().manual_seed(0)
+    base = made(config)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.normal_(0, 0.5, generator=generator)
+    base.save_pretrained(folder / "base")
+    start = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    for name in "abc":
+        with torch.no_grad():
+            for key, parameter in base.named_parameters():
+                parameter.copy_(start[key] + 0.05 * torch.randn(parameter.shape, generator=generator))
+        base.save_pretrained(folder / name)
+
+
+def planned(*arguments: str) -> Plan:
+    """Plan what the command with these arguments would do."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF_DIR)):
+        return plan_experiment(compose("config", expanded([*arguments, "evaluate=false", "output=out"])))
+
+
+def merged(*arguments: str) -> Mapping[str, Tensor]:
+    """Merge as the command with these arguments would, in memory."""
+    plan = planned(*arguments)
+    session = open_session(locate(plan.config.models, "local", []), plan.tasks, plan.config)
+    backbones, _ = Merging(plan.method, plan.parameters, session, 0, lambda _message, _done: None).in_memory()
+    return next(iter(backbones.values()))
