@@ -28,6 +28,7 @@ from torch import nn
 from mergelab.api import layer_merge as layer_merge
 from mergelab.api import model_merge as model_merge
 from mergelab.evaluation.pipeline import evaluate_glue_pipeline as evaluate_glue_pipeline
+from mergelab.experiment.module_average import module_average as module_average
 from mergelab.models.vocabulary import Policy
 from mergelab.notebook.calls import run as run
 from mergelab.notebook.calls import sweep as sweep

@@ -26,7 +26,7 @@ SWEEP = {"n_trials": 3, "sampler": "random", "pruner": "none"}
 # Tags and metrics that differ between any two runs, and what says which program made the run.
 OF_ONE_RUN = {
     *(names.PID, names.STARTED, names.STARTED_TICKS, names.ALIVE, names.RUN_FOLDER, names.COMMAND),
-    *("mlflow.runName", "mlflow.artifactLocation"),
+    *("mlflow.runName", "mlflow.artifactLocation", names.DESCRIPTION),  # the description has the command
 }
 
 

@@ -18,10 +18,10 @@ PREFIX = re.compile(r"(report|select|time|memory|coefficient|best)/|(calibration
 # Calls that record something, each with the places of its arguments that name it.
 RECORDING = {"log_dict": 1, "log_table": 1, "log_text": 1, "log_artifact": 1, "log_artifacts": 1}
 NAMED_KEYS = {"log_metrics", "set_tags", "runs", "find_run"}
-# Not a tag: what an unfinished model folder is marked with.
-# A key of a file that merges write, and the composed configuration of the same name as an artifact.
+# Neither tags nor artifacts: files, keys in files, and the composed configuration, which an artifact is called after.
 ELSEWHERE = {
     ("weights/writer.py", "mergelab.key"),
+    ("weights/companions.py", "mergelab.json"),
     ("cli/help.py", "config.yaml"),
     ("experiment/compared.py", "config.yaml"),
     ("weights/files.py", "model."),  # of files and tensors
