@@ -10,6 +10,7 @@ from typing import Any
 from mergelab.errors import ConfigError, one_line
 from mergelab.mergekit.document import load
 from mergelab.mergekit.translate import Translation, translate
+from mergelab.report.commands import spelled
 
 KEY, STRICT = "mergekit", "strict"
 
@@ -68,7 +69,7 @@ def overrides(found: Translation) -> list[str]:
     for group, values in groups.items():
         for key, value in values.items():
             if value is not None or key == "base":
-                lines.append(f"{group}.{key}={literal(value)}")
+                lines.append(f"{group}.{key}={spelled(value)}")
     return lines
 
 
@@ -99,25 +100,3 @@ def text_of(found: Translation, file: str) -> str:
     Dumper.add_representer(list, listed)
     body = yaml.dump(as_config(found), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
     return f"# @package _global_\n# {one_line(file)}, a config of mergekit\n{body}"
-
-
-def literal(value: Any) -> str:
-    """Write a value in the grammar of Hydra's overrides."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{literal(one)}" for key, one in value.items()) + "}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return "[" + ",".join(map(literal, value)) + "]"
-    return quoted(str(value))
-
-
-def quoted(text: str) -> str:
-    """Write text between quotes; a backslash counts only before a quote, and at the end."""
-    import re
-
-    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"

@@ -1,1 +1,1 @@
-"""What is read afterwards: plots of studies."""
+"""What is read afterwards: plots, pages and tables that compare runs, model cards."""

@@ -28,7 +28,7 @@ _GROUPS = ("method", "task", "models")
 _ELSEWHERE = ("tracking", "output", "hydra", "experiment", "sweep")
 _OF_SWEEPS = (names.SAMPLER, names.PRUNER, names.OBJECTIVE, names.SPACE)
 _WHOLE = ("models.experts", "models.base", "task.splits")  # mappings that take the place of the default's
-_PLAIN = re.compile(r"[A-Za-z_./~][\w./@~+-]*")  # text that Hydra's grammar reads as it is
+_PLAIN = re.compile(r"[A-Za-z_./][\w./@+-]*")  # text that Hydra's grammar reads as it is
 _WORDS = frozenset({"null", "true", "false", "nan", "inf"})
 _CUT = "… sha256 "  # how a value ends that was too long to be recorded
 

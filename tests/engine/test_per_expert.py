@@ -144,7 +144,8 @@ def test_the_methods_whose_parameters_are_of_experts_are_known() -> None:
         ("dare_ties", "trim_density"),
         *((name, "gamma") for name in ("breadcrumbs", "breadcrumbs_ties")),
         *((name, "epsilon") for name in ("della", "della_linear")),
-        ("consensus", "mask_lambda"),
+        *((name, "mask_lambda") for name in ("consensus", "tall_masks")),
+        ("gradient_matching", "sizes"),
     }
 
 

@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from mergelab.errors import ConfigError
-from mergelab.mergekit.commands import expanded, literal, read
+from mergelab.mergekit.commands import expanded, read
 from mergelab.mergekit.methods import METHODS, known_parameters
 from mergelab.mergekit.translate import Translation, translate
+from mergelab.report.commands import spelled
 
 TIES = """
 merge_method: ties
@@ -217,7 +218,7 @@ def test_values_survive_hydras_grammar() -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     for value in ["a'b", "c:\\d\\", "x\\'y", "1e5", "*mlp*", {"a-b": [0.5, 1.0], "c_1": "~/d+e@f"}, [None, 3], True]:
-        override = OverridesParser.create().parse_override(f"key={literal(value)}")
+        override = OverridesParser.create().parse_override(f"key={spelled(value)}")
         assert override.value() == value
 
 
