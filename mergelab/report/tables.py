@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mergelab.report.significance import PairedTest
     from mergelab.report.trials import Trial
 
+_TESTS = ["Δ best expert", "p", "p (Holm)"]
 COSTS = {"merge s": names.MERGE_SECONDS, "eval s": names.EVAL_SECONDS, "peak MB": names.PEAK_MB}
 
 
@@ -44,14 +45,22 @@ class Ranking:
         return any(self.test(row, EXPERT) for row in self.group.merged)
 
 
-def header(ranking: Ranking, *, costs: int = len(COSTS), metrics: int | None = None) -> list[str]:
-    """Name the columns of a group's table."""
-    tested = ["Δ best expert", "p", "p (Holm)"] if ranking.has_tests else []
+def header(
+    ranking: Ranking, *, costs: int = len(COSTS), metrics: int | None = None, tests: int = len(_TESTS)
+) -> list[str]:
+    """Name the columns of a group's table; of those of the paired test the last ``tests``."""
+    tested = _TESTS[len(_TESTS) - tests :] if ranking.has_tests else []
     return ["model", *(_title(column) for column in ranking.group.columns[:metrics]), *tested, *list(COSTS)[:costs]]
 
 
 def cells(
-    ranking: Ranking, row: Row, *, intervals: bool = True, costs: int = len(COSTS), metrics: int | None = None
+    ranking: Ranking,
+    row: Row,
+    *,
+    intervals: bool = True,
+    costs: int = len(COSTS),
+    metrics: int | None = None,
+    tests: int = len(_TESTS),
 ) -> list[str]:
     """Write a model's row of that table."""
     found = [row.label]
@@ -61,11 +70,14 @@ def cells(
         shown = "" if score is None else " ".join(filter(None, [score.text, score.interval if intervals else ""]))
         found.append(shown + " *" * best)
     if ranking.has_tests:
-        test = ranking.test(row, EXPERT)
-        found += (
-            ["", "", ""] if test is None else [f"{test.difference:+.4f}", p_text(test.p_value), p_text(test.adjusted)]
-        )
+        found += _tested(ranking.test(row, EXPERT))[len(_TESTS) - tests :]
     return found + [cost(row, name) for name in list(COSTS)[:costs]]
+
+
+def _tested(test: PairedTest | None) -> list[str]:
+    if test is None:
+        return [""] * len(_TESTS)
+    return [f"{test.difference:+.4f}", p_text(test.p_value), p_text(test.adjusted)]
 
 
 def p_text(value: float | None) -> str:
@@ -152,26 +164,28 @@ def _tables(ranking: Ranking) -> Iterator[Table]:
     several = len(ranking.group.columns)
     for metrics in dict.fromkeys((several, 1)):
         for costs in range(len(COSTS), -1, -1):
-            yield _table(ranking, True, costs, metrics)
-    yield _table(ranking, False, 0, 1)
+            yield _table(ranking, True, costs, metrics, len(_TESTS))
+    for tests, intervals in [(len(_TESTS), False), (1, True), (1, False), (0, False)]:
+        yield _table(ranking, intervals, 0, 1, tests)
 
 
-def _table(ranking: Ranking, intervals: bool, costs: int, metrics: int) -> Table:
+def _table(ranking: Ranking, intervals: bool, costs: int, metrics: int, tests: int) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    shape: dict[str, Any] = {"intervals": intervals, "costs": costs, "metrics": metrics}
+    shape: dict[str, Any] = {"costs": costs, "metrics": metrics, "tests": tests}
     group = ranking.group
     hidden = [column.name for column in group.columns[metrics:]] + list(COSTS)[costs:] + ["intervals"] * (not intervals)
+    hidden += _TESTS[: len(_TESTS) - tests] if ranking.has_tests else []
     narrow = f"\ntoo narrow for {', '.join(hidden)}; --format=csv has everything" if hidden else ""
     table = Table(
         title=Text(group.title), title_justify="left", title_style="bold", caption=Text(caption(ranking) + narrow)
     )
     table.caption_justify = "left"
-    for place, name in enumerate(header(ranking, costs=costs, metrics=metrics)):
+    for place, name in enumerate(header(ranking, **shape)):
         table.add_column(Text(name), justify="right" if place else "left", no_wrap=True)
     for row in group.rows:
-        label, *rest = cells(ranking, row, **shape)
+        label, *rest = cells(ranking, row, intervals=intervals, **shape)
         style = "bold" if row.role == "merged" else ""
         table.add_row(Text(label, style=style), *(Text(cell, style="bold green" * (" *" in cell)) for cell in rest))
     return table

@@ -139,6 +139,17 @@ def test_tables_have_the_same_numbers_in_every_form(compared: Store, report: Cal
     assert report("rte", "--format=markdown").out.startswith("| model")
 
 
+@pytest.mark.parametrize("width", [60, 80, 120, 200])
+def test_a_table_fits_with_whole_names(
+    compared: Store, report: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = [line for line in report("rte").out.splitlines() if line[:1] in "┏┃┡│└"]
+    assert max(map(len, rows)) <= width
+    assert any("│ ties density=0.3 " in row and "0.9000" in row for row in rows)
+    assert any("p (Holm)" in row for row in rows)
+
+
 def test_standard_output_has_the_result_alone_for_a_program(compared: Store, report: Callable[..., Outcome]) -> None:
     outcome = report("rte", "--format=csv")
     assert outcome.out.startswith("task,source,protocol,rank,model")
