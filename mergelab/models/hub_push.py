@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,8 @@ from mergelab.models.hub import causes_of, endpoint, reachable
 from mergelab.weights.companions import PROVENANCE
 
 _EMPTY = {".gitattributes"}  # what the hub puts into a new repository
+# Where older versions of transformers wrote the place that a model or a tokenizer was loaded from.
+_PLACES = {"config.json": "_name_or_path", "tokenizer_config.json": "name_or_path"}
 
 
 def check_token(repo_id: str) -> None:
@@ -66,15 +72,48 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    api, said = HfApi(), "Upload a merge by mergelab"
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo_id, folder_path=folder, delete_patterns="*", commit_message="Upload a merge by mergelab"
-        )
+        with without_places(folder) as clean:
+            api.upload_folder(repo_id=repo_id, folder_path=clean, delete_patterns="*", commit_message=said)
     except Exception as error:
         raise HubError(f"{folder.name} cannot be pushed to {repo_id}: {_why(error)}") from error
     return f"{endpoint()}/{repo_id}"
+
+
+@contextmanager
+def without_places(folder: Path) -> Iterator[Path]:
+    """Yield the folder, or one like it whose configs do not say where on this machine their models were.
+
+    The files of the other folder are links to those of the first, but for the configs that differ.
+    """
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    changed = {file: text for file in files if (text := _without_place(file)) is not None}
+    if not changed:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for file in files:
+            target = Path(temporary, file.relative_to(folder))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if file in changed:
+                target.write_text(changed[file], encoding="utf-8")
+            else:
+                target.symlink_to(file.absolute())
+        yield Path(temporary)
+
+
+def _without_place(file: Path) -> str | None:
+    """Return a config's text without the local place that it names; None where it names none."""
+    key = _PLACES.get(file.name)
+    if key is None:
+        return None
+    content = json.loads(file.read_text(encoding="utf-8"))
+    place = content.get(key)
+    if not isinstance(place, str) or not (place.startswith(("/", ".", "~", "\\")) or place[1:2] == ":"):
+        return None  # a hub id, which may be said
+    return json.dumps({name: value for name, value in content.items() if name != key}, indent=2) + "\n"
 
 
 def _why(error: Exception) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+from mergelab.models.hub_push import without_places
 from tests.hub_server import HubServer
 from tests.standins import BERT_BASE, BERT_RTE_EXPERTS
 
@@ -153,6 +154,24 @@ def test_a_push_makes_a_private_repository_that_the_model_is_loaded_from(
     (first, _) = json.loads((place / "next" / "mergelab.json").read_text())["experts"]
     assert first["merge"]["method"] == "task_arithmetic"
     assert ModelCard.load(place / "next" / "README.md").data.base_model[1] == "org/merged"
+
+
+@pytest.mark.parametrize("place", ["/home/me/secret/model", "./model", "~/model", "C:\\\\model", "org/model"])
+def test_a_pushed_config_does_not_say_where_its_model_was_on_this_machine(tmp_path: Path, place: str) -> None:
+    folder = _folder(tmp_path / "model", "mergelab.json")
+    (folder / "rte").mkdir()
+    (folder / "rte" / "config.json").write_text(json.dumps({"_name_or_path": place, "model_type": "bert"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"name_or_path": place, "model_max_length": 9}))
+    before = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.json")}
+    with without_places(folder) as clean:
+        found = {file.relative_to(clean): json.loads(file.read_text()) for file in clean.rglob("*.json")}
+    kept = place == "org/model"
+    assert found == {
+        Path("mergelab.json"): {},
+        Path("rte/config.json"): {**({"_name_or_path": place} if kept else {}), "model_type": "bert"},
+        Path("tokenizer_config.json"): {**({"name_or_path": place} if kept else {}), "model_max_length": 9},
+    }
+    assert {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.json")} == before
 
 
 def _folder(folder: Path, *names: str) -> Path:
