@@ -113,9 +113,10 @@ def used_name(models: ModelsConfig) -> str:
     known = _ready_models(models.name)
     if not known:
         return models.name
-    ready = ModelsConfig.model_validate({key: known[key] for key in ("name", "base", "experts") if key in known})
-    if ready.base == models.base and _references(ready) == _references(models):
-        return models.name
+    if known.get("experts"):  # a set of the user's own starts without any
+        ready = ModelsConfig.model_validate({key: known[key] for key in ("name", "base", "experts") if key in known})
+        if ready.base == models.base and _references(ready) == _references(models):
+            return models.name
     return ", ".join(_shortened(models.experts))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,8 +97,16 @@ def test_a_ready_sets_name_stands_for_its_models_alone() -> None:
     many = {**ready, "experts": {letter: f"x/{letter}" for letter in "abcdef"}}
     assert used_name(ModelsConfig.model_validate(many)) == "a, b, c, d, and 2 more"
     assert used_name(ModelsConfig.model_validate({**own, "name": "mine"})) == "mine"
+    assert used_name(ModelsConfig.model_validate({**own, "name": "custom"})) == "a, b"
     other_base = {**ready, "base": "x/base"}
     assert used_name(ModelsConfig.model_validate(other_base)) != "bert_base_rte"
+
+
+@pytest.mark.parametrize("file", sorted((CONF_DIR / "models").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_ready_set_has_its_own_name(file: Path) -> None:
+    if file.stem != "custom":  # without models until they are given
+        ready = ModelsConfig.model_validate(composed(f"models={file.stem}", "task=rte")["models"])
+        assert used_name(ready) == file.stem
 
 
 def test_a_description_is_whole_or_leaves_parts_out() -> None:
