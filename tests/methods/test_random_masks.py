@@ -131,7 +131,7 @@ def test_neither_the_experts_names_nor_their_order_change_a_bit(method: str) -> 
             turned = weights and [weights[i] for i in order]
             of = renamed.experts[order.index(0)].name if get_method(method).one_model_per_expert else None
             results.append(merged(method, renamed, model_weights=turned, output=of))
-    assert len(results) >= 4
+    assert len(results) >= (4 if count > 1 else 2)
     for result in results[1:]:
         assert all(torch.equal(result[name], results[0][name]) for name in SHAPES)
 

@@ -84,7 +84,7 @@ def test_a_sweep_killed_again_and_again_ends_as_an_undisturbed_one(arguments: li
     for run in children:
         trial = expected[int(run.data.tags["mergelab.trial"])]
         assert float(run.data.params["method.lambda"]) == pytest.approx(trial.params["method.lambda"])
-        history = client.get_metric_history(run.info.run_id, "select/accuracy")
+        history = client.get_metric_history(run.info.run_id, "estimate/accuracy")
         assert len(history) == 1
     (report,) = (run for run in runs if run.data.tags["mergelab.kind"] == "report")
     best = max((t for t in expected if t.values), key=lambda t: (t.state.name == "COMPLETE", t.value, -t.number))

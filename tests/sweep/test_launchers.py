@@ -168,7 +168,7 @@ def check_each_trial_is_there_once(url: str, uri: str, count: int) -> list[Any]:
         assert child.info.status == "FINISHED"
         assert "error" not in child.data.tags
         assert float(child.data.params["method.share"]) == trial.params["method.share"] == share
-        (measured,) = client.get_metric_history(child.info.run_id, "select/accuracy")
+        (measured,) = client.get_metric_history(child.info.run_id, "estimate/accuracy")
         assert [measured.value] == trial.user_attrs[OUTCOME]["values"]
     return children
 
