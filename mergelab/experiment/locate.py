@@ -171,7 +171,7 @@ def _locate_mini(models: ModelsConfig, tasks: Sequence[str], progress: Progress)
         assert task is not None
         folders = list(sets[task].experts.items())
         if taken[task] == len(folders):
-            raise ConfigError(f"the embedded miniature has {len(folders)} experts for {task}; {models.name} names more")
+            raise ConfigError(f"the embedded miniature has {len(folders)} experts for {task}; models.experts has more")
         mini_name, folder = folders[taken[task]]
         taken[task] += 1
         experts.append(LocatedExpert(name, f"mini/{task}/{mini_name}", folder, None, expert.weight, task))
@@ -199,7 +199,7 @@ def _locate_text(models: ModelsConfig, name: str, tasks: Sequence[str], progress
         if count > (most := len(text.SETS[name][kind].experts)):
             raise ConfigError(
                 f"the embedded miniature mini/{name} has {most} expert{'s' * (most > 1)} for {kind}; "
-                f"{models.name} names {count}"
+                f"models.experts has {count}"
             )
     made = _built(partial(text.build, name, progress=progress))
     free = {kind: iter(folders.items()) for kind, folders in made.experts.items()}

@@ -217,7 +217,7 @@ def test_text_tasks_run_on_the_miniature_and_are_labelled_as_such(
         ),
         (
             ["task=legal", "models.experts={a: x/a, b: x/b}"],
-            "the embedded miniature mini/law_recipes has 1 expert for legal; gpt2_law_recipes names 2",
+            "the embedded miniature mini/law_recipes has 1 expert for legal; models.experts has 2",
         ),
         (["task=legal", "models.mini=poems"], "models.mini='poems'"),
         (
