@@ -32,6 +32,7 @@ from tests.tracking.conftest import empty_store
 __all__ = ["empty_store"]
 pytestmark = pytest.mark.slow
 
+OF_ONE_RUN = {"README.md", "mergelab.json"}  # they name the run
 KILLS = int(os.environ.get("MERGELAB_KILLS", "1"))
 # Starts commands as forks of one process, so that imports are paid once: a line of JSON is a folder and arguments.
 FORKING = """
@@ -139,7 +140,7 @@ def results(folder: Path) -> dict[str, Any]:
     """Collect all results: models, the cached miniature and predictions, studies, and the finished runs' metrics."""
     cache = content(folder / "cache")
     found: dict[str, Any] = {
-        "models": {name: digest for name, digest in content(folder / "merged").items() if name != "README.md"},
+        "models": {name: digest for name, digest in content(folder / "merged").items() if name not in OF_ONE_RUN},
         "mini": {name: digest for name, digest in cache.items() if name.startswith("mini") and "/." not in name},
     }
     if (folder / "outputs" / "sweeps.db").exists():
