@@ -195,7 +195,7 @@ def test_a_database_moved_alone_still_finds_artifacts_and_writes_beside_itself(
     assert noted(client, old) == "old"
     with moved.resume_run(old) as run:
         run.log_text("more", "more.txt")
-    assert sorted(path.name for path in place(client, old).iterdir()) == ["more.txt", "notes"]
+    assert sorted(path.name for path in place(client, old).iterdir()) == ["environment.json", "more.txt", "notes"]
     assert place(client, old).is_relative_to(there)
     assert contents(workplace) == before
     # The artifacts follow later.
