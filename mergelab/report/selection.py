@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,11 @@ from mergelab.errors import TrackingError, did_you_mean, listed, shortened
 from mergelab.tracking import RunRecord, names
 from mergelab.tracking.moved import location_today
 from mergelab.tracking.store import mlflow_calls
+from mergelab.tracking.tracker import pages
 
 if TYPE_CHECKING:
     from mergelab.tracking import Tracker
 
-_PAGE = 1000
 _PARENTS = ("sweep", "grid")
 _BASELINES = ("base", "expert")
 _ID_DIGITS = frozenset("0123456789abcdef")
@@ -169,7 +169,7 @@ class _Search:
 
     def __init__(self, tracker: Tracker) -> None:
         self.client, self.shown = tracker.client, tracker.store.shown if tracker.store else ""
-        found = self._pages(self.client.search_experiments, f"tags.{names.OURS} = 'true'")
+        found = pages(self.client.search_experiments, f"tags.{names.OURS} = 'true'")
         self.experiments: dict[str, str] = {one.experiment_id: one.name for one in found}
         if not self.experiments:
             raise TrackingError(f"{self.shown}: has no runs of mergelab's; --tracking-uri names another store")
@@ -208,18 +208,8 @@ class _Search:
 
     def _runs(self, condition: str, experiments: list[str]) -> list[LoggedRun]:
         order = ["attributes.start_time DESC"]
-        pages = self._pages(self.client.search_runs, condition, experiment_ids=experiments, order_by=order)
-        return [self._logged(run) for run in pages]
-
-    @staticmethod
-    def _pages(search: Any, condition: str, **arguments: Any) -> Iterator[Any]:
-        token = None
-        while True:
-            page = search(filter_string=condition, max_results=_PAGE, page_token=token, **arguments)
-            yield from page
-            token = page.token
-            if not token:
-                return
+        found = pages(self.client.search_runs, condition, experiment_ids=experiments, order_by=order)
+        return [self._logged(run) for run in found]
 
     def _logged(self, run: Any) -> LoggedRun:
         info = run.info

@@ -250,12 +250,12 @@ class Tracker:
         with mlflow_calls("search runs"):
             experiments = {
                 found.experiment_id: found.name
-                for found in _pages(self.client.search_experiments, f"tags.{names.OURS} = 'true'")
+                for found in pages(self.client.search_experiments, f"tags.{names.OURS} = 'true'")
             }
             ids = [key for key, name in experiments.items() if experiment in (None, name)]
             if not ids:
                 return []
-            found = _pages(
+            found = pages(
                 self.client.search_runs,
                 _filter(tags or {}, status),
                 experiment_ids=ids,
@@ -375,7 +375,8 @@ def _filter(tags: Mapping[str, str], status: str | None) -> str:
     return " and ".join(parts)
 
 
-def _pages(search: Any, filter_string: str, **arguments: Any) -> Iterator[Any]:
+def pages(search: Any, filter_string: str, **arguments: Any) -> Iterator[Any]:
+    """Yield all that a search of MLflow's client finds, page by page."""
     token = None
     while True:
         page = search(filter_string=filter_string, max_results=_PAGE, page_token=token, **arguments)

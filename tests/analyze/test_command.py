@@ -8,7 +8,8 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +26,9 @@ Analyze = Callable[..., Outcome]
 
 
 @pytest.fixture
-def analyze(workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Analyze]:
-    """``python -m mergelab.analyze ARGUMENTS`` in a fresh folder, in this process."""
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.hydra_config import HydraConfig
-
-    from mergelab.analyze.__main__ import main
-
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-
-    def run(*arguments: str) -> Outcome:
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["mergelab analyze", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    yield run
-    GlobalHydra.instance().clear()
-    HydraConfig.instance().cfg = None
+def analyze(mergelab_command: Analyze) -> Analyze:
+    """``mergelab analyze ARGUMENTS`` in a fresh folder, in this process."""
+    return partial(mergelab_command, "analyze")
 
 
 def folder_of(workplace: Path) -> Path:
