@@ -142,7 +142,7 @@ def main() -> None:
         records = measure(mergekit)
     except subprocess.CalledProcessError as failed:
         sys.exit(f"the tests fail (code {failed.returncode}); {PAGE.name} is left as it is")
-    kits = sorted({record.compared_with for record in records if is_live(record)})
+    kits = sorted({record.compared_with.partition(",")[0] for record in records if is_live(record)})
     versions = ", ".join(
         [f"Python {sys.version.split()[0]}", *(f"{each} {version(each)}" for each in LIBRARIES), *kits]
     )

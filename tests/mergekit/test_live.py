@@ -190,7 +190,7 @@ def test_values_are_mergekits(kind: str, title: str, theirs: Any) -> None:
         [found[key] for key in keys],
         [expected[key] for key in keys],
         options=f"{kind}: {title}",
-        note="mergekit mended for BERT" if kind == "bert" else "",
+        note="; ".join(filter(None, ["mergekit mended for BERT" if kind == "bert" else "", _remark(kind, title)])),
     )
     for key in keys:
         assert found[key].dtype == expected[key].dtype
@@ -204,6 +204,19 @@ def test_values_are_mergekits(kind: str, title: str, theirs: Any) -> None:
             np.testing.assert_allclose(found[key].numpy(), expected[key].numpy(), rtol=0, atol=2e-5, err_msg=key)
         else:
             np.testing.assert_allclose(found[key].numpy(), expected[key].numpy(), rtol=0, atol=1e-6, err_msg=key)
+
+
+def _remark(kind: str, title: str) -> str:
+    """Say of a config why more than 1e-6 may be between the two."""
+    if title == "linear, slices of unlike models":
+        return "mergekit takes as many models for what follows the layers as the first slice has"
+    if title == "arcee_fusion":
+        return "at most one entry of a tensor, so near the threshold that float32 decides"
+    return (
+        "columns of two entries: in mergekit's float32, angles below about 3e-4 count as 0"
+        if (kind, title) == COARSE
+        else ""
+    )
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
