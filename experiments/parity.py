@@ -4,7 +4,7 @@ Usage:
     python experiments/parity.py                                          # without mergekit: its recorded values only
     python experiments/parity.py --mergekit /path/to/env/bin/python       # an interpreter that has mergekit
 
-Runs the tests in tests/methods that compare (those that use tests/parity.py) and writes the page from what they
+Runs the tests that compare (those that use tests/parity.py) and writes the page from what they
 measured. A method that nothing is compared with has a row that says so. A test that fails leaves the page as it is.
 """
 
@@ -68,7 +68,11 @@ LIVE = """
 
 def measure(mergekit: str | None) -> list[Record]:
     """Run the tests that compare and read what they measured."""
-    places = [path for name in ("methods", "mergekit") for path in sorted((ROOT / "tests" / name).glob("test_*.py"))]
+    places = [
+        path
+        for name in ("methods", "mergekit", "adapters")
+        for path in sorted((ROOT / "tests" / name).glob("test_*.py"))
+    ]
     files = [path for path in places if "compared(" in path.read_text()]
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "parity.jsonl"

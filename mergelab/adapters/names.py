@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from mergelab.errors import KeyMismatch, ModelError
 from mergelab.weights.align import RenamedSource
@@ -141,11 +142,24 @@ def _stored(base: Checkpoint, module: nn.Module | None, other_class: bool) -> tu
     if module is None:
         return base, {name: name for name in everything}
     if not other_class:
-        stored = names_in(module, base)
+        stored = _names_in(module, base)
         return base, {**{name: name for name in everything if name not in stored.values()}, **stored}
     converted, own = as_in(module, base), module.state_dict()
     shared = {name: name for name in [*converted.keys(), *converted.aliases()] if name in own}
     return RenamedSource(converted, shared), shared
+
+
+_NAMES: WeakKeyDictionary[nn.Module, tuple[list[str], dict[str, str]]] = WeakKeyDictionary()
+
+
+def _names_in(module: nn.Module, base: Checkpoint) -> dict[str, str]:
+    """Return `names_in`, found once for all adapters of a base: ``module`` is its skeleton, which nothing changes."""
+    everything = [*base.keys(), *base.aliases()]
+    known, names = _NAMES.get(module, ([], {}))
+    if known != everything:
+        names = names_in(module, base)
+        _NAMES[module] = everything, names
+    return names
 
 
 def _found(

@@ -371,14 +371,15 @@ def _sizes(
     module: nn.Module | None, names: Names, changes: dict[str, list[Change]], new: dict[str, Replacement]
 ) -> dict[str, int]:
     """Find the keys of the config that follow from replaced tensors."""
-    if module is None:
+    first = {**{name: each for name, all_of in changes.items() for each in all_of[:1]}, **new}
+    replaced = {name: each for name, each in first.items() if isinstance(each, Replacement)}
+    if module is None or not replaced:
         return {}
     own = module.state_dict()
-    replaced = {**{name: each for name, all_of in changes.items() for each in all_of[:1]}, **new}
     grown = {
         name: each.values.shape[0]
         for name, each in replaced.items()
-        if isinstance(each, Replacement) and name in own and each.values.shape != own[name].shape
+        if name in own and each.values.shape != own[name].shape
     }
     for name, rows in grown.items():
         for leaf in ("weight", "bias"):

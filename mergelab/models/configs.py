@@ -10,6 +10,7 @@ import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from mergelab.errors import ModelError
@@ -202,7 +203,8 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _matches(key: str, patterns: Iterable[str]) -> bool:
+@lru_cache(maxsize=10_000)
+def _matches(key: str, patterns: tuple[str, ...]) -> bool:
     """Return whether a dotted key, or a part that it is nested in, is one of ``patterns``."""
     return any(fnmatchcase(part, pattern) for part in key.split(".") for pattern in patterns)
 

@@ -22,6 +22,7 @@ from mergelab.engine.warm_session import MergeSession
 from mergelab.errors import ConfigError
 from tests.adapters import made as small
 from tests.adapters import merging
+from tests.parity import compared
 
 peft = pytest.importorskip("peft")
 
@@ -58,6 +59,8 @@ MODES: list[tuple[str, str, Sequence[float], dict[str, Any]]] = [
     ("peft_ties", "ties", (0.5,), {"density": 0.1}),
     ("peft_magnitude_prune", "magnitude_prune", (1.0, -0.5), {"density": 0.31}),
     ("peft_magnitude_prune", "magnitude_prune", (2.0,), {"density": 0.1}),
+    ("peft_dare_linear", "dare_linear", (0.7, -1.5), {"density": 1.0}),
+    ("peft_dare_ties", "dare_ties", (0.3, -2.0, 1.0), {"density": 1.0}),
 ]
 
 
@@ -68,7 +71,12 @@ def test_a_mode_gives_the_factors_that_peft_gives(
     adapters = merging.several(tmp_path, small.llama, loras(len(weights)))
     own = merging.factors(merging.opened(adapters), method, weights=list(weights), **settings)
     others = {{"majority_sign": "majority_sign_method"}.get(key, key): value for key, value in settings.items()}
-    assert_same_factors(own, merging.combined(merging.in_peft(adapters, small.llama()), weights, kind, **others))
+    theirs = merging.combined(merging.in_peft(adapters, small.llama()), weights, kind, **others)
+    assert_same_factors(own, theirs)
+    masks = "no entry is dropped: random masks agree in distribution only" if "dare" in method else ""
+    options = {"weights": list(weights), **settings}
+    mine, its = ([factor for name in own for factor in (of[name].a, of[name].b)] for of in (own, theirs))
+    compared(method, f"peft {peft.__version__}", mine, its, options=options, note=masks)
 
 
 @pytest.mark.parametrize("kind", ["conv1d", "embedding", "conv2d"])
@@ -168,6 +176,9 @@ def test_adapters_modes_are_their_formulas(
     assert sorted(found) == names
     for name, product in zip(names, wanted, strict=True):
         np.testing.assert_allclose(found[name].numpy(), product, rtol=1e-9, atol=1e-10)
+    note = "the library itself is compared in the tests that run in its own environment (`make test-adapters`)"
+    theirs = "float64 transcription of Adapters 1.3.0 (adapter-hub/adapters)"
+    compared(method, theirs, [found[name] for name in names], wanted, options={"normalize": normalize}, note=note)
 
 
 # ---------------------------------------------------------------------------------------- what their documentation says

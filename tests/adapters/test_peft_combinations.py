@@ -16,6 +16,7 @@ from mergelab.adapters.changes import LowRank
 from tests.adapters import made as small
 from tests.adapters import merging
 from tests.conftest import Outcome
+from tests.parity import compared
 
 peft = pytest.importorskip("peft")
 
@@ -128,6 +129,10 @@ def test_sparse_combinations_of_changes_are_the_methods_with_pefts_options(
     assert own.keys() == theirs.keys()
     for name, change in own.items():
         np.testing.assert_allclose(truncated(change.numpy(), 5), product(theirs[name]), rtol=0, atol=1e-6)
+    options = {key: value for key, value in parameters.items() if key != "lambda"} | {"of": "LoRA adapters", "rank": 5}
+    mine = [truncated(change.numpy(), 5) for change in own.values()]
+    its = [product(theirs[name]) for name in own]
+    compared(method, f"peft {peft.__version__} `{kind}`", mine, its, options=options)
 
 
 def test_ties_with_unequal_weights_is_another_mean_than_pefts(tmp_path: Path) -> None:
