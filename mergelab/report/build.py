@@ -18,6 +18,7 @@ from mergelab.config import local_path
 from mergelab.console.formats import Format, for_a_program
 from mergelab.console.progress import console
 from mergelab.errors import ConfigError, TrackingError, listed, shortened
+from mergelab.report.analyses import ShownAnalysis, shown_analyses
 from mergelab.report.commands import Commands, at_point, nested, sweep_command
 from mergelab.report.comparison import RunComparison, compare_runs
 from mergelab.report.page import Content, render_page
@@ -49,6 +50,7 @@ class RunReport:
     comparison: RunComparison
     notices: Sequence[str]
     commands: Commands
+    analyses: Sequence[ShownAnalysis]
 
     def write(self, output: str | None = None, *, log: bool = False) -> Path:
         """Write page and tables into a folder, by default one named after the runs, and return the page.
@@ -135,6 +137,7 @@ class RunReport:
             self.rankings,
             parents,
             self.comparison.without_result,
+            self.analyses,
             self.selection.pages,
             files,
         )
@@ -170,7 +173,8 @@ def build_report(wanted: Sequence[str], uri: str | None, metric: str | None, pro
         Ranking(group, paired_tests(group, tracker, artifacts.configuration, progress)) for group in comparison.groups
     ]
     commands = Commands(artifacts.configuration)
-    return RunReport(selection, tracker, rankings, comparison, _notices(selection, comparison), commands)
+    analyses = list(shown_analyses(selection.analyses, artifacts.file))
+    return RunReport(selection, tracker, rankings, comparison, _notices(selection, comparison), commands, analyses)
 
 
 class _Artifacts:
@@ -181,9 +185,13 @@ class _Artifacts:
         self._folder = tempfile.TemporaryDirectory()
         self._configurations: dict[str, Mapping[str, Any]] = {}
 
+    def file(self, run: LoggedRun, path: str) -> Path | None:
+        """Return a local file with an artifact of a run; None where it has none."""
+        return artifact(self.tracker, run, path, Path(self._folder.name))
+
     def table(self, run: LoggedRun) -> list[dict[str, str]]:
         """Return the rows of the table of the models that a run has measured."""
-        file = artifact(self.tracker, run, names.TABLE, Path(self._folder.name))
+        file = self.file(run, names.TABLE)
         if file is None:
             return []
         with file.open(encoding="utf-8", newline="") as lines:
@@ -203,7 +211,7 @@ class _Artifacts:
     def _logged(self, run: LoggedRun) -> Mapping[str, Any] | None:
         import yaml  # type: ignore[import-untyped]
 
-        file = artifact(self.tracker, run, names.CONFIG, Path(self._folder.name))
+        file = self.file(run, names.CONFIG)
         if file is None:
             return None
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -18,6 +18,7 @@ from mergelab.report.trials import judged_by
 from mergelab.tracking import names
 
 if TYPE_CHECKING:
+    from mergelab.report.analyses import ShownAnalysis
     from mergelab.report.commands import Commands
     from mergelab.report.comparison import Row
     from mergelab.report.selection import LoggedRun
@@ -37,6 +38,7 @@ class Content:
         rankings: the groups.
         parents: sweeps and grids by id, each with its name and the command that started it.
         without_result: runs that have none, with how they ended.
+        analyses: what was found about the models that are merged.
         pages: the address of each experiment's runs in the MLflow UI.
         files: the names of the files beside the page.
     """
@@ -47,6 +49,7 @@ class Content:
     rankings: Sequence[Ranking]
     parents: Mapping[str, tuple[str, str | None]]
     without_result: Sequence[tuple[LoggedRun, str]]
+    analyses: Sequence[ShownAnalysis]
     pages: Mapping[str, str]
     files: Sequence[str]
 
@@ -57,12 +60,14 @@ def render_page(content: Content, commands: Commands) -> str:
 
     plots: dict[str, Any] = {}
     sections = [_section(content, ranking, commands, plots) for ranking in content.rankings]
+    analysed = [_analysis(content, each, plots) for each in content.analyses]
     plotly = (package_files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8") if plots else ""
     script = _own("page.js")
     environment = Environment(autoescape=True, loader=FunctionLoader(_own), trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("page.html.j2").render(
         **vars(content),
         sections=sections,
+        analysed=analysed,
         costs=list(COSTS),
         p_text=p_text,
         policy=_policy([plotly, script]),
@@ -103,11 +108,7 @@ def _policy(scripts: Sequence[str]) -> str:
 def _section(content: Content, ranking: Ranking, commands: Commands, plots: dict[str, Any]) -> dict[str, Any]:
     group = ranking.group
     lines = [_line(content, ranking, row, commands) for row in group.rows]
-    drawn = []
-    for figure in figures(group):
-        name = f"plot-{len(plots)}"
-        plots[name] = {"data": figure.data, "layout": figure.layout}
-        drawn.append({**vars(figure), "id": name, "whole": _is_wide(figure, ranking)})
+    drawn = [{**_drawn(figure, plots), "whole": _is_wide(figure, ranking)} for figure in figures(group)]
     tests = [test for test in ranking.tests if len(group.tasks) > 1]
     return {
         "group": group,
@@ -123,6 +124,22 @@ def _section(content: Content, ranking: Ranking, commands: Commands, plots: dict
         "sweeps": [_sweep(content, parent, trials, commands) for parent, trials in group.trials.items()],
         "trial_count": sum(map(len, group.trials.values())),
         "commands": [(line["row"].label, line["command"]) for line in lines if line["command"]],
+    }
+
+
+def _drawn(figure: Figure, plots: dict[str, Any]) -> dict[str, Any]:
+    """Add a figure to the page's plots, and return what its place needs."""
+    name = f"plot-{len(plots)}"
+    plots[name] = {"data": figure.data, "layout": figure.layout}
+    return {**vars(figure), "id": name}
+
+
+def _analysis(content: Content, analysis: ShownAnalysis, plots: dict[str, Any]) -> dict[str, Any]:
+    record = analysis.run.record
+    return {
+        **vars(analysis),
+        "page": run_page(content.pages.get(record.experiment, ""), record.id),
+        "figures": [_drawn(figure, plots) for figure in analysis.figures],
     }
 
 
