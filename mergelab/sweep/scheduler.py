@@ -99,11 +99,9 @@ class Scheduler:
         known = study.count
         count = min(settings.n_jobs, self.sweep.trials - known)
         left = self.budget.left(self._outcomes(), self.reserved if known else 0)
-        if left is not None and left < count:
-            say(
-                f"sweep.budget={settings.budget} leaves room for {left} more trials: {known + left} of {self.sweep.trials}"
-            )
-            count = left
+        if count > 0 and left == 0:
+            say(f"sweep.budget={settings.budget}: no more trials begin, after {known} of {self.sweep.trials}")
+        count = count if left is None else min(count, left)
         return [study.ask(parallel=settings.n_jobs > 1, known=known) for _ in range(count)]
 
     def _outcomes(self) -> list[TrialOutcome]:
@@ -263,10 +261,8 @@ class Scheduler:
             ]
             for number, found in zip(numbers, self._launched(jobs, numbers, "finalist"), strict=True):
                 self.study.tell_whole(number, asdict(found.outcome), found.measured)
-                value, objective = found.outcome.values[0], self.sweep.objectives[0].name
-                say(
-                    f"trial {number}: {self._point(number)}: measured whole as a finalist: select {objective} {value:.4f}"
-                )
+                scored = f"select {self.sweep.objectives[0].name} {found.outcome.values[0]:.4f}"
+                say(f"trial {number}: {self._point(number)}: measured whole as a finalist: {scored}")
 
     def _launched(self, jobs: Sequence[Sequence[str]], numbers: Sequence[int], what: str) -> list[Any]:
         """Run jobs that must succeed.

@@ -239,7 +239,7 @@ class SweepStudy:
         return [stored[OUTCOME] for stored in (*first, *later) if OUTCOME in stored]
 
     def measured_later(self, of: int | None = None) -> int:
-        """Count the trials that were measured whole after they were stopped, at the end of ``of`` trials; None: ever."""
+        """Count the trials measured whole after they were stopped, when the study had ``of`` trials; None: ever."""
         later = [value for key, value in self.study.user_attrs.items() if key.startswith(WHOLE)]
         return sum(of is None or value[_OF] == of for value in later)
 

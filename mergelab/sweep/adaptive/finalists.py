@@ -10,11 +10,16 @@ from mergelab.sweep.adaptive.history import read_history, read_models
 from mergelab.sweep.adaptive.policy import POLICY, finalists
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    import numpy as np
+
+    from mergelab.sweep.adaptive.history import Measured
     from mergelab.sweep.outcome import TrialOutcome
     from mergelab.sweep.study import SweepStudy
     from mergelab.tasks.spec import TaskSpec
+
+    Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -26,19 +31,29 @@ class MeasuredWhole:
 
 
 def next_finalists(study: SweepStudy, spec: TaskSpec, metric: str, count: int) -> list[int]:
-    """Return the numbers of at most ``count`` stopped trials to measure whole next.
-
-    Every stopped trial is estimated anew, from all that the sweep has measured since.
-    """
-    history = read_history(study.study, study.count)
-    stopped = [one for one in history if not one.whole]
+    """Return the numbers of at most ``count`` stopped trials to measure whole next."""
     left = POLICY.finalists - study.measured_later(study.count)
-    if not stopped or left <= 0 or len(stopped) == len(history):
+    history = read_history(study.study, study.count)
+    return likely_best(spec, metric, history, read_models(study.study))[: max(min(count, left), 0)]
+
+
+def likely_best(
+    spec: TaskSpec, metric: str, history: Sequence[Measured], models: Sequence[Mapping[str, Array]]
+) -> list[int]:
+    """Return the stopped trials that may be better than the best complete one, the likeliest first.
+
+    Each is estimated anew, from all that the sweep has measured since it was stopped.
+
+    Args:
+        spec, metric: what the sweep selects by.
+        history: all trials.
+        models: (n, c) by metric, the statistics of base and experts.
+    """
+    if all(one.whole for one in history) or not any(one.whole for one in history):
         return []
-    models = read_models(study.study)
     estimates = {}
-    for one in stopped:
-        estimator = Estimator(spec, metric, [other for other in history if other is not one], models)
-        estimates[one.number] = estimator.estimate(estimator.partial(one))
-    field = Estimator(spec, metric, history, models).field
-    return finalists(estimates, field)[: min(count, left)]
+    for one in history:
+        if not one.whole:
+            estimator = Estimator(spec, metric, [other for other in history if other is not one], models)
+            estimates[one.number] = estimator.estimate(estimator.partial(one))
+    return finalists(estimates, Estimator(spec, metric, history, models).field)

@@ -60,9 +60,8 @@ class Measured:
     def read(cls, number: int, value: float, stored: Mapping[str, Any]) -> Measured:
         """Read what `written` returned."""
         positions = np.frombuffer(base64.b64decode(stored["positions"]), dtype="<i4").astype(np.int64)
-        return cls(
-            number, value, positions, unpacked_statistics(stored["statistics"]), stored["count"], stored["whole"]
-        )
+        statistics = unpacked_statistics(stored["statistics"])
+        return cls(number, value, positions, statistics, stored["count"], stored["whole"])
 
 
 def measured_of(evaluation: SelectingEvaluation, number: int, *, whole: bool) -> Measured:
