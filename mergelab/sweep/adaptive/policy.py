@@ -29,8 +29,8 @@ class Policy:
     startup: int = 2
     first: int = 16
     growth: float = 1.4
-    futility: float = 0.1
-    tolerance: float = 0.3
+    futility: float = 0.2
+    tolerance: float = 0.5
     finalists: int = 4
     chance: float = 0.15
 

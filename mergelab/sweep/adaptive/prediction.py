@@ -29,7 +29,7 @@ _PRIOR_TRIALS = 2.0  # trials' worth of the overall variance, in each example's
 _LEVEL = 0.3  # prior standard deviation of a trial's level, in those of an example
 _NOISE_SHARES = (0.03, 0.06, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.4)
 _NOISE_CENTRE, _NOISE_WIDTH = 0.6, 0.7  # of the prior of the errors' share; the width is in logarithms
-_INFLATION = 1.3  # of variances, calibrated on recorded sweeps: the factors themselves are estimated
+_INFLATION = 1.6  # of variances, calibrated on recorded sweeps: the factors themselves are estimated
 
 
 @dataclass(frozen=True)
