@@ -33,6 +33,25 @@ from mergelab.sweep.reporting import Pruned  # noqa: E402
 from mergelab.tasks.spec import TaskSpec  # noqa: E402
 
 MATRICES = ROOT / "experiments" / "matrices"
+PAGE = ROOT / "experiments" / "SWEEPS.md"
+HEADING = "## Evaluations compared on recorded sweeps"
+SECTION = """\
+{heading}
+
+Written by `python experiments/adaptive.py --orders {orders} --trials {trials}`, which runs no model: the sweeps of
+`experiments/matrices` were measured whole once, at random points, and their trials are taken in {orders} random orders.
+
+| sweep | trials × examples | evaluation | measured | regret, points | worst | 95 % intervals that hold |
+| --- | --- | --- | --- | --- | --- | --- |
+{rows}
+
+- "measured" is the share of all examples of all trials, whole trials and finalists included.
+- The regret is the best trial's selection score minus that of the trial chosen, with a 95 % interval over the orders.
+- "random subset": all trials on the same 20 % of the examples, and the best of them whole. Its choice is that one.
+- `mini_rte_ties` is the miniature's RTE: 150 TIES merges of its five experts, their base and experts. It is generated
+  text, and no other sweep has been recorded so far: neither real experts nor a generation task.
+- Trials at random points are an easy case for `pruned`: a sampler's points are near the best one, and stop later.
+"""
 METRIC = "exact_match"  # the mean of an example's scores
 SPEC = TaskSpec(name="recorded", version=1, kind="generation", metrics=(METRIC,), primary=METRIC)
 Array = np.ndarray[Any, Any]
@@ -236,11 +255,14 @@ def main() -> None:
         for function in (policy.draw_rounds, policy.round_ends, policy.ends_trial, policy.finalists):
             function.__defaults__ = (other,)
     files = [Path(one) for one in options.given] or sorted(MATRICES.glob("*.parquet"))
-    print("| sweep | trials × examples | evaluation | measured | regret, points | worst | 95 % intervals that hold |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    rows: list[str] = []
     for file in files:
         recorded = Recorded.read(file)
-        compare(recorded, min(options.trials, len(recorded.trials)), options.orders, options.ways)
+        rows += compare(recorded, min(options.trials, len(recorded.trials)), options.orders, options.ways)
+    if not options.given and not changed:
+        above, _, _ = PAGE.read_text().partition(HEADING)
+        told = SECTION.format(heading=HEADING, orders=options.orders, trials=options.trials, rows="\n".join(rows))
+        PAGE.write_text(f"{above.rstrip()}\n\n{told}")
 
 
 if __name__ == "__main__":

@@ -138,3 +138,12 @@ def test_every_ready_sweep_composes_and_starts_from_points_of_its_space(workplac
     assert all(sweep.space.check_point(point) is None for point in sweep.settings.enqueue or [])
     assert sweep.plan.config.eval.protocol == "holdout"
     assert name == "custom" or given
+
+
+def test_the_commands_of_the_guide_to_adaptive_sweeps_are_possible(workplace: Path) -> None:
+    page = (CONF_DIR.parent / "docs" / "guides" / "adaptive-sweeps.md").read_text()
+    commands = [block.partition("```")[0].split() for block in page.split("```bash\n")[1:]]
+    assert len(commands) == 2
+    for command in commands:
+        assert command[:4] == ["python", "-m", "mergelab", "-m"]
+        assert planned(workplace, *command[4:]).settings.evaluation == "adaptive"
