@@ -12,14 +12,11 @@ from mergelab.sweep.adaptive.policy import POLICY, finalists
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import numpy as np
-
     from mergelab.sweep.adaptive.history import Measured
     from mergelab.sweep.outcome import TrialOutcome
     from mergelab.sweep.study import SweepStudy
+    from mergelab.tasks.metric import Array
     from mergelab.tasks.spec import TaskSpec
-
-    Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -32,9 +29,11 @@ class MeasuredWhole:
 
 def next_finalists(study: SweepStudy, spec: TaskSpec, metric: str, count: int) -> list[int]:
     """Return the numbers of at most ``count`` stopped trials to measure whole next."""
-    left = POLICY.finalists - study.measured_later(study.count)
+    count = min(count, POLICY.finalists - study.measured_later(study.count))
+    if count <= 0:
+        return []
     history = read_history(study.study, study.count)
-    return likely_best(spec, metric, history, read_models(study.study))[: max(min(count, left), 0)]
+    return likely_best(spec, metric, history, read_models(study.study))[:count]
 
 
 def likely_best(
