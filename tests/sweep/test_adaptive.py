@@ -122,7 +122,6 @@ def test_intervals_hold_as_often_as_they_say(stopping: bool) -> None:
             if len(seen) < 200:
                 inside.append(found.low <= scores.mean() <= found.high)
                 errors.append(found.value - scores.mean())
-    print(len(inside), np.mean(inside), np.mean(errors), np.std(errors))
     assert 0.93 <= np.mean(inside) <= 0.985  # ± 0.02 of 288
     assert abs(np.mean(errors)) < 0.25 * np.std(errors)
 
@@ -137,7 +136,7 @@ def test_predictions_from_other_models_err_less_than_the_mean_of_as_many_example
             seen = rng.permutation(200)[:40]
             own.append(condition(prior, Partial(seen, scores[seen])).scores.mean() - scores.mean())
             plain.append(scores[seen].mean() - scores.mean())
-    assert np.std(own) < 0.75 * np.std(plain)
+    assert np.std(own) < 0.65 * np.std(plain)
 
 
 # ---------------------------------------------------------------------------------------------------------- metrics
