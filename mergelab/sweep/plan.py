@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from mergelab.console.progress import warn
 from mergelab.errors import SweepError
 from mergelab.experiment.plan import Plan, plan_experiment, warn_if_mini
-from mergelab.sweep.adaptive.targets import unsupported
 from mergelab.sweep.budget import budget_of
 from mergelab.sweep.config import Evaluation, SweepConfig, check_own_keys, sweep_config
 from mergelab.sweep.objective import Objective, objectives
@@ -19,6 +18,7 @@ from mergelab.sweep.pruners import make_pruner, pruner_name
 from mergelab.sweep.samplers import make_sampler, sampler_name
 from mergelab.sweep.space import Space, described, space_from
 from mergelab.sweep.storage import storage_url
+from mergelab.sweep.targets import unsupported
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

@@ -10,7 +10,7 @@ import numpy as np
 
 from mergelab.evaluation.metrics import example_statistics, score, value_of_rows
 from mergelab.evaluation.scoring import TaskResult
-from mergelab.sweep.adaptive.targets import scores_for
+from mergelab.sweep.targets import scores_for
 
 if TYPE_CHECKING:
     from mergelab.experiment.evaluator import Evaluator

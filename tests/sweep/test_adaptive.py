@@ -20,10 +20,10 @@ from mergelab.sweep.adaptive.history import Measured
 from mergelab.sweep.adaptive.policy import POLICY, Field, draw_rounds, ends_trial, round_ends
 from mergelab.sweep.adaptive.prediction import Partial, condition, prior_of
 from mergelab.sweep.adaptive.reporter import AdaptiveReporter
-from mergelab.sweep.adaptive.targets import scores_for, target_of, unsupported
 from mergelab.sweep.budget import budget_of
 from mergelab.sweep.outcome import TrialOutcome
 from mergelab.sweep.reporting import Pruned
+from mergelab.sweep.targets import scores_for, target_of, unsupported
 from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]

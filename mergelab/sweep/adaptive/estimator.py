@@ -11,7 +11,7 @@ import numpy as np
 
 from mergelab.sweep.adaptive.policy import Field
 from mergelab.sweep.adaptive.prediction import Partial, Prior, condition, prior_of
-from mergelab.sweep.adaptive.targets import Target, scores_for, target_of
+from mergelab.sweep.targets import Target, scores_for, target_of
 from mergelab.tasks.metric import get_metric
 
 if TYPE_CHECKING:

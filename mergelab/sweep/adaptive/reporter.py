@@ -16,10 +16,10 @@ from mergelab.sweep.adaptive.estimator import Estimator, best_of
 from mergelab.sweep.adaptive.history import Measured, read_history, read_models, write_models
 from mergelab.sweep.adaptive.policy import POLICY, draw_rounds, ends_trial
 from mergelab.sweep.adaptive.prediction import Partial
-from mergelab.sweep.adaptive.targets import unsupported
 from mergelab.sweep.estimate import Estimate, bounded
 from mergelab.sweep.reporting import Pruned
 from mergelab.sweep.study import KNOWN
+from mergelab.sweep.targets import unsupported
 from mergelab.tasks.metric import get_metric
 
 if TYPE_CHECKING:
@@ -123,7 +123,9 @@ class AdaptiveReporter:
             warnings.warn(text, MergeWarning, stacklevel=2)
 
     def _estimate(self, metric: str, own: Measured, members: Array | None) -> Estimate:
-        estimator = Estimator(self.spec, metric, self.history, self.models, members)
+        estimator = self._estimator  # its prior is made
+        if metric != self.metric or members is not None:
+            estimator = Estimator(self.spec, metric, self.history, self.models, members)
         value, error = estimator.estimate(estimator.partial(own))
         best = best_of(self.history, self.metric)
         of_split = own.positions if members is None else np.intersect1d(own.positions, members)
