@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from mergelab.sweep.adaptive import finalists as chosen  # noqa: E402
-from mergelab.sweep.adaptive.history import Measured  # noqa: E402
+from mergelab.sweep.adaptive.history import MeasuredTrial  # noqa: E402
 from mergelab.sweep.adaptive.policy import POLICY  # noqa: E402
 from mergelab.sweep.adaptive.reporter import AdaptiveReporter  # noqa: E402
 from mergelab.sweep.futility import Futility  # noqa: E402
@@ -50,7 +50,8 @@ Written by `python experiments/adaptive.py --orders {orders} --trials {trials}`,
 - "random subset": all trials on the same 20 % of the examples, and the best of them whole. Its choice is that one.
 - `mini_rte_ties` is the miniature's RTE: 150 TIES merges of its five experts, their base and experts. It is generated
   text, and no other sweep has been recorded so far: neither real experts nor a generation task.
-- Trials at random points are an easy case for `pruned`: a sampler's points are near the best one, and stop later.
+- Trials at random points are an easy case for `pruned`: those of a sampler come near the best one, and stop later (44%
+  above).
 """
 METRIC = "exact_match"  # the mean of an example's scores
 SPEC = TaskSpec(name="recorded", version=1, kind="generation", metrics=(METRIC,), primary=METRIC)
@@ -110,7 +111,7 @@ def pruned(trials: Array, models: Array, seed: int) -> Simulated:
 
 def adaptive(trials: Array, models: Array, seed: int) -> Simulated:
     """Measure the trials as ``sweep.evaluation=adaptive`` does."""
-    history: list[Measured] = []
+    history: list[MeasuredTrial] = []
     found = Simulated(0, {}, [])
     rows = [{METRIC: model[:, None]} for model in models]
     for number, scores in enumerate(trials):
@@ -126,7 +127,9 @@ def adaptive(trials: Array, models: Array, seed: int) -> Simulated:
     return found
 
 
-def _trial(number: int, scores: Array, history: Sequence[Measured], rows: Any, seed: int, found: Simulated) -> Measured:
+def _trial(
+    number: int, scores: Array, history: Sequence[MeasuredTrial], rows: Any, seed: int, found: Simulated
+) -> MeasuredTrial:
     reporter = AdaptiveReporter(SPEC, METRIC, list(history), rows, len(scores), (seed, number))
     rounds = np.zeros(len(scores), np.int64) if reporter.rounds is None else reporter.rounds
     seen = np.empty(0, np.int64)
@@ -141,14 +144,14 @@ def _trial(number: int, scores: Array, history: Sequence[Measured], rows: Any, s
         found.used += len(seen)
         assert estimate.low is not None
         found.estimates.append((estimate.value, estimate.value - estimate.low, float(scores.mean())))
-        return Measured(number, estimate.value, seen, statistics, len(scores), whole=False)
+        return MeasuredTrial(number, estimate.value, seen, statistics, len(scores), whole=False)
     found.used += len(scores)
     return _whole(number, scores)
 
 
-def _whole(number: int, scores: Array) -> Measured:
+def _whole(number: int, scores: Array) -> MeasuredTrial:
     everything = np.arange(len(scores))
-    return Measured(number, float(scores.mean()), everything, {METRIC: scores[:, None]}, len(scores), whole=True)
+    return MeasuredTrial(number, float(scores.mean()), everything, {METRIC: scores[:, None]}, len(scores), whole=True)
 
 
 def subset(trials: Array, models: Array, seed: int, share: float = 0.2) -> Simulated:

@@ -16,7 +16,7 @@ from mergelab.errors import MergeWarning, NonFinite, SweepError
 from mergelab.evaluation.metrics import example_statistics, score
 from mergelab.sweep.adaptive import prediction
 from mergelab.sweep.adaptive.finalists import likely_best
-from mergelab.sweep.adaptive.history import Measured
+from mergelab.sweep.adaptive.history import MeasuredTrial
 from mergelab.sweep.adaptive.policy import POLICY, Field, draw_rounds, ends_trial, round_ends
 from mergelab.sweep.adaptive.prediction import Partial, condition, prior_of
 from mergelab.sweep.adaptive.reporter import AdaptiveReporter
@@ -45,12 +45,12 @@ def drawn_sweep(rng: np.random.Generator, trials: int, count: int) -> Array:
     return (margins + 0.4 * rng.normal(size=(trials, count)) > 0).astype(float)
 
 
-def whole(number: int, scores: Array) -> Measured:
+def whole(number: int, scores: Array) -> MeasuredTrial:
     rows = {"exact_match": scores[:, None]}
-    return Measured(number, float(scores.mean()), np.arange(len(scores)), rows, len(scores), whole=True)
+    return MeasuredTrial(number, float(scores.mean()), np.arange(len(scores)), rows, len(scores), whole=True)
 
 
-def measured(reporter: AdaptiveReporter, scores: Array) -> Measured:
+def measured(reporter: AdaptiveReporter, scores: Array) -> MeasuredTrial:
     """Measure a trial round by round, as far as its reporter lets it."""
     rounds = np.zeros(len(scores), int) if reporter.rounds is None else reporter.rounds
     seen = np.empty(0, np.int64)
@@ -61,7 +61,7 @@ def measured(reporter: AdaptiveReporter, scores: Array) -> Measured:
     except Pruned:
         rows = {"exact_match": scores[seen, None]}
         (found,) = reporter.estimates(seen, rows, np.zeros(len(scores), int)).values()
-        return Measured(0, found.value, seen, rows, len(scores), whole=False)
+        return MeasuredTrial(0, found.value, seen, rows, len(scores), whole=False)
     return whole(0, scores)
 
 
@@ -232,7 +232,7 @@ def test_a_trial_ends_that_is_no_rival_or_is_known_well_enough(sign: float) -> N
     assert not ends_trial(sign * 0.8, loose, few)
 
 
-def history(matrix: Array) -> list[Measured]:
+def history(matrix: Array) -> list[MeasuredTrial]:
     return [whole(number, scores) for number, scores in enumerate(matrix)]
 
 
@@ -288,9 +288,9 @@ def test_the_likeliest_winners_among_the_stopped_are_finalists() -> None:
     for number, scores in ((4, bad), (5, good)):
         seen = np.sort(rng.permutation(200)[:40])
         stopped.append(
-            Measured(number, float(scores.mean()), seen, {"exact_match": scores[seen, None]}, 200, whole=False)
+            MeasuredTrial(number, float(scores.mean()), seen, {"exact_match": scores[seen, None]}, 200, whole=False)
         )
-    known: Sequence[Measured] = [*history(matrix), *stopped]
+    known: Sequence[MeasuredTrial] = [*history(matrix), *stopped]
     assert likely_best(MEAN, "exact_match", known, ()) == [5]
     assert likely_best(MEAN, "exact_match", history(matrix), ()) == []
 

@@ -15,7 +15,7 @@ from mergelab.sweep.targets import Target, scores_for, target_of
 from mergelab.tasks.metric import get_metric
 
 if TYPE_CHECKING:
-    from mergelab.sweep.adaptive.history import Measured
+    from mergelab.sweep.adaptive.history import MeasuredTrial
     from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
@@ -34,7 +34,7 @@ class Estimator:
 
     spec: TaskSpec
     metric: str
-    history: Sequence[Measured]
+    history: Sequence[MeasuredTrial]
     models: Sequence[Mapping[str, Array]] = ()
     members: Array | None = None
 
@@ -52,11 +52,11 @@ class Estimator:
         one = next(one for one in self.history if one.whole)
         return target_of(self.spec, self.metric, one.rows(self.metric), self.members)
 
-    def scores_of(self, one: Measured) -> Array:
+    def scores_of(self, one: MeasuredTrial) -> Array:
         """Return a whole trial's scores (n,)."""
         return scores_for(self.spec, self.metric, one.rows(self.metric))
 
-    def partial(self, one: Measured) -> Partial:
+    def partial(self, one: MeasuredTrial) -> Partial:
         """Return the examples that a stopped trial was measured on, and its scores on them."""
         return Partial(one.positions, scores_for(self.spec, self.metric, one.statistics[self.metric]))
 
@@ -79,7 +79,7 @@ def sign_of(metric: str) -> int:
     return -1 if get_metric(metric).direction == "minimize" else 1
 
 
-def best_of(history: Sequence[Measured], metric: str) -> Measured | None:
+def best_of(history: Sequence[MeasuredTrial], metric: str) -> MeasuredTrial | None:
     """Return the best of the whole trials, the earliest of equals."""
     whole = [one for one in history if one.whole]
     return max(whole, key=lambda one: (sign_of(metric) * one.value, -one.number), default=None)

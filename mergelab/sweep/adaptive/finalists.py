@@ -12,7 +12,7 @@ from mergelab.sweep.adaptive.policy import POLICY, finalists
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mergelab.sweep.adaptive.history import Measured
+    from mergelab.sweep.adaptive.history import MeasuredTrial
     from mergelab.sweep.outcome import TrialOutcome
     from mergelab.sweep.study import SweepStudy
     from mergelab.tasks.metric import Array
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeasuredWhole:
-    """What a job found that measured a stopped trial whole; ``measured`` is what `Measured.written` returned."""
+    """What a job found that measured a stopped trial whole; ``measured`` is what `MeasuredTrial.written` returned."""
 
     outcome: TrialOutcome
     measured: Mapping[str, Any]
@@ -37,7 +37,7 @@ def next_finalists(study: SweepStudy, spec: TaskSpec, metric: str, count: int) -
 
 
 def likely_best(
-    spec: TaskSpec, metric: str, history: Sequence[Measured], models: Sequence[Mapping[str, Array]]
+    spec: TaskSpec, metric: str, history: Sequence[MeasuredTrial], models: Sequence[Mapping[str, Array]]
 ) -> list[int]:
     """Return the stopped trials that may be better than the best complete one, the likeliest first.
 

@@ -22,7 +22,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredTrial:
     """The statistics of the examples that a model was measured on.
 
     Attributes:
@@ -57,20 +57,20 @@ class Measured:
         }
 
     @classmethod
-    def read(cls, number: int, value: float, stored: Mapping[str, Any]) -> Measured:
+    def read(cls, number: int, value: float, stored: Mapping[str, Any]) -> MeasuredTrial:
         """Read what `written` returned."""
         positions = np.frombuffer(base64.b64decode(stored["positions"]), dtype="<i4").astype(np.int64)
         statistics = unpacked_statistics(stored["statistics"])
         return cls(number, value, positions, statistics, stored["count"], stored["whole"])
 
 
-def measured_of(evaluation: SelectingEvaluation, number: int, *, whole: bool) -> Measured:
+def measured_of(evaluation: SelectingEvaluation, number: int, *, whole: bool) -> MeasuredTrial:
     """Return the examples of the only task that a trial was measured on."""
     (name,) = evaluation.evaluator.data
-    return Measured(number, math.nan, *evaluation.statistics(name), evaluation.count, whole)
+    return MeasuredTrial(number, math.nan, *evaluation.statistics(name), evaluation.count, whole)
 
 
-def read_history(study: Study, before: int, count: int | None = None) -> list[Measured]:
+def read_history(study: Study, before: int, count: int | None = None) -> list[MeasuredTrial]:
     """Return what the trials with numbers below ``before`` have measured of ``count`` examples, by number.
 
     Trials that were measured on another number of examples are left out: the data have changed.
@@ -80,7 +80,7 @@ def read_history(study: Study, before: int, count: int | None = None) -> list[Me
     for trial in study.get_trials(deepcopy=False)[:before]:
         stored = {**trial.user_attrs, **later.get(whole_key(trial.number), {})}
         if trial.state.is_finished() and MEASURED in stored and OUTCOME in stored:
-            found.append(Measured.read(trial.number, stored[OUTCOME]["values"][0], stored[MEASURED]))
+            found.append(MeasuredTrial.read(trial.number, stored[OUTCOME]["values"][0], stored[MEASURED]))
     return [one for one in found if one.count == (count or found[-1].count)]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from mergelab.errors import MergeWarning, NonFinite
 from mergelab.evaluation.metrics import example_statistics, part_members, value_of_rows
 from mergelab.sweep.adaptive.estimator import Estimator, best_of
-from mergelab.sweep.adaptive.history import Measured, read_history, read_models, write_models
+from mergelab.sweep.adaptive.history import MeasuredTrial, read_history, read_models, write_models
 from mergelab.sweep.adaptive.policy import POLICY, draw_rounds, ends_trial
 from mergelab.sweep.adaptive.prediction import Partial
 from mergelab.sweep.estimate import Estimate, bounded
@@ -51,7 +51,7 @@ class AdaptiveReporter:
 
     spec: TaskSpec
     metric: str
-    history: Sequence[Measured]
+    history: Sequence[MeasuredTrial]
     models: Sequence[Mapping[str, Array]]
     count: int
     seed: Sequence[int]
@@ -74,7 +74,7 @@ class AdaptiveReporter:
             self._field = self._estimator.field
 
     @property
-    def rival(self) -> Measured | None:
+    def rival(self) -> MeasuredTrial | None:
         """The best complete trial, the earliest of equals."""
         return best_of(self.history, self.metric)
 
@@ -107,7 +107,7 @@ class AdaptiveReporter:
             statistics: (k, c) by metric, of these.
             parts: (n,) position in ``spec.splits`` of each example's split.
         """
-        own = Measured(-1, math.nan, seen, statistics, self.count, whole=False)
+        own = MeasuredTrial(-1, math.nan, seen, statistics, self.count, whole=False)
         found = {}
         splits = [("", None), *((f"_{name}", members) for name, members in part_members(self.spec, parts))]
         for metric in self.spec.metrics:
@@ -122,7 +122,7 @@ class AdaptiveReporter:
             text = f"sweep.evaluation=adaptive: {reason}; trials are measured whole"
             warnings.warn(text, MergeWarning, stacklevel=2)
 
-    def _estimate(self, metric: str, own: Measured, members: Array | None) -> Estimate:
+    def _estimate(self, metric: str, own: MeasuredTrial, members: Array | None) -> Estimate:
         estimator = self._estimator  # its prior is made
         if metric != self.metric or members is not None:
             estimator = Estimator(self.spec, metric, self.history, self.models, members)
