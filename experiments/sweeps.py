@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 PAGE = ROOT / "experiments" / "SWEEPS.md"
+RECORDED = "## Evaluations compared on recorded sweeps"
 GRID = ("sweep.sampler=grid", "method.lambda=range(0.2,2.1,0.2)", "method.density=range(0.1,1.0,0.2)")
 SWEEPS: Mapping[str, tuple[str, ...]] = {
     "grid": (*GRID, "sweep.pruner=none"),
@@ -170,7 +171,8 @@ def main() -> None:
         options="\n".join(f"  `{' '.join(options)}` ({name})," for name, options in SWEEPS.items()).rstrip(",") + ".",
         verdict=verdict(found),
     )
-    PAGE.write_text(page)
+    _, heading, recorded = PAGE.read_text().partition(RECORDED)  # what adaptive.py has written
+    PAGE.write_text(page + (f"\n{heading}{recorded}" if heading else ""))
 
 
 if __name__ == "__main__":

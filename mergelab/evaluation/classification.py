@@ -156,13 +156,17 @@ def predict_batches(
     def run(members: Array) -> tuple[Array, Array]:
         return members, runner.logits(members).float().cpu().numpy()
 
-    batches = plan_batches(encoded.lengths, _budget(encoded, options, device), options.seed, layout.padding)
+    batches = plan_batches(
+        encoded.lengths, _budget(encoded, options, device), options.seed, layout.padding, options.rounds
+    )
     yield from side_by_side(run, batches, device, alone=runner.keeps_state)
 
 
 def _budget(encoded: Encoded, options: EvaluationOptions, device: torch.device) -> int:
     budget = options.batch_budget(device)
-    return budget if options.seed is None else min(budget, int(encoded.lengths.sum()) // _RANDOM_BATCHES)
+    if options.seed is None or options.rounds is not None:
+        return budget
+    return min(budget, int(encoded.lengths.sum()) // _RANDOM_BATCHES)
 
 
 @dataclass(frozen=True)
@@ -268,12 +272,21 @@ def model_inputs(model: nn.Module, encoded: Encoded, members: Array, layout: Lay
     return inputs
 
 
-def plan_batches(lengths: Array, batch_tokens: int, seed: int | None = None, padding: Padding = "right") -> list[Array]:
+def plan_batches(
+    lengths: Array,
+    batch_tokens: int,
+    seed: int | None = None,
+    padding: Padding = "right",
+    rounds: Array | None = None,
+) -> list[Array]:
     """Group examples of like length: positions of each batch, none padded to over ``batch_tokens``.
 
-    The batches come longest first, or in an order that ``seed`` draws. With the padding ``equal`` all examples of a
-    batch have the same length, with ``alone`` there is one in each.
+    The batches come longest first, in an order that ``seed`` draws, or by ``rounds`` (n,), and longest first in each.
+    With the padding ``equal`` all examples of a batch have the same length, with ``alone`` there is one in each.
     """
+    if rounds is not None:
+        of_rounds = [np.flatnonzero(rounds == one) for one in np.unique(rounds)]
+        return [own[batch] for own in of_rounds for batch in plan_batches(lengths[own], batch_tokens, None, padding)]
     order = np.argsort(-lengths, kind="stable")
     batches, start = [], 0
     while start < len(order):

@@ -98,7 +98,7 @@ class EncodedPrompts:
                 reset()
             return members, self._generate(copied, members, device, padding)
 
-        batches = plan_batches(lengths, budget, options.seed, padding)
+        batches = plan_batches(lengths, budget, options.seed, padding, options.rounds)
         for members, found in side_by_side(generate, batches, device, alone=bool(as_built)):
             texts[members] = found
             done += int(lengths[members].sum())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from mergelab.config import EvalConfig
@@ -13,6 +14,8 @@ from mergelab.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
+
+Array = np.ndarray[Any, Any]
 
 # Larger batches make a CPU no faster: the matrix products fill it, the caches overflow, padding grows.
 _CPU_BATCH_TOKENS = 512
@@ -29,6 +32,8 @@ class EvaluationOptions:
         max_length: upper bound of one input in tokens; None: what the model allows.
         seed: draws the order of the batches, so that what is done by any moment is a fair sample; None: the longest
             examples come first.
+        rounds: (n,) the round of each example: rounds come in ascending order, and no batch has examples of two. Within
+            a round the longest examples come first, whatever the seed.
         progress: called with the fraction done.
     """
 
@@ -37,6 +42,7 @@ class EvaluationOptions:
     batch_tokens: int = EvalConfig.model_fields["batch_tokens"].default
     max_length: int | None = EvalConfig.model_fields["max_length"].default
     seed: int | None = None
+    rounds: Array | None = None
     progress: Callable[[float], None] | None = None
 
     def device_for(self, model: nn.Module) -> torch.device:

@@ -111,7 +111,8 @@ class Windows:
                 reset()
             return batch, *self._losses(scored, device, batch)
 
-        batches = plan_batches(end - 1 - begin, budget, options.seed, padding)
+        rounds = None if options.rounds is None else self._window_rounds(options.rounds, place)
+        batches = plan_batches(end - 1 - begin, budget, options.seed, padding, rounds)
         for batch, targets, losses in side_by_side(losses_of, batches, device, alone=bool(as_built)):
             own = self.owner[targets]
             np.add.at(sums, own[own >= 0], np.stack([losses, np.ones_like(losses)], axis=1)[own >= 0])
@@ -165,6 +166,14 @@ class Windows:
         ]
         found = np.array(pairs, dtype=np.int64).reshape(-1, 2)
         return found[:, 0], found[:, 1]
+
+    def _window_rounds(self, rounds: Array, place: Array) -> Array:
+        """Return each window's round (w,), the first of its examples', from theirs (n,) and their places among them."""
+        windows, examples = self._touched(np.arange(len(self.spans)))
+        wanted = place[examples] >= 0
+        found = np.full(len(self.spans), rounds.max(initial=0))
+        np.minimum.at(found, windows[wanted], rounds[place[examples[wanted]]])
+        return found
 
     def _losses(self, scored: _ScoredPositions, device: torch.device, batch: Array) -> tuple[Array, Array]:
         """Return the positions of the tokens that a batch of windows scores, and −log p of each."""

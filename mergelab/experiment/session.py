@@ -158,6 +158,7 @@ class Session:
         members: Array | None = None,
         watch: Watch | None = None,
         seed: int | None = None,
+        rounds: Array | None = None,
     ) -> Prediction:
         """Measure weights on a task's examples.
 
@@ -172,7 +173,7 @@ class Session:
             members: (m,) positions of the examples that are measured, in the order of which the outputs come; None:
                 all.
             watch: as `mergelab.evaluation.classification.predict`'s.
-            seed: as `EvaluationOptions.seed`.
+            seed, rounds: as those of `EvaluationOptions`.
         """
         name = None if key is None or self._cache is None else self.data_key(data, [*key, head.digest], of)
         if name is not None and self._cache is not None and (known := self._cache.get(name)) is not None:
@@ -180,7 +181,7 @@ class Session:
         module, inputs = self.module(data.spec.outputs, of), self.inputs(data, of)
         load_weights(module, {**backbone(), **head.tensors}, untied=self.opened.untied)
         title = f"evaluating {model} on {data.spec.name}"
-        options = replace(self.options, seed=seed, progress=lambda done: progress(title, done))
+        options = replace(self.options, seed=seed, rounds=rounds, progress=lambda done: progress(title, done))
         started = time.perf_counter()
         outputs = (inputs if members is None else inputs.take(members)).run(module, options, watch=watch)
         seconds = time.perf_counter() - started

@@ -43,7 +43,9 @@ class SweepSettings(RunSettings, total=False):
     n_trials: int
     n_jobs: int
     sampler: str | Mapping[str, Any]
+    evaluation: Literal["full", "pruned", "adaptive"]
     pruner: str | Mapping[str, Any]
+    budget: int | str | None
     objective: str | Sequence[str] | None
     direction: Literal["maximize", "minimize"] | Sequence[Literal["maximize", "minimize"]] | None
     storage: str | None

@@ -99,7 +99,7 @@ class SweepRun:
         assert best is not None  # without one there is an error, and no report
         return cls(
             tuple(report.result for report in finished.reports),
-            finished.study.study,
+            finished.study.as_measured(),
             best,
             finished.objectives,
             tuple(trial_rows(finished.study, finished.objectives)),

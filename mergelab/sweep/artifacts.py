@@ -28,7 +28,7 @@ def log_study(run: Run, study: SweepStudy, objectives: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         plots = Path(folder) / names.PLOTS
         plots.mkdir()
-        draw(study.study, stopped_trials(study), objectives, plots)
+        draw(study.as_measured(), stopped_trials(study), objectives, plots)
         run.log_artifacts(plots, names.PLOTS)
         file = Path(folder) / names.STUDY_FILE
         copy_study(study, file)
@@ -77,5 +77,6 @@ def copy_study(study: SweepStudy, file: Path) -> None:
     from mergelab.tracking.sqlite_urls import sqlite_url
 
     storage = open_storage(sqlite_url(file))
-    optuna.copy_study(from_study_name=study.study.study_name, from_storage=study.storage, to_storage=storage)
+    whole = study.as_measured()
+    optuna.copy_study(from_study_name=whole.study_name, from_storage=whole._storage, to_storage=storage)
     storage.remove_session()

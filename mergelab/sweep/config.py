@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 Direction = Literal["maximize", "minimize"]
+Evaluation = Literal["full", "pruned", "adaptive"]
 # Steps of pydantic's paths that are no keys of the configuration are in brackets.
 _ONE, _EACH = "[one]", "[each]"
 _Directions = Annotated[
@@ -31,7 +32,12 @@ class SweepConfig(Schema):
     n_jobs: Annotated[int, Field(ge=1)] = 1
     """Trials that are started together, for launchers that run jobs side by side."""
     sampler: str | dict[str, Any] = "tpe"
+    evaluation: Evaluation = "pruned"
+    """How much of a trial is measured: all selecting examples, as many as its pruner lets it, or chosen ones."""
     pruner: str | dict[str, Any] = "futility"
+    """Of ``evaluation: pruned``."""
+    budget: int | str | None = None
+    """What all trials may take: a number of examples, or seconds (``600s``); None: no bound besides ``n_trials``."""
     objective: str | list[str] | None = None
     """Metrics (``f1``), or tasks of a suite (``rte``); None: the primary metric, of a suite the average."""
     direction: _Directions | None = None
@@ -68,7 +74,8 @@ class TrialJob(Schema):
     """The tracking store's address, unless it holds a password: then the worker's environment must name it too."""
     parent: str | None = None
     attempt: int = 1
-    stage: Literal["trial", "report"] = "trial"
+    stage: Literal["trial", "whole", "report"] = "trial"
+    """``whole``: a trial that was stopped is measured again, on all selecting examples."""
 
 
 def check_own_keys(config: DictConfig) -> None:

@@ -15,6 +15,7 @@ from mergelab.tasks.metric import get_metric
 from mergelab.tracking import names
 
 if TYPE_CHECKING:
+    from mergelab.tasks.metric import Metric
     from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
@@ -111,15 +112,22 @@ def estimate(spec: TaskSpec, metric: str, own: Array, best: Array | None, seen: 
         half *= math.sqrt(unseen)
     elif half == 0:
         half = min(3 / len(own), 1.0) * unseen * max(abs(whole), abs(1 - whole) if abs(whole) <= 1 else 0.0)
+    return bounded(declared, value, half, score, of_best, max(score, whole, of_best or 0.0) <= 1)
+
+
+def bounded(
+    metric: Metric, value: float, half: float | None, seen: float, best_seen: float | None, fraction: bool
+) -> Estimate:
+    """Return an estimate within what the metric can be: at most 1 for a fraction or a correlation, none below 0."""
     ceiling, floor = math.inf, -math.inf
-    if declared.direction == "minimize":
+    if metric.direction == "minimize":
         floor = 0.0
-    elif max(score, whole, of_best or 0.0) <= 1:  # a fraction, or a correlation
+    elif fraction:
         ceiling = 1.0
     value = min(max(value, floor), ceiling)
     low = None if half is None else max(value - half, floor)
     high = None if half is None else min(value + half, ceiling)
-    return Estimate(value, low, high, score, of_best)
+    return Estimate(value, low, high, seen, best_seen)
 
 
 def _half_width(statistic: Callable[[Array], float], count: int, least: int) -> float | None:

@@ -28,6 +28,11 @@ class TrialOutcome:
     estimate: Estimate | None = None
     best: int | None = None
 
+    @property
+    def measured(self) -> int:
+        """The number of examples that were measured."""
+        return self.examples if self.pruned_at is None else self.pruned_at
+
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> TrialOutcome:
         """Read the outcome that a trial wrote to the study's storage."""

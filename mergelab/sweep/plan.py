@@ -8,19 +8,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mergelab.console.progress import warn
 from mergelab.errors import SweepError
 from mergelab.experiment.plan import Plan, plan_experiment, warn_if_mini
-from mergelab.sweep.config import SweepConfig, check_own_keys, sweep_config
+from mergelab.sweep.budget import budget_of
+from mergelab.sweep.config import Evaluation, SweepConfig, check_own_keys, sweep_config
 from mergelab.sweep.objective import Objective, objectives
 from mergelab.sweep.pruners import make_pruner, pruner_name
 from mergelab.sweep.samplers import make_sampler, sampler_name
 from mergelab.sweep.space import Space, described, space_from
 from mergelab.sweep.storage import storage_url
+from mergelab.sweep.targets import unsupported
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from mergelab.experiment.locate import Source
+
+EVALUATION = "sweep.evaluation"  # in a study's definition
+FALLBACK: Evaluation = "pruned"  # where trials cannot be measured adaptively
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,15 @@ def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, overrid
     make_sampler(settings.sampler, space, seed=0, number=0, objectives=len(wanted), parallel=False)
     if make_pruner(settings.pruner) is not None and len(wanted) > 1 and settings.pruner != "futility":
         raise SweepError(f"sweep.pruner={settings.pruner}: trials are pruned by one objective, there are {len(wanted)}")
+    if settings.evaluation != "pruned" and pruner_name(settings.pruner) not in ("futility", "none"):
+        raise SweepError(
+            f"sweep.pruner={pruner_name(settings.pruner)}: only sweep.evaluation=pruned asks a pruner, not "
+            f"sweep.evaluation={settings.evaluation}; remove one of them"
+        )
+    budget_of(settings.budget)
+    if (reason := not_adaptive(settings, plan)) is not None:
+        warn(f"sweep.evaluation=adaptive: {reason}; trials are measured as with sweep.evaluation={FALLBACK}")
+    settings = fitted(settings, plan)
     settings = with_usable_points(settings, space, len(plan.config.models.experts))
     source = plan.source
     warn_if_mini(plan, source)
@@ -82,7 +97,25 @@ def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, overrid
 def is_pruned(settings: SweepConfig, plan: Plan) -> bool:
     """Return whether trials can be pruned: one objective, one task, examples in random order."""
     several = isinstance(settings.objective, list) and len(settings.objective) > 1
-    return pruner_name(settings.pruner) != "none" and len(plan.tasks) == 1 and not several
+    wanted = settings.evaluation == "pruned" and pruner_name(settings.pruner) != "none"
+    return wanted and len(plan.tasks) == 1 and not several
+
+
+def not_adaptive(settings: SweepConfig, plan: Plan) -> str | None:
+    """Say why trials cannot be measured adaptively, where that is wanted; None where they can."""
+    if settings.evaluation != "adaptive":
+        return None
+    if len(plan.tasks) > 1:
+        return f"is for one task, there are {len(plan.tasks)}"
+    wanted = objectives(settings.objective, settings.direction, plan.tasks)
+    if len(wanted) > 1:
+        return f"is for one objective, there are {len(wanted)}"
+    return unsupported(plan.tasks[0], wanted[0].metric)
+
+
+def fitted(settings: SweepConfig, plan: Plan) -> SweepConfig:
+    """Return the settings with the evaluation that is possible: `FALLBACK` in place of adaptive where that is not."""
+    return settings if not_adaptive(settings, plan) is None else settings.model_copy(update={"evaluation": FALLBACK})
 
 
 def expert_weights(plan: Plan) -> list[float]:
@@ -126,12 +159,14 @@ def definition(sweep: Sweep) -> dict[str, str]:
         flat.pop(key, None)
     space = {f"search space of {key}": described(one) for key, one in sweep.space.distributions.items()}
     named_objectives = ",".join(f"{objective.name}" for objective in sweep.objectives)
-    return {**flat, **space, "objective": named_objectives, "source": "mini" if sweep.source == "mini" else "models"}
+    source = "mini" if sweep.source == "mini" else "models"
+    return {**flat, **space, "objective": named_objectives, "source": source, EVALUATION: sweep.settings.evaluation}
 
 
 def _default_name(sweep: Sweep) -> str:
     settings = sweep.settings
-    parts = [definition(sweep), settings.sampler, settings.pruner, settings.seed, settings.enqueue]
+    shared = {key: value for key, value in definition(sweep).items() if (key, value) != (EVALUATION, "pruned")}
+    parts = [shared, settings.sampler, settings.pruner, settings.seed, settings.enqueue]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
     mini = "mini-" if sweep.source == "mini" else ""
     return f"{sweep.plan.method.name}-{mini}{sweep.plan.task_name}-{sampler_name(settings.sampler)}-{digest}"

@@ -108,6 +108,7 @@ def run_sweep(
         scheduler = Scheduler(sweep, study, sweeper, launcher, tracker, run.id)
         with _left_if_taken_over(run):
             scheduler.run_all(interrupted)
+            scheduler.measure_finalists()
             reports = [] if interrupted() else scheduler.report()
         if interrupted():
             remaining = sweep.trials - study.count + len(study.pending())
@@ -125,6 +126,7 @@ def _announce(sweep: Sweep, study: SweepStudy) -> None:
     space = ", ".join(f"{key}={described(one)}" for key, one in sweep.space.distributions.items())
     wanted = ", ".join(f"{objective.name} ({objective.direction})" for objective in sweep.objectives)
     pruner, prunes = pruner_name(settings.pruner), is_pruned(settings, plan)
+    measured = "adaptive evaluation" if settings.evaluation == "adaptive" else f"pruner {pruner if prunes else 'none'}"
     there = f", {study.count} of them there already" if study.count else ""
     models = names.labelled(plan.task_name, mini=True) if mini else plan.config.models.name
     tasks = ", ".join(names.labelled(task.name, mini=mini) for task in plan.tasks)
@@ -132,12 +134,11 @@ def _announce(sweep: Sweep, study: SweepStudy) -> None:
         f"sweep     {plan.method.name}: {space}",
         f"models    {models}: {len(plan.config.models.experts)} experts, head {plan.config.models.head}",
         f"evaluate  {tasks}: protocol {plan.config.eval.protocol}, selects {wanted}",
-        f"trials    {sweep.trials} in all{there}; sampler {sampler_name(settings.sampler)}, "
-        f"pruner {pruner if prunes else 'none'}",
+        f"trials    {sweep.trials} in all{there}; sampler {sampler_name(settings.sampler)}, {measured}",
         f"study     {sweep.name} in {redacted(sweep.url)}",
         *_launcher_line(sweep),
     ]
-    if pruner != "none" and not prunes:
+    if settings.evaluation == "pruned" and pruner != "none" and not prunes:
         lines.append("          trials are not pruned: that takes one task and one objective")
     say("\n".join(lines))
 
@@ -161,7 +162,7 @@ def _parent(sweep: Sweep, study: SweepStudy, tracker: Tracker, folder: Path) -> 
     config = {
         **_without(plan.resolved, sweep.space.distributions),
         names.SAMPLER: settings.sampler,
-        names.PRUNER: settings.pruner,
+        names.PRUNER: {"pruned": settings.pruner, "full": "none"}.get(settings.evaluation, settings.evaluation),
         names.OBJECTIVE: ",".join(objective.name for objective in sweep.objectives),
         names.SPACE: {key: described(one) for key, one in sweep.space.distributions.items()},
     }

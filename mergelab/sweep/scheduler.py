@@ -7,12 +7,15 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab.console.progress import say, warn
 from mergelab.errors import MergelabError, SweepError
+from mergelab.sweep.adaptive.finalists import next_finalists
 from mergelab.sweep.attempts import DEATHS, FORGIVEN, forgive, has_begun, is_held, measured_by, release, tries
+from mergelab.sweep.budget import budget_of
 from mergelab.sweep.launcher import end_workers, launch
 from mergelab.sweep.leases import Watch
 from mergelab.sweep.outcome import TrialFailure, TrialOutcome
@@ -56,6 +59,8 @@ class Scheduler:
             "pid": os.getpid(),
             "tracking": store if store and not has_secret(store) else None,
         }
+        self.budget = budget_of(sweep.settings.budget)
+        self.reserved = 1 if sweep.settings.evaluation == "adaptive" else 0  # whole trials, for a finalist
         self.interrupted: Callable[[], bool] = lambda: False
         self.suspects: set[int] = set()  # trials that may have killed their worker: each is retried alone
         self.failed_launches = 0
@@ -91,8 +96,16 @@ class Scheduler:
             return alone[:1]
         if waiting:
             return waiting[: settings.n_jobs]
-        count = min(settings.n_jobs, self.sweep.trials - study.count)
-        return [study.ask(parallel=settings.n_jobs > 1) for _ in range(count)]
+        known = study.count
+        count = min(settings.n_jobs, self.sweep.trials - known)
+        left = self.budget.left(self._outcomes(), self.reserved if known else 0)
+        if count > 0 and left == 0:
+            say(f"sweep.budget={settings.budget}: no more trials begin, after {known} of {self.sweep.trials}")
+        count = count if left is None else min(count, left)
+        return [study.ask(parallel=settings.n_jobs > 1, known=known) for _ in range(count)]
+
+    def _outcomes(self) -> list[TrialOutcome]:
+        return [TrialOutcome.read(stored) for stored in self.study.outcomes()]
 
     def _run(self, batch: Sequence[Proposal]) -> None:
         numbers = [proposal.number for proposal in batch]
@@ -229,6 +242,45 @@ class Scheduler:
                 f"the last: {failed[-1].user_attrs.get(ERROR)}"
             )
 
+    def measure_finalists(self) -> None:
+        """Measure those of the stopped trials whole that may be the best, until hardly any other one may be.
+
+        Raises:
+            SweepError: one could not be measured.
+        """
+        while not self.interrupted() and self.sweep.settings.evaluation == "adaptive":
+            self.sweeper.check()
+            left = self.budget.left(self._outcomes())
+            count = min(self.sweep.settings.n_jobs, self.sweep.settings.n_jobs if left is None else left)
+            numbers = next_finalists(self.study, self.sweep.plan.tasks[0], self.sweep.objectives[0].metric, count)
+            if not numbers:
+                return
+            jobs = [
+                self._overrides(self.study.trials[one].params, subfolder=f"{one}-whole", number=one, stage="whole")
+                for one in numbers
+            ]
+            for number, found in zip(numbers, self._launched(jobs, numbers, "finalist"), strict=True):
+                self.study.tell_whole(number, asdict(found.outcome), found.measured)
+                scored = f"select {self.sweep.objectives[0].name} {found.outcome.values[0]:.4f}"
+                say(f"trial {number}: {self._point(number)}: measured whole as a finalist: {scored}")
+
+    def _launched(self, jobs: Sequence[Sequence[str]], numbers: Sequence[int], what: str) -> list[Any]:
+        """Run jobs that must succeed.
+
+        Raises:
+            SweepError: one failed.
+        """
+        try:
+            found = launch(self.launcher, jobs, self.sweep.trials)
+        except (KeyboardInterrupt, SystemExit, MergelabError):
+            raise
+        except Exception as error:
+            found = [error]
+        for number, one in zip(numbers, found, strict=False):
+            if isinstance(one, Exception):
+                raise SweepError(f"the {what}, trial {number}, could not be measured: {one_line(one)}") from one
+        return found
+
     def report(self) -> list[Report]:
         """Evaluate the winner (of several objectives: the best by the first) on the reporting examples."""
         self.sweeper.check()
@@ -236,15 +288,7 @@ class Scheduler:
         if best is None:
             return []
         overrides = self._overrides(best.params, subfolder="report", number=best.number, stage="report")
-        try:
-            (found,) = launch(self.launcher, [overrides], self.sweep.trials)
-        except (KeyboardInterrupt, SystemExit, MergelabError):
-            raise
-        except Exception as error:
-            found = error
-        if isinstance(found, Exception):
-            raise SweepError(f"the winner, trial {best.number}, could not be measured: {one_line(found)}") from found
-        return [found]
+        return self._launched([overrides], [best.number], "winner")
 
 
 def _estimate(estimate: Estimate | None) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from mergelab.evaluation.metrics import example_statistics, score, value_of_rows
 from mergelab.evaluation.scoring import TaskResult
+from mergelab.sweep.targets import scores_for
 
 if TYPE_CHECKING:
     from mergelab.experiment.evaluator import Evaluator
@@ -38,12 +39,16 @@ class SelectingEvaluation:
         """Number of selecting examples of all tasks."""
         return sum(len(examples.select) for examples in self.evaluator.examples.values())
 
-    def run(self, report: Callable[[Array, Array], None]) -> None:
+    def run(
+        self, report: Callable[[Array, Array], None], rounds: Array | None = None, metric: str | None = None
+    ) -> None:
         """Predict task by task.
 
         Args:
             report: called after every batch with its examples' positions (b,) among the selecting examples of all
-                tasks, and their scores (b,), the better the higher. What it raises ends the evaluation.
+                tasks, and their scores (b,). What it raises ends the evaluation.
+            rounds: (n,) the round in which each example is measured, of the only task; None: batches in random order.
+            metric: the scores are what this metric is estimated from; None: they are those of `example_scores`.
         """
         first = 0
         for name, data in self.evaluator.data.items():
@@ -55,17 +60,29 @@ class SelectingEvaluation:
                 self.label,
                 progress=self.evaluator.progress,
                 members=select,
-                watch=partial(self._collect, report, name, first),
+                watch=partial(self._collect, report, name, first, metric),
                 seed=self.seed,
+                rounds=rounds,
             )
             first += len(select)
 
     def _collect(
-        self, report: Callable[[Array, Array], None], name: str, first: int, members: Array, outputs: Array
+        self,
+        report: Callable[[Array, Array], None],
+        name: str,
+        first: int,
+        metric: str | None,
+        members: Array,
+        outputs: Array,
     ) -> None:
         data, select = self.evaluator.data[name], self.evaluator.examples[name].select
+        truth = data.truth[select[members]]
         self._batches[name].append((members, outputs))
-        report(first + members, example_scores(data.spec, outputs, data.truth[select[members]]))
+        if metric is None:
+            scores = example_scores(data.spec, outputs, truth)
+        else:
+            scores = scores_for(data.spec, metric, example_statistics(data.spec, outputs, truth)[metric])
+        report(first + members, scores)
 
     def statistics(self, name: str) -> tuple[Array, dict[str, Array]]:
         """Return the positions (k,) of a task's examples that were measured, in ascending order, and their statistics.

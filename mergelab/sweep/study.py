@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,13 @@ ATTEMPTS, OUTCOME, ERROR = "mergelab:attempts", "mergelab:outcome", "mergelab:er
 SCORES, STATISTICS = "mergelab:scores", "mergelab:statistics"
 # The study attributes that samplers set, stored with each trial so that both are written at once.
 _SAMPLER_STATE = "mergelab:sampler"
+# Of a trial measured adaptively: its examples' statistics, and below which number the trials are that it learns from.
+MEASURED, KNOWN = "mergelab:measured", "mergelab:known"
+# Of a study, with the number of a trial that was measured whole after it was stopped: what it has since.
+WHOLE = "mergelab:whole:"
+_OF = "trials"  # in it: how many the study had then
+# Of a study whose trials are measured adaptively: the statistics of the base and the experts.
+MODELS = "mergelab:models"
 # Attributes of a study.
 _DEFINITION, SWEEPER, PARENT = "mergelab:definition", "mergelab:sweeper", "mergelab:parent"
 # Of a study and of a trial: changes as long as the process that sweeps or measures it lives.
@@ -85,7 +93,7 @@ class SweepStudy:
         self._copy = optuna.create_study(
             storage=self._memory, directions=list(self.directions), study_name=self.study.study_name
         )
-        for trial in self.study.get_trials(deepcopy=False):
+        for trial in self.trials:
             self._copy.add_trial(_as_sampled(trial))
             self._restore(trial.system_attrs.get(_SAMPLER_STATE, {}))
 
@@ -119,16 +127,23 @@ class SweepStudy:
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """All trials, by number."""
-        return self.study.get_trials(deepcopy=False)
+        """All trials, by number; those measured whole after they were stopped are complete ones."""
+        later = self.study.user_attrs
+        return [
+            _with_later(trial, later.get(whole_key(trial.number))) for trial in self.study.get_trials(deepcopy=False)
+        ]
 
     @property
     def count(self) -> int:
         """The number of trials, finished or not."""
         return len(self.trials)
 
-    def ask(self, *, parallel: bool = False) -> Proposal:
+    def ask(self, *, parallel: bool = False, known: int | None = None) -> Proposal:
         """Draw the next trial's point and store the trial.
+
+        Args:
+            parallel: whether other trials run at the same time.
+            known: the trials below this number have ended, and the trial may learn from them; None: all before it.
 
         Raises:
             SweepError: another process adds trials to the study.
@@ -157,6 +172,7 @@ class SweepStudy:
             state=frozen.state,
             params=frozen.params,
             distributions=frozen.distributions,
+            user_attrs={KNOWN: number if known is None else known},
             system_attrs={**frozen.system_attrs, _SAMPLER_STATE: sampler_state},
         )
         self.study.add_trial(whole)
@@ -194,6 +210,14 @@ class SweepStudy:
             self._memory.set_trial_intermediate_value(number, step, value)
         self._memory.set_trial_state_values(number, sampled.state, sampled.values)
 
+    def tell_whole(self, number: int, outcome: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
+        """Store what a trial that was stopped has when it is measured whole: its outcome, and its examples' statistics.
+
+        Optuna lets no ended trial change, so that the study has it.
+        """
+        stored = {OUTCOME: outcome, MEASURED: measured, _OF: self.count}
+        self.study.set_user_attr(whole_key(number), stored)
+
     def set_attribute(self, number: int, key: str, value: Any) -> None:
         """Store an attribute of a trial."""
         self.storage.set_trial_user_attr(self.trials[number]._trial_id, key, value)
@@ -204,9 +228,32 @@ class SweepStudy:
         """Return the best complete trial, the earliest of equals; by the first objective where there are several."""
         from optuna.trial import TrialState
 
-        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        complete = [trial for trial in self.trials if trial.state == TrialState.COMPLETE]
         sign = -1 if self.directions[0] == "minimize" else 1
         return max(complete, key=lambda trial: (sign * trial.values[0], -trial.number), default=None)
+
+    def outcomes(self) -> list[Mapping[str, Any]]:
+        """Return the outcomes of all measurements; a trial that was measured whole after it was stopped has two."""
+        first = [trial.user_attrs for trial in self.study.get_trials(deepcopy=False)]
+        later = [value for key, value in self.study.user_attrs.items() if key.startswith(WHOLE)]
+        return [stored[OUTCOME] for stored in (*first, *later) if OUTCOME in stored]
+
+    def measured_later(self, of: int | None = None) -> int:
+        """Count the trials measured whole after they were stopped, when the study had ``of`` trials; None: ever."""
+        later = [value for key, value in self.study.user_attrs.items() if key.startswith(WHOLE)]
+        return sum(of is None or value[_OF] == of for value in later)
+
+    def as_measured(self) -> Study:
+        """Return the study as it is stored; where trials were measured whole later, a copy that has them complete."""
+        import optuna
+
+        if not self.measured_later():
+            return self.study
+        found = optuna.create_study(directions=list(self.directions), study_name=self.study.study_name)
+        found.add_trials(self.trials)
+        for key, value in self.study.user_attrs.items():
+            found.set_user_attr(key, value)
+        return found
 
     def _restore(self, sampler_state: Mapping[str, Any]) -> None:
         for key, value in sampler_state.items():
@@ -235,6 +282,23 @@ def _as_sampled(trial: FrozenTrial) -> FrozenTrial:
         system_attrs=trial.system_attrs,
         intermediate_values=trial.intermediate_values,
     )
+
+
+def whole_key(number: int) -> str:
+    """Name the study's attribute with what a trial has since it was measured whole."""
+    return f"{WHOLE}{number}"
+
+
+def _with_later(trial: FrozenTrial, later: Mapping[str, Any] | None) -> FrozenTrial:
+    """Return a trial as complete with what it has ``later``, when it was measured whole."""
+    from optuna.trial import TrialState
+
+    if later is None:
+        return trial
+    found = copy(trial)
+    found.state, found.values = TrialState.COMPLETE, list(later[OUTCOME]["values"])
+    found.user_attrs = {**trial.user_attrs, **later}
+    return found
 
 
 def load(url: str, name: str) -> tuple[BaseStorage, Study]:

@@ -15,23 +15,28 @@ import numpy as np
 from mergelab.config import check
 from mergelab.console.formats import for_a_page
 from mergelab.console.progress import gathered_warnings, progress_bar
+from mergelab.errors import SweepError
 from mergelab.evaluation.results import ExperimentResult, ModelResult, peak_memory_mb
 from mergelab.experiment import described, recording
 from mergelab.experiment.loaded import LoadedModels, open_loaded
 from mergelab.experiment.logged import Measured, with_logged
 from mergelab.experiment.plan import Plan, plan_experiment
+from mergelab.sweep.adaptive.finalists import MeasuredWhole
+from mergelab.sweep.adaptive.history import measured_of
+from mergelab.sweep.adaptive.reporter import AdaptiveReporter, adaptive_reporter
 from mergelab.sweep.attempts import Attempt, Superseded, attempting
+from mergelab.sweep.budget import budget_of
 from mergelab.sweep.config import SweepConfig, TrialJob, sweep_config
 from mergelab.sweep.estimate import Estimate, estimate_metrics, estimates
 from mergelab.sweep.launcher import open_study, open_tracker, worker_context
 from mergelab.sweep.objective import Objective, objectives
 from mergelab.sweep.outcome import TrialFailure, TrialOutcome
-from mergelab.sweep.plan import expert_weights, is_pruned
+from mergelab.sweep.plan import expert_weights, fitted, is_pruned
 from mergelab.sweep.pruners import make_pruner
 from mergelab.sweep.reporting import Pruned, ScoreReporter
 from mergelab.sweep.selecting import SelectingEvaluation
 from mergelab.sweep.storage import storage_url
-from mergelab.sweep.study import OUTCOME
+from mergelab.sweep.study import MEASURED, OUTCOME
 from mergelab.sweep.winner import Report, report_winner
 from mergelab.tracking import interrupts, names
 from mergelab.tracking.values import one_line
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
     from mergelab.evaluation.scoring import TaskResult
+    from mergelab.experiment.calibration import Calibration
     from mergelab.tracking import Run, Tracker
 
 
@@ -48,7 +54,7 @@ class _Failed(Exception):
     """A trial that could not be merged or evaluated; others may be."""
 
 
-def run_job(config: DictConfig) -> TrialOutcome | TrialFailure | Report | None:
+def run_job(config: DictConfig) -> TrialOutcome | TrialFailure | MeasuredWhole | Report | None:
     """Run the job that ``config``'s ``sweep.job`` describes; None where another process has the trial now.
 
     Raises:
@@ -62,11 +68,14 @@ def run_job(config: DictConfig) -> TrialOutcome | TrialFailure | Report | None:
     with worker_context(job), gathered_warnings(), progress_bar() as progress:
         plan = plan_experiment(config)
         node: Any = OmegaConf.to_container(HydraConfig.get().sweeper, resolve=True)
-        settings = sweep_config(node)
+        settings = fitted(sweep_config(node), plan)
         tracker = open_tracker(plan.tracking, job)
         if job.stage == "report":
             with _open_run(tracker, plan, job, {}, resume=True) as run:
                 return report_winner(plan, job.source, tracker, run, progress)
+        if job.stage == "whole":
+            with _open_run(tracker, plan, job, {}, resume=True) as run:
+                return _measure_whole(plan, settings, job, run, progress)
         return _run_trial(plan, settings, job, tracker, progress)
 
 
@@ -79,6 +88,7 @@ def _run_trial(
     # Before the trial has begun: a process that dies while it loads is not the trial's fault.
     loaded = open_loaded(plan, job.source, progress, keep=True, compiling=settings.compile)
     assert loaded.baselines  # an expert at chance makes every trial worthless
+    budget_of(settings.budget).check(sum(len(one.select) for one in loaded.evaluator.examples.values()))
     models = recording.model_tags(loaded.session) if tracker.enabled else {}
     try:
         with (
@@ -101,12 +111,13 @@ def _open_run(tracker: Tracker, plan: Plan, job: TrialJob, tags: Mapping[str, st
     """Open the job's run below the sweep's; with ``resume`` the one that it has, if it has one."""
     from hydra.core.hydra_config import HydraConfig
 
-    identity = {names.STUDY: job.study, names.TRIAL: str(job.number), names.KIND: job.stage}
+    kind: names.Kind = "report" if job.stage == "report" else "trial"
+    identity = {names.STUDY: job.study, names.TRIAL: str(job.number), names.KIND: kind}
     task = names.labelled(plan.task_name, mini=job.source == "mini")
-    name = names.trial_run if job.stage == "trial" else names.report_run
+    name = names.trial_run if kind == "trial" else names.report_run
     return recording.open_run(
         tracker,
-        job.stage,
+        kind,
         plan,
         job.source,
         name(task, plan.method.name, job.number),
@@ -133,18 +144,12 @@ def measure_trial(
     """
     evaluator, session = loaded.evaluator, loaded.session
     recording.record_inputs(run, plan.resolved, evaluator.data.values())
-    session.heads.average_of([expert.name for expert in session.located.experts])
-    with _failures_of_trial():
-        examples = loaded.calibration(plan, progress)
-        backbones, seconds = loaded.merged(plan.method, plan.parameters, examples, progress, expert_weights(plan))
+    evaluation, seconds, examples = _merged(plan, loaded, job, progress)
 
     started = time.perf_counter()
-    label = f"{plan.method.name} (trial {job.number})"
-    evaluation = SelectingEvaluation(evaluator, backbones, label, plan.config.seed)
+    label, backbones = evaluation.label, evaluation.backbones
     wanted = objectives(settings.objective, settings.direction, plan.tasks)
-    pruner = make_pruner(settings.pruner) if is_pruned(settings, plan) else None
-    unknown = np.full(evaluation.count, np.nan)
-    reporter = ScoreReporter(pruner, study, job.number, unknown, lambda: _values(evaluation.results(), plan, wanted)[0])
+    reporter = _reporter(plan, settings, loaded, study, job, evaluation)
     pruned_at = _evaluate(evaluation, reporter)
     attempt.check()
     results, evaluated = evaluation.results(), time.perf_counter() - started
@@ -152,6 +157,9 @@ def measure_trial(
     if pruned_at is not None:
         results, estimated = _stopped(evaluation, reporter)
         values = tuple(estimated[one.metric].value if one.metric in estimated else math.nan for one in wanted)
+    if isinstance(reporter, AdaptiveReporter):
+        measured = measured_of(evaluation, job.number, whole=pruned_at is None)
+        attempt.storage.set_trial_user_attr(attempt.trial_id, MEASURED, measured.written())
     own = estimated.get(wanted[0].metric)
     rival = None if reporter.rival is None or pruned_at is None else reporter.rival.number
 
@@ -180,10 +188,43 @@ def _description(logged: Mapping[str, float], stopped: str | None) -> str:
     return described.description(summary, table, "The run that this one is under has the sweep's command.")
 
 
-def _evaluate(evaluation: SelectingEvaluation, reporter: ScoreReporter) -> int | None:
-    """Evaluate all examples, or as many as the pruner lets be; return how many these are, None for all."""
+def _merged(
+    plan: Plan, loaded: LoadedModels, job: TrialJob, progress: Any
+) -> tuple[SelectingEvaluation, float, Calibration | None]:
+    """Merge the trial's point; return its evaluation, which is to run, the seconds, and what the method learnt from."""
+    session = loaded.session
+    session.heads.average_of([expert.name for expert in session.located.experts])
+    with _failures_of_trial():
+        examples = loaded.calibration(plan, progress)
+        backbones, seconds = loaded.merged(plan.method, plan.parameters, examples, progress, expert_weights(plan))
+    label = f"{plan.method.name} (trial {job.number})"
+    return SelectingEvaluation(loaded.evaluator, backbones, label, plan.config.seed), seconds, examples
+
+
+def _reporter(
+    plan: Plan,
+    settings: SweepConfig,
+    loaded: LoadedModels,
+    study: Study,
+    job: TrialJob,
+    evaluation: SelectingEvaluation,
+) -> ScoreReporter | AdaptiveReporter:
+    """Create what takes the trial's scores, and ends it early."""
+    wanted = objectives(settings.objective, settings.direction, plan.tasks)
+    if settings.evaluation == "adaptive":
+        return adaptive_reporter(study, job.number, wanted[0].metric, loaded.evaluator, loaded.baselines, settings.seed)
+    pruner = make_pruner(settings.pruner) if is_pruned(settings, plan) else None
+    unknown = np.full(evaluation.count, np.nan)
+    return ScoreReporter(pruner, study, job.number, unknown, lambda: _values(evaluation.results(), plan, wanted)[0])
+
+
+def _evaluate(evaluation: SelectingEvaluation, reporter: ScoreReporter | AdaptiveReporter) -> int | None:
+    """Evaluate all examples, or as many as the trial needs; return how many these are, None for all."""
     try:
         with _failures_of_trial():
+            if isinstance(reporter, AdaptiveReporter):
+                evaluation.run(reporter.report, reporter.rounds, reporter.metric)
+                return None
             evaluation.run(reporter.report)
         reporter.finish(lambda: evaluation.statistics(next(iter(evaluation.evaluator.data)))[1])
         return None
@@ -192,14 +233,43 @@ def _evaluate(evaluation: SelectingEvaluation, reporter: ScoreReporter) -> int |
 
 
 def _stopped(
-    evaluation: SelectingEvaluation, reporter: ScoreReporter
+    evaluation: SelectingEvaluation, reporter: ScoreReporter | AdaptiveReporter
 ) -> tuple[dict[str, TaskResult], dict[str, Estimate]]:
     """Return the results of a trial that was stopped early, without scores, and its estimates by metric."""
     ((name, result),) = evaluation.results().items()
     data, select = evaluation.evaluator.data[name], evaluation.evaluator.examples[name].select
-    best = None if reporter.rival is None else reporter.rival.statistics
-    found = estimates(data.spec, *evaluation.statistics(name), best, data.parts[select])
+    if isinstance(reporter, AdaptiveReporter):
+        found = reporter.estimates(*evaluation.statistics(name), data.parts[select])
+    else:
+        best = None if reporter.rival is None else reporter.rival.statistics
+        found = estimates(data.spec, *evaluation.statistics(name), best, data.parts[select])
     return {name: replace(result, select={})}, found
+
+
+def _measure_whole(plan: Plan, settings: SweepConfig, job: TrialJob, run: Run, progress: Any) -> MeasuredWhole:
+    """Measure a stopped trial on all selecting examples, and record that with its run.
+
+    Raises:
+        SweepError: it cannot be merged or measured.
+    """
+    loaded = open_loaded(plan, job.source, progress, keep=True, compiling=settings.compile)
+    wanted = objectives(settings.objective, settings.direction, plan.tasks)
+    try:
+        evaluation, seconds, _ = _merged(plan, loaded, job, progress)
+        started = time.perf_counter()
+        with _failures_of_trial():
+            evaluation.run(lambda positions, scores: None)
+    except _Failed as failure:
+        raise SweepError(f"trial {job.number}, to be measured whole: {failure}") from failure
+    results, evaluated = evaluation.results(), time.perf_counter() - started
+    outcome = TrialOutcome(_values(results, plan, wanted), evaluation.count, None, seconds, evaluated, run.id)
+    merged = ModelResult(evaluation.label, "merged", results, eval_seconds=evaluated, merge_seconds=seconds)
+    logged = with_logged(Measured(merged, loaded.session, evaluation.backbones)).logged
+    scores = {name: value for name, value in logged.items() if name.startswith(names.select_metric(""))}
+    scores |= estimate_metrics(scores, {})
+    run.log_metrics(scores, step=1)  # after the estimates
+    run.set_tags({names.PRUNED: "", names.DESCRIPTION: _description(scores, None)})
+    return MeasuredWhole(outcome, measured_of(evaluation, job.number, whole=True).written())
 
 
 def _values(results: Mapping[str, TaskResult], plan: Plan, wanted: list[Objective]) -> tuple[float, ...]:

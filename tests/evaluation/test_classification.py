@@ -196,6 +196,24 @@ def test_in_a_random_order_there_are_enough_batches_to_stop_early(pairs: TaskDat
     assert batches != [list(members) for members, _ in predict_batches(model, encoded, EvaluationOptions(seed=4))]
 
 
+def test_rounds_come_one_after_another_and_in_each_like_lengths_together(pairs: TaskData) -> None:
+    model, tokenizer = classifier("bert")
+    encoded = encode(pairs, tokenizer)
+    rounds = np.random.default_rng(0).integers(0, 4, 50)
+    options = EvaluationOptions(batch_tokens=128, rounds=rounds, seed=3)
+    batches = list(predict_batches(model, encoded, options))
+    assert sorted(np.concatenate([members for members, _ in batches])) == list(range(50))
+    assert all(len(set(rounds[members])) == 1 for members, _ in batches)
+    of_batches = [int(rounds[members[0]]) for members, _ in batches]
+    assert of_batches == sorted(of_batches)
+    for one in range(4):
+        longest = [encoded.lengths[members].max() for members, _ in batches if rounds[members[0]] == one]
+        assert longest == sorted(longest, reverse=True)
+    whole = predict(model, encoded)
+    for members, logits in batches:
+        np.testing.assert_allclose(logits, whole[members], rtol=1e-4, atol=2e-5)
+
+
 def test_progress_rises_to_one(pairs: TaskData) -> None:
     model, tokenizer = classifier("bert")
     seen: list[float] = []

@@ -48,6 +48,10 @@ def test_a_text_does_not_depend_on_its_batch(kind: str, decoding: dict[str, Any]
     some = np.array([7, 2, 5])
     assert inputs.take(some).run(model).tolist() == [whole[i] for i in some]
     assert inputs.run(model, EvaluationOptions(seed=3)).tolist() == whole, "the order of the batches does not matter"
+    watched: list[int] = []
+    rounds = EvaluationOptions(rounds=np.arange(10) % 2)
+    assert inputs.run(model, rounds, watch=lambda members, _: watched.extend(members)).tolist() == whole
+    assert (np.array(watched) % 2).tolist() == [0] * 5 + [1] * 5
 
 
 def test_samples_change_with_the_seed_and_with_nothing_else() -> None:

@@ -111,6 +111,23 @@ def test_some_examples_can_be_had_and_batches_watched() -> None:
         assert done[-1] == pytest.approx(1.0)
 
 
+def test_no_window_of_a_later_round_is_run_before_an_earlier_round_is_complete() -> None:
+    model, tokenizer = writer("gpt2")
+    inputs: Any = prepare(running_text(ROWS, join="\n", window=24, stride=12), model.config, tokenizer)
+    some = np.arange(1, len(inputs), 2)
+    rounds, seen = np.random.default_rng(0).integers(0, 3, len(some)), list[int]()
+    found = inputs.take(some).run(
+        model, EvaluationOptions(batch_tokens=60, rounds=rounds), watch=lambda members, _: seen.extend(members)
+    )
+    np.testing.assert_allclose(found, inputs.run(model)[some], rtol=1e-4)
+    place = {member: position for position, member in enumerate(seen)}
+    first = len(set(np.flatnonzero(rounds == 0)))
+    # Windows are shared: an example of a later round may be complete with them, never the other way round.
+    assert max(place[member] for member in np.flatnonzero(rounds == 0)) < max(place.values())
+    assert np.mean(rounds[seen[:first]]) < np.mean(rounds[seen[-first:]])
+    assert sorted(seen) == list(range(len(some)))
+
+
 def test_the_vocabulary_is_looked_at_only_where_tokens_are_scored() -> None:
     model, tokenizer = writer("gpt2")
     rows: list[int] = []

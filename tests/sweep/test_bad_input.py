@@ -40,6 +40,9 @@ CASES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("sweep=ties", "sweep.sampler={name:tpe,startup:3}"), ("sweep.sampler=tpe", "startup")),
     (("sweep=ties", "sweep.pruner=futile"), ("sweep.pruner=futile", "'futility'")),
     (("sweep=ties", "sweep.pruner={name:wilcoxon,p:0.1}"), ("sweep.pruner=wilcoxon", "'p'")),
+    (("sweep=ties", "sweep.evaluation=adaptiv"), ("sweep.evaluation='adaptiv'", "'adaptive'")),
+    (("sweep=ties", "sweep.evaluation=adaptive", "sweep.pruner=median"), ("sweep.pruner=median", "remove one")),
+    (("sweep=ties", "sweep.budget=5m"), ("sweep.budget=5m", "600s")),
     (("sweep=ties", "sweep.n_trial=3"), ("sweep.n_trial", "'sweep.n_trials'")),
     (("sweep=ties", "hydra.sweeper.n_trial=3"), ("hydra.sweeper.n_trial",)),
     (("sweep=ties", "sweep.n_trials=0"), ("sweep.n_trials=0", "1")),
@@ -101,6 +104,7 @@ def test_a_sweep_without_the_flag_is_told_so(mergelab_command: Command, workplac
         (["sweep.objective=[accuracy,f1]"], ("another direction: maximize, not maximize,maximize",)),
         (["sweep.objective=f1"], ("another objective: accuracy, not f1",)),
         (["models.head=base"], ("another models.head: average, not base",)),
+        (["sweep.evaluation=adaptive"], ("another sweep.evaluation: pruned, not adaptive",)),
         (["task.limit=50"], ("another task.limit: null, not 50",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -134,3 +138,12 @@ def test_every_ready_sweep_composes_and_starts_from_points_of_its_space(workplac
     assert all(sweep.space.check_point(point) is None for point in sweep.settings.enqueue or [])
     assert sweep.plan.config.eval.protocol == "holdout"
     assert name == "custom" or given
+
+
+def test_the_commands_of_the_guide_to_adaptive_sweeps_are_possible(workplace: Path) -> None:
+    page = (CONF_DIR.parent / "docs" / "guides" / "adaptive-sweeps.md").read_text()
+    commands = [block.partition("```")[0].split() for block in page.split("```bash\n")[1:]]
+    assert len(commands) == 2
+    for command in commands:
+        assert command[:4] == ["python", "-m", "mergelab", "-m"]
+        assert planned(workplace, *command[4:]).settings.evaluation == "adaptive"

@@ -1,0 +1,118 @@
+"""Whole sweeps that measure their trials adaptively: what is measured, what wins, and how a sweep goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from mlflow.tracking import MlflowClient
+
+from mergelab.sweep.adaptive.policy import POLICY
+from mergelab.sweep.outcome import TrialOutcome
+from mergelab.sweep.storage import open_storage
+from mergelab.sweep.study import MEASURED, OUTCOME, WHOLE
+from tests.conftest import Outcome
+
+Command = Callable[..., Outcome]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def sweep(mergelab_command: Command, arguments: list[str]) -> Callable[..., Outcome]:
+    """``python -m mergelab -m sweep=ties sweep.evaluation=adaptive ...`` on three tiny experts and 60 examples."""
+
+    def run(*more: str, code: int = 0) -> Outcome:
+        own = ["sweep.evaluation=adaptive", "sweep.study_name=s", "tracking=none", "sweep.sampler=random"]
+        kept = [one for one in own if not any(other.startswith(one.partition("=")[0]) for other in more)]
+        outcome = mergelab_command("-m", "sweep=ties", *arguments, *kept, *more)
+        assert outcome.code == code, outcome
+        return outcome
+
+    return run
+
+
+def study(folder: Path, name: str = "s", file: str = "outputs/sweeps.db") -> optuna.Study:
+    open_storage.cache_clear()
+    return optuna.load_study(storage=f"sqlite:///{folder}/{file}", study_name=name)
+
+
+def outcomes(found: optuna.Study) -> list[TrialOutcome]:
+    return [TrialOutcome.read(trial.user_attrs[OUTCOME]) for trial in found.trials]
+
+
+def later(found: optuna.Study) -> dict[int, Any]:
+    known = {key.removeprefix(WHOLE): value for key, value in found.user_attrs.items() if key.startswith(WHOLE)}
+    return {int(number): value[OUTCOME]["values"] for number, value in known.items()}
+
+
+def test_trials_are_measured_in_part_and_the_winner_is_a_whole_one(
+    sweep: Callable[..., Outcome], workplace: Path
+) -> None:
+    outcome = sweep("sweep.n_trials=8", "tracking=mlflow")
+    assert "sampler random, adaptive evaluation" in outcome.out
+    found = study(workplace)
+    first, whole = outcomes(found), later(found)
+    assert all(one.pruned_at is None for one in first[: POLICY.startup])
+    stopped = [number for number, one in enumerate(first) if one.pruned_at is not None]
+    assert stopped
+    assert set(whole) <= set(stopped)
+    assert len(whole) <= POLICY.finalists
+    values = {number: one.values[0] for number, one in enumerate(first) if one.pruned_at is None}
+    values |= {number: value for number, (value,) in whole.items()}
+    best = max(values, key=lambda number: (values[number], -number))
+    assert f"best: trial {best}," in outcome.out
+    assert f"8 trials: {len(values)} complete" in outcome.out
+
+    client = MlflowClient(f"sqlite:///{workplace}/outputs/mlflow.db")
+    experiment = client.get_experiment_by_name("rte").experiment_id
+    runs = client.search_runs([experiment], "tags.`mergelab.kind` = 'trial'")
+    assert len(runs) == 8
+    for run in runs:
+        number, metrics = int(run.data.tags["mergelab.trial"]), run.data.metrics
+        assert metrics["estimate/accuracy_low"] <= metrics["estimate/accuracy"] <= metrics["estimate/accuracy_high"]
+        if number in values:
+            assert metrics["select/accuracy"] == metrics["estimate/accuracy"] == pytest.approx(values[number])
+            assert not run.data.tags.get("mergelab.pruned")
+        else:
+            assert run.data.tags["mergelab.pruned"].startswith(f"after {first[number].pruned_at} of 60 examples")
+
+    # Finalists have what a trial has that is measured whole at once.
+    sweep("sweep.n_trials=8", "sweep.evaluation=full", "sweep.study_name=full")
+    full = study(workplace, "full").trials
+    assert {number: full[number].value for number in values} == values
+    assert [trial.state.name for trial in full] == ["COMPLETE"] * 8
+
+
+def test_a_sweep_that_ended_early_measures_what_it_would_have(sweep: Callable[..., Outcome], workplace: Path) -> None:
+    own = ["sweep.n_trials=6", "sweep.sampler=tpe"]
+    sweep(*own)
+    expected = study(workplace)
+    apart = f"sweep.storage=sqlite:///{workplace}/part.db"
+    assert "after 2 of 6" in sweep(*own, apart, "sweep.budget=200").out
+    sweep(*own, apart)
+    found = study(workplace, file="part.db")
+    for ours, theirs in zip(found.trials, expected.trials, strict=True):
+        assert (ours.params, ours.state, ours.value) == (theirs.params, theirs.state, theirs.value)
+        assert ours.user_attrs[MEASURED] == theirs.user_attrs[MEASURED]
+    assert later(found) == later(expected)
+
+
+def test_a_budget_is_not_exceeded_and_must_do_for_a_trial(sweep: Callable[..., Outcome], workplace: Path) -> None:
+    outcome = sweep("sweep.budget=59", code=2)
+    assert "sweep.budget=59: a whole trial has 60 selecting examples" in outcome.err
+    outcome = sweep("sweep.budget=300", "sweep.n_trials=40")
+    assert "sweep.budget=300: no more trials begin, after " in outcome.out
+    found = study(workplace)
+    measured = [one.measured for one in outcomes(found)] + [60] * len(later(found))
+    assert 180 < sum(measured) <= 300
+
+
+def test_where_it_is_not_possible_trials_are_pruned_and_that_is_said(
+    sweep: Callable[..., Outcome], workplace: Path
+) -> None:
+    outcome = sweep("sweep.n_trials=2", "sweep.objective=[accuracy,f1]", "task.metrics=[accuracy,f1]")
+    assert "sweep.evaluation=adaptive: is for one objective, there are 2" in " ".join(outcome.err.split())
+    assert [trial.state.name for trial in study(workplace).trials] == ["COMPLETE"] * 2
