@@ -25,19 +25,23 @@ class StagesFirst(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Make the stages."""
-        from omegaconf import OmegaConf
+        from omegaconf import OmegaConf, open_dict
 
         if not OmegaConf.select(config, "models.stages") or _differ(config):
             return
         from mergelab.experiment.plan import plan_experiment
         from mergelab.experiment.run import merge_stage
-        from mergelab.experiment.staged import made_stages
+        from mergelab.experiment.staged import as_experiment, made_stages
         from mergelab.report.commands import spelled
 
         try:
-            plan = plan_experiment(config)
-            if plan.config.models.stages:
-                with made_stages(plan, merge_stage, config) as (folders, _):
+            # Where each job writes is not known yet.
+            whole = OmegaConf.masked_copy(config, [str(key) for key in config if key != "output"])
+            with as_experiment(hydra=config):
+                plan = plan_experiment(OmegaConf.merge(whole, {"output": None}), merges=False)
+                if not plan.config.models.stages:
+                    return
+                with made_stages(plan, merge_stage) as (folders, _), open_dict(config.hydra):
                     config.hydra.overrides.task.append(f"models.stages={spelled(folders)}")
         except MergelabError as error:
             raise Refused(error) from None
@@ -45,8 +49,11 @@ class StagesFirst(Callback):
 
 def _differ(config: DictConfig) -> bool:
     """Return whether jobs may have other stages than the whole has."""
+    from omegaconf import OmegaConf
+
+    typed: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    for line in [*config.hydra.overrides.task, *params]:
+    for line in [*typed, *params]:
         override = parsed(str(line))
         if override is None or not override.is_sweep_override():
             continue

@@ -35,7 +35,8 @@ def as_mergekit(plan: Plan, located: LocatedModels, opened: OpenedModels) -> str
     config = with_made_stages(check(ExperimentConfig, plan.resolved))
     parameters = method_from_config(config.method)[1] if config.models.slices else plan.parameters
     models = config.models
-    config = config.model_copy(update={"save": plan.config.save})
+    save = config.save.model_copy(update={"form": plan.config.save.form})
+    config = config.model_copy(update={"save": save})
     given = {name: expert.reference for name, expert in models.experts.items() if expert.part is None}
     given |= {"base": models.base} if models.base is not None else {}
     called = {name: _called(reference, models.base, name) for name, reference in given.items()}

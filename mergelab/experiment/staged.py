@@ -29,9 +29,7 @@ Finish = Callable[["DictConfig", GridParent | None], str | None]
 
 
 @contextmanager
-def made_stages(
-    plan: Plan, finish: Finish, hydra: DictConfig | None = None
-) -> Iterator[tuple[dict[str, str], GridParent | None]]:
+def made_stages(plan: Plan, finish: Finish) -> Iterator[tuple[dict[str, str], GridParent | None]]:
     """Make the stages of a plan; yield their folders, and the run that theirs are shown under.
 
     A stage's folder is ``NAME-HASH``: of its settings, and of the files of its models. Where it is there already, it is
@@ -40,7 +38,6 @@ def made_stages(
     Args:
         plan: has stages that are to be made.
         finish: merges one of them.
-        hydra: Hydra's configuration of the sweep or the grid that is about to start; None within an experiment.
 
     Raises:
         MergelabError: a stage cannot be made; one line that names it.
@@ -50,7 +47,7 @@ def made_stages(
     tracker = open_tracking(plan.tracking)
     title = names.stages_run(names.labelled(plan.task_name, mini=False), list(models.stages or {}))
     source = "hub" if _remote(plan) else "local"
-    with _typed(None, hydra), recording.open_run(tracker, "stages", plan, source, title) as run:
+    with recording.open_run(tracker, "stages", plan, source, title) as run:
         recording.record_inputs(run, plan.resolved, ())
         run.set_tags({names.DESCRIPTION: described.description("", command=described.typed_command())})
         parent = None if run.id is None else GridParent(run.id, run.experiment, None)
@@ -58,7 +55,7 @@ def made_stages(
         rows = []
         for name in in_order(models):
             with named(f"{KEY}.{name}"):
-                folder, its_run, made = _made(plan, name, folders, finish, parent, hydra)
+                folder, its_run, made = _made(plan, name, folders, finish, parent)
             folders[name] = str(folder)
             run.set_tags({names.stage(name): its_run or str(folder)})
             rows.append({"stage": name, "made": made, "run_id": its_run or "", "folder": str(folder)})
@@ -83,7 +80,6 @@ def _made(
     folders: dict[str, str],
     finish: Finish,
     parent: GridParent | None,
-    hydra: DictConfig | None,
 ) -> tuple[Path, str | None, bool]:
     """Return a stage's folder and the run that made it, and whether that was now."""
     from filelock import FileLock
@@ -101,7 +97,7 @@ def _made(
                 return folder, None if known is None else known.run, False
             say(f"stage     {name}")
             config.output = str(folder)
-            with _typed(_overrides(config), hydra):
+            with as_experiment(_overrides(config)):
                 return folder, finish(config, parent), True
     except OSError as error:
         raise ConfigError(f"save.stages={plan.config.save.stages}: {home}: {error.strerror or error}") from None
@@ -165,8 +161,13 @@ def _without_none(value: Any) -> Any:
 
 
 @contextmanager
-def _typed(overrides: Sequence[str] | None, hydra: DictConfig | None) -> Iterator[None]:
-    """Let Hydra's configuration be that of one experiment, with these overrides; None: those that it has."""
+def as_experiment(overrides: Sequence[str] | None = None, hydra: DictConfig | None = None) -> Iterator[None]:
+    """Let Hydra's configuration be that of one experiment.
+
+    Args:
+        overrides: what it is composed of; None: as it is.
+        hydra: that of a sweep or a grid which is about to start; None: that of the job.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import open_dict, read_write
@@ -177,7 +178,7 @@ def _typed(overrides: Sequence[str] | None, hydra: DictConfig | None) -> Iterato
     if own is None:
         yield
         return
-    with read_write(own), open_dict(own):
+    with read_write(own.hydra), open_dict(own.hydra):
         own.hydra.mode = RunMode.RUN
         if hydra is not None:
             own.hydra.runtime.output_dir = str(Path(own.hydra.sweep.dir).absolute())

@@ -105,7 +105,7 @@ def stage_experiment(
         "save": save,
         "evaluate": False,
         "output": output,
-        "tracking": {**resolved["tracking"], "log_model": "none", "register_as": None},
+        "tracking": {**resolved["tracking"], "log_model": "none", "register": None},
     }
     return OmegaConf.create({**resolved, **changed})
 

@@ -217,7 +217,7 @@ class _Merge:
         wanted = {key: name for key, name in chosen.items() if name is not None}
         owner = base or (experts[0] if self.method.base == "first" else None)
         if owner is None and self.method.base == "expert" and not models.slices:
-            owner = next((name for name in wanted.values() if name != experts[0]), None)
+            owner = next((name for name in wanted.values() if name in experts[1:]), None)
         there = owner or experts[0]
         for key, name in wanted.items():
             if name != there:

@@ -66,8 +66,19 @@ def exported(*arguments: str) -> str:
 
 def merged(*arguments: str) -> Mapping[str, Tensor]:
     """Merge as the command with these arguments would, in memory."""
+    return _merged(*_opened(*arguments))
+
+
+def merged_and_exported(*arguments: str) -> tuple[Mapping[str, Tensor], str]:
+    """Return what both `merged` and `exported` do."""
     plan, session = _opened(*arguments)
-    backbones, _ = Merging(plan.method, plan.parameters, session, 0, lambda _message, _done: None).in_memory()
+    return _merged(plan, session), as_mergekit(plan, session.located, session.opened)
+
+
+def _merged(plan: Plan, session: Session) -> Mapping[str, Tensor]:
+    backbones, _ = Merging(
+        plan.method, plan.parameters, session, plan.config.seed, lambda _message, _done: None
+    ).in_memory()
     return next(iter(backbones.values()))
 
 

@@ -11,7 +11,7 @@ import yaml
 from mergelab.mergekit.export import NoEqual
 from mergelab.mergekit.settings import filter_of, pattern
 from tests.mergekit.configs import configs, placed
-from tests.mergekit.made import LAYERS, exported, make_models, merged
+from tests.mergekit.made import LAYERS, exported, make_models, merged, merged_and_exported
 
 UNLIKE = "linear, slices of unlike models"
 IMPORTED = [title for title in configs(LAYERS["llama"]) if title != UNLIKE]
@@ -37,7 +37,7 @@ OWN: dict[str, tuple[list[str], dict[str, Any]]] = {
         [
             "method=task_arithmetic",
             "models.base=base",
-            "method.weights=[1,-0.5]",
+            "method.weights={a:1,b:-0.5}",
             "method.rules=[{match:'*mlp*',lambda:0.1},{match:'*mlp.up*',lambda:0.2},{match:'*',weights:{a:3}}]",
             "save.dtype=bfloat16",
         ],
@@ -116,21 +116,22 @@ def test_the_import_of_an_export_is_the_same_merge_bit_by_bit(title: str, home: 
     given = WITH_MASKS if title == "random masks" else configs(LAYERS["llama"])[title]
     first, second = tmp_path / "first.yml", tmp_path / "second.yml"
     first.write_text(placed(given, home))
-    second.write_text(exported(f"mergekit={first}"))
-    before, after = merged(f"mergekit={first}"), merged(f"mergekit={second}")
+    before, text = merged_and_exported(f"mergekit={first}")
+    second.write_text(text)
+    after, again = merged_and_exported(f"mergekit={second}")
     assert before.keys() == after.keys()
     assert all(before[name].equal(after[name]) for name in before)
-    assert yaml.safe_load(second.read_text()) == yaml.safe_load(exported(f"mergekit={second}"))
+    assert again == text
 
 
 @pytest.mark.parametrize("title", OWN)
 def test_a_merge_of_our_own_config_is_mergekits_config(title: str, home: Path, tmp_path: Path) -> None:
     given, expected = OWN[title]
     arguments = of_models(home, *given)
-    text = exported(*arguments)
+    before, text = merged_and_exported(*arguments)
     assert yaml.safe_load(text.replace(f"{home}/", "")) == expected
     (tmp_path / "merge.yml").write_text(text)
-    before, after = merged(*arguments), merged(f"mergekit={tmp_path / 'merge.yml'}")
+    after = merged(f"mergekit={tmp_path / 'merge.yml'}")
     assert all(before[name].equal(after[name]) for name in before)
 
 
