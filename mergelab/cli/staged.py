@@ -36,13 +36,16 @@ class StagesFirst(Callback):
 
         try:
             # Where each job writes is not known yet.
-            whole = OmegaConf.masked_copy(config, [str(key) for key in config if key != "output"])
+            whole = OmegaConf.masked_copy(config, [str(key) for key in config if key not in ("output", "hydra")])
+            OmegaConf.update(whole, "output", None, force_add=True)
             with as_experiment(hydra=config):
-                plan = plan_experiment(OmegaConf.merge(whole, {"output": None}), merges=False)
+                plan = plan_experiment(whole, merges=False)
                 if not plan.config.models.stages:
                     return
                 with made_stages(plan, merge_stage) as (folders, _), open_dict(config.hydra):
-                    config.hydra.overrides.task.append(f"models.stages={spelled(folders)}")
+                    typed: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+                    others = [line for line in typed if not str(line).lstrip("+~").startswith(_BELOW[0])]
+                    config.hydra.overrides.task = [*others, f"{_BELOW[0]}={spelled(folders)}"]
         except MergelabError as error:
             raise Refused(error) from None
 

@@ -174,7 +174,7 @@ def as_experiment(overrides: Sequence[str] | None = None, hydra: DictConfig | No
 
     state = HydraConfig.instance()
     before = state.cfg
-    own = copy.deepcopy(before if hydra is None else hydra)
+    own: Any = copy.deepcopy(before if hydra is None else hydra)
     if own is None:
         yield
         return

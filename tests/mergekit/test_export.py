@@ -15,6 +15,8 @@ from tests.mergekit.made import LAYERS, exported, make_models, merged, merged_an
 
 UNLIKE = "linear, slices of unlike models"
 IMPORTED = [title for title in configs(LAYERS["llama"]) if title != UNLIKE]
+FIRST = {title.partition(",")[0]: title for title in reversed(IMPORTED)}.values()  # one of each method
+OTHERS = [*(title for title in IMPORTED if title not in FIRST), "random masks"]
 WITH_MASKS = {
     "merge_method": "dare_ties",
     "base_model": "base",
@@ -111,7 +113,7 @@ def of_models(home: Path, *arguments: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore::mergelab.errors.MergeWarning")
-@pytest.mark.parametrize("title", [*IMPORTED, "random masks"])
+@pytest.mark.parametrize("title", [*FIRST, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)])
 def test_the_import_of_an_export_is_the_same_merge_bit_by_bit(title: str, home: Path, tmp_path: Path) -> None:
     given = WITH_MASKS if title == "random masks" else configs(LAYERS["llama"])[title]
     first, second = tmp_path / "first.yml", tmp_path / "second.yml"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergelab.mergekit.methods import METHODS
 from tests.mergekit.configs import configs, placed
-from tests.mergekit.made import LAYERS, make_models, merged
+from tests.mergekit.made import LAYERS, exported, make_models, merged
 from tests.parity import compared
 
 INTERPRETER = os.environ.get("MERGELAB_MERGEKIT", "")
@@ -29,6 +29,8 @@ pytestmark = [
 FOLLOWING = ("model.norm.weight", "lm_head.weight", "pooler.dense.weight", "pooler.dense.bias")
 # Columns of two entries: in mergekit's float32, angles below about 3e-4 count as 0.
 COARSE = ("bert", "nuslerp, nuslerp_row_wise: true")
+UNLIKE = "linear, slices of unlike models"
+EXPORTS = [("llama", title) for title in configs(LAYERS["llama"]) if title != UNLIKE]
 CASES = [(kind, title) for kind, layers in LAYERS.items() for title in configs(layers)]
 
 
@@ -42,6 +44,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Mapping[tuple
         for at, (title, content) in enumerate(configs(layers).items()):
             files[kind, title] = home / f"{kind}_{at}.yml"
             files[kind, title].write_text(placed(content, home / kind))
+            if (kind, title) in EXPORTS:
+                files["export", title] = home / f"export_{at}.yml"
+                files["export", title].write_text(exported(f"mergekit={files[kind, title]}"))
     command = [INTERPRETER, str(Path(__file__).parent / "theirs.py"), *map(str, files.values())]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=True, timeout=600, env=environment, stdout=subprocess.PIPE, text=True)
@@ -74,7 +79,7 @@ def test_values_are_mergekits(kind: str, title: str, theirs: Any) -> None:
         assert found[key].dtype == expected[key].dtype
         if "bfloat16" in title:
             assert found[key].equal(expected[key])
-        elif title == "linear, slices of unlike models" and key in FOLLOWING:
+        elif title == UNLIKE and key in FOLLOWING:
             continue  # mergekit takes as many models for these as the first slice has, as a note says
         elif title == "arcee_fusion":  # an entry may be so near the threshold that float32 decides
             assert (~torch.isclose(found[key], expected[key], rtol=0, atol=1e-6)).sum() <= 1
@@ -84,9 +89,24 @@ def test_values_are_mergekits(kind: str, title: str, theirs: Any) -> None:
             np.testing.assert_allclose(found[key].numpy(), expected[key].numpy(), rtol=0, atol=1e-6, err_msg=key)
 
 
+@pytest.mark.filterwarnings("ignore::mergelab.errors.MergeWarning")
+@pytest.mark.parametrize("title", [title for _, title in EXPORTS])
+def test_mergekit_makes_the_same_of_an_export(title: str, theirs: Any) -> None:
+    _, files = theirs
+    expected = merged(f"mergekit={files['llama', title]}")
+    found = _read(Path(f"{files['export', title].with_suffix('')}_theirs"))
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        assert tensor.dtype == expected[key].dtype
+        if title == "arcee_fusion":  # as above
+            assert (~torch.isclose(tensor, expected[key], rtol=0, atol=1e-6)).sum() <= 1
+        else:
+            np.testing.assert_allclose(tensor.float(), expected[key].float(), rtol=0, atol=1e-6, err_msg=key)
+
+
 def _remark(kind: str, title: str) -> str:
     """Say of a config why more than 1e-6 may be between the two."""
-    if title == "linear, slices of unlike models":
+    if title == UNLIKE:
         return "mergekit takes as many models for what follows the layers as the first slice has"
     if title == "arcee_fusion":
         return "at most one entry of a tensor, so near the threshold that float32 decides"

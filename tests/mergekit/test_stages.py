@@ -128,6 +128,7 @@ def test_a_finished_stage_is_used_again_only_if_its_config_and_its_models_are_th
     assert len(list((here / "outputs" / "stages").glob("*-*"))) == 5
 
 
+@pytest.mark.slow
 def test_the_jobs_of_a_grid_share_the_stages_unless_they_differ_in_them(here: Path, mergelab_command: Command) -> None:
     shared = ["-m", "mergekit=stages.yml", "evaluate=false", "tracking=none", "output=out${hydra:job.num}"]
     done = mergelab_command(*shared, "method.t=0.25,0.75")
