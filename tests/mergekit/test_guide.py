@@ -24,6 +24,7 @@ def test_the_guides_commands_write_what_it_shows(workplace: Path, mergelab_comma
     make_models(workplace, "llama")
     for old, new in {"a": "code", "b": "chat", "c": "law"}.items():
         (workplace / old).rename(workplace / new)
+    (workplace / "base" / "mergekit_config.yml").write_text("of another merge")
     shown, stages = "", []
     for kind, content in BLOCKS:
         if kind == "yaml":
