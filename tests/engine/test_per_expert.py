@@ -172,9 +172,7 @@ def test_a_rule_that_names_experts_needs_the_other_weights_by_name_too() -> None
     method = get_method("task_arithmetic")
     rules = [{"match": "head", "weights": {THREE[0]: 3.0}}]
     given = check_parameters(method, {"weights": [1.0, -0.5, 2.0], "rules": rules})
-    with pytest.raises(
-        ConfigError, match=r"^method\.rules\[0\]\.weights: names experts, and method\.weights is"
-    ):
+    with pytest.raises(ConfigError, match=r"^method\.rules\[0\]\.weights: names experts, and method\.weights is"):
         resolve_weights(method, given, THREE, None)
     by_name = dict(zip(THREE, [1.0, -0.5, 2.0], strict=True))
     given = check_parameters(method, {"weights": by_name, "rules": rules})

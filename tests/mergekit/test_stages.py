@@ -222,3 +222,18 @@ def test_our_own_config_has_stages_too(here: Path) -> None:
     assert plan.config.models.stages is not None
     with pytest.raises(ConfigError, match=r"models\.stages\.x\.expert: no such key; did you mean 'experts'"):
         planned(*given, "models.stages={x:{expert:[./a],method:{name:soup}}}")
+
+
+@pytest.mark.slow
+def test_the_trials_of_a_sweep_share_the_stages(arguments: list[str], mergelab_command: Command) -> None:
+    stage = "models.stages={x:{base:./base,experts:{a:./a,b:./b},method:{name:soup}}}"
+    given = [*(each for each in arguments if "experts" not in each), "models.experts={x:x,c:./c}", stage, "task=rte"]
+    sweep = ["-m", "sweep=task_arithmetic", "sweep.n_trials=2", "sweep.sampler=random", "sweep.pruner=none"]
+    done = mergelab_command(*sweep, *given, "tracking=none", "models.stages.x.method.weights=[1,3]", "output=best")
+    assert done.code == 0, done.err
+    assert [line.split()[1] for line in done.out.splitlines() if line.startswith("stage ")] == ["x"]
+    (folder,) = Path("outputs/stages").glob("x-*")
+    made_of = json.loads((folder / "mergelab.json").read_text())
+    assert made_of["parameters"]["weights"] == [1.0, 3.0]
+    best = json.loads(Path("best/mergelab.json").read_text())
+    assert best["experts"][0]["merge"] == made_of
