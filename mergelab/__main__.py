@@ -41,8 +41,9 @@ def _main() -> None:
 def _experiment(arguments: list[str]) -> None:
     from mergelab.cli.run import run
     from mergelab.mergekit.commands import expanded
+    from mergelab.sweep.method_space import searched_keys
 
-    run(expanded(arguments))
+    run(expanded(arguments, searched_keys))
 
 
 if __name__ == "__main__":

@@ -209,6 +209,8 @@ class ModelsConfig(Schema):
     experts: dict[str, ExpertConfig] = Field(min_length=1)
     slices: dict[str, SliceConfig] | None = None
     """What the merged model's layers are made of, from the first on, by any names; None: all layers of all models."""
+    stages: dict[str, str | dict[str, Any]] | None = None
+    """Merges that come first, whose results the others' models may be; or the folders that hold them."""
     head: str = "average"
     passthrough: list[str] = []
     leave_out: LeaveOut = []
@@ -243,6 +245,11 @@ class ModelsConfig(Schema):
         if isinstance(slices, Sequence) and not isinstance(slices, str):
             return {f"s{at}": each for at, each in enumerate(slices, 1)}
         return slices or None
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _none_without(cls, stages: object) -> object:
+        return stages or None
 
     @field_validator("leave_out", mode="before")
     @classmethod
@@ -369,6 +376,8 @@ class SaveConfig(Schema):
     """The repository of the hub that what is written is uploaded to; None: none."""
     private: bool = True
     """Whether that repository is private."""
+    stages: str = "outputs/stages"
+    """The folder for the results of ``models.stages``, each in a folder of its own."""
 
     @property
     def max_shard_bytes(self) -> int:

@@ -122,6 +122,7 @@ def register() -> None:
         "base": _Mapping(None, flags=_OPEN),
         "experts": Experts({}, flags=_OPEN),
         "slices": _Mapping(None, flags=_OPEN),
+        "stages": _Mapping(None, flags=_OPEN),
         "head": "average",
         "passthrough": [],
         "vocab": None,

@@ -114,8 +114,15 @@ class Parameters(BaseModel):
     def check_experts(self, names: Sequence[str]) -> None:
         """Raise `ConfigError` where values for each expert, those of rules among them, do not fit the experts."""
         check_experts(self._each, names)
+        plain = {key_of(name): value for name, value in self.arguments().items()}
         for index, rule in enumerate(self._varied.rules if self._varied is not None else ()):
             mappings = {key: value for key, value in rule.values.items() if isinstance(value, Mapping)}
+            for key in mappings:
+                if isinstance(plain.get(key), tuple):
+                    raise ConfigError(
+                        f"method.rules[{index}].{key}: names experts, and method.{key} is a list; write "
+                        f"method.{key}={{NAME: NUMBER, ...}} too"
+                    )
             own = {key: {**self._each.get(key, {}), **value} for key, value in mappings.items()}
             check_experts({key: value for key, value in own.items() if self._is_of_experts(key)}, names, index)
 

@@ -11,13 +11,16 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from mergelab.config import ExpertConfig, ReferenceConfig, local_path
+from mergelab.console.progress import say
+from mergelab.experiment.exporting import as_mergekit
+from mergelab.mergekit.export import NoEqual
 from mergelab.models.architecture import pipeline_tag
 from mergelab.models.references import Pair, local_folder, parse_reference
 from mergelab.report.card import CardFacts, Library, MeasuredOn, common_license, model_card, read_metadata
 from mergelab.report.local_paths import LocalPaths, is_local_path, name_of
 from mergelab.report.provenance import Merge, SourceModel, read_provenance
 from mergelab.tracking import names
-from mergelab.weights.companions import PROVENANCE, README
+from mergelab.weights.companions import MERGEKIT, PROVENANCE, README
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,18 +28,19 @@ if TYPE_CHECKING:
     from mergelab.evaluation.results import ExperimentResult, ModelResult
     from mergelab.experiment.evaluator import Evaluator
     from mergelab.experiment.locate import LocatedModel, LocatedModels
+    from mergelab.experiment.opening import OpenedModels
     from mergelab.experiment.plan import Plan
     from mergelab.models.references import Reference
     from mergelab.tasks.data import TaskData
     from mergelab.tracking import Run, Tracker
 
 # Keys of the configuration that say where something is kept, and not what is merged.
-_NOT_THE_RECIPE = ("tracking", "output", "save.push_to_hub", "save.private", "hydra", "sweep")
+_NOT_THE_RECIPE = ("tracking", "output", "save.push_to_hub", "save.private", "save.stages", "hydra", "sweep")
 
 
 @dataclass(frozen=True)
 class Cards:
-    """Makes the card and the provenance of a merged model's folder.
+    """Makes the card and the provenance of a merged model's folder, and its config for mergekit.
 
     Attributes:
         plan: the experiment.
@@ -46,6 +50,7 @@ class Cards:
         result: the scores, if the model was measured.
         evaluator: has the examples that the scores are of.
         whole: whether the folder has a whole model, where ``save.form`` asks for an adapter.
+        opened: the models, where there are any.
     """
 
     plan: Plan
@@ -56,6 +61,7 @@ class Cards:
     result: ExperimentResult | None = None
     evaluator: Evaluator | None = None
     whole: bool = False
+    opened: OpenedModels | None = None
 
     def __call__(self, config: Mapping[str, Any], task: str | None = None) -> dict[str, str]:
         """Return the texts of the files to write, by their names.
@@ -81,7 +87,23 @@ class Cards:
             experiment=self.run.experiment,
             miniature=self._is_mini,
         )
-        return {README: model_card(facts), PROVENANCE: self._merge.to_json()}
+        config_file = {} if self._exported[0] is None else {MERGEKIT: self._exported[0]}
+        return {README: model_card(facts), PROVENANCE: self._merge.to_json(), **config_file}
+
+    def say_not_exported(self) -> None:
+        """Write which setting keeps the merge from being a mergekit config, where one does."""
+        if self._exported[1] is not None:
+            say(f"mergekit  no {MERGEKIT}: {self._exported[1]}")
+
+    @cached_property
+    def _exported(self) -> tuple[str | None, str | None]:
+        """The merge as a mergekit config, or else why it is none."""
+        if self.located is None or self.opened is None:
+            return None, f"save.form={self.plan.config.save.form}: mergekit writes whole models"
+        try:
+            return as_mergekit(self.plan, self.located, self.opened), None
+        except NoEqual as reason:
+            return None, str(reason)
 
     def name(self, task: str | None) -> str:
         """Return the model's name: that of its repository on the hub, or of its folder."""
@@ -188,7 +210,7 @@ class Cards:
 
         wanted = ("models", "method", "task", "eval", "save", "source", "seed")
         settings = {key: self.plan.resolved[key] for key in wanted if key in self.plan.resolved}
-        settings["save"] = {k: v for k, v in settings["save"].items() if k not in ("push_to_hub", "private")}
+        settings["save"] = {k: v for k, v in settings["save"].items() if k not in ("push_to_hub", "private", "stages")}
         return OmegaConf.to_yaml(OmegaConf.create(self._paths.of_values(settings)))
 
     # ---------------------------------------------------------------------------------------------------------- scores

@@ -16,7 +16,9 @@ from mergelab.tracking import names
 from mergelab.tracking.logged_models import model_folders
 
 if TYPE_CHECKING:
+    from mergelab.experiment.cards import Cards
     from mergelab.experiment.plan import Plan
+    from mergelab.experiment.saving import Saving
     from mergelab.tracking import Run, Tracker
 
 Write = Callable[[Path], object]
@@ -87,6 +89,12 @@ def keep(
             made(whole or write, put_aside)
         elif logged:
             log(plan, tracker, run, made(whole) if whole else folder or made(write))
+
+
+def say_written(saving: Saving, cards: Cards) -> None:
+    """Say what else is in a written model's folder, and what is not."""
+    saving.say_copied()
+    cards.say_not_exported()
 
 
 def push(plan: Plan, folder: Path) -> None:

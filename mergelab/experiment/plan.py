@@ -13,6 +13,7 @@ from mergelab.errors import ConfigError, did_you_mean, listed, shortened
 from mergelab.experiment.compared import used_name
 from mergelab.experiment.locate import Source, decide_source
 from mergelab.experiment.slicing import without_slices
+from mergelab.experiment.stages import KEY, in_order, named, stage_experiment, with_made_stages
 from mergelab.models.references import parse_reference, references
 
 if TYPE_CHECKING:
@@ -42,7 +43,13 @@ class Plan:
 
     @property
     def source(self) -> Source:
-        """Decide where models and data come from."""
+        """Decide where models and data come from.
+
+        Raises:
+            ConfigError: some are stages that are to be made.
+        """
+        if self.config.models.stages:
+            raise ConfigError(f"{KEY}: is for merges, and for sweeps of settings that are no stage's")
         data = {task.name: (task.path, task.config) for task in self.tasks if task.path}
         local = self.data_dir is not None or not (self.config.evaluate or self.method.needs)
         return decide_source(self.config.source, self.config.models, data, data_is_local=local)
@@ -64,7 +71,8 @@ def plan_experiment(config: DictConfig, *, merges: bool = True) -> Plan:
     from mergelab.tracking import tracking_config
 
     resolved = _resolved(config)
-    checked = without_slices(check(ExperimentConfig, resolved))
+    written = with_made_stages(check(ExperimentConfig, resolved))
+    checked = without_slices(written)
     if checked.models.base is not None and "base" in checked.models.experts:
         raise ConfigError("models.experts.base: that is the base's name; give another one: {<name>: <reference>}")
     names = [*(["base"] if checked.models.base is not None else []), *checked.models.experts]
@@ -93,7 +101,10 @@ def plan_experiment(config: DictConfig, *, merges: bool = True) -> Plan:
             "tracking.log_model=none"
         )
     if checked.output is not None:
-        check_output(checked.output, checked.models)
+        check_output(checked.output, checked.models if written.models.stages is None else None)
+    for name in in_order(written.models):
+        with named(f"{KEY}.{name}"):
+            plan_experiment(stage_experiment(resolved, name, {}), merges=False)
     return Plan(
         checked,
         resolved,
@@ -260,8 +271,10 @@ def warn_if_mini(plan: Plan, source: str) -> None:
         )
 
 
-def check_output(output: str, models: ModelsConfig) -> None:
+def check_output(output: str, models: ModelsConfig | None) -> None:
     """Check, before any work is done, that the merge of ``models`` can be written to ``output``.
+
+    ``models`` is None where some of them are still to be made.
 
     Raises:
         ConfigError: it is a file, a folder in use, a model's own folder, or inside something that is no folder.
@@ -277,7 +290,7 @@ def check_output(output: str, models: ModelsConfig) -> None:
     if not existing.is_dir():
         raise ConfigError(f"output={output}: {existing} is a file; a folder that does not exist yet is needed")
     if existing == folder and any(not is_unfinished(path) for path in folder.iterdir()):
-        for reference in references(models):
+        for reference in references(models) if models is not None else ():
             if reference.folder is not None and folder.samefile(reference.folder):
                 raise ConfigError(f"output={output}: the folder is that of an input model; choose another one")
         raise ConfigError(f"output={output}: the folder is not empty; choose another one or remove it")

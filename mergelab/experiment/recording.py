@@ -95,7 +95,7 @@ def config_hash(resolved: Mapping[str, Any]) -> str:
     """Hash what determines a run's result: the resolved configuration except where it is recorded and saved."""
     hashed = {key: value for key, value in resolved.items() if key not in ("tracking", "output")}
     if isinstance(save := hashed.get("save"), Mapping):
-        hashed["save"] = {key: value for key, value in save.items() if key not in ("push_to_hub", "private")}
+        hashed["save"] = {key: value for key, value in save.items() if key not in ("push_to_hub", "private", "stages")}
     return hashlib.sha256(json.dumps(hashed, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

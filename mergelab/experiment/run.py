@@ -15,9 +15,10 @@ from mergelab.console.tables import result_table
 from mergelab.evaluation.results import RESULT, ExperimentResult, ModelResult, peak_memory_mb, write_result
 from mergelab.experiment import described, messages, recording
 from mergelab.experiment.cards import Cards
-from mergelab.experiment.keeping import Write, check_push, keep, log, push
+from mergelab.experiment.keeping import Write, check_push, keep, log, push, say_written
 from mergelab.experiment.logged import Measured, measure_merged, with_logged
 from mergelab.experiment.plan import Plan, plan_experiment, warn_if_mini
+from mergelab.experiment.staged import made_stages, with_stages
 from mergelab.tracking import names
 
 if TYPE_CHECKING:
@@ -61,8 +62,12 @@ def run_experiment(config: DictConfig) -> float | None:
     return None if result is None else result.objective
 
 
-def finish_experiment(config: DictConfig) -> FinishedExperiment:
+def finish_experiment(config: DictConfig, above: GridParent | None = None) -> FinishedExperiment:
     """Run the experiment that ``config`` composes, show and record its result, and return it.
+
+    Args:
+        config: the composed configuration.
+        above: the run that its own is shown under; None: that of the grid, where it is a grid's job.
 
     Raises:
         MergelabError: something in the configuration, the models or the data is not usable.
@@ -70,8 +75,12 @@ def finish_experiment(config: DictConfig) -> FinishedExperiment:
     plan = plan_experiment(config)
     from mergelab.tracking import open_tracking
 
-    tracker, grid = open_tracking(plan.tracking), _grid_folder()
-    parent = tracker.grid_parent(grid) if grid else None
+    grid = _grid_folder()
+    if plan.config.models.stages:
+        with made_stages(plan, merge_stage) as (folders, stages_run):
+            return finish_experiment(with_stages(plan, folders), None if grid else stages_run)
+    tracker = open_tracking(plan.tracking)
+    parent = tracker.grid_parent(grid) if grid else above
     source = _source(plan, parent)
     check_push(plan, source)
     if not grid:
@@ -101,9 +110,15 @@ def finish_experiment(config: DictConfig) -> FinishedExperiment:
     return FinishedExperiment(result, run.id, run.experiment, _run_folder(), output)
 
 
-def decide_source(config: DictConfig) -> str:
-    """Decide for the jobs of a grid where their models come from, and say so once."""
-    return _source(plan_experiment(config), None)
+def merge_stage(config: DictConfig, above: GridParent | None) -> str | None:
+    """Merge a stage as ``config`` says, and return its run."""
+    return finish_experiment(config, above).run
+
+
+def decide_source(config: DictConfig) -> str | None:
+    """Decide for the jobs of a grid where their models come from, and say so once; None where each makes its own."""
+    plan = plan_experiment(config)
+    return None if plan.config.models.stages else _source(plan, None)
 
 
 def _source(plan: Plan, parent: GridParent | None) -> Source:
@@ -161,13 +176,13 @@ def _merge_and_evaluate(plan: Plan, source: Source, tracker: Tracker, run: Run, 
     title = f"{plan.method.name} on {session.located.name}"
     result = ExperimentResult(title, evaluator.note, tuple(evaluator.data), (*baselines, merged))
     recording.record_result(run, result, evaluator, command=described.typed_command())
-    cards = Cards(plan, session.located, run, tracker, model_tags, result, evaluator)
+    cards = Cards(plan, session.located, run, tracker, model_tags, result, evaluator, opened=session.opened)
     saving = Saving(session, plan.config.save, cards)
     save: Write = partial(saving.save, backbones)
     in_grid = plan.tracking.log_model == "best" and _grid_folder() is not None
     aside = _run_folder() / names.MODEL if in_grid else None
     if adapter is None:
-        keep(plan, tracker, run, save, written=saving.say_copied, put_aside=aside)
+        keep(plan, tracker, run, save, written=partial(say_written, saving, cards), put_aside=aside)
     else:
         reference, revision = base_reference(plan, source, session.located)
         write = partial(adapter.write, reference=reference, revision=revision, documents=cards)
@@ -188,7 +203,7 @@ def _merge_to_disk(plan: Plan, source: Source, tracker: Tracker, run: Run, progr
 
     located = locate(plan.config.models, source, [task.name for task in plan.tasks if task.path], progress)
     session = open_session(located, plan.tasks, plan.config, module_names=bool(plan.method.needs))
-    cards = Cards(plan, located, run, tracker, recording.record_models(run, session))
+    cards = Cards(plan, located, run, tracker, recording.record_models(run, session), opened=session.opened)
     recording.record_inputs(run, plan.resolved, ())
 
     needed = "data" in plan.method.needs
@@ -200,7 +215,7 @@ def _merge_to_disk(plan: Plan, source: Source, tracker: Tracker, run: Run, progr
     saving, whole = Saving(session, plan.config.save, cards), None
     if plan.config.save.form == "dense":
         seconds = merging.to_disk(saving, folder, merge_key(plan, session))
-        saving.say_copied()
+        say_written(saving, cards)
     else:
         from mergelab.experiment.adapter_output import AdapterOutput, base_reference
 

@@ -199,7 +199,7 @@ def merge_key(plan: Plan, session: Session) -> str:
         "models": [config.models.model_dump(), stamps],
         "vocabulary": opened.vocabulary and opened.vocabulary.digest,
         "tasks": [[task.name, session.heads[task.name].digest] for task in session.tasks],
-        "save": config.save.model_dump(exclude={"push_to_hub", "private"}),
+        "save": config.save.model_dump(exclude={"push_to_hub", "private", "stages"}),
         "seed": config.seed,
     }
     key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()

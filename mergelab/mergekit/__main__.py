@@ -3,6 +3,7 @@
 Usage:
     mergelab mergekit merge.yml OUT                      # the merged model in the new folder OUT
     mergelab mergekit merge.yml OUT method.lambda=0.7    # with a setting changed
+    mergelab mergekit stages.yml OUT -I FOLDER           # several documents, as mergekit-multi: stages in FOLDER
     mergelab mergekit merge.yml --config                 # print it as a config of this package, for experiment=
 
 ``python -m mergelab.mergekit`` is the same command. mergelab mergekit=merge.yml task=... merges and measures.
@@ -21,7 +22,7 @@ from mergelab.mergekit.commands import KEY, is_strict, read, text_of
 # Flags of mergekit-yaml that choose how it works, where a merge is streamed in any case or nothing of the kind is done.
 _WITHOUT_EFFECT = (
     *("lazy-unpickle", "low-cpu-memory", "clone-tensors", "read-to-gpu", "multi-gpu", "async-write", "gpu-rich"),
-    *("allow-crimes", "write-model-card", "safe-serialization", "copy-tokenizer", "trust-remote-code"),
+    *("allow-crimes", "write-model-card", "safe-serialization", "copy-tokenizer", "trust-remote-code", "lazy"),
 )
 _WITH_VALUE = ("transformers-cache", "lora-merge-cache", "lora-merge-dtype", "write-threads")
 
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.config:
             sys.stdout.write(text_of(read(options.file, strict=is_strict(own)), options.file))
             return 0
+        options.output = options.output or options.out_path
         if options.output is None:
             raise ConfigError("the folder for the merged model is missing: mergelab mergekit merge.yml OUT")
         settings = _settings(options)
@@ -59,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("file", help="a mergekit config")
     parser.add_argument("output", nargs="?", help="a new folder for the merged model; then KEY=VALUE ...")
+    parser.add_argument("--out-path", "-o", help=argparse.SUPPRESS)
+    parser.add_argument("--intermediate-dir", "-I", help="save.stages=...: the folder for the results of stages")
     parser.add_argument("--config", action="store_true", help="print the config of this package, merge nothing")
     parser.add_argument("--cuda", "--gpu-rich", action="store_true", help="merge on a GPU (device=cuda)")
     parser.add_argument("--device", help="device=...")
@@ -88,6 +92,8 @@ def _settings(options: argparse.Namespace) -> list[str]:
         found.append(f"seed={options.random_seed}")
     if options.num_threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(options.num_threads)
+    if options.intermediate_dir:
+        found.append(f"save.stages={options.intermediate_dir}")
     if options.quiet:
         found.append("--quiet")
     return found

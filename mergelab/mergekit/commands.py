@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergelab.errors import ConfigError, one_line
+from mergelab.errors import ConfigError, listed, one_line
 from mergelab.mergekit.document import load
-from mergelab.mergekit.translate import Translation, translate
+from mergelab.mergekit.stages import translate_stages
+from mergelab.mergekit.translate import DTYPE, Translation
 from mergelab.report.commands import spelled
 
 KEY, STRICT = "mergekit", "strict"
+_METHOD = "method."
 
 
-def expanded(arguments: Sequence[str]) -> list[str]:
+def expanded(arguments: Sequence[str], searched: Callable[[str], Collection[str]] = lambda _name: ()) -> list[str]:
     """Put, in the place of ``mergekit=FILE`` among a command's arguments, the overrides that the file stands for.
 
-    They come first, so that every other argument can change them. What mergekit passes over is said on standard error;
-    with ``strict=true`` it is an error.
+    They come first, so that every other argument can change them. A sweep's search space takes the place of the file's
+    values, as of an experiment's. What mergekit passes over is said on standard error; with ``strict=true`` it is an
+    error.
+
+    Args:
+        arguments: the command's.
+        searched: returns the keys that a ready sweep, by its name, sets or varies.
 
     Raises:
         ConfigError: the file is no mergekit config, or cannot be merged here to the same numbers.
@@ -32,7 +40,29 @@ def expanded(arguments: Sequence[str]) -> list[str]:
         raise ConfigError(f"{KEY}: given {len(files)} times; one file is one merge")
     strict = is_strict(arguments)
     rest = [each for each in arguments if not each.startswith((prefix, f"{STRICT}="))]
-    return [*overrides(read(files[0], strict=strict)), *rest]
+    found = read(files[0], strict=strict)
+    sweeps = [each.partition("=")[2] for each in arguments if each.startswith("sweep=")]
+    typed = {each.lstrip("+~").partition("=")[0] for each in rest}
+    return [*overrides(_to_sweep(found, {*searched(sweeps[-1])} - typed) if sweeps else found), *rest]
+
+
+def _to_sweep(found: Translation, keys: Collection[str]) -> Translation:
+    """Return a translation without the method's values that a sweep searches; say which these are.
+
+    Args:
+        found: the translation.
+        keys: what the sweep searches, as ``method.lambda``.
+    """
+    own = {key.removeprefix(_METHOD) for key in keys if key.startswith(_METHOD)}
+    if values := [f"{key}={spelled(value)}" for key, value in found.method.items() if key in own]:
+        sys.stderr.write(f"{one_line(f'note: the sweep searches in place of the config: {listed(values)}')}\n")
+    if ruled := sorted(own & {key for rule in found.method.get("rules", ()) for key in rule}):
+        line = f"note: the config's filters set {listed(ruled)} where they fit; the sweep varies the other tensors"
+        sys.stderr.write(f"{one_line(line)}\n")
+    method = {key: value for key, value in found.method.items() if key not in own}
+    if "required" in method:
+        method["required"] = [key for key in method["required"] if key.partition(".")[0] not in own]
+    return replace(found, method=method)
 
 
 def is_strict(arguments: Sequence[str]) -> bool:
@@ -44,20 +74,16 @@ def is_strict(arguments: Sequence[str]) -> bool:
 
 
 def read(file: str, *, strict: bool = False) -> Translation:
-    """Read a file of one merge, and say what in it has no effect.
+    """Read a file of a merge, with its stages in further documents, and say what in it has no effect.
 
     Raises:
         ConfigError: as for `expanded`.
     """
-    documents = load(file)
-    if len(documents) > 1:
-        raise ConfigError(f"{file}: has {len(documents)} documents; a merge in stages cannot be run here")
-    ((where, content),) = documents
-    found = translate(content, where, Path(file).stem)
+    found = translate_stages(load(file), file, Path(file).stem)
     for note in found.notes:
-        if strict and not note.startswith("dtype:"):
-            raise ConfigError(f"{where}: {note} (strict=true)")
-        sys.stderr.write(f"{one_line(f'note: {where}: {note}')}\n")
+        if strict and f": {DTYPE}" not in note:
+            raise ConfigError(f"{note} (strict=true)")
+        sys.stderr.write(f"{one_line(f'note: {note}')}\n")
     return found
 
 

@@ -184,5 +184,11 @@ def pattern(text: str) -> str:
     return f"*{escaped}*"
 
 
+def filter_of(match: str) -> str | None:
+    """Return the text that names must have in them to fit a pattern; None where it asks for more than that."""
+    text = re.sub(r"\[([*?[])\]", r"\1", match[1:-1])
+    return text if text and pattern(text) == match else None
+
+
 def _is_curve(value: Any) -> bool:
     return isinstance(value, list) or (isinstance(value, Mapping) and any(map(_is_curve, value.values())))

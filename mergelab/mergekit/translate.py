@@ -12,9 +12,10 @@ from mergelab.mergekit.document import MergeDocument, Slice, parse
 from mergelab.mergekit.methods import METHODS, Method, known_parameters
 from mergelab.mergekit.settings import Settings, settings_of
 
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
+DTYPE = "dtype:"  # how the note begins that is no fault of the config
 _BASE = "base"
-_WORDS = {_BASE, "null", "true", "false", "nan", "inf"}
+WORDS = {_BASE, "null", "true", "false", "nan", "inf"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _names(models: Mapping[str, None]) -> dict[str, str]:
     for model in models:
         stems = [re.sub(r"@.*$", "", part).rstrip("/").rsplit("/", 1)[-1] for part in model.split("+")]
         stem = re.sub(r"[^A-Za-z0-9_-]", "_", "-".join(stems)) or "model"
-        stem = stem if stem[0].isalpha() and stem.lower() not in _WORDS else f"m_{stem}"
+        stem = stem if stem[0].isalpha() and stem.lower() not in WORDS else f"m_{stem}"
         name, number = stem, 2
         while name in names.values():
             name, number = f"{stem}-{number}", number + 1
@@ -175,13 +176,13 @@ def _dtype(document: MergeDocument, save: dict[str, Any]) -> list[str]:
     """Set what the merged model is stored in; say where mergekit rounds on the way."""
     computed, stored = (document.settings.get(key) for key in ("dtype", "out_dtype"))
     for key, value in (("dtype", computed), ("out_dtype", stored)):
-        if value is not None and value not in _DTYPES:
-            raise ConfigError(f"{document.where}: {key}={value}: must be one of {listed(_DTYPES)}")
+        if value is not None and value not in DTYPES:
+            raise ConfigError(f"{document.where}: {key}={value}: must be one of {listed(DTYPES)}")
     if (chosen := stored or computed) is not None:
         save["dtype"] = chosen
-    if computed in _DTYPES[1:]:
+    if computed in DTYPES[1:]:
         return [
-            f"dtype: {computed}: mergekit rounds to it on the way; here all is computed in float32 and rounded once, "
+            f"{DTYPE} {computed}: mergekit rounds to it on the way; here all is computed in float32 and rounded once, "
             f"as mergekit does with dtype: float32 and out_dtype: {chosen}"
         ]
     return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,11 +12,12 @@ from typing import Any
 
 from mergelab.errors import HubError
 from mergelab.models.hub import causes_of, endpoint, reachable
-from mergelab.weights.companions import PROVENANCE
+from mergelab.weights.companions import MERGEKIT, PROVENANCE
 
 _EMPTY = {".gitattributes"}  # what the hub puts into a new repository
 # Where older versions of transformers wrote the place that a model or a tokenizer was loaded from.
 _PLACES = {"config.json": "_name_or_path", "tokenizer_config.json": "name_or_path"}
+_FOLDER = re.compile(r"^[ -]*(model|base_model|path): *['\"]?/", re.MULTILINE)  # in a mergekit config written here
 
 
 def check_token(repo_id: str) -> None:
@@ -86,15 +88,19 @@ def push(folder: Path, repo_id: str, *, private: bool) -> str:
 def without_places(folder: Path) -> Iterator[Path]:
     """Yield the folder, or one like it whose configs do not say where on this machine their models were.
 
-    The files of the other folder are links to those of the first, but for the configs that differ.
+    A mergekit config of models that are folders of this machine is left out: nobody else could use it. The files of the
+    other folder are links to those of the first, but for the configs that differ.
     """
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     changed = {file: text for file in files if (text := _without_place(file)) is not None}
-    if not changed:
+    local = [file for file in files if file.name == MERGEKIT and _names_folders(file)]
+    if not (changed or local):
         yield folder
         return
     with tempfile.TemporaryDirectory() as temporary:
         for file in files:
+            if file in local:
+                continue
             target = Path(temporary, file.relative_to(folder))
             target.parent.mkdir(parents=True, exist_ok=True)
             if file in changed:
@@ -114,6 +120,11 @@ def _without_place(file: Path) -> str | None:
     if not isinstance(place, str) or not (place.startswith(("/", ".", "~", "\\")) or place[1:2] == ":"):
         return None  # a hub id, which may be said
     return json.dumps({name: value for name, value in content.items() if name != key}, indent=2) + "\n"
+
+
+def _names_folders(file: Path) -> bool:
+    """Return whether a mergekit config that was written here has a model that is a folder."""
+    return _FOLDER.search(file.read_text(encoding="utf-8")) is not None
 
 
 def _why(error: Exception) -> str:

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from mergelab.config import CONF_DIR
 from mergelab.engine.parameters import key_of
-from mergelab.engine.registry import get_method
+from mergelab.engine.registry import get_method, method_names
 from mergelab.engine.sweep_range import NotSwept, SweepRange
 from mergelab.errors import SweepError
 
@@ -50,6 +51,21 @@ def sweep_config_of(name: str) -> dict[str, Any]:
         "defaults": ["_settings", "_self_", {"override /method": name}, {"override /hydra/sweeper": "mergelab"}],
         "sweep": {"params": params, "enqueue": [{key: defaults[key] for key in params}]},
     }
+
+
+def searched_keys(name: str) -> list[str]:
+    """Return the keys that the ready sweep ``name`` varies or sets; none for a file of the user's own."""
+    from omegaconf import OmegaConf
+
+    file = CONF_DIR / "sweep" / f"{name}.yaml"
+    if file.is_file():
+        content = OmegaConf.load(file)
+    elif name in method_names():
+        content = OmegaConf.create(sweep_config_of(name))
+    else:
+        return []
+    params = OmegaConf.select(content, "sweep.params") or {}
+    return [*map(str, params), *(f"method.{key}" for key in OmegaConf.select(content, "method") or {})]
 
 
 def method_space(method: MergeMethod) -> dict[str, str]:

@@ -13,7 +13,7 @@ from mergelab.evaluation.scoring import compare
 from mergelab.experiment import recording
 from mergelab.experiment.adapter_output import AdapterOutput, base_reference
 from mergelab.experiment.cards import Cards
-from mergelab.experiment.keeping import keep
+from mergelab.experiment.keeping import keep, say_written
 from mergelab.experiment.loaded import LoadedModels, open_loaded
 from mergelab.experiment.logged import Measured, measure_merged, with_logged
 from mergelab.experiment.merging import Merging
@@ -80,7 +80,7 @@ def report_winner(plan: Plan, source: Source, tracker: Tracker, run: Run, progre
     recording.log_coefficients(run, examples)
     tags = {names.MERGE_PATH: loaded.path} | recording.calibration_tags(examples)
     recording.record_result(run, result, evaluator, tags=tags)
-    cards = Cards(plan, session.located, run, tracker, model_tags, result, evaluator)
+    cards = Cards(plan, session.located, run, tracker, model_tags, result, evaluator, opened=session.opened)
     _save(plan, source, loaded, tracker, run, examples, progress, cards)
     without_predictions = tuple(replace(model, predictions={}) for model in models)
     return Report(replace(result, models=without_predictions), against, model_tags, run.id)
@@ -138,7 +138,7 @@ def _save(
         return
     backbones, _ = loaded.merged(plan.method, plan.parameters, examples, progress, weights)
     saving = Saving(session, plan.config.save, cards)
-    keep(plan, tracker, run, partial(saving.save, backbones), written=saving.say_copied)
+    keep(plan, tracker, run, partial(saving.save, backbones), written=partial(say_written, saving, cards))
 
 
 def _against(

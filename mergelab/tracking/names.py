@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-Kind = Literal["merge", "grid", "sweep", "trial", "report", "base", "expert", "analysis"]
+Kind = Literal["merge", "grid", "sweep", "trial", "report", "base", "expert", "analysis", "stages"]
 
 # ---------------------------------------------------------------------------------------------------- tags: every run
 
@@ -34,6 +34,11 @@ _MODEL = "model."
 def model(name: str) -> str:
     """Name the tag with a model's reference and revision."""
     return f"{_MODEL}{name}"
+
+
+def stage(name: str) -> str:
+    """Name the tag with the run that made a stage, or where it is."""
+    return f"stage.{name}"
 
 
 def model_hash(name: str) -> str:
@@ -262,6 +267,11 @@ def trial_run(task: str, method: str, number: int) -> str:
 def report_run(task: str, method: str, number: int) -> str:
     """Name the run of a sweep's report, which measures the trial ``number`` on the reporting examples."""
     return f"{task} {method} report: trial {number}"
+
+
+def stages_run(task: str, stages: Sequence[str]) -> str:
+    """Name the run that those of a merge's stages are shown under."""
+    return f"{task} stages: {', '.join(stages)}"
 
 
 def analysis_run(models: str) -> str:

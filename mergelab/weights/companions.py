@@ -21,7 +21,7 @@ from mergelab.weights.adapters import ADAPTER_CONFIG, HEAD_CONFIG
 from mergelab.weights.quantised import QUANTISATION_FILES
 
 # What describes a model: its card, and what mergelab merged it from. A merged model has its own.
-README, PROVENANCE = "README.md", "mergelab.json"
+README, PROVENANCE, MERGEKIT = "README.md", "mergelab.json", "mergekit_config.yml"
 # sentence-transformers' list of the modules that a model consists of; the first is the transformer itself.
 MODULES = "modules.json"
 _WEIGHTS = (
@@ -62,6 +62,7 @@ _REPLACED = (
     README,
     "newly_initialised.json",
     "mergelab*",
+    MERGEKIT,
     ADAPTER_CONFIG,
     HEAD_CONFIG,
     *QUANTISATION_FILES,

@@ -168,6 +168,17 @@ def test_a_number_belongs_to_its_expert_whatever_the_order(name: str, key: str) 
     assert any(not torch.equal(result[tensor], other[tensor]) for tensor in SHAPES)
 
 
+def test_a_rule_that_names_experts_needs_the_other_weights_by_name_too() -> None:
+    method = get_method("task_arithmetic")
+    rules = [{"match": "head", "weights": {THREE[0]: 3.0}}]
+    given = check_parameters(method, {"weights": [1.0, -0.5, 2.0], "rules": rules})
+    with pytest.raises(ConfigError, match=r"^method\.rules\[0\]\.weights: names experts, and method\.weights is"):
+        resolve_weights(method, given, THREE, None)
+    by_name = dict(zip(THREE, [1.0, -0.5, 2.0], strict=True))
+    given = check_parameters(method, {"weights": by_name, "rules": rules})
+    assert resolve_weights(method, given, THREE, None) == (1.0, -0.5, 2.0)
+
+
 def test_rules_may_set_them_and_numbers_and_lists_may_take_their_place() -> None:
     models = toy_models(3)
     rules: list[dict[str, Any]] = [

@@ -12,10 +12,11 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from mergelab.config import CONF_DIR
+from mergelab.experiment.exporting import as_mergekit
 from mergelab.experiment.locate import locate
 from mergelab.experiment.merging import Merging
 from mergelab.experiment.plan import Plan, plan_experiment
-from mergelab.experiment.session import open_session
+from mergelab.experiment.session import Session, open_session
 from mergelab.mergekit.commands import expanded
 
 LAYERS = {"llama": 4, "tied": 3, "bert": 3}
@@ -57,9 +58,30 @@ def planned(*arguments: str) -> Plan:
         return plan_experiment(compose("config", expanded([*arguments, "evaluate=false", "output=out"])))
 
 
+def exported(*arguments: str) -> str:
+    """Return the mergekit config that the command with these arguments would write."""
+    plan, session = _opened(*arguments)
+    return as_mergekit(plan, session.located, session.opened)
+
+
 def merged(*arguments: str) -> Mapping[str, Tensor]:
     """Merge as the command with these arguments would, in memory."""
-    plan = planned(*arguments)
-    session = open_session(locate(plan.config.models, "local", []), plan.tasks, plan.config)
-    backbones, _ = Merging(plan.method, plan.parameters, session, 0, lambda _message, _done: None).in_memory()
+    return _merged(*_opened(*arguments))
+
+
+def merged_and_exported(*arguments: str) -> tuple[Mapping[str, Tensor], str]:
+    """Return what both `merged` and `exported` do."""
+    plan, session = _opened(*arguments)
+    return _merged(plan, session), as_mergekit(plan, session.located, session.opened)
+
+
+def _merged(plan: Plan, session: Session) -> Mapping[str, Tensor]:
+    backbones, _ = Merging(
+        plan.method, plan.parameters, session, plan.config.seed, lambda _message, _done: None
+    ).in_memory()
     return next(iter(backbones.values()))
+
+
+def _opened(*arguments: str) -> tuple[Plan, Session]:
+    plan = planned(*arguments)
+    return plan, open_session(locate(plan.config.models, "local", []), plan.tasks, plan.config)

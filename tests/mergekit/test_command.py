@@ -1,8 +1,7 @@
-"""The command for mergekit's configs, its flags, and what it prints; the README's example is one of them."""
+"""The command for mergekit's configs, its flags, and what it prints."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,23 +16,30 @@ from safetensors.torch import load_file
 from mergelab.cli.help import commands
 from mergelab.errors import ConfigError
 from mergelab.mergekit.__main__ import main, shard_size
-from tests.conftest import ROOT
+from tests.mergekit.configs import placed
 from tests.mergekit.made import make_models, merged, planned
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+MERGE = """
+merge_method: ties
+base_model: base
+models:
+  - model: base
+  - model: a
+    parameters: {density: 0.5, weight: [{filter: mlp, value: [0.2, 0.8]}, {value: 0.5}]}
+  - model: b
+    parameters: {density: 0.3, weight: 1.0}
+parameters: {lambda: 0.9}
+dtype: float32
+out_dtype: bfloat16
+"""
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The README's merge.yml, with the models that it names."""
+    """A merge.yml, with the models that it names."""
     folder = tmp_path_factory.mktemp("home")
     make_models(folder, "llama")
-    (text,) = re.findall(r"```yaml\n(# merge\.yml\n.*?)```", README, flags=re.DOTALL)
-    content: dict[str, Any] = yaml.safe_load(text)
-    names = iter("ab")
-    for each in content["models"]:
-        each["model"] = str(folder / ("base" if each["model"] == content["base_model"] else next(names)))
-    (folder / "merge.yml").write_text(yaml.safe_dump(content | {"base_model": str(folder / "base")}))
+    (folder / "merge.yml").write_text(placed(yaml.safe_load(MERGE), folder))
     return folder
 
 
@@ -62,10 +68,12 @@ def test_the_command_merges_with_the_flags_of_scripts_and_a_setting_changed(home
     expected = merged(f"mergekit={file}", "method.lambda=0.5", "save.dtype=bfloat16")
     assert same(load_file(tmp_path / "out" / "model.safetensors"), expected)
     assert not same(expected, merged(f"mergekit={file}"))
-    again = run(tmp_path, "mergelab", "mergekit", file, "out", "tracking=none")
-    assert again.returncode == 2
-    assert again.stderr.count("\n") <= 2
-    assert "the folder is not empty" in again.stderr
+    again = merged(f"mergekit={tmp_path / 'out' / 'mergekit_config.yml'}")
+    assert same(again, expected)
+    repeated = run(tmp_path, "mergelab", "mergekit", file, "out", "tracking=none")
+    assert repeated.returncode == 2
+    assert repeated.stderr.count("\n") <= 2
+    assert "the folder is not empty" in repeated.stderr
 
 
 def test_the_printed_config_is_the_same_merge_as_an_experiment(home: Path, capsys: Any, tmp_path: Path) -> None:

@@ -214,6 +214,27 @@ def test_overrides_come_first_so_that_others_can_change_them(tmp_path: Path) -> 
     assert "method.lambda=0.7" in lines
 
 
+def test_a_ready_sweep_searches_its_space_and_what_is_typed_stays(tmp_path: Path, capsys: Any) -> None:
+    from mergelab.sweep.method_space import searched_keys
+
+    file = tmp_path / "merge.yml"
+    file.write_text(TIES.replace("density: 0.3, lambda: 0.7", "density: [{filter: mlp, value: 0.4}, {value: 0.3}]"))
+
+    def keys(*typed: str) -> set[str]:
+        given = ["-m", f"mergekit={file}", *typed]
+        found = expanded(given, searched_keys)[: -len(typed)]
+        return {each.partition("=")[0] for each in found} & {"method.lambda", "method.density", "method.weights"}
+
+    assert keys("task=rte") == {"method.lambda", "method.density", "method.weights"}
+    assert keys("sweep=ties") == {"method.weights"}
+    said = capsys.readouterr().err
+    assert "the sweep searches in place of the config: density={one:0.5,two:0.3}, lambda=1.0" in said
+    assert "the config's filters set density where they fit; the sweep varies the other tensors" in said
+    assert keys("sweep=ties", "method.density=0.9") == {"method.density", "method.weights"}
+    assert keys("sweep=layerwise") == {"method.density", "method.weights"}
+    assert keys("sweep=mine") == {"method.lambda", "method.density", "method.weights"}
+
+
 def test_values_survive_hydras_grammar() -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 

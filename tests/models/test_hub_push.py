@@ -179,3 +179,21 @@ def _folder(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / name).write_text("{}")
     return folder
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "base_model: org/base\nmodels:\n- model: /home/me/secret+org/lora\n",
+        "base_model: '/home/me/secret'\n",
+        "slices:\n- sources:\n  - model:\n      model:\n        path: /home/me/a+b\n",
+        "models:\n- model: org/a\n- model: org/b@v1\n",
+    ],
+)
+def test_a_mergekit_config_of_folders_of_this_machine_is_not_pushed(tmp_path: Path, config: str) -> None:
+    folder = _folder(tmp_path / "model", "mergelab.json")
+    (folder / "mergekit_config.yml").write_text(config)
+    with without_places(folder) as clean:
+        assert (clean / "mergekit_config.yml").is_file() == ("org/b@v1" in config)
+        assert (clean / "mergelab.json").is_file()
+    assert (folder / "mergekit_config.yml").read_text() == config

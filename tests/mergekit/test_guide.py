@@ -1,0 +1,47 @@
+"""The guide for mergekit's users: every command in it is run, and what it shows is what they write."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, Outcome
+from tests.mergekit.made import make_models
+
+GUIDE = (ROOT / "docs" / "guides" / "mergekit.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(yaml|bash|text)\n(.*?)```", GUIDE, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::mergelab.errors.MergeWarning")
+def test_the_guides_commands_write_what_it_shows(workplace: Path, mergelab_command: Callable[..., Outcome]) -> None:
+    make_models(workplace, "llama")
+    for old, new in {"a": "code", "b": "chat", "c": "law"}.items():
+        (workplace / old).rename(workplace / new)
+    (workplace / "base" / "mergekit_config.yml").write_text("of another merge")
+    shown, stages = "", []
+    for kind, content in BLOCKS:
+        if kind == "yaml":
+            (name,) = re.findall(r"^# (\S+)$", content, flags=re.MULTILINE)
+            (workplace / name).write_text(content)
+        elif kind == "text":
+            assert set(content.splitlines()) <= set(shown.splitlines())
+        else:
+            for line in content.splitlines():
+                _, _, module, *arguments = shlex.split(line)
+                command = {"mergelab": [], "mergelab.mergekit": ["mergekit"]}[module]
+                done = mergelab_command(*command, *arguments)
+                assert done.code == 0, done.err
+                shown = done.out
+                stages.append([each.split()[1] for each in shown.splitlines() if re.fullmatch(r"stage +\w+", each)])
+    assert stages == [[], ["both", "legal"], [], []]
+    assert sum("input_layernorm" in name for name in load_file(workplace / "stacked" / "model.safetensors")) == 6
+    kept = yaml.safe_load((workplace / "stacked" / "mergekit_config.yml").read_text())
+    assert kept["slices"][1]["sources"] == [{"model": str(workplace / "chat"), "layer_range": [1, 4]}]
+    assert not (workplace / "ties" / "mergekit_config.yml").exists()
