@@ -21,7 +21,7 @@ from mergelab.engine.parameters import Density, Fraction, Positive, Samples
 from mergelab.errors import ConfigError
 from mergelab.estimation.disk_cache import disk_cached
 from mergelab.estimation.examples import LABELS, Batch, ExampleSource, ExpertExamples, Padding
-from mergelab.estimation.forward import frozen, requiring_gradients, size_of
+from mergelab.estimation.forward import frozen, merged_parameters, requiring_gradients, size_of
 from mergelab.ops.blocks import blockwise, working
 from mergelab.ops.multi_task import MultiTask, agreeing, multi_task_vector, prepare_multi_task
 from mergelab.ops.philox import stream_key, words
@@ -186,7 +186,7 @@ def _task(expert: str, content: str, drawn: ExpertExamples) -> _Task:
     """Collect an expert's examples and unmerged parameters, before another expert is loaded into the same module."""
     module = drawn.module()
     names = drawn.parameter_names
-    merged = {names[own]: parameter for own, parameter in module.named_parameters() if own in names}
+    merged = merged_parameters(module, names)
     ids = {id(parameter) for parameter in merged.values()}
     unmerged = [
         (parameter, parameter.detach().clone()) for parameter in module.parameters() if id(parameter) not in ids
