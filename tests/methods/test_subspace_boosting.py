@@ -69,6 +69,29 @@ def test_directions_that_no_expert_changes_stay_the_bases() -> None:
     assert values[3] < 1e-12 * values[0]
 
 
+SUMS: list[Any] = ["task_arithmetic", {"name": "task_arithmetic", "lambda": 1.7}, "soup"]
+
+
+@pytest.mark.parametrize("method", ["subspace_boosting", "svc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("then", SUMS, ids=str)
+def test_what_rounding_alone_adds_to_experts_of_low_rank_is_no_direction_of_theirs(
+    method: str, dtype: torch.dtype, then: Any
+) -> None:
+    """The result is that of the experts before they are rounded; noise would be raised to the level of what they add."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(96, 80, generator=generator, dtype=torch.float64).to(dtype)
+    factors = [torch.randn(96 + 80, 3, generator=generator, dtype=torch.float64) for _ in range(2)]
+    exact = [base.double() + 0.3 * f[:96] @ f[96:].T for f in factors]
+    options = {"alpha": 0.5} if method == "svc" else {"beta": 0.3}
+    wanted = merged_x(method, one_tensor(base.double(), *exact, dtype=torch.float64), then=then, **options)
+    stored = merged(method, one_tensor(base, *(each.to(dtype) for each in exact), dtype=dtype), then=then, **options)
+    change = wanted - base.double()
+    difference = stored["x"].double() - wanted
+    assert float(difference.norm()) < 20 * torch.finfo(dtype).eps * float(wanted.norm())
+    assert int(torch.linalg.matrix_rank(change, tol=1e-9)) == 6
+
+
 def test_embeddings_and_tensors_that_are_no_matrices_are_what_the_other_method_makes_of_them() -> None:
     models = toy_models(3, dtype=torch.float64)
     result, plain = merged("subspace_boosting", models, then="ties"), merged("ties", models)
