@@ -59,9 +59,10 @@ def svc(
 
     Departures: directions whose σ is no larger than rounding to the dtype that the experts are stored in alone makes it
     (`mergelab.engine.merged_vector.MergedVector.noise`) are dropped. Where ‖a_r^t‖ is no larger than such rounding,
-    s_r^t counts as 0; the authors' code limits ‖a_r^t‖² to 1e-12 from below, which small task vectors reach. With matrices stored transposed (GPT-2's Conv1D), u_r is along
-    the outputs all the same. Where singular values of the merge are equal (`iso_c` makes them so), the paper does not
-    say along which directions to compare; they are those that the decomposition happens to give.
+    s_r^t counts as 0; the authors' code limits ‖a_r^t‖² to 1e-12 from below, which small task vectors reach. With
+    matrices stored transposed (GPT-2's Conv1D), u_r is along the outputs all the same. Where singular values of the
+    merge are equal (`iso_c` makes them so), the paper does not say along which directions to compare; they are those
+    that the decomposition happens to give.
 
     Args:
         base: θ0, whole.
