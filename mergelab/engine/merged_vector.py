@@ -72,12 +72,7 @@ def prepare_merged(
     method, parameters = chained(then)
     sources = [source for source in (models.base, *models.experts) if source is not None]
     double = any(source.dtype(name) == torch.float64 for source in sources for name in models.names)
-    job = checked_job(
-        replace(method, coefficients=None),  # low-rank changes are added up with the base otherwise, and rounded
-        parameters,
-        models,
-        weights=weights,
-        seed=seed,
-        dtype=torch.float64 if double else torch.float32,
-    )
-    return MergedVector(prepared_job(job), method)
+    dtype = torch.float64 if double else torch.float32
+    job = prepared_job(checked_job(method, parameters, models, weights=weights, seed=seed, dtype=dtype))
+    # Low-rank changes are added up with the base where there are coefficients, and rounded.
+    return MergedVector(replace(job, method=replace(job.method, coefficients=None)), job.method)

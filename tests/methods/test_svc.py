@@ -26,6 +26,7 @@ THENS: list[Any] = [
     "tsv_m",
     "consensus",
     {"name": "subspace_boosting", "beta": 1.0},
+    {"name": "lines", "then": "ties", "beta": 0.7},
     "soup",
 ]
 
@@ -153,6 +154,8 @@ def test_weights_and_seed_are_handed_on() -> None:
         ({"alpha": 0.0}, r"method\.alpha=0\.0: must be greater than 0"),
         ({"then": "tise"}, r"method\.then='tise': must be the name of a merge method"),
         ({"then": "fisher"}, "must be a method that makes one model of weights alone"),
+        ({"then": "rebasin"}, "must be a method that makes one model of weights alone"),
+        ({"then": {"name": "lines", "then": "soup"}}, "must be a method with a parameter lambda"),
         ({"then": "emr"}, "must be a method that makes one model of weights alone"),
         ({"then": {"name": "ties", "density": 2.0}}, r"method\.density=2\.0"),
         ({"then": "slerp"}, "merges exactly 2 experts, and 3 are given"),
