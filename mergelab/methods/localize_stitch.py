@@ -202,7 +202,8 @@ def localize_stitch(
 
     Departures: the authors' code has −γ·sgn(S)⊙σ'(S) in the place of γ·σ'(S), which rewards masks that are certain,
     not small (``penalty=certainty``). The loss is the mean over examples, theirs is that over batches. λ is an
-    addition, the paper's is 1. Of equal magnitudes at the start's bound all are in the mask; the authors' code leaves them out.
+    addition, the paper's is 1. Of equal magnitudes at the start's bound all are in the mask; the authors' code leaves
+    them out.
 
     Args:
         vectors: T task vectors (parts of them, flattened) of one shape.
