@@ -139,7 +139,7 @@ def test_shuffled_copies_are_recovered_exactly_and_the_base_stays(family: Family
 
 
 @EACH
-def test_the_models_are_nearer_to_one_another_than_before_and_compute_the_same(family: Family) -> None:
+def test_the_models_are_nearer_to_one_another_than_before(family: Family) -> None:
     states = [state_of(family.model(seed)) for seed in range(3)]
     sources, permutations = units_of(family, states)
     reference = Authors(sources, permutations)
