@@ -75,11 +75,15 @@ def rebasin(
         ConfigError: ``then`` cannot merge these models, or the number of heads is not known.
     """
     method, parameters = chained(then)
-    units = units_to_permute(models, heads, kv_heads, "rebasin")
-    if units is None:
-        return Substitute(method, parameters, models)
-    reference, permutations = units
+    reference = models.base if models.base is not None else min(models.experts, key=lambda expert: expert.name)
     shapes = {name: tuple(reference.shape(name)) for name in models.names}
+    outside = (*models.ignored, *models.experts_only)
+    if not find_permutations(shapes, outside, heads=1):
+        message = "rebasin: knows no hidden units of these models, so the experts are merged in the order they have"
+        warnings.warn(message, MergeWarning, stacklevel=2)
+        return Substitute(method, parameters, models)
+    groups = attention_head_groups((reference, *models.experts), heads, kv_heads)
+    permutations = find_permutations(shapes, outside, heads=groups)
 
     def align(expert: TensorSource) -> TensorSource:
         if expert is reference:
@@ -88,31 +92,6 @@ def rebasin(
         return PermutedSource(expert, axis_indices(permutations, orders, shapes))
 
     return Substitute(method, parameters, replace(models, experts=tuple(in_order(align, models.experts))))
-
-
-def units_to_permute(
-    models: AlignedModels, heads: int | None, kv_heads: int | None, method: str
-) -> tuple[TensorSource, tuple[Permutation, ...]] | None:
-    """Return the model whose order the others get, and the permutations of hidden units.
-
-    Args:
-        models: base and experts.
-        heads, kv_heads: as for `attention_head_groups`.
-        method: named in errors and in the warning.
-
-    Returns:
-        The base, or the expert whose name sorts first, and its units; None with a warning for models of no known
-        family.
-    """
-    reference = models.base if models.base is not None else min(models.experts, key=lambda expert: expert.name)
-    shapes = {name: tuple(reference.shape(name)) for name in models.names}
-    outside = (*models.ignored, *models.experts_only)
-    if not find_permutations(shapes, outside, heads=1):
-        message = f"{method}: knows no hidden units of these models, so the experts are merged in the order they have"
-        warnings.warn(message, MergeWarning, stacklevel=3)
-        return None
-    groups = attention_head_groups((reference, *models.experts), heads, kv_heads, method)
-    return reference, find_permutations(shapes, outside, heads=groups)
 
 
 def attention_head_groups(
