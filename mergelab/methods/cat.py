@@ -54,10 +54,11 @@ def cat(
     dimension and no features): the ``shifts`` entries of largest Σ_{t≠k} τ_t². Other tensors, such as embeddings, are
     not changed. Computed in float64.
 
-    Departures: G_t and s_t are means over an expert's real (unpadded) tokens, and the expert itself is run, not θ0 +
-    λτ_t. A vector that is projected or masked is not scaled back to its norm, as a public port of the authors' code
-    has it; their own code was not to be had. Entries with a conflict of 0 or less are not removed, so that a gain is
-    not undone; the paper removes a fixed number.
+    Departures: the projections of several tasks do not commute; their order is that of the experts' values, so that it
+    does not depend on how they are given. G_t and s_t are means over an expert's real (unpadded) tokens, and the expert
+    itself is run, not θ0 + λτ_t. A vector that is projected or masked is not scaled back to its norm, as a public port
+    of the authors' code has it; their own code was not to be had. Entries with a conflict of 0 or less are not removed,
+    so that a gain is not undone; the paper removes a fixed number.
 
     Args:
         vectors: T whole task vectors, float32 or float64.
@@ -150,9 +151,10 @@ def leading_directions(factors: Sequence[Tensor], middles: Sequence[Tensor], cou
 
 
 def _positive(matrix: Tensor, count: int) -> Tensor:
-    """Return the ``count`` leading eigenvectors of positive eigenvalue."""
+    """Return the ``count`` leading eigenvectors of eigenvalues above what rounding of float32 Gram matrices makes."""
     values, directions = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return directions.flip(1)[:, :count][:, values.flip(0)[:count] > 0]
+    least = len(values) * torch.finfo(torch.float32).eps * values.abs().max()
+    return directions.flip(1)[:, :count][:, values.flip(0)[:count] > least]
 
 
 def masked(vectors: Sequence[Tensor], count: int, factor: Callable[[int, int], Tensor]) -> list[Tensor]:
