@@ -142,8 +142,11 @@ def leading_directions(factors: Sequence[Tensor], middles: Sequence[Tensor], cou
     squares, basis = torch.linalg.eigh(inner)
     known = squares > len(squares) * torch.finfo(torch.float64).eps * squares[-1].clamp_min(0)
     root, inverse = basis[:, known] * squares[known].sqrt(), basis[:, known] / squares[known].sqrt()
-    inverse = inverse @ _positive(root.T @ torch.block_diag(*middles) @ root, count)
-    parts = inverse.split([factor.shape[1] for factor in factors])
+    widths = [factor.shape[1] for factor in factors]
+    pairs = zip(root.split(widths), middles, strict=True)
+    smaller = sum((part.T @ middle @ part for part, middle in pairs), root.new_zeros(root.shape[1], root.shape[1]))
+    inverse = inverse @ _positive(smaller, count)
+    parts = inverse.split(widths)
     found = middles[0].new_zeros(rows, inverse.shape[1])
     for factor, part in zip(factors, parts, strict=True):
         found += factor.double() @ part
@@ -154,7 +157,8 @@ def _positive(matrix: Tensor, count: int) -> Tensor:
     """Return the ``count`` leading eigenvectors of eigenvalues above what rounding of float32 Gram matrices makes."""
     values, directions = torch.linalg.eigh((matrix + matrix.T) / 2)
     least = len(values) * torch.finfo(torch.float32).eps * values.abs().max()
-    return directions.flip(1)[:, :count][:, values.flip(0)[:count] > least]
+    leading: Tensor = directions.flip(1)[:, :count]
+    return leading[:, values.flip(0)[:count] > least]
 
 
 def masked(vectors: Sequence[Tensor], count: int, factor: Callable[[int, int], Tensor]) -> list[Tensor]:
