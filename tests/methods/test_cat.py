@@ -109,15 +109,15 @@ def test_leading_directions_are_those_of_the_whole_matrix_however_it_is_decompos
     np.testing.assert_allclose(found.numpy() @ found.numpy().T, wanted @ wanted.T, atol=1e-10)
 
 
-def test_a_direction_that_only_the_other_task_sees_is_removed_by_hand() -> None:
-    # Task a's inputs are along the first axis, where b's vector moves the first output; b's own are along the second.
+def test_directions_that_disturb_the_other_task_are_removed_by_hand() -> None:
+    # Task a's inputs are along the first axis, b's along the second. Weights are (out, in).
     first, second = np.diag([1.0, 0.0]), np.diag([0.0, 1.0])
-    a, b = np.array([[0.0, 1.0], [0.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 1.0]])  # (out, in)
-    site = Site("w", ("a", "b"), (2, 2))
+    a = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])  # moves output 1 at its own inputs, output 2 at b's
+    b = np.array([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])  # moves output 1 at a's inputs, output 3 at its own
+    site = Site("w", ("a", "b"), (3, 2))
     options: dict[str, Any] = {"prepared": features([first, second]), "site": site, "components": 1, "tradeoff": 1.0}
     found = cat([torch.from_numpy(a), torch.from_numpy(b)], **options)
-    # a removes output 1 from b; b removes output 1 from a, whose vector moves it at b's inputs.
-    np.testing.assert_allclose(found.numpy(), [[0.0, 0.0], [0.0, 1.0]], atol=1e-12)
+    np.testing.assert_allclose(found.numpy(), [[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]], atol=1e-12)
 
 
 def test_entries_without_a_conflict_stay_though_more_are_asked_for() -> None:
