@@ -21,11 +21,13 @@ VARIABLE = "MERGELAB_PARITY"
 FORMULA = "float64 transcription of the formula"
 RECORDED_MERGEKIT = "mergekit 0.1.5, recorded values"
 
-FUSEAI, LINES, MODEL_MERGING, PCB_MERGING, UNCERTAINTY, ZIPIT = (
+ADARANK, FUSEAI, LINES, LOCALIZE, MODEL_MERGING, PCB_MERGING, UNCERTAINTY, ZIPIT = (
     f"float64 transcription of {project}"
     for project in (
+        "AdaRank dfa5358 (david3684/AdaRank)",
         "FuseAI 7d9a307 (18907305772/FuseAI)",
         "LiNeS 43a7bdd (wang-kee/LiNeS)",
+        "Localize-and-Stitch 109d206 (uiuctml/Localize-and-Stitch)",
         "model_merging f2d1677 (mmatena/model_merging)",
         "pcb-merging 5897888 (duguodong7/pcb-merging)",
         "iclr2024-model-merging c6e4114 (UKPLab/iclr2024-model-merging)",

@@ -38,7 +38,8 @@ def chained(then: str | Mapping[str, Any]) -> tuple[MergeMethod, Parameters]:
     except ConfigError as error:
         allowed = "must be the name of a merge method, or its name and parameters"
         raise ConfigError(f"method.then={then!r}: {allowed}: {error}") from None
-    if method.kind in ("model", "models") or method.needs or method.one_model_per_expert:
+    whole = method.kind == "model" or (method.kind == "models" and not method.keeps_models)
+    if whole or method.needs or method.one_model_per_expert:
         raise ConfigError(f"method.then={then!r}: must be a method that makes one model of weights alone")
     return method, check_parameters(method, given)
 

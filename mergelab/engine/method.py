@@ -59,6 +59,8 @@ class MergeMethod:
         order_matters: permuting the experts may change the result; otherwise the engine orders them by their values, so
             that it cannot, not even in the last bit.
         identical_at: parameters with which T identical experts give that expert; None where there are none.
+        keeps_models: of kind "models": the `Substitute` has the models that it was given, so that other methods can be
+            chained to what it makes of them.
         custom: a user's own function: it gets float32 copies, and its errors are the user's to mend.
         family: heading in the catalogue.
         work: what it does with every matrix, where that takes longer than going through the models.
@@ -87,6 +89,7 @@ class MergeMethod:
     session: Callable[[bool], Any] | None = None
     order_matters: bool = False
     identical_at: Mapping[str, Any] | None = field(default_factory=dict)
+    keeps_models: bool = False
     custom: bool = False
     family: str = ""
     work: str = ""
@@ -141,6 +144,7 @@ def merge_method(
     session: Callable[[bool], Any] | None = None,
     order_matters: bool = False,
     identical_at: Mapping[str, Any] | None = None,
+    keeps_models: bool = False,
     family: str = "",
     work: str = "",
     paper: str = "",
@@ -205,6 +209,7 @@ def merge_method(
             session=session,
             order_matters=order_matters,
             identical_at=identical_at,
+            keeps_models=keeps_models,
             family=family,
             work=work,
             paper=paper,

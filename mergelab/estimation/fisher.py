@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mergelab.errors import ConfigError, ModelError
 from mergelab.estimation.disk_cache import disk_cached
 from mergelab.estimation.examples import ExampleSource, ExpertExamples
-from mergelab.estimation.squared_gradients import squared_gradients
+from mergelab.estimation.gradient_powers import gradient_powers
 from mergelab.ops.philox import stream_key, words
 from mergelab.ops.site import Site
 from mergelab.weights.align import AlignedModels
@@ -108,16 +108,13 @@ def diagonal_fisher(examples: ExpertExamples, *, estimator: Estimator = "expecte
     key = stream_key(seed, "fisher", examples.key)
 
     def directions(logits: Tensor, labels: Tensor | None, position: int) -> Tensor:
+        if estimator == "empirical":
+            return observed_scores(logits, labels)
         if logits.dim() == 3:
             return _token_scores(logits, labels, "sampled" if estimator == "auto" else estimator, key, position)
-        if estimator in ("auto", "expected"):
-            return covariance_root(logits)
-        if estimator == "sampled":
-            return sampled_scores(logits, key, position)
-        assert labels is not None
-        return label_scores(logits, labels)
+        return sampled_scores(logits, key, position) if estimator == "sampled" else covariance_root(logits)
 
-    totals = squared_gradients(examples.module(), examples.batches(), directions, examples.parameter_names)
+    totals = gradient_powers(examples.module(), examples.batches(), directions, examples.parameter_names)
     return {name: total.div_(examples.count).cpu() for name, total in totals.items()}
 
 
@@ -163,6 +160,14 @@ def label_scores(logits: Tensor, labels: Tensor) -> Tensor:
         return (labels.to(logits)[:, None] - logits)[..., None]
     p = logits.double().softmax(1)
     return (nn.functional.one_hot(labels.long(), logits.shape[1]) - p).to(logits.dtype)[..., None]
+
+
+def observed_scores(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Return the direction of the gradient of log p of the labels: (b, C, 1), or (b, l, C, 1) for tokens."""
+    if logits.dim() == 3:
+        return _token_scores(logits, labels, "empirical", 0, 0)
+    assert labels is not None
+    return label_scores(logits, labels)
 
 
 def _token_scores(logits: Tensor, labels: Tensor | None, estimator: Estimator, key: int, position: int) -> Tensor:

@@ -7,7 +7,7 @@ then added to the total, which also reduces rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mergelab.estimation.examples import LABELS, Batch
+from mergelab.weights.source import TensorSource
 
 GROUP = 4  # batches that are summed before they are added to the total; results depend on it
 
@@ -36,6 +37,18 @@ def split_labels(batch: Batch, device: torch.device) -> tuple[dict[str, Tensor],
 def size_of(batch: Batch) -> int:
     """Return the number of examples of a batch."""
     return len(next(iter(batch.values())))
+
+
+def merged_parameters(module: nn.Module, names: Mapping[str, str]) -> dict[str, nn.Parameter]:
+    """Return a module's merged parameters by common name, from the common names by the module's own."""
+    return {names[own]: parameter for own, parameter in module.named_parameters() if own in names}
+
+
+@torch.no_grad()
+def write_merged(module: nn.Module, names: Mapping[str, str], source: TensorSource) -> None:
+    """Write a model's tensors into a module's merged parameters; the others (the head) stay."""
+    for name, parameter in merged_parameters(module, names).items():
+        parameter.copy_(source.get(name))
 
 
 @contextmanager

@@ -243,6 +243,15 @@ def example_gradients(name: str, gradients: Sequence[Gradient]) -> ExampleGradie
     return None
 
 
+def normalised_input(call: LayerCall) -> Tensor:
+    """Return what a norm's weight multiplies: the input of a call of a layer norm or an RMS norm, normalised."""
+    layer: Any = call.layer
+    if call.kind == "layer_norm":
+        return functional.layer_norm(call.input, layer.normalized_shape, eps=layer.eps)
+    mean_square = call.input.square().mean(-1, keepdim=True)
+    return call.input * torch.rsqrt(mean_square + (_epsilon(layer) or 0.0))
+
+
 def _linear(call: LayerCall, gradient: Tensor, name: str) -> ExampleGradients:
     if name == "bias":
         return VectorGradients(_tokens(gradient))
@@ -264,25 +273,16 @@ def _embedding(call: LayerCall, gradient: Tensor, name: str) -> ExampleGradients
     return EmbeddingGradients(indices, values, table.weight.shape)
 
 
-def _layer_norm(call: LayerCall, gradient: Tensor, name: str) -> ExampleGradients:
-    layer: Any = call.layer
-    if name == "weight":
-        gradient = gradient * functional.layer_norm(call.input, layer.normalized_shape, eps=layer.eps)
-    return VectorGradients(_tokens(gradient))
-
-
-def _rms_norm(call: LayerCall, gradient: Tensor, name: str) -> ExampleGradients:
-    epsilon = _epsilon(call.layer) or 0.0
-    scale = torch.rsqrt(call.input.square().mean(-1, keepdim=True) + epsilon)
-    return VectorGradients(_tokens(gradient * call.input * scale))
+def _norm(call: LayerCall, gradient: Tensor, name: str) -> ExampleGradients:
+    return VectorGradients(_tokens(gradient * normalised_input(call) if name == "weight" else gradient))
 
 
 _FORMS: dict[LayerKind, Callable[[LayerCall, Tensor, str], ExampleGradients]] = {
     "linear": _linear,
     "conv1d": _conv1d,
     "embedding": _embedding,
-    "layer_norm": _layer_norm,
-    "rms_norm": _rms_norm,
+    "layer_norm": _norm,
+    "rms_norm": _norm,
 }
 
 

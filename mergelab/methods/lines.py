@@ -38,6 +38,7 @@ def check_scaled(
     needs_base=True,
     check=check_scaled,
     identical_at=None,
+    keeps_models=True,
     family="task vectors",
     paper="Wang et al. 2024, arXiv:2410.17146",
     tuned=("beta",),

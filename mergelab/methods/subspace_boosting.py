@@ -44,8 +44,9 @@ def subspace_boosting(
     arXiv:2506.16506). β = 0 makes all singular values equal to the largest, β = 1 leaves them. As in the authors' code,
     embeddings are no such matrices; tensors other than matrices are what the other method makes of them.
 
-    Departures: directions whose σ is 0 within float64's rounding stay at 0, where the authors' SVD raises arbitrary
-    vectors: those of merged low-rank adapters, for example. Attention matrices are whole; the authors also try heads
+    Departures: directions whose σ is no larger than rounding to the dtype that the experts are stored in alone makes it
+    (`mergelab.engine.merged_vector.MergedVector.noise`) are dropped, where the authors' SVD raises arbitrary vectors:
+    those of merged low-rank adapters, for example. Attention matrices are whole; the authors also try heads
     one by one, with a β of their own.
 
     Args:
@@ -66,7 +67,7 @@ def subspace_boosting(
     start = working(base)
     if not is_matrix(change) or is_embedding(site.name):
         return start + change
-    found = decompose(tall_matrix(change))
+    found = decompose(tall_matrix(change), noise=prepared.noise(site.name))
     if not len(found.values):
         return start.clone()
     reached = found.values.cumsum(dim=0) / found.values.sum() >= beta

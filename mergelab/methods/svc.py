@@ -15,6 +15,7 @@ from mergelab.engine.method import merge_method
 from mergelab.engine.sweep_range import SweepRange
 from mergelab.ops.blocks import working
 from mergelab.ops.layout import inputs_first, is_embedding, is_matrix
+from mergelab.ops.rounding import rounding_norm
 from mergelab.ops.site import Site
 from mergelab.ops.svd import Triplets, assembled, decompose, is_wide, tall_matrix
 from mergelab.weights.align import AlignedModels
@@ -56,10 +57,12 @@ def svc(
     α ≥ 1 no singular value grows. As in the authors' code, embeddings are no such matrices; tensors other than matrices
     are what the other method makes of them.
 
-    Departures: where a_r^t is 0 within float64's rounding, s_r^t counts as 0; the authors' code limits ‖a_r^t‖² to
-    1e-12 from below, which small task vectors reach. With matrices stored transposed (GPT-2's Conv1D), u_r is along
-    the outputs all the same. Where singular values of the merge are equal (`iso_c` makes them so), the paper does not
-    say along which directions to compare; they are those that the decomposition happens to give.
+    Departures: directions whose σ is no larger than rounding to the dtype that the experts are stored in alone makes it
+    (`mergelab.engine.merged_vector.MergedVector.noise`) are dropped. Where ‖a_r^t‖ is no larger than such rounding,
+    s_r^t counts as 0; the authors' code limits ‖a_r^t‖² to 1e-12 from below, which small task vectors reach. With
+    matrices stored transposed (GPT-2's Conv1D), u_r is along the outputs all the same. Where singular values of the
+    merge are equal (`iso_c` makes them so), the paper does not say along which directions to compare; they are those
+    that the decomposition happens to give.
 
     Args:
         base: θ0, whole.
@@ -82,7 +85,7 @@ def svc(
     if not is_matrix(change) or is_embedding(site.name):
         return start + change
     outputs_are_rows = site.name not in transposed
-    found = decompose(tall_matrix(change))
+    found = decompose(tall_matrix(change), noise=merged.noise(site.name))
     if not len(found.values):
         return start.clone()
     left_is_tall = outputs_are_rows != is_wide(change.shape)  # U has the long side's length
@@ -117,5 +120,5 @@ def _overcounting(merged: Triplets, base: Tensor, expert: Tensor, left_is_tall: 
             squares += response.square().sum(dim=0)
     if left_is_tall:
         products, squares = (responses * merged.right).sum(dim=0), responses.square().sum(dim=0)
-    least = (vector.rows * torch.finfo(squares.dtype).eps) ** 2 * size
+    least = max(rounding_norm([expert]) ** 2, (vector.rows * torch.finfo(squares.dtype).eps) ** 2 * size)
     return torch.where(squares > least, merged.values * products / squares.clamp_min(1e-300), 0.0)

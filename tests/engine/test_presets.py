@@ -19,11 +19,13 @@ from tests.methods.toy import merged, toy_models
 WITH_PRESET = [name for name in method_names() if get_method(name).authors]
 AUTHORS = {
     "adamerging": {"batch": 32},
+    "adarank": {"lr": 5e-5, "steps": 5000, "batch": 8},
     "breadcrumbs": {"density": 0.2, "gamma": 0.1, "lambda": 0.4},
     "dare": {"density": 0.9},
     "della": {"density": 0.7, "epsilon": 0.07, "lambda": 1.1},
     "fisher": {"floor_of": "first"},
     "greedy_soup": {"strict": True},
+    "localize_stitch": {"penalty": "certainty"},
     "pcb": {"clamp": 0.01},
     "ram_plus": {"r": 0.2, "alpha": 1.0},
     "regmean": {"alpha": 0.1, "samples": 16000},

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from mergelab.estimation import squared_gradients
+from mergelab.estimation import gradient_powers
 from mergelab.estimation.fisher import covariance_root, diagonal_fisher, label_scores, sampled_scores
 from tests.methods.tiny_classifiers import Expert, classifier, padded_batches, single_examples
 from tests.parity import compared
@@ -134,13 +134,13 @@ def test_a_binary_example_that_is_undecided_does_not_give_zero() -> None:
 def test_layers_without_a_closed_form_are_differentiated_one_example_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     module = classifier("bert", 3)
     expected = diagonal_fisher(Expert(module))
-    monkeypatch.setattr(squared_gradients, "layer_kind", lambda layer: None)
+    monkeypatch.setattr(gradient_powers, "layer_kind", lambda layer: None)
     assert_same(diagonal_fisher(Expert(module)), expected, 1e-9)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2", "llama", "albert"])
 def test_common_architectures_need_no_example_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(squared_gradients, "_add_one_by_one")
+    monkeypatch.delattr(gradient_powers, "_add_one_by_one")
     assert diagonal_fisher(Expert(classifier(kind)))
 
 
@@ -230,7 +230,7 @@ def test_scores_of_labels_and_of_draws() -> None:
 
 def test_no_examples_give_zeros() -> None:
     module = classifier("bert")
-    found = squared_gradients.squared_gradients(
+    found = gradient_powers.gradient_powers(
         module, [], lambda logits, labels, position: covariance_root(logits), {"classifier.weight": "head"}
     )
     assert found["head"].abs().max() == 0

@@ -55,11 +55,18 @@ def forward_passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-@pytest.mark.parametrize("method", ["fisher", "regmean", "regmean_plus", "gradient_matching"])
+LEARNING = [
+    *("fisher", "regmean", "regmean_plus", "gradient_matching", "tatr", "cat", "lot"),
+    *("adarank,steps=2", "localize_stitch,steps=2,density=0.05"),
+]
+
+
+@pytest.mark.parametrize("method", LEARNING)
 def test_a_method_learns_from_the_training_split_and_the_run_says_so(
     mergelab_command: Command, arguments: list[str], workplace: Path, forward_passes: list[str], method: str
 ) -> None:
-    run = [*arguments, f"method={method}", "method.samples=40", "output=merged"]
+    name, *settings = method.split(",")
+    run = [*arguments, f"method={name}", *(f"method.{each}" for each in settings), "method.samples=40", "output=merged"]
     outcome = mergelab_command(*run)
     assert outcome.code == 0, outcome.err
     assert set(forward_passes) == {"a", "b", "c"}

@@ -18,8 +18,8 @@ from mergelab.engine.finite_check import digest_of
 from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge, merge_to_dict
 from mergelab.errors import ConfigError
+from mergelab.estimation.entropy import mean_entropy, positions
 from mergelab.estimation.examples import Batch
-from mergelab.methods.adamerging import mean_entropy, positions
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.module import load_into
 from mergelab.weights.source import DictSource
@@ -333,14 +333,16 @@ def test_parameters_that_share_one_gradient_do_not_disturb_each_other() -> None:
     adam = torch.optim.Adam([raw], lr=0.05)
     for _ in range(3):
         adam.zero_grad()
-        mean_entropy(SimpleNamespace(logits=x + raw[0] * end["first"] + raw[1] * end["second"]), "a").backward()
+        mean_entropy(
+            SimpleNamespace(logits=x + raw[0] * end["first"] + raw[1] * end["second"]), "a", "adamerging"
+        ).backward()
         adam.step()
     assert list(setting.learnt["a"].values()) == pytest.approx(raw.tolist(), abs=1e-12)
 
 
 def test_entropy_is_shannons() -> None:
     logits = torch.tensor([[0.0, 0.0, 0.0], [0.0, 300.0, -300.0]])
-    found = mean_entropy(SimpleNamespace(logits=logits), "a")
+    found = mean_entropy(SimpleNamespace(logits=logits), "a", "adamerging")
     torch.testing.assert_close(found, torch.tensor(3.0).log() / 2)
 
 
@@ -350,7 +352,7 @@ def test_what_cannot_be_learnt_from_is_refused_in_one_line() -> None:
     ):
         drawn(outputs=1).merge()
     with pytest.raises(ConfigError, match="b's model has no classes as its output"):
-        mean_entropy(SimpleNamespace(logits=torch.zeros(2, 3, 4)), "b")
+        mean_entropy(SimpleNamespace(logits=torch.zeros(2, 3, 4)), "b", "adamerging")
     models = toy_models(2)
     for key, value, allowed in (
         ("granularity", "block", "'task' or 'layer'"),

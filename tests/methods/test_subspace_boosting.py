@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from mergelab.engine.registry import get_method
+from mergelab.engine.run import merge
 from tests.methods.authors import authors_models
 from tests.methods.test_svc import THENS, split
 from tests.methods.toy import merged, merged_x, one_tensor, toy_models
@@ -67,6 +69,29 @@ def test_directions_that_no_expert_changes_stay_the_bases() -> None:
     values = torch.linalg.svdvals(change)
     torch.testing.assert_close(values[:3], values[:1].expand(3))
     assert values[3] < 1e-12 * values[0]
+
+
+SUMS: list[Any] = ["task_arithmetic", {"name": "task_arithmetic", "lambda": 1.7}, "soup"]
+
+
+@pytest.mark.parametrize(("method", "options"), [("subspace_boosting", {"beta": 0.3}), ("svc", {"alpha": 0.01})])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("then", SUMS, ids=str)
+def test_what_rounding_alone_adds_to_experts_of_low_rank_is_no_direction_of_theirs(
+    method: str, options: dict[str, Any], dtype: torch.dtype, then: Any
+) -> None:
+    generator = np.random.default_rng(0)
+    base = torch.from_numpy(0.04 * generator.standard_normal((60, 50))).to(dtype)
+    parts = [(generator.standard_normal((60, 3)), generator.standard_normal((3, 50))) for _ in range(2)]
+    exact = [base.double() + torch.from_numpy(0.05 * a @ b) for a, b in parts]
+    wanted = merged_x(method, one_tensor(base.double(), *exact, dtype=torch.float64), then=then, **options)
+    stored = one_tensor(base, *(each.to(dtype) for each in exact), dtype=dtype)
+    result = dict(merge(get_method(method), {"then": then, **options}, stored, dtype=torch.float64))["x"]
+    change, expected = (each.numpy() - base.double().numpy() for each in (result, wanted))
+    spans = np.linalg.qr(np.concatenate([a for a, _ in parts], axis=1))[0]
+    unit = torch.finfo(dtype).eps
+    assert np.linalg.norm(change - spans @ (spans.T @ change)) < 5 * unit * np.linalg.norm(change)
+    np.testing.assert_allclose(change, expected, rtol=0, atol=20 * unit * np.abs(expected).max())
 
 
 def test_embeddings_and_tensors_that_are_no_matrices_are_what_the_other_method_makes_of_them() -> None:

@@ -26,6 +26,7 @@ THENS: list[Any] = [
     "tsv_m",
     "consensus",
     {"name": "subspace_boosting", "beta": 1.0},
+    {"name": "lines", "then": "ties", "beta": 0.7},
     "soup",
 ]
 
@@ -122,6 +123,20 @@ def test_small_task_vectors_are_calibrated_like_large_ones() -> None:
     torch.testing.assert_close(ways[0], ways[1], rtol=1e-9, atol=1e-12)
 
 
+def test_what_rounding_alone_is_of_an_expert_along_another_ones_directions_is_no_response() -> None:
+    generator = np.random.default_rng(0)
+    base = torch.from_numpy(0.04 * generator.standard_normal((60, 50))).bfloat16()
+    left, right = (np.linalg.qr(generator.standard_normal((size, 6)))[0] for size in (60, 50))
+    spectrum = np.array([9.0, 7.0, 5.0, 8.0, 6.0, 4.0])
+    parts = [left[:, own] @ np.diag(spectrum[own]) @ right[:, own].T for own in (slice(0, 3), slice(3, 6))]
+    exact = [base.double() + torch.from_numpy(part) for part in parts]
+    stored = one_tensor(base, *(each.bfloat16() for each in exact), dtype=torch.bfloat16)
+    options = {"then": {"name": "task_arithmetic", "lambda": 1.0}, "alpha": 0.5}
+    result = dict(merge(get_method("svc"), options, stored, dtype=torch.float64))["x"] - base.double()
+    # Along each direction one expert responds once and the other not at all: γ = 2 / (1 + 0.5).
+    torch.testing.assert_close(result, torch.from_numpy(sum(parts)) * 2 / 1.5, rtol=0, atol=0.02)
+
+
 def test_the_order_of_the_experts_changes_no_bit_where_the_other_method_does_not_depend_on_it() -> None:
     models = toy_models(5, dtype=torch.float64)
     found = [
@@ -153,6 +168,8 @@ def test_weights_and_seed_are_handed_on() -> None:
         ({"alpha": 0.0}, r"method\.alpha=0\.0: must be greater than 0"),
         ({"then": "tise"}, r"method\.then='tise': must be the name of a merge method"),
         ({"then": "fisher"}, "must be a method that makes one model of weights alone"),
+        ({"then": "rebasin"}, "must be a method that makes one model of weights alone"),
+        ({"then": {"name": "lines", "then": "soup"}}, "must be a method with a parameter lambda"),
         ({"then": "emr"}, "must be a method that makes one model of weights alone"),
         ({"then": {"name": "ties", "density": 2.0}}, r"method\.density=2\.0"),
         ({"then": "slerp"}, "merges exactly 2 experts, and 3 are given"),

@@ -1,7 +1,8 @@
-"""Sum the squares of each example's own gradients, many examples at once.
+"""Sum the squares, or the magnitudes, of each example's own gradients, many examples at once.
 
 A backward pass over a batch gives the gradient of each layer's output. Together with the layer's input it gives every
-example's gradient of the layer's parameters, which is squared and summed without being stored for all examples.
+example's gradient of the layer's parameters, which is raised to a power and summed without being stored for all
+examples.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +40,13 @@ _ACCELERATOR_BLOCK = 1 << 27
 # (b, C, R) in which to differentiate the outputs. For outputs of tokens (b, l, C), with the next tokens (b, l) as
 # labels, directions are (b, l, C, R).
 Directions = Callable[[Tensor, Tensor | None, int], Tensor]
+Power = Literal[1, 2]
 
 
-def squared_gradients(
-    module: nn.Module, batches: Iterable[Batch], directions: Directions, names: Mapping[str, str]
+def gradient_powers(
+    module: nn.Module, batches: Iterable[Batch], directions: Directions, names: Mapping[str, str], power: Power = 2
 ) -> dict[str, Tensor]:
-    """Sum Σ_r (∂(d_r·z)/∂θ)² over examples with outputs z and directions d_r.
+    """Sum Σ_r |∂(d_r·z)/∂θ|^p over examples with outputs z and directions d_r.
 
     `mergelab.estimation.hooks` gives the gradients of parameters of the layers that it covers. Other parameters, and
     those whose gradients differ from autograd's on a few examples, are differentiated one example at a time.
@@ -54,6 +56,7 @@ def squared_gradients(
         batches: inputs, of at least one example each.
         directions: returns the d_r for the outputs of a batch; see `Directions`.
         names: the common names of the parameters to differentiate, by their names in the module.
+        power: p; 2 gives squares, 1 magnitudes.
 
     Returns:
         Sums by common name, of the parameters' shapes and dtypes.
@@ -84,9 +87,9 @@ def squared_gradients(
             for direction in range(traces[0].directions.shape[-1]):
                 back = partial(_Trace.gradients, parameters=covered, direction=direction)
                 gradients = list(in_order(back, traces, threads=threads))
-                _add_squares(totals, gradients, threads)
+                _add_powers(totals, gradients, power, threads)
             if others:
-                _add_one_by_one(totals, module, others, directions, device, placed, threads)
+                _add_one_by_one(totals, module, others, directions, power, device, placed, threads)
     return {parameter.common: totals[name] for name, parameter in parameters.items()}
 
 
@@ -202,26 +205,26 @@ def _agrees(parameter: _Parameter, gradients: Sequence[tuple[LayerCall, Tensor]]
     return bool((part.total() - true).abs().max() <= 1e-4 * part.magnitude().total().max())
 
 
-def _add_squares(
-    totals: Mapping[str, Tensor], gradients: Sequence[Mapping[str, ExampleGradients]], threads: int
+def _add_powers(
+    totals: Mapping[str, Tensor], gradients: Sequence[Mapping[str, ExampleGradients]], power: Power, threads: int
 ) -> None:
-    """Add the squares of all examples' gradients, in the order of the batches; no two threads share an entry."""
+    """Add the powers of all examples' gradients, in the order of the batches; no two threads share an entry."""
 
     def add(target: tuple[str, slice]) -> None:
         name, rows = target
         parts = [of_batch[name] for of_batch in gradients if name in of_batch]
         total = totals[name]
         if isinstance(parts[0], MatrixGradients):
-            total[rows] += _squared_matrices([part for part in parts if isinstance(part, MatrixGradients)], rows)
+            total[rows] += _powers_of_matrices([p for p in parts if isinstance(p, MatrixGradients)], rows, power)
         elif isinstance(parts[0], VectorGradients):
             total += torch.stack(
-                [p.terms.sum(1).square_().sum(0) for p in parts if isinstance(p, VectorGradients)]
+                [_raised_(p.terms.sum(1), power).sum(0) for p in parts if isinstance(p, VectorGradients)]
             ).sum(0)
         else:
             for part in parts:
                 assert isinstance(part, EmbeddingGradients)
                 indices, sums = part.of_each_example()
-                total.index_add_(0, indices, sums.square_())
+                total.index_add_(0, indices, _raised_(sums, power))
 
     kinds = {name: part for of_batch in gradients for name, part in of_batch.items()}
     targets = ((name, rows) for name, part in kinds.items() for rows in _row_blocks(totals[name], part))
@@ -237,22 +240,31 @@ def _row_blocks(total: Tensor, part: ExampleGradients) -> Iterator[slice]:
     return blocks(len(total), max(1, entries // total.shape[1]))
 
 
-def _squared_matrices(parts: Sequence[MatrixGradients], rows: slice) -> Tensor:
-    """Return some rows of Σ_b (left_bᵀ·right_b)², summed over all parts."""
+def _raised_(gradients: Tensor, power: Power) -> Tensor:
+    """Write the powers of the magnitudes into ``gradients``."""
+    return gradients.square_() if power == 2 else gradients.abs_()
+
+
+def _powers_of_matrices(parts: Sequence[MatrixGradients], rows: slice, power: Power) -> Tensor:
+    """Return some rows of Σ_b |left_bᵀ·right_b|^p, summed over all parts."""
     first = parts[0]
     total = first.left.new_zeros(rows.stop - rows.start, first.right.shape[2])
     product = torch.empty_like(total)
     for part in parts:
         left, right = part.left[:, :, rows], part.right
-        if left.shape[1] == 1:  # the square of an outer product is the outer product of the squares
-            total.addmm_(left[:, 0].square().T, right[:, 0].square())
+        if left.shape[1] == 1:  # the power of an outer product is the outer product of the powers
+            total.addmm_(_raised_(left[:, 0].clone(), power).T, _raised_(right[:, 0].clone(), power))
         elif total.device.type == "cpu":
             for each, other in zip(left, right, strict=True):
-                total.addcmul_(torch.mm(each.T, other, out=product), product)
+                torch.mm(each.T, other, out=product)
+                if power == 2:
+                    total.addcmul_(product, product)
+                else:
+                    total += product.abs_()
         else:
             step = max(1, _ACCELERATOR_BLOCK // total.numel())
             for chunk in blocks(len(left), step):
-                total += torch.bmm(left[chunk].mT, right[chunk]).square_().sum(0)
+                total += _raised_(torch.bmm(left[chunk].mT, right[chunk]), power).sum(0)
     return total
 
 
@@ -261,14 +273,15 @@ def _add_one_by_one(
     module: nn.Module,
     parameters: Mapping[str, _Parameter],
     directions: Directions,
+    power: Power,
     device: torch.device,
     placed: Iterable[tuple[int, Batch]],
     threads: int,
 ) -> None:
-    """Add the squares of gradients that autograd computes one example at a time."""
+    """Add the powers of gradients that autograd computes one example at a time."""
     tensors = [parameter.value for parameter in parameters.values()]
 
-    def squares(at: tuple[int, Batch]) -> list[Tensor]:
+    def powers(at: tuple[int, Batch]) -> list[Tensor]:
         inputs, labels = split_labels(at[1], device)
         with torch.enable_grad():
             logits = _logits(module(**inputs))
@@ -279,7 +292,7 @@ def _add_one_by_one(
             found = torch.autograd.grad(logits, tensors, columns[..., r], retain_graph=retain, allow_unused=True)
             for total, gradient in zip(sums, found, strict=True):
                 if gradient is not None:
-                    total.addcmul_(gradient, gradient)
+                    total += _raised_(gradient, power)
         return sums
 
     singles = (
@@ -288,7 +301,7 @@ def _add_one_by_one(
         for i in range(size_of(batch))
     )
     with requiring_gradients(tensors):
-        for found in in_order(squares, singles, threads=threads):
+        for found in in_order(powers, singles, threads=threads):
             for name, more in zip(parameters, found, strict=True):
                 totals[name].add_(more)
 
