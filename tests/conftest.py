@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from absl import logging as absl_logging
+from filelock import FileLock
 
 from tests.standins import BERT_BASE, BERT_RTE_EXPERTS, glue_table
 
@@ -68,6 +72,61 @@ def generation_data() -> Path:
     if not (REAL_DATA / "generation").is_dir():
         pytest.skip("needs the generation data in ../shared/data")
     return REAL_DATA / "generation"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def databases_do_not_wait_for_the_disk() -> Iterator[None]:
+    """Leave it to the system when SQLite's databases reach the disk: tests end processes, and never the machine."""
+    import sqlalchemy
+
+    def connected(connection: Any, _record: Any) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            with suppress(sqlite3.DatabaseError):  # of a file that is no database; whoever uses it hears of that
+                connection.execute("PRAGMA synchronous = OFF")
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "connect", connected)
+    yield
+    sqlalchemy.event.remove(sqlalchemy.Engine, "connect", connected)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tracking_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Have MLflow's migrations make the tables of a new SQLite store once for all tests; other stores are copies."""
+    from mergelab.tracking import store
+
+    folder = shared_folder(tmp_path_factory)
+    template = folder / "tracking-tables.db"
+    create = store._create_file
+
+    def create_from_template(wanted: store.Store) -> None:
+        from mlflow.store.db import utils
+
+        migrate = utils._initialize_tables
+
+        def copy(engine: Any) -> None:
+            with FileLock(folder / "tracking-tables.lock"), closing(engine.raw_connection()) as made:
+                is_new = not template.exists()
+                if is_new:
+                    migrate(engine)
+                with closing(sqlite3.connect(template)) as tables:
+                    if is_new:
+                        made.driver_connection.backup(tables)
+                    else:
+                        tables.backup(made.driver_connection)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(utils, "_initialize_tables", copy)
+            create(wanted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "_create_file", create_from_template)
+        yield
+
+
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """Return a temporary folder that all of pytest-xdist's workers have in common."""
+    own = factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 @dataclass(frozen=True)

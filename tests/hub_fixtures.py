@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from tests.conftest import shared_folder
+from tests.forks import Forks, start_forks
 from tests.hub_server import HubServer, glue_repository
 from tests.standins import bert_standins, glue_table, gpt2_standins
 
@@ -66,17 +66,24 @@ def hub(empty_hub: HubServer, bert_checkpoints: Mapping[str, Path], glue_folder:
     return empty_hub
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Start Python processes that need not import what is large."""
+    with start_forks("mergelab.config", "mergelab.tracking") as started:
+        yield started
+
+
 @pytest.fixture
-def client(empty_hub: HubServer, tmp_path: Path) -> Callable[..., Any]:
+def client(empty_hub: HubServer, tmp_path: Path, forks: Forks) -> Callable[..., Any]:
     """Run code in a new process that talks to the hub, with a fresh cache per test; answer what it left in ``result``.
 
     An exception is answered as ``{"error": its type's name, "message": its text}``.
     """
 
     def run(code: str, **environment: str) -> Any:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", **empty_hub.environment(tmp_path / "home")} | environment
+        env = {**os.environ, **empty_hub.environment(tmp_path / "home")} | environment
         script = _REPORT.format(body=code.strip().replace("\n", "\n    "))
-        done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=180)
+        done = forks.run("-c", script, folder=tmp_path, environment=env)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
@@ -85,8 +92,7 @@ def client(empty_hub: HubServer, tmp_path: Path) -> Callable[..., Any]:
 
 def _once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], dict[str, Path]]) -> dict[str, Path]:
     """Make checkpoints once for all of pytest-xdist's workers, whose temporary folders have one parent."""
-    own = factory.getbasetemp()
-    shared = own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own
+    shared = shared_folder(factory)
     folder, listing = shared / f"standins-{name}", shared / f"standins-{name}.json"
     with FileLock(f"{listing}.lock"):
         if not listing.exists():

@@ -6,14 +6,14 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.forks import Forks, start_forks
 
 PAGE = ROOT / "docs" / "adding.md"
 pytestmark = [
@@ -47,6 +47,13 @@ def sections() -> dict[str, list[Block]]:
 SECTIONS = sections()
 
 
+@pytest.fixture(scope="module")
+def libraries() -> Iterator[Forks]:
+    """Start Python processes that have imported what is large, and nothing of the project."""
+    with start_forks("transformers", "datasets") as started:
+        yield started
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A copy of the project."""
@@ -77,16 +84,15 @@ def add(project: Path, block: Block) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def run(project: Path, commands: str) -> str:
+def run(libraries: Forks, project: Path, commands: str) -> str:
     """Run commands, each in a fresh process, and return all that they print."""
     printed = ""
-    environment = {**os.environ, "PYTHONPATH": str(project), "HF_HUB_OFFLINE": "1"}
+    of_user = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**of_user, "PYTHONPATH": str(project), "HF_HUB_OFFLINE": "1"}
     for line in commands.replace("\\\n", " ").splitlines():
         program, *arguments = shlex.split(line)
         assert program == "python"
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=project, env=environment, capture_output=True, text=True, timeout=900
-        )
+        done = libraries.run(*arguments, folder=project, environment=environment, timeout=900)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
         printed += done.stdout
     return printed
@@ -112,7 +118,7 @@ def test_every_file_of_the_page_is_new_or_changed_in_place() -> None:
 
 
 @pytest.mark.parametrize("title", SECTIONS)
-def test_a_section_does_what_it_says(project: Path, title: str) -> None:
+def test_a_section_does_what_it_says(libraries: Forks, project: Path, title: str) -> None:
     for earlier, blocks in SECTIONS.items():
         if earlier == title:
             break
@@ -124,7 +130,7 @@ def test_a_section_does_what_it_says(project: Path, title: str) -> None:
         if block.file:
             add(project, block)
         elif block.language == "bash":
-            printed = run(project, block.content)
+            printed = run(libraries, project, block.content)
         elif block.language == "text":
             assert printed is not None, "what is shown is not printed by a command"
             check_printed(printed, block.content)

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pyarrow.parquet as pq
 import pytest
 from mlflow.tracking import MlflowClient
 
+from tests.forks import Forks
 from tests.hub_server import HubServer
 from tests.standins import BERT_RTE_EXPERTS
 
 pytestmark = pytest.mark.slow
-
-
-def command(folder: Path, environment: Mapping[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, **environment, "MERGELAB_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    env.pop("HF_HUB_OFFLINE", None)
-    return subprocess.run(
-        [sys.executable, "-m", "mergelab", *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=300
-    )
+Command = Callable[..., CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -33,9 +26,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "work"
 
 
-def test_the_main_command_downloads_merges_measures_and_records(hub: HubServer, folder: Path) -> None:
-    environment = hub.environment(folder / "home")
-    done = command(folder, environment, "method=ties", "task=rte")
+@pytest.fixture
+def command(hub: HubServer, folder: Path, forks: Forks) -> Command:
+    """Run ``python -m mergelab`` on the hub."""
+
+    def run(*arguments: str, **environment: str) -> CompletedProcess[str]:
+        env = {**os.environ, **hub.environment(folder / "home"), "MERGELAB_CACHE": str(folder / "cache")}
+        return forks.run("-m", "mergelab", *arguments, folder=folder, environment={**env, **environment})
+
+    return run
+
+
+def test_the_main_command_downloads_merges_measures_and_records(folder: Path, command: Command) -> None:
+    done = command("method=ties", "task=rte")
     assert done.returncode == 0, done.stderr
     for repository in BERT_RTE_EXPERTS:
         assert repository in done.stdout
@@ -65,7 +68,7 @@ def test_the_main_command_downloads_merges_measures_and_records(hub: HubServer, 
     assert agreement == pytest.approx(merge.data.metrics["report/accuracy"])
 
     # Once fetched, everything works without the hub, and base and experts are not measured again.
-    again = command(folder, {**environment, "HF_HUB_OFFLINE": "1"}, "method=soup", "task=rte", "source=hub")
+    again = command("method=soup", "task=rte", "source=hub", HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     runs = client.search_runs([experiment.experiment_id])
     kinds = sorted(run.data.tags["mergelab.kind"] for run in runs)
@@ -74,10 +77,8 @@ def test_the_main_command_downloads_merges_measures_and_records(hub: HubServer, 
     assert [model["cached"] for model in newest["models"]] == [True] * 6 + [False]
 
 
-def test_a_hub_id_that_does_not_exist_is_named(hub: HubServer, folder: Path) -> None:
-    done = command(
-        folder, hub.environment(folder / "home"), "source=hub", "models.experts.textattack=textattack/bert-base-RTE"
-    )
+def test_a_hub_id_that_does_not_exist_is_named(command: Command) -> None:
+    done = command("source=hub", "models.experts.textattack=textattack/bert-base-RTE")
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert "textattack/bert-base-RTE" in done.stderr

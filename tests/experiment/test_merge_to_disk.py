@@ -27,6 +27,7 @@ from mergelab.weights.checkpoint import open_checkpoint
 from mergelab.weights.source import TensorInfo, TensorPart
 from mergelab.weights.writer import complete_files, making_of, writing_folder
 from tests.conftest import Outcome
+from tests.forks import Forks
 from tests.vocabularies import bert
 
 Command = Callable[..., Outcome]
@@ -287,7 +288,7 @@ def test_a_merge_killed_at_random_moments_never_looks_finished_and_goes_on(
     AutoModelForCausalLM.from_pretrained(workplace / "merged")
 
 
-def partial_merge(workplace: Path, settings: list[str], files: int) -> Path:
+def partial_merge(forks: Forks, workplace: Path, settings: list[str], files: int) -> Path:
     """Stop a merge after it has completed some of its files, as a killed one leaves them."""
     script = f"""
 import os, signal, sys
@@ -301,15 +302,14 @@ shards.WeightFiles._complete = stop
 from mergelab.__main__ import main
 main()
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    ended = subprocess.run([sys.executable, "-c", script, *settings], env=environment, check=False, timeout=120)
+    ended = forks.run("-c", script, *settings, folder=workplace)
     assert ended.returncode == -signal.SIGKILL
     (folder,) = workplace.glob(".merged.partial")
     return folder
 
 
 def test_complete_files_are_written_again_when_labels_were_corrected(
-    mergelab_command: Command, workplace: Path
+    mergelab_command: Command, workplace: Path, forks: Forks
 ) -> None:
     def label(name: str, *labels: str) -> None:
         file = workplace / name / "config.json"
@@ -320,7 +320,7 @@ def test_complete_files_are_written_again_when_labels_were_corrected(
         label(name, "entailment", "not_entailment")
     models = ["models.base=null", "models.experts=[./a,./b]", "evaluate=false", "tracking=none", "task=rte"]
     settings = [*models, "method=soup", "save.max_shard_size=1kB"]
-    partial_merge(workplace, [*settings, "output=merged"], 3)
+    partial_merge(forks, workplace, [*settings, "output=merged"], 3)
     assert "classifier.weight" in written_names(workplace / ".merged.partial")
     label("b", "not_entailment", "entailment")
     assert mergelab_command(*settings, "output=merged").code == 0
@@ -341,11 +341,11 @@ def written_names(folder: Path) -> set[str]:
 
 
 def test_complete_files_are_not_written_again_unless_the_merge_is_another(
-    mergelab_command: Command, models: list[str], workplace: Path
+    mergelab_command: Command, models: list[str], workplace: Path, forks: Forks
 ) -> None:
     settings = [*models, "method=ties", "save.max_shard_size=60kB", "output=merged"]
     assert mergelab_command(*settings[:-1], "output=reference").code == 0
-    folder = partial_merge(workplace, settings, 3)
+    folder = partial_merge(forks, workplace, settings, 3)
     with pytest.raises(ModelError):
         open_checkpoint(folder)
     first = min(folder.glob("*.part"))
@@ -356,7 +356,7 @@ def test_complete_files_are_not_written_again_unless_the_merge_is_another(
     assert same(tensors(workplace / "merged"), tensors(workplace / "reference"))
     shutil.rmtree(workplace / "merged")
 
-    first = min(partial_merge(workplace, settings, 3).glob("*.part"))
+    first = min(partial_merge(forks, workplace, settings, 3).glob("*.part"))
     before = first.stat()
     assert mergelab_command(*settings, "method.density=0.9").code == 0
     assert (workplace / "merged" / first.name.removesuffix(".part")).stat().st_mtime_ns != before.st_mtime_ns
@@ -491,7 +491,7 @@ def test_two_merges_into_one_folder_exclude_each_other(
     assert not list(workplace.glob(".merged*"))
 
 
-def test_of_commands_at_once_one_makes_the_model(models: list[str], workplace: Path) -> None:
+def test_of_commands_at_once_one_makes_the_model(mergelab_command: Command, models: list[str], workplace: Path) -> None:
     (workplace / "link").symlink_to(workplace)
     spellings = ["merged", "link/merged", "link/../" + workplace.name + "/merged"]
     methods = ["method=soup", "method=ties", "method=task_arithmetic"]
@@ -509,8 +509,7 @@ def test_of_commands_at_once_one_makes_the_model(models: list[str], workplace: P
     codes = [process.returncode for process in running]
     assert sorted(codes) == [0, 2, 2], said
     winner = methods[codes.index(0)]
-    alone = [sys.executable, "-m", "mergelab", *models, winner, "output=alone"]
-    subprocess.run(alone, check=True, capture_output=True)
+    assert mergelab_command(*models, winner, "output=alone").code == 0
     assert same(tensors(workplace / "merged"), tensors(workplace / "alone"))
 
 

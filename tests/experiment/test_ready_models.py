@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from safetensors.torch import load_file
 
 from mergelab.config import CONF_DIR, ModelsConfig, check
 from mergelab.models.references import parse_reference
+from tests.forks import Forks
 from tests.hub_server import HubServer
 from tests.models import pairs
 
@@ -55,15 +54,14 @@ def as_of_2020(folder: Path) -> Path:
 
 
 def test_the_summariser_and_its_warm_starts_come_from_the_hub_and_what_is_saved_writes(
-    empty_hub: HubServer, tmp_path: Path
+    empty_hub: HubServer, tmp_path: Path, forks: Forks
 ) -> None:
     empty_hub.add_model(BERT, pairs.bert(tmp_path / "bert", 1, head="BertForPreTraining"))
     empty_hub.add_model(SUMMARISER, as_of_2020(pairs.bert2bert(tmp_path / "summariser", 2)))
-    environment: dict[str, Any] = {**os.environ, **empty_hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    environment |= {"MERGELAB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    environment: dict[str, Any] = {**os.environ, **empty_hub.environment(tmp_path / "home")}
+    environment |= {"MERGELAB_CACHE": str(tmp_path / "cache")}
     merge = ["models=bert2bert_summarization", "method=soup", "evaluate=false", "output=merged", "tracking=none"]
-    command = [sys.executable, "-m", "mergelab", *merge]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = forks.run("-m", "mergelab", *merge, folder=tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     merged = load_file(tmp_path / "merged" / "model.safetensors")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from mergelab.errors import ConfigError, ModelError
 from mergelab.experiment.locate import locate
 from mergelab.models.references import Adapted, LayerStack, local_folder, parse_reference
 from mergelab.models.stacked import open_stack, stacked
+from tests.conftest import Outcome
 from tests.mergekit.made import make_models, merged, planned
 
 
@@ -75,13 +75,13 @@ def test_a_slice_has_settings_of_its_own_and_lists_run_over_it(models: Path) -> 
     torch.testing.assert_close(found["lm_head.weight"], head, rtol=0, atol=1e-6)
 
 
-def test_what_is_written_loads_and_computes_what_the_layers_do(models: Path, tmp_path: Path) -> None:
+def test_what_is_written_loads_and_computes_what_the_layers_do(
+    models: Path, tmp_path: Path, mergelab_command: Callable[..., Outcome]
+) -> None:
     slices = f"models.slices={{low:{sources(a=[0, 3])},high:{sources(b=[2, 4])}}}"
     command = [*given(models, "a", "b"), "method=passthrough", slices, "evaluate=false", "output=out", "tracking=none"]
-    run = subprocess.run(
-        [sys.executable, "-m", "mergelab", *command], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
+    outcome = mergelab_command(*command)
+    assert outcome.code == 0, outcome.err
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.config.num_hidden_layers == 5
     one, other = (transformers.LlamaForCausalLM.from_pretrained(models / name) for name in "ab")

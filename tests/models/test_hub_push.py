@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
 from mergelab.models.hub_push import without_places
+from tests.forks import Forks
 from tests.hub_server import HubServer
 from tests.standins import BERT_BASE, BERT_RTE_EXPERTS
 
+Command = Callable[..., CompletedProcess[str]]
 TOKEN = "hf_standin"
 MERGE = (
     *("method=soup", f"models.experts=[{BERT_RTE_EXPERTS[3]},{BERT_RTE_EXPERTS[4]}]", "task=rte", "source=hub"),
@@ -31,14 +32,20 @@ result = dict(sum=sum(sums), labels=model.config.id2label, size=len(tokenizer))
 """
 
 
-def command(hub: HubServer, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, **hub.environment(folder / "home"), "MERGELAB_CACHE": str(folder / "cache")}
-    env |= {"OMP_NUM_THREADS": "1", "HF_TOKEN": TOKEN, "PYTHONPATH": os.getcwd(), **environment}
-    line = [sys.executable, "-m", "mergelab", *arguments]
-    return subprocess.run(line, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def command(hub: HubServer, place: Path, forks: Forks) -> Command:
+    """Run ``python -m mergelab`` on the hub, logged in."""
+
+    def run(*arguments: str, **environment: str) -> CompletedProcess[str]:
+        env = {**os.environ, **hub.environment(place / "home"), "MERGELAB_CACHE": str(place / "cache")}
+        return forks.run(
+            *("-m", "mergelab", *arguments), folder=place, environment={**env, "HF_TOKEN": TOKEN, **environment}
+        )
+
+    return run
 
 
-def refused(done: subprocess.CompletedProcess[str], line: str, folder: Path) -> None:
+def refused(done: CompletedProcess[str], line: str, folder: Path) -> None:
     assert (done.returncode, done.stderr.splitlines()) == (2, [f"error: {line}"]), done
     assert not (folder / "merged").exists()
     assert not (folder / "outputs").exists() or not list((folder / "outputs").rglob("*.safetensors"))
@@ -64,19 +71,19 @@ def place(tmp_path: Path) -> Path:
     ],
 )
 def test_a_push_that_cannot_be_is_one_line_before_anything_is_merged(
-    hub: HubServer, place: Path, environment: Mapping[str, str], line: str
+    hub: HubServer, place: Path, command: Command, environment: Mapping[str, str], line: str
 ) -> None:
     hub.uploads.tokens[TOKEN] = ("org",)
     (place / "a").mkdir()
     local = ["models.base=null", "models.experts=[./a]", "source=auto"] if "HF_ENDPOINT" in environment else []
-    done = command(hub, place, *MERGE, *local, "save.push_to_hub=org/merged", **environment)
+    done = command(*MERGE, *local, "save.push_to_hub=org/merged", **environment)
     refused(done, f"save.push_to_hub=org/merged: {line}", place)
     assert not weights_fetched(hub)
 
 
 @pytest.mark.parametrize("kind", ["another model", "public", "not ours to write", "a grid", "no id"])
 def test_a_repository_that_must_not_be_written_to_is_named_before_anything_is_merged(
-    kind: str, hub: HubServer, place: Path, tmp_path: Path
+    kind: str, hub: HubServer, place: Path, command: Command, tmp_path: Path
 ) -> None:
     hub.uploads.tokens[TOKEN] = ("org",)
     further, line = ["save.push_to_hub=org/merged"], ""
@@ -104,17 +111,17 @@ def test_a_repository_that_must_not_be_written_to_is_named_before_anything_is_me
         further = ["save.push_to_hub=merged"]
         line = "save.push_to_hub='merged': must be a repository of the hub, org/name"
     merge = [each for each in MERGE if kind != "a grid" or not each.startswith(("output", "evaluate"))]
-    refused(command(hub, place, *merge, *further), line, place)
+    refused(command(*merge, *further), line, place)
     assert not weights_fetched(hub)
 
 
 @pytest.mark.slow
 def test_a_push_makes_a_private_repository_that_the_model_is_loaded_from(
-    hub: HubServer, place: Path, client: Any, tmp_path: Path
+    hub: HubServer, place: Path, command: Command, client: Any, tmp_path: Path
 ) -> None:
     hub.uploads.tokens[TOKEN] = ("org",)
     pushed = ("save.push_to_hub=org/merged", "save.max_shard_size=40kB")
-    done = command(hub, place, *MERGE, *pushed)
+    done = command(*MERGE, *pushed)
     assert done.returncode == 0, done.stderr
     assert f"{hub.url}/org/merged" in done.stdout
     repository = hub.repository("org/merged")
@@ -141,7 +148,7 @@ def test_a_push_makes_a_private_repository_that_the_model_is_loaded_from(
 
     # The next push, in one file, leaves none of the shards, which would be loaded in its place.
     (place / "merged").rename(place / "earlier")
-    done = command(hub, place, *MERGE, "save.push_to_hub=org/merged", "method=task_arithmetic", "method.lambda=0.4")
+    done = command(*MERGE, "save.push_to_hub=org/merged", "method=task_arithmetic", "method.lambda=0.4")
     assert done.returncode == 0, done.stderr
     files = repository.revisions["main"].files_on_disk
     assert [name for name in files if "safetensors" in name] == ["model.safetensors"]
@@ -149,7 +156,7 @@ def test_a_push_makes_a_private_repository_that_the_model_is_loaded_from(
 
     # What was pushed is a merge of ours to the next merge.
     nested = ("method=soup", f"models.experts=[org/merged,{BERT_RTE_EXPERTS[3]}]", "output=next")
-    done = command(hub, place, *MERGE[2:], *nested)
+    done = command(*MERGE[2:], *nested)
     assert done.returncode == 0, done.stderr
     (first, _) = json.loads((place / "next" / "mergelab.json").read_text())["experts"]
     assert first["merge"]["method"] == "task_arithmetic"

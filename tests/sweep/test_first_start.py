@@ -17,45 +17,53 @@ __all__ = ["postgres", "short_folder"]
 
 pytestmark = pytest.mark.slow
 
-# Each process has imported everything before it says so, and goes on when all have.
+# Forks a process for each argument after everything is imported; they go on when all are there.
+TOGETHER = """
+import os, sys, traceback
+IMPORTS
+
+wait, go = os.pipe()
+children = []
+for argument in sys.argv[1:]:
+    children.append(os.fork())
+    if children[-1] == 0:
+        os.close(go)
+        os.read(wait, 1)
+        code = 0
+        try:
+            work(argument)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        os._exit(code)
+os.close(go)
+sys.exit(sum(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
+"""
 OPEN = """
-import sys
 import optuna, sqlalchemy
 from mergelab.sweep.storage import open_storage, storage_url
-print("ready", flush=True)
-sys.stdin.readline()
-storage = open_storage(storage_url(sys.argv[1], "."))
-study = optuna.create_study(storage=storage, study_name=sys.argv[2], load_if_exists=True)
-study.add_trial(optuna.trial.create_trial(value=1.0))
+
+def work(name):
+    storage = open_storage(storage_url(URL, "."))
+    study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+    study.add_trial(optuna.trial.create_trial(value=1.0))
 """
 RECORD = """
-import sys
 import mlflow, mlflow.store.tracking.sqlalchemy_store
 from mergelab.tracking import TrackingConfig, open_tracking
-print("ready", flush=True)
-sys.stdin.readline()
-with open_tracking(TrackingConfig()).start_run(sys.argv[1], experiment="rte") as run:
-    run.log_text("x", "x.txt")
+
+def work(name):
+    with open_tracking(TrackingConfig()).start_run(name, experiment="rte") as run:
+        run.log_text("x", "x.txt")
 """
 
 
-def start(code: str, *arguments: str) -> subprocess.Popen[str]:
+def together(code: str, names: list[str]) -> None:
+    """Run ``work`` on each name, each in a process of its own, all at once."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    pipe = subprocess.PIPE
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
-
-
-def together(processes: list[subprocess.Popen[str]]) -> None:
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    ended = [(process.communicate(timeout=240), process.returncode) for process in processes]
-    assert [code for _, code in ended] == [0] * len(ended), ended
+    command = [sys.executable, "-c", TOGETHER.replace("IMPORTS", code), *names]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "journal", "postgres"])
@@ -67,7 +75,7 @@ def test_ten_processes_may_open_a_new_storage(
         url = request.getfixturevalue("postgres")
     else:
         url = {"sqlite": f"sqlite:///{workplace}/new/sweeps.db", "journal": f"journal:{workplace}/new/log"}[kind]
-    together([start(OPEN, url, names[number % len(names)]) for number in range(10)])
+    together(OPEN.replace("URL", repr(url)), [names[number % len(names)] for number in range(10)])
     storage = (
         optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(f"{workplace}/new/log"))
         if kind == "journal"
@@ -78,7 +86,7 @@ def test_ten_processes_may_open_a_new_storage(
 
 
 def test_ten_processes_may_open_a_new_tracking_store(workplace: Path) -> None:
-    together([start(RECORD, f"{number}") for number in range(10)])
+    together(RECORD, [f"{number}" for number in range(10)])
     runs = open_tracking(TrackingConfig()).runs(experiment="rte", status="FINISHED")
     assert sorted(run.name for run in runs) == [str(number) for number in range(10)]
     assert len(list((workplace / "outputs" / "mlartifacts" / "rte").glob("*/artifacts/x.txt"))) == 10

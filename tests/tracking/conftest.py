@@ -17,6 +17,7 @@ import pytest
 from filelock import FileLock
 
 from mergelab.tracking import Tracker, TrackingConfig, open_tracking
+from tests.conftest import shared_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 APP = Path(__file__).with_name("grid_app")
@@ -25,9 +26,7 @@ APP = Path(__file__).with_name("grid_app")
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tracking database without runs; creating the tables takes seconds, copying it does not."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
+    folder = shared_folder(tmp_path_factory)
     path = folder / "empty-store" / "mlflow.db"
     with FileLock(folder / "empty-store.lock"):
         if not path.exists():

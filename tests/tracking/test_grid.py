@@ -13,10 +13,12 @@ import pytest
 
 from mergelab.tracking import RunRecord, Tracker
 from mergelab.tracking.grid import best_child, shared_tags
-from tests.tracking.conftest import APP
+from tests.forks import Forks
+from tests.tracking.conftest import APP, environment
 
 pytestmark = pytest.mark.slow
 
+Grid = Callable[..., tuple[int, str, str]]
 JOB = str(APP / "grid_job.py")
 JOBLIB = pytest.param(
     ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
@@ -26,6 +28,17 @@ JOBLIB = pytest.param(
     ),
 )
 BASIC = pytest.param((), id="basic")
+
+
+@pytest.fixture
+def grid(forks: Forks, workplace: Path) -> Grid:
+    """Run the app in a process of its own; return its exit code, output and errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        done = forks.run(JOB, *arguments, folder=workplace, environment=environment())
+        return done.returncode, done.stdout, done.stderr
+
+    return run
 
 
 def families(tracker: Tracker) -> list[tuple[RunRecord, list[RunRecord]]]:
@@ -40,9 +53,9 @@ def families(tracker: Tracker) -> list[tuple[RunRecord, list[RunRecord]]]:
 
 @pytest.mark.parametrize("launcher", [BASIC, JOBLIB])
 def test_a_grid_is_one_parent_run_with_a_child_per_job(
-    start: Callable[..., Any], tracker: Tracker, mlflow_client: Any, launcher: tuple[str, ...], workplace: Path
+    grid: Grid, tracker: Tracker, mlflow_client: Any, launcher: tuple[str, ...], workplace: Path
 ) -> None:
-    assert start(None, JOB, "-m", "method=soup,ties", "method.density=0.1,0.3", "task=rte", *launcher).end() == (
+    assert grid("-m", "method=soup,ties", "method.density=0.1,0.3", "task=rte", *launcher) == (
         0,
         "",
         "",
@@ -77,8 +90,8 @@ def test_a_grid_is_one_parent_run_with_a_child_per_job(
     assert len(json.loads((folder / "summary.json").read_text())) == 4
 
 
-def test_a_grid_with_a_failing_job_is_failed_and_says_which(start: Callable[..., Any], tracker: Tracker) -> None:
-    code, _, err = start(None, JOB, "-m", "method=soup,ties,dare", "behaviour=fail").end()
+def test_a_grid_with_a_failing_job_is_failed_and_says_which(grid: Grid, tracker: Tracker) -> None:
+    code, _, err = grid("-m", "method=soup,ties,dare", "behaviour=fail")
     assert code == 1
     assert "ValueError: no consensus" in err
     ((parent, children),) = families(tracker)
@@ -112,7 +125,7 @@ def test_a_grid_that_is_asked_to_end_is_killed_with_the_job_that_was_running(
 
 
 def test_the_next_grid_in_a_folder_closes_what_a_vanished_one_left_open_and_finds_its_own_parent(
-    start: Callable[..., Any], tracker: Tracker, workplace: Path
+    grid: Grid, tracker: Tracker, workplace: Path
 ) -> None:
     folder = str(workplace / "outputs" / "grids" / "first")
     gone = {
@@ -122,7 +135,7 @@ def test_the_next_grid_in_a_folder_closes_what_a_vanished_one_left_open_and_find
         "mergelab.source": "hub",
     }
     left_open = tracker.start_run("grid: method=ties,soup", experiment="mini/rte", tags=gone)
-    assert start(None, JOB, "-m", "method=ties,soup").end()[0] == 0
+    assert grid("-m", "method=ties,soup")[0] == 0
     (killed, none), (finished, children) = families(tracker)
     assert (killed.id, killed.status, none) == (left_open.id, "KILLED", [])
     assert (finished.status, len(children)) == ("FINISHED", 2)
@@ -130,24 +143,24 @@ def test_the_next_grid_in_a_folder_closes_what_a_vanished_one_left_open_and_find
 
 
 def test_a_grid_over_tasks_keeps_its_jobs_together_and_names_no_best_among_different_tasks(
-    start: Callable[..., Any], tracker: Tracker
+    grid: Grid, tracker: Tracker
 ) -> None:
-    assert start(None, JOB, "-m", "task=rte,sst2").end()[0] == 0
+    assert grid("-m", "task=rte,sst2")[0] == 0
     ((parent, children),) = families(tracker)
     assert {run.experiment for run in (parent, *children)} == {"mini/rte,sst2"}
     assert "mergelab.best_run_id" not in parent.tags
 
 
 def test_a_single_run_has_no_parent_and_writes_to_the_store_of_the_folder_it_was_started_in(
-    start: Callable[..., Any], tracker: Tracker
+    grid: Grid, tracker: Tracker
 ) -> None:
-    assert start(None, JOB, "method=ties", "hydra.job.chdir=true", "hydra.run.dir=elsewhere").end() == (0, "", "")
+    assert grid("method=ties", "hydra.job.chdir=true", "hydra.run.dir=elsewhere") == (0, "", "")
     ((run, children),) = families(tracker)
     assert (run.name, run.experiment, children) == ("ties density=0.2", "mini/rte", [])
 
 
-def test_a_grid_without_tracking_leaves_no_trace(start: Callable[..., Any], tracker: Tracker, workplace: Path) -> None:
-    assert start(None, JOB, "-m", "method=soup,ties", "tracking=none").end() == (0, "", "")
+def test_a_grid_without_tracking_leaves_no_trace(grid: Grid, tracker: Tracker, workplace: Path) -> None:
+    assert grid("-m", "method=soup,ties", "tracking=none") == (0, "", "")
     assert tracker.runs() == []
 
 
@@ -159,9 +172,9 @@ def test_a_grid_without_tracking_leaves_no_trace(start: Callable[..., Any], trac
     ],
 )
 def test_a_grid_whose_tracking_cannot_be_used_stops_before_its_first_job(
-    start: Callable[..., Any], workplace: Path, override: str, line: str
+    grid: Grid, workplace: Path, override: str, line: str
 ) -> None:
-    code, out, err = start(None, JOB, "-m", "method=soup,ties", override).end()
+    code, out, err = grid("-m", "method=soup,ties", override)
     assert (code, out) == (2, "")
     assert err.startswith(line)
     assert err.count("\n") == 1
