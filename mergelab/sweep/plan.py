@@ -72,7 +72,7 @@ def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, overrid
         raise SweepError(f"sweep.pruner={settings.pruner}: trials are pruned by one objective, there are {len(wanted)}")
     settings = with_usable_points(settings, space, len(plan.config.models.experts))
     source = plan.source
-    warn_if_mini(plan, source)
+    warn_if_mini(plan.config.source, source)
     url = storage_url(settings.storage, str(config.hydra.runtime.cwd))
     name = settings.study_name or ""
     sweep = Sweep(config, settings, space, plan, tuple(wanted), source, name, url, tuple(overrides))

@@ -1,0 +1,147 @@
+"""The model that an expert is made from: whether it fits the task, and opened for training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergelab.errors import ConfigError, ModelError, listed
+from mergelab.models.adapted import is_adapter_folder
+from mergelab.models.architecture import architecture, read_config
+from mergelab.models.encoder_decoder import PAIRED
+from mergelab.models.tokens import decoder_tokenizer, load_tokenizer
+from mergelab.weights.pretrained import refuse_own_code
+from mergelab.weights.skeleton import opened_by_transformers
+
+if TYPE_CHECKING:
+    from mergelab.tasks.spec import TaskSpec
+
+_KINDS = {"language_modelling": "CAUSAL_LM", "classification": "SEQ_CLS", "regression": "SEQ_CLS"}
+
+
+def check_base(folder: Path, label: str, task: TaskSpec) -> None:
+    """Check, by its configuration alone, that a model can be trained for a task.
+
+    Raises:
+        ConfigError: it cannot. ModelError: it has no configuration that can be read.
+    """
+    if is_adapter_folder(folder):
+        raise ConfigError(f"base={label}: is an adapter; give the whole model that experts are trained from")
+    config = read_config(folder, label)
+    refuse_own_code(f"base {label}", config)
+    name = str((config.get("architectures") or ["a model without a class"])[0])
+    if task.outputs:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSES
+
+        if config.get("model_type") not in CLASSES:
+            raise ConfigError(
+                f"base={label}: {name} cannot be a classifier, which task={task.name} needs; give an encoder such as "
+                "BERT, or a decoder such as GPT-2"
+            )
+        return
+    kind = architecture(folder, label, config=config)
+    decodes_alone = not (config.get("is_encoder_decoder") or config.get("model_type") == "encoder-decoder")
+    if not kind.is_generator or (task.kind == "language_modelling" and not decodes_alone):
+        what = "continues text, such as GPT-2" if task.kind == "language_modelling" else "writes text, such as T5"
+        raise ConfigError(f"base={label}: {name} does not fit task={task.name}, which needs a model that {what}")
+
+
+def open_for_training(folder: Path, label: str, task: TaskSpec) -> Any:
+    """Open a model in float32 with the task's head; a head that its folder lacks is drawn from torch's generator.
+
+    Args:
+        folder: of the base, or of a checkpoint of the training.
+        label: what errors call it.
+        task: whose labels the head has.
+
+    Raises:
+        ModelError: transformers cannot open it, or its weights are not those of its class.
+    """
+    import torch
+
+    settings: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
+    if task.outputs:
+        settings |= _labels(task) | {"ignore_mismatched_sizes": True}
+    with opened_by_transformers(f"base {label}"):
+        model, info = _class(folder, task).from_pretrained(folder, **settings)
+    prefix = "" if not task.outputs else f"{model.base_model_prefix}."
+    _check_loaded(label, prefix, info)
+    return model
+
+
+def _class(folder: Path, task: TaskSpec) -> Any:
+    import transformers
+
+    if task.outputs:
+        return transformers.AutoModelForSequenceClassification
+    config = read_config(folder, str(folder))
+    own = getattr(transformers, str((config.get("architectures") or [""])[0]), None)
+    return transformers.EncoderDecoderModel if config.get("model_type") == "encoder-decoder" else own
+
+
+def _labels(task: TaskSpec) -> dict[str, Any]:
+    if task.labels is None:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "num_labels": len(task.labels),
+        "id2label": dict(enumerate(task.labels)),
+        "label2id": {name: number for number, name in enumerate(task.labels)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def _check_loaded(label: str, prefix: str, info: Mapping[str, Any]) -> None:
+    """Raise `ModelError` where weights besides a new head, and a pooler before it, would be random."""
+
+    def is_new(name: str) -> bool:
+        return bool(prefix) and (not name.startswith(prefix) or ".pooler." in f".{name}")
+
+    mismatched = [str(entry[0] if isinstance(entry, tuple | list) else entry) for entry in info["mismatched_keys"]]
+    if wrong := sorted(name for name in [*info["missing_keys"], *mismatched] if not is_new(name)):
+        raise ModelError(
+            f"base {label}: its weights lack {listed(wrong, 3)}, or have them in another shape; transformers would "
+            "train from random ones"
+        )
+
+
+def open_tokenizers(folder: Path, label: str) -> tuple[Any, Any]:
+    """Open the tokenizer of what a model reads, and that of what it writes.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    reads, writes = load_tokenizer([folder], label), decoder_tokenizer(folder)
+    return reads, reads if writes == folder else load_tokenizer([writes], label)
+
+
+def with_adapter(model: Any, lora: Mapping[str, Any], task: TaskSpec, reference: str, revision: str | None) -> Any:
+    """Put a LoRA adapter on a model, whose matrices A are drawn from torch's generator.
+
+    Args:
+        model: the base with the task's head, which is trained too.
+        lora: ``r``, ``alpha``, ``dropout`` and ``targets``.
+        task: what is trained for.
+        reference, revision: what the adapter says of its base.
+
+    Raises:
+        ConfigError: PEFT does not know which layers get an adapter, or there are none of the names given.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    targets = lora["targets"] or (["query", "value"] if type(model).__name__ == PAIRED else None)
+    config = LoraConfig(
+        task_type=_KINDS.get(task.kind, kind),
+        r=lora["r"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=targets,
+        revision=revision,
+    )
+    try:
+        adapted: Any = get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"lora.targets={lora['targets']}: {' '.join(str(error).split())}") from error
+    adapted.peft_config["default"].base_model_name_or_path = reference
+    return adapted
