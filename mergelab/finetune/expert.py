@@ -113,11 +113,10 @@ class Made:
         hub_ids = [one.repository for one in parse_reference(self.plan.config.base).models if one.repository]
         bases = [] if self._is_mini else hub_ids
         relation = {"base_model_relation": "adapter" if adapter else "finetune"} if bases else {}
+        of_hub = self.data.origin == "hub" and not is_local_path(self.plan.task.path)
         data = ModelCardData(
             base_model=bases or None,
-            datasets=[self.plan.task.path]
-            if self.data.origin == "hub" and not is_local_path(self.plan.task.path)
-            else None,
+            datasets=[self.plan.task.path] if of_hub else None,
             library_name="peft" if adapter else "transformers",
             pipeline_tag=pipeline_tag(config),
             tags=["mergelab", "lora" if adapter else _METHOD, *(["miniature"] if self._is_mini else [])],
@@ -134,8 +133,8 @@ class Made:
         header = list(outcome.curve[0])
         rows = [[f"{row[key]:.4f}" if key != "epoch" else str(row[key]) for key in header] for row in outcome.curve]
         note = (
-            f"Epoch {outcome.epoch} has the lowest loss on the {self.held_out} examples of the training split that were "
-            "held out, and is what this folder has. No other split was looked at."
+            f"Epoch {outcome.epoch} has the lowest loss on the {self.held_out} held-out examples of the training split, "
+            "and is what this folder has. No other split was looked at."
         )
         run = self.run
         recorded = f", in MLflow run `{run.id}` of experiment `{plain(run.experiment)}`" if run.id else ""

@@ -81,6 +81,7 @@ def run_finetuning(config: DictConfig) -> dict[str, Path]:
         say(_announcement(ready))
         ready.folder.parent.mkdir(parents=True, exist_ok=True)
         with only_writer(ready.folder):
+            _check_folder(ready.folder, ready.identity)  # another process may have been first
             _note_recipe(ready.folder, ready.identity)
             outcomes = {member.name: _expert(ready, member, tracker, progress) for member in plan.members}
     folders = {name: ready.folder / name for name in outcomes}
@@ -282,9 +283,8 @@ def _merge_command(ready: _Ready, located: LocatedModels, folders: Mapping[str, 
     """Return a command that merges the experts and measures them."""
     plan = ready.plan
     settings = [f"task={plan.task.name}", f"models.base={_reference(ready)}"]
-    settings.append(
-        f"models.experts=[{','.join(f'./{folder}' if not folder.is_absolute() else str(folder) for folder in folders.values())}]"
-    )
+    written = [str(folder) if folder.is_absolute() else f"./{folder}" for folder in folders.values()]
+    settings.append(f"models.experts=[{','.join(written)}]")
     if (data := located.mini_data.get(plan.task.name) or plan.data_dir) is not None:
         settings.append(f"task.data_dir={data}")
     return " ".join(["python -m mergelab method=soup", *map(shlex.quote, settings)])
