@@ -110,8 +110,8 @@ class Made:
         from huggingface_hub import ModelCard, ModelCardData
 
         adapter = self.plan.config.lora.r is not None
-        hub_ids = [one.repository for one in parse_reference(self.plan.config.base).models if one.repository]
-        bases = [] if self._is_mini else hub_ids
+        models = () if self._is_mini else parse_reference(self.plan.config.base).models
+        bases = [one.repository for one in models if one.repository]
         relation = {"base_model_relation": "adapter" if adapter else "finetune"} if bases else {}
         of_hub = self.data.origin == "hub" and not is_local_path(self.plan.task.path)
         data = ModelCardData(
@@ -133,8 +133,8 @@ class Made:
         header = list(outcome.curve[0])
         rows = [[f"{row[key]:.4f}" if key != "epoch" else str(row[key]) for key in header] for row in outcome.curve]
         note = (
-            f"Epoch {outcome.epoch} has the lowest loss on the {self.held_out} held-out examples of the training split, "
-            "and is what this folder has. No other split was looked at."
+            f"Epoch {outcome.epoch} has the lowest loss on the {self.held_out} held-out training examples; "
+            "this folder has its weights. No other split was looked at."
         )
         run = self.run
         recorded = f", in MLflow run `{run.id}` of experiment `{plain(run.experiment)}`" if run.id else ""
