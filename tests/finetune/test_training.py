@@ -135,17 +135,13 @@ def test_the_best_epoch_is_kept_and_its_loss_is_that_of_the_folder(finetune: Fin
     assert losses[-1] >= min(losses[:-1]), "one epoch without improvement is enough to stop"
     assert f"{min(losses):.4f}" in out
 
-    labels = np.array([row for row in rows_of_rte(place, np.arange(ROWS))[2]])
+    labels = rows_of_rte(place, np.arange(ROWS))[2].numpy()
     first, second, wanted = rows_of_rte(place, holdout(labels, 0.2, 0)[0])
     model, tokenizer = opened(place / "x" / "seed-0")
     model.double()
     with torch.inference_mode():
-        logits = torch.cat(
-            [
-                model(**tokenizer(one, other, return_tensors="pt")).logits
-                for one, other in zip(first, second, strict=True)
-            ]
-        )
+        inputs = [tokenizer(one, other, return_tensors="pt") for one, other in zip(first, second, strict=True)]
+        logits = torch.cat([model(**each).logits for each in inputs])
     assert float(functional.cross_entropy(logits, wanted)) == pytest.approx(min(losses), rel=1e-5)
     assert float((logits.argmax(1) == wanted).float().mean()) == pytest.approx(found["held_out"]["accuracy"])
 
@@ -184,7 +180,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(
     with monkeypatch.context() as patch:
         steps: list[int] = []
         patch.setattr(
-            training._Keeper, "on_step_end", lambda self, args, state, control, **_: steps.append(state.global_step)
+            training._Keeper, "on_step_end", lambda _, __, state, *___, **____: steps.append(state.global_step)
         )
         made(finetune(*recipe, "output=x"))
     assert steps == [7, 8, 9, *range(1, 10)]
