@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mergelab.errors import DataError
-from mergelab.finetune.plan import TRAINING_SPLIT, FinetunePlan
+from mergelab.finetune.plan import FinetunePlan
 from mergelab.tasks.splits import holdout, shards
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def training_data(plan: FinetunePlan, mini: Path | None) -> TrainingData:
             data_dir=mini or plan.data_dir,
             origin="mini" if mini else None,
             limit=config.train.examples,
-            split=TRAINING_SPLIT,
+            split=config.train.split,
             seed=config.seed,
         )
     except DataError as error:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from mergelab.tasks.spec import TaskSpec
     from mergelab.tracking import TrackingConfig
 
-TRAINING_SPLIT = "train"
 _RATE, _LORA_RATE, _MINI_RATE = 5e-5, 2e-4, 1e-3
 _BATCH, _TEXT_BATCH = 32, 8
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what all generators that the Trainer seeds take
@@ -31,6 +30,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what all generators that the Tra
 class TrainConfig(Schema):
     """How an expert is trained."""
 
+    split: Annotated[str, Field(pattern=r"^[\w.\-]+$")] = "train"
     epochs: Annotated[int, Field(ge=1, le=10_000)] = 3
     learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
     batch_size: Annotated[int, Field(ge=1)] | None = None
@@ -152,7 +152,7 @@ def plan_finetuning(config: DictConfig) -> FinetunePlan:
     checked = check(FinetuneConfig, resolved)
     _check_settings(checked)
     _check_installed(checked)
-    spec, data_dir = _task(task)
+    spec, data_dir = _task(task, checked.train.split)
     # A merge needs experts; a fine-tuning makes them.
     models = ModelsConfig.model_construct(
         name=spec.name, base=checked.base, experts={}, mini=group.get("mini"), slices=None
@@ -197,7 +197,7 @@ def _check_installed(config: FinetuneConfig) -> None:
         )
 
 
-def _task(node: Mapping[str, Any]) -> tuple[TaskSpec, str | None]:
+def _task(node: Mapping[str, Any], split: str) -> tuple[TaskSpec, str | None]:
     """Check that the task has something to train on.
 
     Raises:
@@ -210,8 +210,6 @@ def _task(node: Mapping[str, Any]) -> tuple[TaskSpec, str | None]:
     (task,) = suite.tasks
     if task.kind in ("prompts", "lm_eval"):
         raise ConfigError(f"task={task.name}: has no training examples; choose a task with a dataset, such as rte")
-    if TRAINING_SPLIT in task.splits:
-        raise ConfigError(
-            f"task.splits={list(task.splits)}: experts are trained on the training split, so that it cannot report"
-        )
+    if split in task.splits:
+        raise ConfigError(f"task.splits={list(task.splits)}: experts are trained on {split}, so that it cannot report")
     return task, suite.data_dir

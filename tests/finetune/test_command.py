@@ -212,7 +212,7 @@ def nothing(_place: Path) -> None:
         ((*RTE, "lora.r=2", "lora.targets=[nowhere]"), nothing, "lora.targets=['nowhere']"),
         ((*RTE, "device=cuda:1"), nothing, "device=cuda:1: write CUDA_VISIBLE_DEVICES=1"),
         ((*RTE, "task.limit=5"), nothing, "task.limit: is of the examples that models are measured on"),
-        ((*RTE, "task.splits=[train]"), nothing, "task.splits=['train']: experts are trained on the training split"),
+        ((*RTE, "task.splits=[train]"), nothing, "task.splits=['train']: experts are trained on train"),
         ((*RTE, "models.experts=[./bert]"), nothing, "models.experts: experts are made here, not merged"),
         (
             (*RTE, "base=./t5", "task=wikitext"),
