@@ -220,8 +220,8 @@ def page(study: Study, records: Mapping[Step, Mapping[str, Any]], command: str) 
     if study.base is None:
         parts.append("**The miniature's figures say nothing about GLUE**: small models on generated examples.")
     parts.append(
-        "Scores are of the reported half of the validation split, with 95 % bootstrap intervals. Where intervals overlap, methods "
-        " are not told apart by this study. *holdout* is the best trial of a sweep that selects on the other "
+        "Scores are of the reported half of the validation split, with 95 % bootstrap intervals. Where these overlap, "
+        "this study does not tell methods apart. *holdout* is the best trial of a sweep that selects on the other "
         "half, *oracle* of one that selects on the reported half."
     )
     for part in ("same task", "adapters", "multi-task"):

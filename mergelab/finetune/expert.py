@@ -112,7 +112,9 @@ class Made:
         adapter = self.plan.config.lora.r is not None
         models = () if self._is_mini else parse_reference(self.plan.config.base).models
         bases = [one.repository for one in models if one.repository]
-        relation = {"base_model_relation": "adapter" if adapter else "finetune"} if bases else {}
+        further: dict[str, Any] = {} if self._is_mini else common_license([read_metadata(self.base.folder)])
+        if bases:
+            further["base_model_relation"] = "adapter" if adapter else "finetune"
         of_hub = self.data.origin == "hub" and not is_local_path(self.plan.task.path)
         data = ModelCardData(
             base_model=bases or None,
@@ -120,8 +122,7 @@ class Made:
             library_name="peft" if adapter else "transformers",
             pipeline_tag=pipeline_tag(config),
             tags=["mergelab", "lora" if adapter else _METHOD, *(["miniature"] if self._is_mini else [])],
-            **({} if self._is_mini else common_license([read_metadata(self.base.folder)])),
-            **relation,
+            **further,
         )
         return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{self._text('a LoRA adapter' if adapter else 'a model')}"))
 

@@ -68,7 +68,7 @@ def open_run(
 
 def _last_step(tracker: Tracker, run_id: str, metric: str) -> int:
     with mlflow_calls(f"read the learning curve of run {run_id}"):
-        return max(point.step for point in tracker.client.get_metric_history(run_id, metric))
+        return max(int(point.step) for point in tracker.client.get_metric_history(run_id, metric))
 
 
 def record_curve(run: Run, before: Recorded, values: Mapping[str, float], step: int) -> None:

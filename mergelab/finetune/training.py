@@ -179,7 +179,8 @@ def _arguments(
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Compute deterministically, with gradients; restore all global generators and settings at the end."""
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with (
@@ -189,11 +190,11 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         ):
             torch.manual_seed(seed)
             torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            memory.fill_uninitialized_memory = False  # which only costs time
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled
         random.setstate(python)
         np.random.set_state(numpy)
 
@@ -250,7 +251,8 @@ class _ExpertTrainer(Trainer):  # type: ignore[misc]
         """Measure loss and, of a classifier, the task's metrics on what is held out."""
         from mergelab.evaluation.metrics import score
 
-        model, held_out = self.model, self._held_out
+        model: Any = self.model
+        held_out = self._held_out
         model.eval()
         total, count, logits = 0.0, 0, []
         order = plan_batches(held_out.lengths, _BATCH_TOKENS, padding=held_out.padding_for(self._bare))
@@ -265,7 +267,8 @@ class _ExpertTrainer(Trainer):  # type: ignore[misc]
             ordered = np.concatenate(logits)[np.argsort(np.concatenate(order))]
             metrics |= {f"eval_{name}": value for name, value in score(self._task, ordered, self._truth).items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = control
         return metrics
 
     @property

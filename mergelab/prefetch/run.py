@@ -105,9 +105,8 @@ def _tasks(plan: Plan) -> Iterable[TaskSpec]:
 
 def _model(reference: Reference) -> Needed:
     if reference.repository is None:
-        folder = reference.folder
-        assert folder is not None
-        return Needed("model", reference.text, "there", folder, lambda: folder)
+        assert reference.folder is not None
+        return Needed("model", reference.text, "there", reference.folder, partial(Path, reference.folder))
     repository, revision = reference.repository, reference.revision
     folder = hub.cached(repository, revision)
     status: Status = "missing" if folder is None else "there"
