@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab.errors import ConfigError, ModelError, listed
+from mergelab.finetune.plan import MAX_LENGTH
 from mergelab.models.adapted import is_adapter_folder
 from mergelab.models.architecture import architecture, read_config
 from mergelab.models.encoder_decoder import PAIRED
 from mergelab.models.tokens import decoder_tokenizer, load_tokenizer
 from mergelab.weights.pretrained import refuse_own_code
-from mergelab.weights.skeleton import opened_by_transformers
+from mergelab.weights.skeleton import opened_by_transformers, skeleton
 
 if TYPE_CHECKING:
+    from mergelab.finetune.plan import FinetuneConfig
     from mergelab.tasks.spec import TaskSpec
 
 _KINDS = {"language_modelling": "CAUSAL_LM", "classification": "SEQ_CLS", "regression": "SEQ_CLS"}
@@ -45,6 +47,41 @@ def check_base(folder: Path, label: str, task: TaskSpec) -> None:
     if not kind.is_generator or (task.kind == "language_modelling" and not decodes_alone):
         what = "continues text, such as GPT-2" if task.kind == "language_modelling" else "writes text, such as T5"
         raise ConfigError(f"base={label}: {name} does not fit task={task.name}, which needs a model that {what}")
+
+
+def check_settings(folder: Path, label: str, task: TaskSpec, config: FinetuneConfig) -> None:
+    """Check, without weights, the settings that depend on the base.
+
+    Raises:
+        DataError: it does not allow that many tokens.
+        ConfigError: it has no layers of these names, or PEFT does not know which of them to adapt.
+    """
+    from transformers import AutoConfig
+
+    from mergelab.evaluation.lengths import max_input_length
+
+    tokenizer, _ = open_tokenizers(folder, label)
+    if config.train.max_length is not None:
+        with opened_by_transformers(f"base {label}"):
+            own = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            max_input_length(own, tokenizer, config.train.max_length, MAX_LENGTH)
+    if config.lora.r is not None:
+        _check_targets(folder, label, config.lora.targets)
+
+
+def _check_targets(folder: Path, label: str, targets: Sequence[str] | None) -> None:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as KNOWN
+
+    config = read_config(folder, label)
+    module = skeleton(folder, config)
+    names = [name for name, _ in module.named_modules()] if module is not None else []
+    layers = sorted({name.rpartition(".")[2] for name in names if name.rpartition(".")[2].isidentifier()})
+    kind = config.get("model_type")
+    if targets is None and kind not in KNOWN and kind != "encoder-decoder":
+        raise ConfigError(f"lora.targets: PEFT has none for {kind}; name some of its layers: {listed(layers)}")
+    for target in targets or ():
+        if names and not any(f".{name}".endswith(f".{target}") for name in names):
+            raise ConfigError(f"lora.targets={list(targets or ())}: {label} has no layer {target}: {listed(layers)}")
 
 
 def open_for_training(folder: Path, label: str, task: TaskSpec) -> Any:

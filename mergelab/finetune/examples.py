@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mergelab.errors import DataError
-from mergelab.finetune.plan import FinetunePlan
+from mergelab.finetune.plan import MAX_LENGTH, FinetunePlan
 from mergelab.tasks.splits import holdout, shards
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def encoded_examples(model: Any, tokenizers: tuple[Any, Any], data: TaskData, ma
 
     reads, writes = tokenizers
     if data.spec.outputs:
-        encoded = encode(data, reads, max_input_length(model.config, reads, max_length))
+        encoded = encode(data, reads, max_input_length(model.config, reads, max_length, MAX_LENGTH))
         layout = layout_for(model, encoded)
         if layout.pad_id != NO_TOKEN:
             set_padding_token(model, layout.pad_id)

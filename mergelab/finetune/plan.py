@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _RATE, _LORA_RATE, _MINI_RATE = 5e-5, 2e-4, 1e-3
 _BATCH, _TEXT_BATCH = 32, 8
+MAX_LENGTH = "train.max_length"
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what all generators that the Trainer seeds take
 
 
@@ -125,7 +126,7 @@ class FinetunePlan:
             "batch_size": train.batch_size or (_BATCH if self.task.outputs else _TEXT_BATCH),
         }
         adapter = None if lora.r is None else lora.model_dump() | {"alpha": lora.alpha or 2.0 * lora.r}
-        return {"train": found, "lora": adapter, "shards": self.config.shards, "seed": self.config.seed}
+        return {"lora": adapter, "shards": self.config.shards, "seed": self.config.seed, "train": found}
 
 
 def plan_finetuning(config: DictConfig) -> FinetunePlan:

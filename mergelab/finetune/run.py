@@ -98,7 +98,7 @@ def _prepared(plan: FinetunePlan, source: Source, progress: Progress) -> tuple[_
     Raises:
         MergelabError: one of them is not usable.
     """
-    from mergelab.finetune.base import check_base
+    from mergelab.finetune.base import check_base, check_settings
     from mergelab.finetune.examples import training_data
 
     task = plan.task
@@ -111,6 +111,7 @@ def _prepared(plan: FinetunePlan, source: Source, progress: Progress) -> tuple[_
     base = located.base
     check_base(base.folder, base.label, task)
     data = training_data(plan, located.mini_data.get(task.name))
+    check_settings(base.folder, base.label, task, plan.config)
     sha256, folder = open_model(base.folder, base.label).content_hash(), plan.folder(source)
     identity = {
         "base": sha256,
@@ -234,17 +235,19 @@ def _trained(
     last = last_checkpoint(checkpoints)
     started = time.perf_counter()
     with seeded(member.seed, device):
-        # A checkpoint of all weights is opened as what it is: what the Trainer then loads changes nothing.
-        dense = last if recipe["lora"] is None else None
-        model = open_for_training(dense or base.folder, base.label, task)
+        model = open_for_training(base.folder, base.label, task)
         own, held_out = ready.data.data.take(ready.data.parts[member.shard]), ready.data.data.take(ready.data.held_out)
         tokenizers = open_tokenizers(base.folder, base.label)
         examples, reserved = (
             encoded_examples(model, tokenizers, data, recipe["train"]["max_length"]) for data in (own, held_out)
         )
-        _check_batches(examples.padding_for(model), recipe["train"]["batch_size"], base.label)
+        padding = examples.padding_for(model)
+        _check_batches(padding, recipe["train"]["batch_size"], base.label)
         if recipe["lora"] is not None:
             model = with_adapter(model, recipe["lora"], task, _reference(ready), base.revision)
+        elif last is not None:
+            # What the Trainer then loads changes nothing: it would not notice names that have changed.
+            model = open_for_training(last, base.label, task)
     outcome = train(
         model,
         examples,
@@ -253,6 +256,7 @@ def _trained(
         task,
         recipe["train"],
         seed=member.seed,
+        padding=padding,
         folder=checkpoints,
         device=device,
         log=log,

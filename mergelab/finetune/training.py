@@ -24,6 +24,7 @@ from mergelab.finetune.examples import EpochBatches, Examples
 from mergelab.models.architecture import quiet_transformers
 
 if TYPE_CHECKING:
+    from mergelab.estimation.examples import Padding
     from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
@@ -74,6 +75,7 @@ def train(
     recipe: Mapping[str, Any],
     *,
     seed: int,
+    padding: Padding,
     folder: Path,
     device: torch.device,
     log: Log = lambda _values, _step: None,
@@ -88,6 +90,7 @@ def train(
         task: what is trained for.
         recipe: `TrainConfig` with all its numbers.
         seed: of dropout and of the order of the examples.
+        padding: how examples of different lengths can share a batch.
         folder: where checkpoints are kept: the best, and the last.
         device: where to compute.
         log: called with the points of the learning curve, and the step that each is of.
@@ -100,9 +103,8 @@ def train(
     history = [] if last is None else _history(last)
     if not _is_over(history, recipe):
         with seeded(seed, device), quiet_transformers():
-            trainer = _ExpertTrainer(
-                model, examples, held_out, truth, task, _arguments(recipe, len(examples), seed, folder, device), log
-            )
+            arguments = _arguments(recipe, len(examples), seed, folder, device)
+            trainer = _ExpertTrainer(model, examples, held_out, truth, task, arguments, padding, log)
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(_Keeper(recipe, folder, progress))
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -218,11 +220,13 @@ class _ExpertTrainer(Trainer):  # type: ignore[misc]
         truth: Array,
         task: TaskSpec,
         arguments: TrainingArguments,
+        padding: Padding,
         log: Log,
     ) -> None:
         numbers, own = range(len(examples)), range(len(held_out))
         super().__init__(model=model, args=arguments, train_dataset=numbers, eval_dataset=own)
-        self._examples, self._held_out, self._truth, self._task, self._log = examples, held_out, truth, task, log
+        self._examples, self._held_out, self._truth, self._task = examples, held_out, truth, task
+        self._padding, self._log = padding, log
 
     def get_train_dataloader(self) -> _Batches:
         """Return the batches of an epoch."""
@@ -255,7 +259,7 @@ class _ExpertTrainer(Trainer):  # type: ignore[misc]
         held_out = self._held_out
         model.eval()
         total, count, logits = 0.0, 0, []
-        order = plan_batches(held_out.lengths, _BATCH_TOKENS, padding=held_out.padding_for(self._bare))
+        order = plan_batches(held_out.lengths, _BATCH_TOKENS, padding=self._padding)
         for members in order:
             inputs = self._prepare_inputs(held_out.batch(members))
             found = self._outputs(model, inputs).logits
@@ -270,11 +274,6 @@ class _ExpertTrainer(Trainer):  # type: ignore[misc]
         control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.control = control
         return metrics
-
-    @property
-    def _bare(self) -> Any:
-        """The model without an adapter around it."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def log(self, logs: dict[str, float], *_more: Any) -> None:
         """Record a point of the learning curve.

@@ -209,7 +209,11 @@ def nothing(_place: Path) -> None:
         ((*RTE, "train.max_length=1000"), nothing, "train.max_length=1000: the model allows 96"),
         ((*RTE, "lora.r=0"), nothing, "lora.r=0: must be at least 1"),
         ((*RTE, "lora.alpha=8"), nothing, "lora.alpha: belongs to a LoRA adapter"),
-        ((*RTE, "lora.r=2", "lora.targets=[nowhere]"), nothing, "lora.targets=['nowhere']"),
+        (
+            (*RTE, "lora.r=2", "lora.targets=[nowhere]"),
+            nothing,
+            "lora.targets=['nowhere']: ./bert has no layer nowhere",
+        ),
         ((*RTE, "device=cuda:1"), nothing, "device=cuda:1: write CUDA_VISIBLE_DEVICES=1"),
         ((*RTE, "task.limit=5"), nothing, "task.limit: is of the examples that models are measured on"),
         ((*RTE, "task.splits=[train]"), nothing, "task.splits=['train']: experts are trained on train"),
