@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mergelab.finetune.plan import FinetuneConfig
     from mergelab.tasks.spec import TaskSpec
 
+_POOLER = "pooler"
 _KINDS = {"language_modelling": "CAUSAL_LM", "classification": "SEQ_CLS", "regression": "SEQ_CLS"}
 
 
@@ -84,13 +85,16 @@ def _check_targets(folder: Path, label: str, targets: Sequence[str] | None) -> N
             raise ConfigError(f"lora.targets={list(targets or ())}: {label} has no layer {target}: {listed(layers)}")
 
 
-def open_for_training(folder: Path, label: str, task: TaskSpec) -> Any:
+def open_for_training(folder: Path, label: str, task: TaskSpec) -> tuple[Any, list[str]]:
     """Open a model in float32 with the task's head; a head that its folder lacks is drawn from torch's generator.
 
     Args:
         folder: of the base, or of a checkpoint of the training.
         label: what errors call it.
         task: whose labels the head has.
+
+    Returns:
+        The model, and the names of its modules that were drawn: the head, and a pooler before it.
 
     Raises:
         ModelError: transformers cannot open it, or its weights are not those of its class.
@@ -103,8 +107,7 @@ def open_for_training(folder: Path, label: str, task: TaskSpec) -> Any:
     with opened_by_transformers(f"base {label}"):
         model, info = _class(folder, task).from_pretrained(folder, **settings)
     prefix = "" if not task.outputs else f"{model.base_model_prefix}."
-    _check_loaded(label, prefix, info)
-    return model
+    return model, _drawn(label, prefix, info)
 
 
 def _class(folder: Path, task: TaskSpec) -> Any:
@@ -128,18 +131,24 @@ def _labels(task: TaskSpec) -> dict[str, Any]:
     }
 
 
-def _check_loaded(label: str, prefix: str, info: Mapping[str, Any]) -> None:
-    """Raise `ModelError` where weights besides a new head, and a pooler before it, would be random."""
+def _drawn(label: str, prefix: str, info: Mapping[str, Any]) -> list[str]:
+    """Return the modules that have no weights in the folder, where only a head and its pooler are such.
+
+    Raises:
+        ModelError: others are.
+    """
 
     def is_new(name: str) -> bool:
-        return bool(prefix) and (not name.startswith(prefix) or ".pooler." in f".{name}")
+        return bool(prefix) and (not name.startswith(prefix) or f".{_POOLER}." in f".{name}")
 
     mismatched = [str(entry[0] if isinstance(entry, tuple | list) else entry) for entry in info["mismatched_keys"]]
-    if wrong := sorted(name for name in [*info["missing_keys"], *mismatched] if not is_new(name)):
+    absent = [*info["missing_keys"], *mismatched]
+    if wrong := sorted(name for name in absent if not is_new(name)):
         raise ModelError(
             f"base {label}: its weights lack {listed(wrong, 3)}, or have them in another shape; transformers would "
             "train from random ones"
         )
+    return sorted({_POOLER if name.startswith(prefix) else name.partition(".")[0] for name in absent})
 
 
 def open_tokenizers(folder: Path, label: str) -> tuple[Any, Any]:
@@ -152,11 +161,14 @@ def open_tokenizers(folder: Path, label: str) -> tuple[Any, Any]:
     return reads, reads if writes == folder else load_tokenizer([writes], label)
 
 
-def with_adapter(model: Any, lora: Mapping[str, Any], task: TaskSpec, reference: str, revision: str | None) -> Any:
+def with_adapter(
+    model: Any, drawn: Sequence[str], lora: Mapping[str, Any], task: TaskSpec, reference: str, revision: str | None
+) -> Any:
     """Put a LoRA adapter on a model, whose matrices A are drawn from torch's generator.
 
     Args:
         model: the base with the task's head, which is trained too.
+        drawn: its modules that are not the base's, and so belong to the adapter.
         lora: ``r``, ``alpha``, ``dropout`` and ``targets``.
         task: what is trained for.
         reference, revision: what the adapter says of its base.
@@ -174,6 +186,7 @@ def with_adapter(model: Any, lora: Mapping[str, Any], task: TaskSpec, reference:
         lora_alpha=lora["alpha"],
         lora_dropout=lora["dropout"],
         target_modules=targets,
+        modules_to_save=list(drawn) or None,
         revision=revision,
     )
     try:

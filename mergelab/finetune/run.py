@@ -235,7 +235,7 @@ def _trained(
     last = last_checkpoint(checkpoints)
     started = time.perf_counter()
     with seeded(member.seed, device):
-        model = open_for_training(base.folder, base.label, task)
+        model, drawn = open_for_training(base.folder, base.label, task)
         own, held_out = ready.data.data.take(ready.data.parts[member.shard]), ready.data.data.take(ready.data.held_out)
         tokenizers = open_tokenizers(base.folder, base.label)
         examples, reserved = (
@@ -244,10 +244,10 @@ def _trained(
         padding = examples.padding_for(model)
         _check_batches(padding, recipe["train"]["batch_size"], base.label)
         if recipe["lora"] is not None:
-            model = with_adapter(model, recipe["lora"], task, _reference(ready), base.revision)
+            model = with_adapter(model, drawn, recipe["lora"], task, _reference(ready), base.revision)
         elif last is not None:
             # What the Trainer then loads changes nothing: it would not notice names that have changed.
-            model = open_for_training(last, base.label, task)
+            model, _ = open_for_training(last, base.label, task)
     outcome = train(
         model,
         examples,
