@@ -66,8 +66,8 @@ def test_a_causal_model_learns_running_text(finetune: Finetune, place: Path) -> 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     made(
-        finetune("task=wikitext", "base=./gpt2", "output=x", "tracking=none", "task.window=24", "task.stride=24", "train.batch_size=4",
-                 "train.learning_rate=1e-3")
+        finetune("task=wikitext", "base=./gpt2", "output=x", "tracking=none", "task.window=24", "task.stride=24",
+                 "train.batch_size=4", "train.learning_rate=1e-3")
     )  # fmt: skip
     losses = [row["loss"] for row in training_of(place / "x" / "seed-0")["curve"]]
     assert losses[1] < losses[0]
@@ -117,9 +117,8 @@ def test_models_that_write_learn_the_answers(finetune: Finetune, place: Path, ba
     total, count = 0.0, 0
     with torch.inference_mode():
         for at in members:
-            prompt, answer = (
-                tokenizer(text)["input_ids"] for text in (table["dialogue"][at], table["summary"][at].strip())
-            )
+            texts = table["dialogue"][at], table["summary"][at].strip()
+            prompt, answer = (tokenizer(text)["input_ids"] for text in texts)
             if base == "t5":
                 # The library's own shift and loss; the tokenizer ends every text.
                 labels = torch.tensor([answer])

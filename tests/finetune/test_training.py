@@ -158,7 +158,7 @@ def stopped_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(training._Keeper, "on_step_end", stop)
 
 
-@pytest.mark.parametrize("lora", [(), ("lora.r=2",)], ids=["weights", "adapter"])
+@pytest.mark.parametrize("lora", [(), pytest.param(("lora.r=2",), marks=pytest.mark.slow)], ids=["weights", "adapter"])
 def test_an_interrupted_training_goes_on_to_the_same_bits(
     finetune: Finetune, place: Path, monkeypatch: pytest.MonkeyPatch, lora: tuple[str, ...]
 ) -> None:
