@@ -112,17 +112,15 @@ def train(
         assert last is not None
         history = _history(last)
     best = _best(history)
-    curve = [
-        {"epoch": round(entry["epoch"]), **{_plain(key): entry[key] for key in entry if key.startswith("eval_")}}
-        for entry in history
-    ]
+    curve = [{"epoch": round(entry["epoch"]), **_measured(entry)} for entry in history]
     step = int(best["step"])
-    measured = {_plain(key): value for key, value in best.items() if key.startswith("eval_")}
-    return Outcome(folder / f"checkpoint-{step}", round(best["epoch"]), step, len(history), measured, curve)
+    return Outcome(folder / f"checkpoint-{step}", round(best["epoch"]), step, len(history), _measured(best), curve)
 
 
-def _plain(name: str) -> str:
-    return name.removeprefix("eval_")
+def _measured(entry: Mapping[str, float]) -> dict[str, float]:
+    """Return the loss and then the metrics of an entry of the Trainer's history."""
+    names = [_HELD_OUT_LOSS, *sorted(name for name in entry if name.startswith("eval_") and name != _HELD_OUT_LOSS)]
+    return {name.removeprefix("eval_"): entry[name] for name in names}
 
 
 def _step_of(checkpoint: Path) -> int:
