@@ -37,7 +37,7 @@ class TrainingData:
     parts: tuple[Array, ...]
 
 
-class Examples(Protocol):
+class TokenisedExamples(Protocol):
     """Tokenised examples of one kind of task."""
 
     def __len__(self) -> int:
@@ -103,7 +103,7 @@ def training_data(plan: FinetunePlan, mini: Path | None) -> TrainingData:
 
 @dataclass(frozen=True)
 class LabelledExamples:
-    """Examples of a classifier.
+    """TokenisedExamples of a classifier.
 
     Attributes:
         model: whose inputs are made.
@@ -137,7 +137,9 @@ class LabelledExamples:
         return {**inputs, "labels": torch.from_numpy(self.labels[members])}
 
 
-def encoded_examples(model: Any, tokenizers: tuple[Any, Any], data: TaskData, max_length: int | None) -> Examples:
+def encoded_examples(
+    model: Any, tokenizers: tuple[Any, Any], data: TaskData, max_length: int | None
+) -> TokenisedExamples:
     """Tokenise examples for a model.
 
     Args:

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from mergelab.errors import NonFinite
 from mergelab.evaluation.classification import plan_batches
 from mergelab.evaluation.training_batches import NONE
-from mergelab.finetune.examples import EpochBatches, Examples
+from mergelab.finetune.examples import EpochBatches, TokenisedExamples
 from mergelab.models.architecture import quiet_transformers
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 def train(
     model: Any,
-    examples: Examples,
-    held_out: Examples,
+    examples: TokenisedExamples,
+    held_out: TokenisedExamples,
     truth: Array,
     task: TaskSpec,
     recipe: Mapping[str, Any],
@@ -210,11 +210,13 @@ class _Batches(torch.utils.data.DataLoader[Any]):
 class _ExpertTrainer(Trainer):  # type: ignore[misc]
     """A Trainer with the losses and inputs that models are measured by."""
 
+    control: Any
+
     def __init__(
         self,
         model: Any,
-        examples: Examples,
-        held_out: Examples,
+        examples: TokenisedExamples,
+        held_out: TokenisedExamples,
         truth: Array,
         task: TaskSpec,
         arguments: TrainingArguments,
@@ -269,8 +271,7 @@ class _ExpertTrainer(Trainer):  # type: ignore[misc]
             ordered = np.concatenate(logits)[np.argsort(np.concatenate(order))]
             metrics |= {f"eval_{name}": value for name, value in score(self._task, ordered, self._truth).items()}
         self.log(metrics)
-        control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self.control = control
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], *_more: Any) -> None:
