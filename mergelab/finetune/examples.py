@@ -103,7 +103,7 @@ def training_data(plan: FinetunePlan, mini: Path | None) -> TrainingData:
 
 @dataclass(frozen=True)
 class LabelledExamples:
-    """TokenisedExamples of a classifier.
+    """Examples of a classifier.
 
     Attributes:
         model: whose inputs are made.
