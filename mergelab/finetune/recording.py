@@ -24,6 +24,12 @@ _HELD_OUT = "eval_"
 Recorded = Mapping[str, int]
 
 
+def is_open(tracker: Tracker, experiment: str, key: str) -> bool:
+    """Return whether an expert has a run that did not come to its end."""
+    known = tracker.runs({names.FINETUNING_KEY: key}, experiment=experiment)
+    return bool(known) and known[0].status != "FINISHED"
+
+
 def open_run(
     tracker: Tracker,
     experiment: str,
@@ -83,12 +89,13 @@ def record_curve(run: Run, before: Recorded, values: Mapping[str, float], step: 
         run.log_metrics(fresh, step)
 
 
-def record_expert(run: Run, made: Made, folder: Path, seconds: float) -> None:
-    """Record which data an expert was trained on, which epoch it is of, what it took, and its card."""
+def record_expert(run: Run, made: Made, folder: Path, seconds: float | None) -> None:
+    """Record which data an expert was trained on, which epoch it is of, what it took where known, and its card."""
     if run.id is None:
         return
     recording.record_inputs(run, _plain(made.plan.resolved), [made.data])
-    run.log_metrics({names.BEST_EPOCH: made.outcome.epoch, names.TRAINING_SECONDS: seconds})
+    took = {} if seconds is None else {names.TRAINING_SECONDS: seconds}
+    run.log_metrics({names.BEST_EPOCH: made.outcome.epoch, **took})
     run.set_tags({names.model_hash("base"): made.sha256, names.RUN_FOLDER: folder.absolute()})
     run.log_artifact(folder / README)
 

@@ -19,7 +19,7 @@ from mergelab.errors import ConfigError, listed, shortened
 from mergelab.experiment.locate import LocatedModels, Source, locate
 from mergelab.experiment.plan import warn_if_mini
 from mergelab.finetune.plan import FinetunePlan, Member, plan_finetuning
-from mergelab.finetune.recording import open_run, record_curve, record_expert
+from mergelab.finetune.recording import is_open, open_run, record_curve, record_expert
 from mergelab.finetune.table import print_experts
 from mergelab.models.adapted import open_model
 from mergelab.models.references import parse_reference
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
     from mergelab.experiment.locate import LocatedModel
     from mergelab.finetune.examples import TrainingData
-    from mergelab.finetune.training import Outcome
+    from mergelab.finetune.expert import Made
+    from mergelab.finetune.training import Log, Outcome
     from mergelab.tracking import Tracker
 
 Progress = Callable[[str, float], None]
@@ -203,37 +204,48 @@ def _experiment(ready: _Ready) -> str:
 
 def _expert(ready: _Ready, member: Member, tracker: Tracker, progress: Progress) -> Outcome:
     """Make one expert, or return how the training of a finished one went."""
-    from mergelab.finetune.expert import read_outcome
+    from mergelab.finetune.expert import Made, read_outcome
 
-    folder = ready.folder / member.name
+    folder, experiment = ready.folder / member.name, _experiment(ready)
     checkpoints = ready.folder / f".{member.name}.training"
-    if folder.is_dir():
-        shutil.rmtree(checkpoints, ignore_errors=True)  # of a process that was killed before it removed them
-        return read_outcome(folder)
     parts = {**ready.identity, "member": member.name}
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    finished, seconds = folder.is_dir(), None
+    if finished and not is_open(tracker, experiment, key):
+        shutil.rmtree(checkpoints, ignore_errors=True)  # of a process that was killed before it removed them
+        return read_outcome(folder)
     with ExitStack() as stack:
-        run, before = open_run(tracker, _experiment(ready), key, ready.plan, member, ready.source, ready.base)
+        run, before = open_run(tracker, experiment, key, ready.plan, member, ready.source, ready.base)
         stack.enter_context(run)
-        outcome = _trained(ready, member, checkpoints, partial(record_curve, run, before), run, tracker, progress)
+        sizes = len(ready.data.parts[member.shard]), len(ready.data.held_out)
+        made = partial(
+            Made, ready.plan, member, ready.source, ready.base, ready.sha256, ready.data.data, *sizes, run=run,
+            tracker=tracker,
+        )  # fmt: skip
+        if finished:  # by a process that was killed before it recorded it
+            outcome = read_outcome(folder)
+        else:
+            started = time.perf_counter()
+            outcome = _trained(ready, member, checkpoints, partial(record_curve, run, before), made, progress)
+            seconds = time.perf_counter() - started
+        record_expert(run, made(outcome=outcome), folder, seconds)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return outcome
 
 
 def _trained(
-    ready: _Ready, member: Member, checkpoints: Path, log: Any, run: Any, tracker: Tracker, progress: Progress
+    ready: _Ready, member: Member, checkpoints: Path, log: Log, made: Callable[..., Made], progress: Progress
 ) -> Outcome:
     from mergelab.evaluation.options import best_device
     from mergelab.finetune.base import open_for_training, open_tokenizers, with_adapter
     from mergelab.finetune.examples import encoded_examples
-    from mergelab.finetune.expert import Made, write_expert
+    from mergelab.finetune.expert import write_expert
     from mergelab.finetune.training import last_checkpoint, seeded, train
 
     plan, base, task = ready.plan, ready.base, ready.plan.task
     recipe, device = plan.recipe(ready.source), best_device(plan.config.device)
     checkpoints.mkdir(exist_ok=True)
     last = last_checkpoint(checkpoints)
-    started = time.perf_counter()
     with seeded(member.seed, device):
         model, drawn = open_for_training(base.folder, base.label, task)
         own, held_out = ready.data.data.take(ready.data.parts[member.shard]), ready.data.data.take(ready.data.held_out)
@@ -262,11 +274,7 @@ def _trained(
         log=log,
         progress=lambda done: progress(f"training {member.name}", done),
     )
-    made = Made(
-        plan, member, ready.source, base, ready.sha256, ready.data.data, len(own), len(held_out), outcome, run, tracker
-    )
-    write_expert(made, model, ready.folder / member.name)
-    record_expert(run, made, ready.folder / member.name, time.perf_counter() - started)
+    write_expert(made(outcome=outcome), model, ready.folder / member.name)
     return outcome
 
 

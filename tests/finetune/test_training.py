@@ -215,6 +215,23 @@ def test_a_training_killed_after_its_last_epoch_trains_no_further(
     assert training_of(place / "x" / "seed-0")["epochs"] < 6
 
 
+def test_an_expert_that_was_written_and_not_recorded_is_recorded(
+    finetune: Finetune, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = ("task=rte", "base=./bert", "output=x", "train.epochs=1")
+    with monkeypatch.context() as patch:
+        patch.setattr("mergelab.finetune.run.record_expert", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert finetune(*recipe).code == 130
+    before = (place / "x" / "seed-0" / WEIGHTS).stat().st_mtime_ns
+    made(finetune(*recipe))
+    assert (place / "x" / "seed-0" / WEIGHTS).stat().st_mtime_ns == before
+    assert not list((place / "x").glob(".seed*"))
+    client = MlflowClient(f"sqlite:///{place}/outputs/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("rte").experiment_id])
+    assert (run.info.status, run.data.metrics["best_epoch"]) == ("FINISHED", 1)
+    assert run.inputs.dataset_inputs[0].dataset.name == "rte"
+
+
 def test_the_parts_are_disjoint_and_none_has_what_is_held_out(place: Path) -> None:
     labels = rows_of_rte(place, np.arange(ROWS))[2].numpy()
     held_out, rest = holdout(labels, 0.2, 0)
