@@ -6,8 +6,8 @@ Usage:
 
 The loop has what every loop has: batches padded to their longest text, AdamW (fused), a linear schedule, clipping, an
 evaluation on what is held out after each epoch, and the best weights saved at the end. Both run in turn in this
-process, after a small run of each. On a machine that others use, the ratio of the processor times says more than that of
-the wall times.
+process, after a small run of each. On a machine that others use, the ratio of the processor times says more than that
+of the wall times.
 """
 
 from __future__ import annotations
