@@ -40,7 +40,7 @@ def run_analysis(config: DictConfig) -> Analysis:
     analysis = plan_analysis(config)
     plan, folder = analysis.experiment, Path(HydraConfig.get().runtime.output_dir)
     tracker, source = open_tracking(plan.tracking), analysis.source
-    warn_if_mini(plan, source)
+    warn_if_mini(plan.config.source, source)
     say(_announcement(analysis, source))
     with _open_run(tracker, analysis, source, folder) as run, gathered_warnings(), progress_bar() as progress:
         found = _analysed(analysis, source, run, progress)

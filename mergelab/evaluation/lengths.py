@@ -17,11 +17,14 @@ _TABLES = ("position_embeddings", "positions_embed", "embed_positions", "wpe")
 _KEYS = ("max_position_embeddings", "max_seq_len")
 
 
-def max_input_length(config: Any, tokenizer: Any, wanted: int | None = None) -> int:
+def max_input_length(config: Any, tokenizer: Any, wanted: int | None = None, key: str = "eval.max_length") -> int:
     """Return the longest input in tokens that model and tokenizer allow (512 where neither says), or ``wanted``.
 
     Args:
         config: the model's configuration, or ``None`` to ask the tokenizer alone.
+        tokenizer: the model's.
+        wanted: what the user asks for.
+        key: of the configuration, that says so.
 
     Raises:
         DataError: ``wanted`` is more than they allow.
@@ -32,7 +35,7 @@ def max_input_length(config: Any, tokenizer: Any, wanted: int | None = None) -> 
     if wanted is None:
         return min(allowed, _DEFAULT_LENGTH)
     if wanted > allowed:
-        raise DataError(f"eval.max_length={wanted}: the model allows {allowed} tokens")
+        raise DataError(f"{key}={wanted}: the model allows {allowed} tokens")
     return wanted
 
 

@@ -63,7 +63,7 @@ class TeacherForced:
         # Texts whose sides are as long together need not be as long on each side.
         padding = "alone" if padding == "equal" and reads_and_writes else padding
         for members in plan_batches(self.lengths, batch_tokens, padding=padding):
-            yield members, self._batch(members)
+            yield members, self.batch(members)
 
     def padding_for(self, model: nn.Module) -> Padding:
         """Find out how texts of different lengths can share a batch of this model (`mergelab.evaluation.padding`)."""
@@ -74,7 +74,7 @@ class TeacherForced:
             if not copies:
                 copies.append(trial_copy(model))
             device = next(model.parameters()).device
-            inputs = {name: values.to(device) for name, values in self._batch(members).items()}
+            inputs = {name: values.to(device) for name, values in self.batch(members).items()}
             last = [int(np.flatnonzero(self.rows[at][_FOLLOWING] != NONE)[-1]) for at in members]
             inputs.pop(_FOLLOWING)
             logits = copies[0](**inputs).logits
@@ -82,7 +82,8 @@ class TeacherForced:
 
         return choose_padding(model, "teacher forcing", self.lengths, run, ("right",))
 
-    def _batch(self, members: Array) -> dict[str, torch.Tensor]:
+    def batch(self, members: Array) -> dict[str, torch.Tensor]:
+        """Return some of the texts, those at the positions ``members`` (b,), as one batch padded on the right."""
         rows = [self.rows[at] for at in members]
         return {name: self._padded(name, [row[name] for row in rows]) for name in rows[0]}
 

@@ -261,9 +261,14 @@ def _merges_writers(config: ExperimentConfig, tasks: Sequence[TaskSpec]) -> bool
     return any(all(not each.outputs for each in ([task] if task else tasks)) for task in made_for)
 
 
-def warn_if_mini(plan: Plan, source: str) -> None:
-    """Warn, once, when the miniature takes the place of models that were asked for."""
-    if source == "mini" and plan.config.source == "auto":
+def warn_if_mini(wanted: str, source: str) -> None:
+    """Warn, once, when the miniature takes the place of models that were asked for.
+
+    Args:
+        wanted: the key ``source`` of the configuration.
+        source: what was decided.
+    """
+    if source == "mini" and wanted == "auto":
         warn(
             "The model hub cannot be reached and its cache does not have these models. This run uses mergelab's "
             "embedded miniature instead: small transformers trained here on generated text. Its scores are not those "

@@ -126,7 +126,7 @@ def _source(plan: Plan, parent: GridParent | None) -> Source:
     decided: Any = None if parent is None else parent.source
     source: Source = decided or plan.source
     if decided is None:
-        warn_if_mini(plan, source)
+        warn_if_mini(plan.config.source, source)
     return source
 
 

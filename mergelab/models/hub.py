@@ -137,11 +137,17 @@ def commit(path: Path) -> str | None:
 
 def dataset_cached(path: str, config: str | None) -> bool:
     """Return whether ``datasets`` has prepared this dataset before, so that it loads without network."""
+    return dataset_folder(path, config) is not None
+
+
+def dataset_folder(path: str, config: str | None) -> Path | None:
+    """Return the folder in which ``datasets`` has prepared this dataset before; None where it has not."""
     from huggingface_hub import constants
 
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets").expanduser()
-    prepared = (cache / path.replace("/", "___") / (config or "default")).glob("*/*/dataset_info.json")
-    return any(not path.parent.name.endswith(".incomplete") for path in prepared)
+    own = cache / path.replace("/", "___") / (config or "default")
+    prepared = (file.parent.name for file in own.glob("*/*/dataset_info.json"))
+    return own if any(not name.endswith(".incomplete") for name in prepared) else None
 
 
 @contextmanager

@@ -168,15 +168,15 @@ def _text(facts: CardFacts) -> str:
         *_usage(facts),
         *_scores(facts),
         "## What was merged",
-        _block("text", "\n".join(merge.tree())),
+        block("text", "\n".join(merge.tree())),
         "Where all of them declare the same license, this model has it."
         if facts.license
         else "**License:** the models above do not all declare the same license; theirs hold.",
         "## How to make it again",
-        _block("bash", facts.command),
+        block("bash", facts.command),
         "Folders are given by their names, without where they lay.",
         "<details><summary>All settings</summary>",
-        _block("yaml", facts.settings.rstrip()),
+        block("yaml", facts.settings.rstrip()),
         "</details>",
         *_run(facts),
     ]
@@ -188,7 +188,7 @@ def _usage(facts: CardFacts) -> list[str]:
         return []
     call = _SNIPPETS[facts.library].format(tag=facts.pipeline_tag, model=plain(facts.name))
     imports = {"transformers": "from transformers import pipeline\n\n", "peft": "from peft import PeftModel\n\n"}
-    return [_block("python", imports.get(facts.library, "") + call)]
+    return [block("python", imports.get(facts.library, "") + call)]
 
 
 # The tags for which every version of transformers that is supported has a pipeline.
@@ -220,7 +220,8 @@ def _run(facts: CardFacts) -> list[str]:
     ]
 
 
-def _block(language: str, text: str) -> str:
+def block(language: str, text: str) -> str:
+    """Return a text as a block of code, behind a fence that it does not contain."""
     fence = "```"
     while fence in text:
         fence += "`"

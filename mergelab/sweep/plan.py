@@ -87,7 +87,7 @@ def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, overrid
     settings = fitted(settings, plan)
     settings = with_usable_points(settings, space, len(plan.config.models.experts))
     source = plan.source
-    warn_if_mini(plan, source)
+    warn_if_mini(plan.config.source, source)
     url = storage_url(settings.storage, str(config.hydra.runtime.cwd))
     name = settings.study_name or ""
     sweep = Sweep(config, settings, space, plan, tuple(wanted), source, name, url, tuple(overrides))

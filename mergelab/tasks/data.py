@@ -56,6 +56,17 @@ class TaskData:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def take(self, members: Array) -> TaskData:
+        """Return the examples at the positions ``members`` (m,); the fingerprint stays that of all."""
+        return replace(
+            self,
+            texts=tuple(self.texts[at] for at in members),
+            labels=self.labels[members],
+            idx=self.idx[members],
+            parts=self.parts[members],
+            references=None if self.references is None else self.references[members],
+        )
+
     @property
     def truth(self) -> Array:
         """What a model's outputs are compared with: (n,) labels, or tuples of reference texts."""

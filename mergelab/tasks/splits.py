@@ -53,6 +53,27 @@ def stratified_sample(labels: Array, count: int, seed: int = 0) -> Array:
     return np.sort(np.concatenate(drawn))
 
 
+def shards(labels: Array, count: int, seed: int = 0) -> list[Array]:
+    """Divide examples into ``count`` parts of like size, so that every class (or range of scores) is in each.
+
+    Args:
+        labels: (n,) integer classes, or floating-point scores.
+        count: how many parts.
+        seed: the same seed gives the same division.
+
+    Returns:
+        Positions of each part's examples in ascending order; disjoint, together all.
+
+    Raises:
+        DataError: there are fewer examples than parts.
+    """
+    if len(labels) < count:
+        raise DataError(f"shards={count}: there are {len(labels)} examples")
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    by_group = shuffled[np.argsort(_strata(labels)[shuffled], kind="stable")]
+    return [np.sort(by_group[part::count]) for part in range(count)]
+
+
 def _strata(labels: Array) -> Array:
     """Number the class or the range of scores of each example, from 0 on."""
     if np.issubdtype(labels.dtype, np.floating):

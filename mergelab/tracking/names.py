@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-Kind = Literal["merge", "grid", "sweep", "trial", "report", "base", "expert", "analysis", "stages"]
+Kind = Literal["merge", "grid", "sweep", "trial", "report", "base", "expert", "analysis", "stages", "finetuning"]
 
 # ---------------------------------------------------------------------------------------------------- tags: every run
 
@@ -68,6 +68,7 @@ PRUNED = "mergelab.pruned"  # of a trial that was stopped early: after how many 
 N_TRIALS = "mergelab.n_trials"
 BEST_TRIAL = "mergelab.best_trial"
 BASELINE_KEY = "mergelab.baseline_key"  # the hash of all that a baseline's scores depend on
+FINETUNING_KEY = "mergelab.finetuning_key"  # of a fine-tuning: the hash of all that the expert depends on
 
 
 def best_parameter(key: str) -> str:
@@ -115,6 +116,8 @@ SELECT_NORMALISED = "select/normalised_average"
 SELECT_EXAMPLES = "select/examples"
 MERGE_SECONDS = "time/merge_s"
 EVAL_SECONDS = "time/eval_s"
+TRAINING_SECONDS = "time/train_s"
+BEST_EPOCH = "best_epoch"
 PEAK_MB = "memory/peak_mb"
 
 
@@ -161,6 +164,16 @@ P_VS_BEST_EXPERT = p_value("best_expert")
 def coefficient(expert: str) -> str:
     """Name the mean of the coefficients that a method has learnt for an expert."""
     return f"coefficient/{expert}"
+
+
+def training_metric(name: str) -> str:
+    """Name a point of a fine-tuning's learning curve, on what is trained on: ``train/loss``."""
+    return f"train/{name}"
+
+
+def held_out_metric(name: str) -> str:
+    """Name a point of a fine-tuning's learning curve, on what is held out of the training split: ``heldout/loss``."""
+    return f"heldout/{name}"
 
 
 def best_of_jobs(metric: str) -> str:
@@ -277,6 +290,11 @@ def stages_run(task: str, stages: Sequence[str]) -> str:
 def analysis_run(models: str) -> str:
     """Name the run of an analysis of models."""
     return f"analysis: {models}"
+
+
+def finetuning_run(task: str, base: str, expert: str) -> str:
+    """Name the run of a fine-tuning: ``finetune rte seed-0 of google-bert/bert-base-uncased``."""
+    return f"finetune {task} {expert} of {base}"
 
 
 def baseline_run(role: str, label: str, protocol: str) -> str:

@@ -1,0 +1,1 @@
+"""Experts from a base: fine-tuning on a task's training split."""

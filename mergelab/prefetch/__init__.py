@@ -1,0 +1,1 @@
+"""What an experiment needs from the hub, fetched beforehand."""
