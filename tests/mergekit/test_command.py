@@ -1,4 +1,4 @@
-"""The command for mergekit's configs, its flags, and what it prints; the README's example is one of them."""
+"""The command for mergekit's configs, its flags, and what it prints; the example of the documentation is one of them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from mergelab.mergekit.__main__ import main, shard_size
 from tests.conftest import ROOT
 from tests.mergekit.made import make_models, merged, planned
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "guides" / "mergekit-users.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The README's merge.yml, with the models that it names."""
+    """The page's merge.yml, with the models that it names."""
     folder = tmp_path_factory.mktemp("home")
     make_models(folder, "llama")
-    (text,) = re.findall(r"```yaml\n(# merge\.yml\n.*?)```", README, flags=re.DOTALL)
+    (text,) = re.findall(r"```yaml\n(# merge\.yml\n.*?)```", PAGE, flags=re.DOTALL)
     content: dict[str, Any] = yaml.safe_load(text)
     names = iter("ab")
     for each in content["models"]:
