@@ -31,10 +31,24 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Bring in the files from outside docs/."""
+    """Bring in the files from outside docs/, and make a page of every notebook."""
     for address, path in OUTSIDE.items():
         files.append(File.generated(config, address, abs_src_path=str(ROOT / path)))
+    for path in sorted(Path(config.docs_dir).glob("notebooks/*.py")):
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=page_of(path.read_text("utf-8"))))
     return files
+
+
+def page_of(notebook: str) -> str:
+    """Return the page of a notebook in jupytext's percent format: its texts, and its code in blocks."""
+    parts = []
+    for cell in re.split(r"^# %%", notebook, flags=re.MULTILINE)[1:]:
+        kind, _, content = cell.partition("\n")
+        if kind.strip() == "[markdown]":
+            parts.append(re.sub(r"^# ?", "", content, flags=re.MULTILINE).strip())
+        else:
+            parts.append(f"```python\n{content.replace('  # fmt: skip', '').strip()}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

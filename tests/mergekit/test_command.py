@@ -1,4 +1,4 @@
-"""The command for mergekit's configs, its flags, and what it prints; the example of the documentation is one of them."""
+"""The command for mergekit's configs, its flags, and what it prints; the documentation's example is one of them."""
 
 from __future__ import annotations
 
