@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A merging function of your own
 #
-# A function of tensors becomes a function of models by a decorator. It runs without network, in about half a minute.
+# A function of tensors becomes a function of models by a decorator. It runs without network.
 
 # %%
 from pathlib import Path
@@ -14,9 +14,7 @@ import mergelab as ml
 folder = Path("models")
 names = ["mini-1", "mini-2", "mini-3"]
 for name in names:
-    others = [
-        f"models.experts.{other}=null" for other in ("mini-1", "mini-2", "mini-3", "mini-4", "mini-5") if other != name
-    ]
+    others = [f"models.experts.mini-{number}=null" for number in range(1, 6) if name != f"mini-{number}"]
     ml.run(
         "models.base=null", *others,
         task="rte", source="mini", method="soup", evaluate=False, output=folder / name, tracking="none",
@@ -26,8 +24,9 @@ models = [folder / name for name in names]
 # %% [markdown]
 # ## One tensor at a time
 #
-# `layer_merge` calls the function for every tensor, with a list of the models' tensors. The models may be hub ids, folders,
-# modules, pipelines or dictionaries. What is returned is of the last one's kind; for ids and folders that is a pipeline.
+# `layer_merge` calls the function for every tensor, with a list of the models' tensors. The models may be hub ids,
+# folders, modules, pipelines or dictionaries. What is returned is of the last one's kind, for ids and folders a
+# pipeline.
 
 
 # %%
@@ -44,13 +43,14 @@ print(merged("The king calls. [SEP] The king never calls."))
 
 # %%
 built_in = ml.median(models, task="text-classification")
-assert all(torch.equal(a, b) for a, b in zip(merged.model.state_dict().values(), built_in.model.state_dict().values()))
+ours, theirs = merged.model.state_dict(), built_in.model.state_dict()
+assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 # %% [markdown]
 # ## Whole state dicts
 #
-# `model_merge` calls the function once, with a list of `StateDict`s: for what looks at several tensors at once. `dict_map`
-# makes a function of tensors one of dictionaries, to be called inside.
+# `model_merge` calls the function once, with a list of `StateDict`s: for what looks at several tensors at once.
+# `dict_map` makes a function of tensors one of dictionaries, to be called inside.
 
 
 # %%

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Reading a sweep
 #
-# A sweep from Python is an object: its trials are a table, its report is another, and the study is Optuna's. It runs without
-# network, in about half a minute.
+# A sweep from Python is an object: its trials are a table, its report is another, and the study is Optuna's. It runs
+# without network.
 
 # %%
 import mergelab as ml
@@ -21,8 +21,8 @@ print(table.to_string())
 # %% [markdown]
 # ## The winner
 #
-# `best_values` is the score that chose it, `scores` what it has on the examples that chose nothing. The second is the one to
-# report: the first is the best of several, and partly luck.
+# `best_values` is the score that chose it, `scores` what it has on the examples that chose nothing. The second is the
+# one to report: the first is the best of several, and partly luck.
 
 # %%
 print(search.best_params)
@@ -49,8 +49,8 @@ print({state: states.count(state) for state in dict.fromkeys(states)})
 search.plot()
 
 # %% [markdown]
-# A sweep goes on where it stopped: the same call with a larger `n_trials` adds trials to the same study and the same MLflow
-# run.
+# A sweep goes on where it stopped: the same call with a larger `n_trials` adds trials to the same study and the same
+# MLflow run.
 
 # %%
 longer = ml.sweep("task.limit=200", method="ties", task="rte", source="mini", n_trials=10)

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # Tensor arithmetic on models
 #
-# A model as one flat tensor, and models as dictionaries with `+ - * /`. It runs without network, in about half a minute.
+# A model as one flat tensor, and models as dictionaries with `+ - * /`. It runs without network.
 #
-# Three GPT-2 of the miniature are saved first: a base, a model of legal text and a model of recipes. With models from the
-# hub, use their ids in place of the folders.
+# Three GPT-2 of the miniature are saved first: a base, a model of legal text and a model of recipes. With models from
+# the hub, use their ids in place of the folders.
 
 # %%
 from pathlib import Path
