@@ -28,7 +28,7 @@ check: .venv/ready-dev
 
 # The site, in site/; a warning is an error.
 docs: .venv-docs/ready
-	.venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
 # The pages that are made from the code: methods, configuration, the configuration's JSON Schema.
 reference: .venv/ready-run

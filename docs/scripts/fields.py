@@ -55,12 +55,17 @@ def keys_of(schema: type[BaseModel], file: str | None = None, node: str | None =
     return [
         Key(
             name=(key := field.alias or name),
-            kind=PATTERNS.get(key, "").removeprefix("must be ") or kind_of(field.annotation, field.metadata),
+            kind=_of_pattern(key) or kind_of(field.annotation, field.metadata),
             default=shown(values[key]) if key in values else _default(field.get_default(call_default_factory=True)),
-            meaning=comments.get(key) or described.get(name, ""),
+            meaning=re.sub(r"\bNone\b", "null", comments.get(key) or described.get(name, "")),
         )
         for name, field in schema.model_fields.items()
     ]
+
+
+def _of_pattern(key: str) -> str:
+    """Say what the pattern of a key asks for; nothing where it has none."""
+    return PATTERNS.get(key, "").removeprefix("must be ").replace("cuda:<number>", "`cuda:<number>`")
 
 
 @cache
@@ -93,9 +98,16 @@ def kind_of(annotation: Any, metadata: Any = ()) -> str:
     if origin is dict:
         return f"mapping of names to {kind_of(arguments[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return f"mapping ({', '.join(f'`{field.alias or name}`' for name, field in annotation.model_fields.items())})"
+        return "mapping"
     noun = {float: "number", int: "whole number", bool: "`true` or `false`", str: "text", Any: "anything"}[annotation]
-    return " ".join(part for part in (noun, ranges(metadata)) if part)
+    return " ".join(part for part in (noun, _range(metadata)) if part)
+
+
+def _range(metadata: Any) -> str:
+    text = ranges(metadata)
+    for power in (32, 63):
+        text = text.replace(f"{2**power:g}", f"2^{power}")
+    return text
 
 
 def _default(value: Any) -> str | None:

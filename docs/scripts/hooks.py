@@ -19,6 +19,8 @@ OUTSIDE = {
     "results/benchmarks.md": "experiments/benchmarks/README.md",
     "results/memory.png": "experiments/benchmarks/memory.png",
 }
+# Pages of numbers, which would stand before every other in a search.
+UNSEARCHED = ("results/parity.md", "results/methods.md")
 _LINK = re.compile(r"(?<=\]\()(?P<path>[^)#\s:]+)(?=(#[^)\s]*)?\))")
 
 
@@ -55,6 +57,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Have links between files of the project, which hold in a checkout, hold on the site."""
     addresses = {path: address for address, path in OUTSIDE.items()}
     here = page.file.src_uri
+    if here in UNSEARCHED:
+        page.meta["search"] = {"exclude": True}
     source = OUTSIDE.get(here, f"docs/{here}")
 
     def on_site(found: re.Match[str]) -> str:

@@ -38,6 +38,9 @@ def json_schema() -> Node:
     }
     whole = _model(ExperimentConfig)
     groups |= {name: whole["properties"][name] for name in ("eval", "save")}
+    for name in ("eval", "save", "tracking", "analyze"):
+        groups[name]["properties"] |= _HYDRA
+    groups["sweep"]["additionalProperties"] = {"type": "object"}  # of its own, which the search space refers to
     properties = whole["properties"] | {name: {"$ref": f"#/$defs/{name}"} for name in groups} | _HYDRA
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -125,9 +125,7 @@ def _facts(each: Entry) -> Iterator[str]:
         "From disk to disk": each.streaming,
         "Paper": each.paper,
     }
-    yield "| | |\n| --- | --- |"
-    yield from (f"| {name} | {cell(text)} |" for name, text in facts.items() if text)
-    yield ""
+    yield "\n".join(f"- **{name}:** {plain(text)}" for name, text in facts.items() if text) + "\n"
 
 
 def _parameters(each: Entry) -> Iterator[str]:

@@ -7,6 +7,7 @@ import posixpath
 import re
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -36,7 +37,7 @@ def test_the_readme_is_short_and_its_tables_fit_80_columns() -> None:
 def test_links_lead_to_files(name: str) -> None:
     folder = posixpath.dirname(name)
     targets = LINK.findall(re.sub(r"```.*?```", "", page(name).text, flags=re.DOTALL))
-    assert [target for target in targets if not (ROOT / posixpath.normpath(f"{folder}/{target}")).is_file()] == []
+    assert [target for target in targets if not (ROOT / folder / target).is_file()] == []
 
 
 def test_pages_made_from_the_code_are_up_to_date() -> None:
@@ -76,7 +77,6 @@ def documents() -> list[tuple[str, Any]]:
 
 @pytest.fixture(scope="module")
 def schema() -> Any:
-    jsonschema = pytest.importorskip("jsonschema")
     content = json.loads((ROOT / "docs" / "config.schema.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(content)
     return jsonschema.Draft202012Validator(content)
@@ -100,6 +100,7 @@ def test_the_projects_own_files_fit_the_json_schema(schema: Any, name: str, cont
         {"models": {"experts": {"a": {"reference": "org/a", "weigth": 2}}}},
         {"models": {"head": 3}},
         {"sweep": {"n_trials": 0}},
+        {"sweep": {"n_trial": 5}},
         {"task": {"kind": "generating"}},
         {"sources": "mini"},
     ],
