@@ -88,7 +88,8 @@ def renewed(text: str, folder: Path) -> str:
 def output_of(command: str, columns: int, folder: Path) -> str:
     """Return what a command prints without network; raises `CalledProcessError` where it fails."""
     sys.stderr.write(f"{command}\n")
-    environment = {**os.environ, "COLUMNS": str(columns), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, "COLUMNS": str(columns), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "PATH": path}
     done = subprocess.run(
         [sys.executable, *shlex.split(command)[1:]],
         cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, check=True,

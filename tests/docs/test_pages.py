@@ -40,6 +40,12 @@ def test_links_lead_to_files(name: str) -> None:
     assert [target for target in targets if not (ROOT / folder / target).is_file()] == []
 
 
+@pytest.mark.parametrize("name", [each.name for each in PAGES])
+def test_what_pages_show_names_no_folder_of_the_machine_that_printed_it(name: str) -> None:
+    shown = "".join(page(name).blocks("text"))
+    assert re.findall(r"(?<![\w/.:])/(?:root|home|tmp|work|usr|private|Users|opt)/\S*", shown) == []
+
+
 def test_pages_made_from_the_code_are_up_to_date() -> None:
     from docs.scripts.reference import outdated
 
