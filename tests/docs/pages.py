@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 # A page whose commands have a test of their own names it: <!-- commands run by tests/docs/test_adding.py -->
-_OWN_TEST = re.compile(r"<!-- commands run by (?P<test>\S+) -->")
+_OWN_TEST = re.compile(r"^<!-- commands run by (?P<test>\S+) -->$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
