@@ -15,7 +15,7 @@ from pathlib import Path
 import mergelab as ml
 
 folder = Path("models")
-experts = ("mini-1", "mini-2", "mini-3", "mini-4", "mini-5")
+experts = ("howey", "textattack", "yoshitomo-matsubara", "Ruizhou", "anirudh21")  # of models=bert_base_rte
 plain = {"name": "task_arithmetic", "lambda": 1.0}
 for name in experts[:2]:
     others = [f"models.experts.{other}=null" for other in experts if other != name]
@@ -27,7 +27,7 @@ ml.run(
     method={"name": "task_arithmetic", "lambda": 0.0}, task="rte", source="mini",
     evaluate=False, output=folder / "base", tracking="none",
 )  # fmt: skip
-print(json.loads((folder / "mini-1-lora" / "adapter_config.json").read_text())["r"])
+print(json.loads((folder / "howey-lora" / "adapter_config.json").read_text())["r"])
 
 # %% [markdown]
 # ## An exact sum

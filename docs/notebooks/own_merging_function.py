@@ -12,9 +12,10 @@ from torch import Tensor
 import mergelab as ml
 
 folder = Path("models")
-names = ["mini-1", "mini-2", "mini-3"]
+experts = ("howey", "textattack", "yoshitomo-matsubara", "Ruizhou", "anirudh21")  # of models=bert_base_rte
+names = experts[:3]
 for name in names:
-    others = [f"models.experts.mini-{number}=null" for number in range(1, 6) if name != f"mini-{number}"]
+    others = [f"models.experts.{other}=null" for other in experts if other != name]
     ml.run(
         "models.base=null", *others,
         task="rte", source="mini", method="soup", evaluate=False, output=folder / name, tracking="none",
