@@ -7,7 +7,7 @@
 # %%
 import mergelab as ml
 
-search = ml.sweep("task.limit=200", method="ties", task="rte", source="mini", n_trials=8)
+search = ml.sweep("task.limit=100", method="ties", task="rte", source="mini", n_trials=5)
 
 # %% [markdown]
 # ## The trials
@@ -53,5 +53,5 @@ search.plot()
 # MLflow run.
 
 # %%
-longer = ml.sweep("task.limit=200", method="ties", task="rte", source="mini", n_trials=10)
-assert len(longer.table) == 10
+longer = ml.sweep("task.limit=100", method="ties", task="rte", source="mini", n_trials=6)
+assert len(longer.table) == 6

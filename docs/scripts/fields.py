@@ -92,7 +92,8 @@ def kind_of(annotation: Any, metadata: Any = ()) -> str:
     if origin is Literal:
         return " or ".join(f"`{choice}`" for choice in arguments)
     if origin in (Union, types.UnionType):
-        return " or ".join("`null`" if each is type(None) else kind_of(each, metadata) for each in arguments)
+        kinds = ["`null`" if each is type(None) else kind_of(each, metadata) for each in arguments]
+        return " or ".join(dict.fromkeys(kinds))
     if origin is list:
         return f"list of {kind_of(arguments[0])}"
     if origin is dict:
