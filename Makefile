@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast test-adapters check audit clean
+.PHONY: demo test test-fast test-adapters check docs reference readme audit clean
 
 demo: .venv/ready-run
 	$(BIN)/python -m mergelab method=ties task=rte
@@ -26,6 +26,18 @@ check: .venv/ready-dev
 	$(BIN)/lint-imports
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml mergelab hydra_plugins
 
+# The site, in site/; a warning is an error.
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+# The pages that are made from the code: methods, configuration, the configuration's JSON Schema.
+reference: .venv/ready-run
+	$(BIN)/python -m docs.scripts.reference
+
+# What the commands print that README.md and the pages show; takes some minutes.
+readme: .venv/ready-run
+	$(BIN)/python -m docs.scripts.printed
+
 # Known vulnerabilities of what is installed; asks a server, so that it is no part of `make check`.
 audit: .venv/ready-dev
 	$(BIN)/pip install --quiet pip-audit
@@ -48,5 +60,13 @@ audit: .venv/ready-dev
 	.venv-adapters/bin/pip install --quiet --constraint constraints-adapters.txt adapters torch pytest
 	touch $@
 
+# The extra `docs` alone, without mergelab and what it needs: pages are made from its source.
+.venv-docs/ready: pyproject.toml constraints-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+		print(*p["project"]["optional-dependencies"]["docs"], sep="\n")' > .venv-docs/requirements.txt
+	.venv-docs/bin/pip install --quiet --constraint constraints-docs.txt --requirement .venv-docs/requirements.txt
+	touch $@
+
 clean:
-	rm -rf .venv .venv-adapters
+	rm -rf .venv .venv-adapters .venv-docs site

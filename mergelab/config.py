@@ -111,20 +111,26 @@ class PairConfig(Schema):
     """An encoder and a decoder that are joined, as ``EncoderDecoderModel.from_encoder_decoder_pretrained`` does it."""
 
     encoder: str
+    """A hub id or a folder."""
     decoder: str
+    """A hub id or a folder."""
     seed: Seed = 0
     """Of the weights that neither of the two has: the cross-attention."""
     decoder_start_token_id: Annotated[int, Field(ge=0)] | None = None
+    """The token that generation begins with; None: the decoder's own."""
     pad_token_id: Annotated[int, Field(ge=0)] | None = None
+    """None: the decoder's own."""
     eos_token_id: Annotated[int, Field(ge=0)] | None = None
-    """By default these three are the decoder's own."""
+    """The token that generation ends with; None: the decoder's own."""
 
 
 class LayersOfModel(Schema):
     """Some layers of a model, from ``layers[0]`` up to but not including ``layers[1]``."""
 
     model: str
+    """A hub id or a folder."""
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
+    """The first layer and the one after the last, counted from 0."""
 
     @field_validator("layers")
     @classmethod
@@ -138,6 +144,7 @@ class StackConfig(Schema):
     """A model that is made of layers of others: the first gives what comes before them, the last what comes after."""
 
     stack: Annotated[list[LayersOfModel], Field(min_length=1)]
+    """The parts, from the first layer on: each a ``model`` and its ``layers``."""
 
 
 def _kind_of_reference(value: object) -> str:
@@ -173,9 +180,11 @@ class ExpertConfig(Schema):
     """One expert: where it is, its weight in the merge, and what it was made for."""
 
     reference: ReferenceConfig
+    """A hub id (``org/name@revision``), a folder of a model or of an adapter, a pair, or a stack of layers."""
     part: Literal["encoder", "decoder"] | None = None
     """Which part of an encoder-decoder base it takes the place of; the other part is the base's."""
     weight: float = 1.0
+    """Its weight in the merge, where ``method.weights`` says nothing."""
     task: str | None = None
     """The task that its head serves; by default the expert's name where that is a task's name."""
     labels: list[str] | None = None
@@ -205,14 +214,19 @@ class ModelsConfig(Schema):
     """What is merged."""
 
     name: str
+    """The set's name, in tables and run names."""
     base: ReferenceConfig | None = None
+    """The model that the experts were fine-tuned from, as a reference; None: there is no base."""
     experts: dict[str, ExpertConfig] = Field(min_length=1)
+    """By name, or a list: references, or mappings as below; null leaves an expert of a ready set out."""
     slices: dict[str, SliceConfig] | None = None
     """What the merged model's layers are made of, from the first on, by any names; None: all layers of all models."""
     stages: dict[str, str | dict[str, Any]] | None = None
     """Merges that come first, whose results the others' models may be; or the folders that hold them."""
     head: str = "average"
+    """``average`` of the experts' heads, ``base``, ``expert:<name>``; ``per_task``: each task has its own expert's."""
     passthrough: list[str] = []
+    """Name patterns of tensors that skip the merge; the experts' mean is taken."""
     leave_out: LeaveOut = []
     """Layers that skip the merge and stay the base's; a plain list counts in the encoder and in the decoder."""
     merge_new: bool = False

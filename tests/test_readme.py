@@ -1,4 +1,4 @@
-"""The README stays true: every command and every piece of code in it is run."""
+"""README.md and the pages of docs/ stay true: every command and every piece of code in them is run."""
 
 from __future__ import annotations
 
@@ -20,78 +20,119 @@ import pytest
 from mergelab.methods.__main__ import main as catalogue
 from mergelab.report.__main__ import main as report
 from tests.conftest import ROOT, Outcome
+from tests.docs import pages
 from tests.models import pairs
 from tests.standins import BERT_BASE, BERT_RTE_EXPERTS, glue_table
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not pages.pages(), reason="the documentation is not part of this copy"),
+]
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-
-
-COMMANDS = [line.partition("  #")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+COMMANDS = pages.commands()
 RUNS = [line for line in COMMANDS if line.startswith("python -m mergelab ")]
 REPORT = "python -m mergelab.report"
 CATALOGUE = [line for line in COMMANDS if line.startswith("python -m mergelab.methods")]
+MAKE = [line for line in COMMANDS if line.startswith("make ")]
+ELSEWHERE = {"pip install .": "tests/test_installed.py"}
 FIRST = "python -m mergelab method=ties task=rte"
+REAL = [FIRST, *(line for line in RUNS if "joblib" in line)]
+PAIR = "output=merged-pair"
+_NAME = re.compile(r"^│ (\S[^│]*?) +│", re.MULTILINE)
 
 
-@pytest.fixture
-def own_models(workplace: Path) -> None:
-    """The folders that the README takes an encoder and a decoder from."""
-    pairs.bert(workplace / "bert")
-    pairs.bert(workplace / "other-bert", seed=1)
-    pairs.gpt2(workplace / "gpt2")
+def code_with(part: str) -> str:
+    """Return the block of Python code that has this part."""
+    (found,) = (block for block in pages.code() if part in block)
+    return found
+
+
+def shown_names(line: str) -> set[str]:
+    """Return the models in the tables that pages show of a command, but for names that a narrow table cuts."""
+    from docs.scripts.printed import blocks
+
+    shown = [each.shown for page in pages.pages() for each in blocks(page.text) if each.command == line]
+    return {name for each in shown for name in _NAME.findall(each) if "…" not in name and name != "model"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the models, adapters, data and modules that the pages take for the user's own."""
+    folder = tmp_path_factory.mktemp("own")
+    pairs.bert(folder / "bert")
+    pairs.bert(folder / "other-bert", seed=1)
+    pairs.gpt2(folder / "gpt2")
     for seed, name in enumerate(("legal-lora", "medical-lora", "recipes-lora")):
-        pairs.lora(workplace / name, workplace / "bert", seed)
-    pairs.changed(workplace / "legal-bert", workplace / "bert")
+        pairs.lora(folder / name, folder / "bert", seed)
+    for name in ("legal-bert", "medical-bert"):
+        pairs.changed(folder / name, folder / "bert")
     for seed in (1, 2, 3):
-        pairs.lora(workplace / f"rte-lora-{seed}", workplace / "bert", seed, classes=2)
-    (workplace / "data").mkdir()
-    pq.write_table(glue_table("rte", 60, 1), workplace / "data" / "validation.parquet")
-    pairs.bert2bert(workplace / "bert2bert")
+        pairs.lora(folder / f"rte-lora-{seed}", folder / "bert", seed, classes=2)
+    (folder / "data").mkdir()
+    pq.write_table(glue_table("rte", 60, 1), folder / "data" / "validation.parquet")
+    pairs.bert2bert(folder / "bert2bert")
     for seed, name in enumerate(("reports-lora", "dialogues-lora")):
-        pairs.lora(workplace / name, workplace / "bert2bert", seed)
+        pairs.lora(folder / name, folder / "bert2bert", seed)
+    (folder / "my_module.py").write_text(code_with("def trimmed_mean"))
+    (folder / "my_configs" / "models").mkdir(parents=True)
+    (yaml,) = (block for page in pages.common() for block in page.blocks("yaml") if "name: mine" in block)
+    (folder / "my_configs" / "models" / "mine.yaml").write_text(yaml)
+    (folder / "my_prompts.txt").write_text("To bake bread, mix\nThe Court held that\n")
+    return folder
 
 
 @pytest.fixture
-def own_method(workplace: Path) -> None:
-    """The module that the README has the user write."""
-    (code,) = (block for block in blocks("python") if "def trimmed_mean" in block)
-    (workplace / "my_module.py").write_text(code)
+def own(made: Path, workplace: Path) -> None:
+    """What the pages take for the user's own, in the current folder."""
+    shutil.copytree(made, workplace, dirs_exist_ok=True)
     sys.modules.pop("my_module", None)
 
 
 def shortened(line: str) -> str:
-    """Sweep with three trials; measure a grid of all methods on few examples, and of a suite only a few methods.
+    """Sweep with three trials; measure grids of all methods with a few, on few examples.
 
     Adapters that are drawn at random are not asked to know their task.
     """
     few = re.sub(r"sweep\.n_trials=\d+", "sweep.n_trials=3", line)
-    if "method=glob" in few and "task=suite" in few:
-        few = re.sub(r"glob\(\*,", "glob([ma*,me*,so*,t*],", few)
-    few = f"{few} task.limit=100" if "method=glob" in few else few
+    if "method=glob" in few:
+        few = f"{re.sub(r'glob.[*],', 'glob([ma*,me*,so*,t*],', few)} task.limit=100"
     return f"{few} eval.preflight=false" if "rte-lora" in few else few
 
 
-def test_every_command_is_of_a_kind_that_a_test_below_runs() -> None:
-    others = [line for line in COMMANDS if line not in RUNS and line not in (*CATALOGUE, REPORT)]
-    assert [line.split()[0] for line in others] == ["make", "make", "mlflow"]
+def test_every_command_is_of_a_kind_that_a_test_runs() -> None:
+    ours = {*RUNS, *CATALOGUE, *MAKE, REPORT, *ELSEWHERE}
+    others = [line for line in COMMANDS if line not in ours and not line.startswith("mlflow ui ")]
+    assert others == []
     assert FIRST in RUNS
-    assert len(RUNS) > 8
+    assert len(RUNS) > 40
 
 
-@pytest.mark.parametrize("line", [line for line in RUNS if "joblib" not in line and line != FIRST])
-@pytest.mark.usefixtures("own_method", "own_models")
+def test_a_page_with_a_test_of_its_own_names_one_that_reads_it() -> None:
+    own_tests = {page.name: page.own_test for page in pages.pages() if page.own_test}
+    assert "docs/adding.md" in own_tests
+    for name, test in own_tests.items():
+        assert Path(name).name in (ROOT / test).read_text(encoding="utf-8")
+
+
+def test_every_block_of_code_is_run_by_a_test() -> None:
+    parts = ("def trimmed_mean", "ml.layer_merge", '"merged-pair"', "ml.sweep(", "models:/ties-rte/1")
+    assert [block for block in pages.code() if not any(part in block for part in parts)] == []
+
+
+@pytest.mark.parametrize("line", [line for line in RUNS if line not in REAL and PAIR not in line])
+@pytest.mark.usefixtures("own")
 def test_a_command_works(mergelab_command: Callable[..., Outcome], line: str) -> None:
     outcome = mergelab_command(*shlex.split(shortened(line))[3:])
     assert outcome.code == 0, outcome.err
     assert outcome.out
     if "--" not in line and "evaluate=false" not in line:
-        assert re.search("accuracy|matthews|perplexity|rougeL|omelette", outcome.out)
+        assert re.search("accuracy|matthews|perplexity|rougeL|omelette|bread|cosine", outcome.out)
+    if shortened(line) == line:
+        assert {name for name in shown_names(line) if name not in outcome.out} == set()
+    if "tracking.register=ties-rte" in line:
+        names: dict[str, Any] = {}
+        exec(code_with("models:/ties-rte/1"), names)
+        assert names["pipe"]("The king calls.")[0]["label"]
 
 
 @pytest.mark.parametrize("line", CATALOGUE)
@@ -113,13 +154,12 @@ def real_command(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=600)
 
 
-def test_the_first_command_runs_in_a_process_of_its_own_and_prints_what_the_readme_shows(tmp_path: Path) -> None:
+def test_the_first_command_runs_in_a_process_of_its_own_and_prints_what_the_pages_show(tmp_path: Path) -> None:
     done = real_command(FIRST, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "miniature" in done.stderr
-    shown = blocks("text")[0]
-    pattern = r"│ (\S[^│]*?) +│ +(\d\.\d{4})"
-    assert [name for name, _ in re.findall(pattern, shown)] == [name for name, _ in re.findall(pattern, done.stdout)]
+    assert len(shown_names(FIRST)) >= 7
+    assert {name for name in shown_names(FIRST) if name not in done.stdout} == set()
     assert "mini/rte" in done.stdout
     assert "mlflow ui" in done.stdout
 
@@ -149,7 +189,7 @@ def test_a_sweep_on_joblib_has_all_its_trials(tmp_path: Path) -> None:
 
 def test_the_ui_opens_on_the_store_that_a_run_made(mergelab_command: Callable[..., Outcome], workplace: Path) -> None:
     assert mergelab_command("method=soup", "source=mini").code == 0
-    (line,) = (line for line in COMMANDS if line.startswith("mlflow"))
+    (line,) = (line for line in COMMANDS if line.startswith("mlflow ui "))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -176,7 +216,6 @@ def answers(url: str) -> bytes:
 
 
 def test_the_python_code_works(bert_checkpoints: Mapping[str, Path], workplace: Path) -> None:
-    (code,) = (block for block in blocks("python") if "import mergelab" in block)
     pq.write_table(glue_table("rte", 60, 1), workplace / "validation.parquet")
     names: dict[str, Any] = {
         "base": str(bert_checkpoints[BERT_BASE]),
@@ -184,42 +223,45 @@ def test_the_python_code_works(bert_checkpoints: Mapping[str, Path], workplace: 
         "expert_b": str(bert_checkpoints[BERT_RTE_EXPERTS[2]]),
         "data": workplace,
     }
-    exec(code, names)
+    exec(code_with("ml.layer_merge"), names)
     assert 0 <= names["ml"].evaluate_glue_pipeline(names["merged"], "rte", data_dir=workplace)["accuracy"] <= 1
     assert names["pipe"]("The king calls.")[0]["label"]
 
 
-@pytest.mark.usefixtures("own_models")
-def test_a_merged_adapter_of_an_encoder_decoder_writes_as_the_readme_shows(
+@pytest.mark.usefixtures("own")
+def test_a_merged_adapter_of_an_encoder_decoder_writes_as_the_page_shows(
     mergelab_command: Callable[..., Outcome],
 ) -> None:
-    (line,) = (line for line in RUNS if "output=merged-pair" in line)
+    (line,) = (line for line in RUNS if PAIR in line)
     outcome = mergelab_command(*shlex.split(line)[3:])
     assert outcome.code == 0, outcome.err
-    (code,) = (block for block in blocks("python") if '"merged-pair"' in block)
     names: dict[str, Any] = {}
-    exec(code, names)
+    exec(code_with('"merged-pair"'), names)
     assert names["ids"].shape[1] > 1
 
 
 def test_the_python_runs_work(workplace: Path) -> None:
     import mergelab as ml
 
-    (code,) = (block for block in blocks("python") if "ml.sweep(" in block)
+    blocks = [block for block in pages.code() if "ml.sweep(" in block]
+    assert {block.partition("found = ")[2].split("# a pandas")[0] for block in blocks} == {
+        blocks[0].partition("found = ")[2].split("# a pandas")[0]
+    }, "the same calls on every page"
     names: dict[str, Any] = {"ml": ml}
-    exec(code.replace("n_trials=20", "n_trials=2"), names)
+    exec(blocks[0].replace("n_trials=20", "n_trials=2"), names)
     assert names["found"].scores["accuracy"] > 0.5
     assert len(names["search"].table) == 2
 
 
-def test_the_two_commands_do_their_own_set_up() -> None:
+@pytest.mark.parametrize("line", MAKE)
+def test_a_target_of_make_exists_and_does_its_own_set_up(line: str) -> None:
     make = shutil.which("make")
     if make is None:
         pytest.skip("needs make")
-    for target, does in (("demo", FIRST.removeprefix("python ")), ("test", "-m pytest")):
-        said = subprocess.run(
-            [make, "--dry-run", "--always-make", target], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        assert "-m venv .venv" in said.stdout
-        assert "--constraint constraints.txt" in said.stdout
-        assert does in said.stdout
+    said = subprocess.run(
+        [make, "--dry-run", "--always-make", *line.split()[1:]], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "-m venv .venv" in said.stdout
+    assert re.search(r"--constraint constraints(-\w+)?\.txt", said.stdout)
+    for target, does in (("make demo", FIRST.removeprefix("python ")), ("make test", "-m pytest")):
+        assert target != line or does in said.stdout

@@ -1,6 +1,6 @@
-"""Text that Hydra's grammar of overrides cannot read, or reads as something else: paths above all.
+r"""Text that Hydra's grammar of overrides cannot read, or reads as something else: paths above all.
 
-A value that the grammar cannot read and that has none of its marks (``,[]{}()'"\\`` and ``${``) can only be meant as
+A value that the grammar cannot read and that has none of its marks (``,[]{}()'"\`` and ``${``) can only be meant as
 text, and is quoted here. Any other is an error that shows the quoted form.
 """
 
@@ -134,7 +134,7 @@ def quoted_form(argument: str) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Return a text as the configuration has it: OmegaConf reads ``\\${`` as ``${``."""
+    r"""Return a text as the configuration has it: OmegaConf reads ``\${`` as ``${``."""
     return value.replace(r"\${", "${") if isinstance(value, str) else value
 
 

@@ -1,5 +1,6 @@
-"""Open the models of one merge, for the command line and the library alike: one architecture, one set of names and
-tokens, and the tensors that skip the merge.
+"""Open the models of one merge, for the command line and the library alike.
+
+They get one architecture, one set of names and tokens, and the tensors that skip the merge.
 """
 
 from __future__ import annotations

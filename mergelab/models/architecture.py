@@ -108,7 +108,7 @@ def architecture(
 
 
 def pipeline_tag(config: Mapping[str, Any]) -> str:
-    """Return what a model does, in the hub's words, by its class: ``text-classification``, ``text-generation``, …"""
+    """Return what a model does, in the hub's words, by its class: such as ``text-classification``."""
     name = str((config.get("architectures") or [""])[0])
     if name.endswith("ForConditionalGeneration") and "vision_config" in config:
         return "image-text-to-text"

@@ -1,6 +1,6 @@
-"""From an example to a prompt, and from what a model went on with to an answer.
+r"""From an example to a prompt, and from what a model went on with to an answer.
 
-A template names columns in braces: ``"Q: {question}\\nA:"``. Worked examples may stand before it, from a text file with
+A template names columns in braces: ``"Q: {question}\nA:"``. Worked examples may stand before it, from a text file with
 an empty line between two of them. An answer is what the metrics compare: the whole text, the number that it ends with,
 the word for a label, or a score; an answer that cannot be found is empty.
 """
