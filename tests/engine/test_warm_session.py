@@ -56,15 +56,15 @@ def test_a_change_of_lambda_alone_is_one_scaled_addition(name: str, monkeypatch:
         pytest.skip("its lambda is not a factor of a merged task vector")
     targets = room(models)
     session = MergeSession(models, targets)
-    extra = needed(method, models)
-    assert session.merge(method, {"lambda": 0.2}, **extra) == "merged"
+    extra, steps = needed(method, models), few_steps(method)
+    assert session.merge(method, steps | {"lambda": 0.2}, **extra) == "merged"
     if method.session is not None:  # keeps the task vector when it is asked for twice
-        assert session.merge(method, {"lambda": 0.3}, **extra) == "merged"
+        assert session.merge(method, steps | {"lambda": 0.3}, **extra) == "merged"
     with monkeypatch.context() as patched:
         patched.setattr(warm_session, "merge_into", None)
         patched.setattr(warm_session, "prepared_job", None)
         for scale in (0.7, 1.0, -0.4):
-            assert session.merge(method, {"lambda": scale}, **extra) == "scaled"
+            assert session.merge(method, steps | {"lambda": scale}, **extra) == "scaled"
             assert same(targets, merged(name, models, lambda_=scale))
 
 

@@ -60,10 +60,11 @@ def test_the_same_estimator_is_taken_for_classifiers(overrides: tuple[str, ...])
     assert planned("method=fisher", "method.estimator=expected", *overrides).method.name == "fisher"
 
 
-def test_a_method_on_predicted_classes_is_refused_for_models_that_write() -> None:
-    with pytest.raises(ConfigError, match="method=adamerging: minimises the entropy of predicted classes, and models"):
-        planned("method=adamerging", "task=law_recipes")
-    planned("method=adamerging", "task=rte")
+@pytest.mark.parametrize("method", ["adamerging", "adarank"])
+def test_a_method_on_predicted_classes_is_refused_for_models_that_write(method: str) -> None:
+    with pytest.raises(ConfigError, match=f"method={method}: minimises the entropy of predicted classes, and models"):
+        planned(f"method={method}", "task=law_recipes")
+    planned(f"method={method}", "task=rte")
     planned("method=regmean", "task=law_recipes")
 
 
