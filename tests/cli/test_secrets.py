@@ -17,9 +17,9 @@ from mergelab.cli.hidden import references
 from mergelab.tracking import secrets
 from mergelab.tracking.secrets import has_secret, without_password
 from tests.conftest import Outcome
-from tests.sweep.servers import PASSWORD, postgres, short_folder
+from tests.sweep.servers import PASSWORD, new_database, postgres_with_tables
 
-__all__ = ["postgres", "short_folder"]
+__all__ = ["postgres_with_tables"]
 
 Command = Callable[..., Outcome]
 ADDRESSES = [
@@ -45,6 +45,18 @@ def new_workers() -> Iterator[None]:
     yield
     loky = pytest.importorskip("joblib.externals.loky")
     loky.get_reusable_executor().shutdown(wait=True)
+
+
+@pytest.fixture
+def postgres(postgres_with_tables: str, tmp_path: Path) -> str:
+    """The address of a PostgreSQL database without runs, password included."""
+    return new_database(postgres_with_tables, tmp_path.name, copy_of="tables")
+
+
+@pytest.fixture
+def studies(postgres_with_tables: str, tmp_path: Path) -> str:
+    """The address of an empty database for studies, which have tables of the same names as MLflow's."""
+    return new_database(postgres_with_tables, f"{tmp_path.name}-studies")
 
 
 @pytest.fixture(autouse=True)
@@ -129,11 +141,11 @@ def test_launchers_of_other_machines_get_the_address_itself() -> None:
 )
 @pytest.mark.parametrize("where", ["typed", "file", "environment"])
 def test_stores_with_passwords_are_used_and_the_passwords_are_nowhere(
-    mergelab_command: Command, arguments: list[str], workplace: Path, postgres: str, kind: tuple[str, ...], where: str,
-    monkeypatch: pytest.MonkeyPatch,
+    mergelab_command: Command, arguments: list[str], workplace: Path, postgres: str, studies: str,
+    kind: tuple[str, ...], where: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     sweeps = any(each.startswith("sweep=") for each in kind)
-    stores = [f"tracking.uri={postgres}"] + ([f"sweep.storage={_another(postgres)}"] if sweeps else [])
+    stores = [f"tracking.uri={postgres}"] + ([f"sweep.storage={studies}"] if sweeps else [])
     if where == "file":
         (workplace / "conf" / "experiment").mkdir(parents=True)
         lines = "".join(
@@ -156,17 +168,6 @@ def test_stores_with_passwords_are_used_and_the_passwords_are_nowhere(
     assert made
     assert {stat.S_IMODE(path.stat().st_mode) for path in made} == {0o700}
     assert not _recorded(postgres, PASSWORD)
-
-
-def _another(address: str) -> str:
-    """Make a database for studies, which have tables of the same names as MLflow's."""
-    import sqlalchemy
-
-    engine = sqlalchemy.create_engine(address, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(sqlalchemy.text("CREATE DATABASE studies"))
-    engine.dispose()
-    return f"{address.rpartition('/')[0]}/studies"
 
 
 def _recorded(address: str, secret: str) -> list[Any]:

@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -31,34 +32,72 @@ def free_port() -> int:
         return port
 
 
-@pytest.fixture
-def short_folder() -> Iterator[Path]:
-    """A folder whose path is short enough for the sockets in it."""
+@contextmanager
+def _short_folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="ml-"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder whose path is short enough for the sockets in it."""
+    with _short_folder() as folder:
+        yield folder
+
+
+@pytest.fixture
 def postgres(short_folder: Path) -> Iterator[str]:
-    """The address of an empty PostgreSQL database, password included."""
+    """The address of an empty PostgreSQL database, password included, on a server of its own."""
+    with _postgres_server(short_folder) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def postgres_with_tables() -> Iterator[str]:
+    """The address of a PostgreSQL database that has MLflow's tables without an entry, to make copies of."""
+    with _short_folder() as folder, _postgres_server(folder) as address:
+        import sqlalchemy
+        from mlflow.store.db.utils import _initialize_tables
+
+        address = new_database(address, "tables")
+        engine = sqlalchemy.create_engine(address)
+        _initialize_tables(engine)
+        engine.dispose()
+        yield address
+
+
+def new_database(address: str, name: str, *, copy_of: str = "template1") -> str:
+    """Make a database on the server of another one's address; return its address."""
+    import sqlalchemy
+
+    server = address.rpartition("/")[0]
+    engine = sqlalchemy.create_engine(f"{server}/postgres", isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text(f'CREATE DATABASE "{name}" TEMPLATE "{copy_of}"'))
+    engine.dispose()
+    return f"{server}/{name}"
+
+
+@contextmanager
+def _postgres_server(folder: Path) -> Iterator[str]:
     pytest.importorskip("psycopg")
     programs = _postgres_programs()
     # The server refuses to be root's.
     user = pwd.getpwnam("postgres") if os.getuid() == 0 else None
-    data, secret = short_folder / "data", short_folder / "secret"
+    data, secret = folder / "data", folder / "secret"
     data.mkdir()
     secret.write_text(PASSWORD)
-    for path in (short_folder, data, secret) if user else ():
+    for path in (folder, data, secret) if user else ():
         os.chown(path, user.pw_uid, user.pw_gid)
     who = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
-    quiet = {"stdout": subprocess.DEVNULL, "cwd": short_folder, **who}
+    quiet = {"stdout": subprocess.DEVNULL, "cwd": folder, **who}
     settings = ["--auth=scram-sha-256", f"--pwfile={secret}", "--username=lab", "--encoding=UTF8", "--locale=C"]
     subprocess.run([programs / "initdb", "--no-sync", *settings, data], check=True, timeout=_START_S, **quiet)
     port = free_port()
-    options = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": short_folder, "fsync": "off"}
+    options = {"listen_addresses": "127.0.0.1", "port": port, "unix_socket_directories": folder, "fsync": "off"}
     command = [programs / "postgres", "-D", data, *(f"--{name}={value}" for name, value in options.items())]
-    log = (short_folder / "log").open("wb")
+    log = (folder / "log").open("wb")
     server = subprocess.Popen(command, stderr=log, **quiet)
     try:
         _wait_for(lambda: _takes_connections(port), server, "PostgreSQL")
