@@ -26,9 +26,9 @@ check: .venv/ready-dev
 	$(BIN)/lint-imports
 	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml mergelab hydra_plugins
 
-# The site, in site/; a warning is an error.
+# The site, in site/; a warning is an error (with --quiet, --strict would not see it).
 docs: .venv-docs/ready
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 # The pages that are made from the code: methods, configuration, the configuration's JSON Schema.
 reference: .venv/ready-run
