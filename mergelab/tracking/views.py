@@ -23,7 +23,7 @@ _DEFLATED = "deflate;"
 _WIDTHS = {"metrics": 125, "params": 110, "tags": 480}  # pixels
 _BOUND = 90
 SHOWN_OF_MERGES = ("method.name", "method.lambda", "method.density")
-_ASIDE: tuple[names.Kind, ...] = ("trial", "base", "expert", "grid", "sweep", "stages", "finetuning")
+_ASIDE: tuple[names.Kind, ...] = ("trial", "base", "expert", "grid", "sweep", "analysis", "stages", "finetuning")
 
 
 @dataclass(frozen=True)

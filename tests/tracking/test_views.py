@@ -44,7 +44,8 @@ def test_a_views_filter_and_order_find_its_runs(
 ) -> None:
     kinds = {"soup": ("merge", 0.7), "ties": ("merge", 0.8), "unscored": ("merge", None), "base": ("base", 0.5),
              "expert": ("expert", 0.6), "grid": ("grid", 0.9), "trial": ("trial", 0.9), "report": ("report", 0.4),
-             "sweep": ("sweep", 0.9)}  # fmt: skip
+             "sweep": ("sweep", 0.9), "analysis": ("analysis", None), "stages": ("stages", None),
+             "finetuning": ("finetuning", None)}  # fmt: skip
     for name, (kind, score) in kinds.items():
         key = {names.BASELINE_KEY: "k"} if kind in ("base", "expert") else {}
         with tracker.start_run(name, experiment="rte", tags={names.KIND: kind, **key}) as run:
