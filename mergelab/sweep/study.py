@@ -35,6 +35,7 @@ _OF = "trials"  # in it: how many the study had then
 MODELS = "mergelab:models"
 # Attributes of a study.
 _DEFINITION, SWEEPER, PARENT = "mergelab:definition", "mergelab:sweeper", "mergelab:parent"
+_UNSAID = {"sweep.evaluation": "pruned"}  # of studies whose definition does not say it
 # Of a study and of a trial: changes as long as the process that sweeps or measures it lives.
 RENEWED = "mergelab:renewed"
 
@@ -110,7 +111,7 @@ class SweepStudy:
             if known is None and study.get_trials(deepcopy=False):
                 raise SweepError(f"sweep.study_name={name}: is not a study of mergelab's; choose another name")
             for key in {**known, **definition} if known is not None else ():
-                stored = (known or {}).get(key)
+                stored = (known or {}).get(key, _UNSAID.get(key))
                 if stored != definition.get(key):
                     raise _other(name, key, stored, definition.get(key))
             if known is None:

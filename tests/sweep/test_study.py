@@ -167,6 +167,13 @@ def test_the_best_is_the_first_of_the_equal_ones(opened: Open, direction: str, n
     assert best.number == number
 
 
+def test_a_study_that_does_not_say_how_it_was_measured_was_pruned(opened: Open) -> None:
+    opened().ask()
+    assert len(opened(definition={"sweep.evaluation": "pruned"}).trials) == 1
+    with pytest.raises(SweepError, match=r"another sweep\.evaluation: pruned, not adaptive"):
+        opened(definition={"sweep.evaluation": "adaptive"})
+
+
 def test_a_study_of_something_else_is_not_gone_on_with(opened: Open) -> None:
     opened().ask()
     with pytest.raises(SweepError, match=r"exists with another task: rte, not cola; .* sweep\.study_name=study-2"):
