@@ -20,7 +20,8 @@ def without_slices(config: ExperimentConfig) -> ExperimentConfig:
     the second ones another, and so on; a slice that has fewer has the base, or one of its own, with weight 0 there.
 
     Raises:
-        ConfigError: a source is no model, or an expert is in no slice; some slices have the base and others not.
+        ConfigError: a source is no model, or an expert is in no slice; some slices have the base and others not; an
+            expert has a weight or other settings of its own where the slices have different experts.
     """
     if not config.models.slices:
         return config
@@ -29,6 +30,8 @@ def without_slices(config: ExperimentConfig) -> ExperimentConfig:
     names = [[name for name in each.sources if name != _BASE] for each in slices.values()]
     _check(config.models, slices, references, names)
     alike = all(set(each) == set(names[0]) for each in names)
+    if not alike:
+        _check_stacked(config.models)
     slots = names[0] if alike else _numbered(max(map(len, names)))
     taken = [{name: name if alike else slots[at] for at, name in enumerate(each)} for each in names]
     experts = {slot: _expert(config.models, slices, references, taken, slot, alike=alike) for slot in slots}
@@ -78,6 +81,18 @@ def _check(
     if with_base and len(with_base) < len(slices):
         lacking = next(name for name in slices if name not in with_base)
         raise ConfigError(f"models.slices.{lacking}.sources: needs base, as {listed(with_base)} have it")
+
+
+def _check_stacked(models: ModelsConfig) -> None:
+    """Check that experts whose layers are stacked with those of others have no settings of their own."""
+    plain = ExpertConfig(reference="")
+    for name, expert in models.experts.items():
+        if own := [key for key in ("part", "weight", "task", "labels") if getattr(expert, key) != getattr(plain, key)]:
+            where = "; weights belong to models.slices.NAME.method.weights" if own == ["weight"] else ""
+            raise ConfigError(
+                f"models.experts.{name}.{own[0]}: cannot be kept, as the slices have different experts, whose layers "
+                f"become one model{where}"
+            )
 
 
 def _numbered(count: int) -> list[str]:

@@ -147,6 +147,14 @@ def test_slices_that_cannot_be_are_one_line(models: Path, slices: str, said: str
         planned(*given(models, "a", "b", base=True), "method=soup", f"models.slices={slices}")
 
 
+@pytest.mark.parametrize(("key", "value"), [("weight", "0.3"), ("task", "rte"), ("labels", "[no,yes]")])
+def test_an_experts_own_settings_are_refused_where_its_layers_are_stacked(models: Path, key: str, value: str) -> None:
+    unlike = "models.slices={s:{sources:{a:[0,2]}},t:{sources:{b:[0,2]}}}"
+    experts = f"models.experts={{a:{{reference:{models / 'a'},{key}:{value}}},b:{models / 'b'}}}"
+    with pytest.raises(ConfigError, match=rf"^models\.experts\.a\.{key}: cannot be kept"):
+        planned(experts, "method=passthrough", unlike)
+
+
 def test_models_of_other_sizes_are_not_stacked(models: Path, tmp_path: Path) -> None:
     config = transformers.LlamaConfig(
         vocab_size=40, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2
