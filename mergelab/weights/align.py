@@ -8,6 +8,7 @@ an error for any other difference.
 
 from __future__ import annotations
 
+import cmath
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -212,7 +213,7 @@ def check_finite(source: TensorSource, key: str, tensor: Tensor) -> None:
         return
     wide = tensor.float() if tensor.element_size() == 1 else tensor  # no sums of 8-bit floats
     dtype = torch.float32 if wide.dtype in (torch.float16, torch.bfloat16) else None
-    if torch.isfinite(wide.detach().sum(dtype=dtype)):
+    if cmath.isfinite(wide.detach().sum(dtype=dtype).item()):
         return
     bad = ~torch.isfinite(wide.detach())
     if count := int(bad.sum()):  # else the sum of finite entries overflowed
