@@ -155,6 +155,8 @@ def leading_directions(factors: Sequence[Tensor], middles: Sequence[Tensor], cou
 
 def _positive(matrix: Tensor, count: int) -> Tensor:
     """Return the ``count`` leading eigenvectors of eigenvalues above what rounding of float32 Gram matrices makes."""
+    if not len(matrix):
+        return matrix
     values, directions = torch.linalg.eigh((matrix + matrix.T) / 2)
     least = len(values) * torch.finfo(torch.float32).eps * values.abs().max()
     leading: Tensor = directions.flip(1)[:, :count]

@@ -107,11 +107,14 @@ def merged(name: str, kind: str, models: AlignedModels) -> dict[str, Tensor]:
     parameters = few_steps(method)
     if "steps" in method.parameters.model_fields:
         parameters["steps"] = 3
+    if name == "localize_stitch":
+        parameters["density"] = 0.5  # by default it changes few entries
     examples = AllExamples(kind, models) if method.needs else None
     return merge_to_dict(method, parameters, models, examples=examples, output=output_of(method, models))
 
 
-NO_SENSE = [("adamerging", kind) for kind in KINDS[1:]] + [("zipit", kind) for kind in KINDS if is_pair(kind)]
+ENTROPY = [(name, kind) for name in ("adamerging", "adarank") for kind in KINDS[1:]]
+NO_SENSE = ENTROPY + [("zipit", kind) for kind in KINDS if is_pair(kind)]
 MAKE_SENSE = [(name, kind) for name in OF_WEIGHTS for kind in KINDS if (name, kind) not in NO_SENSE]
 
 
