@@ -99,7 +99,7 @@ def learn_mask(
         parameters = merged_parameters(module, examples.parameter_names)
         device = next(module.parameters()).device
         with frozen(module), requiring_gradients(parameters.values()), on_one_thread(device):
-            for _ in range(how.steps):
+            for _ in range(how.steps if parameters else 0):
                 _step(module, parameters, base, expert, examples, scores, how)
     return {name: score > 0 for name, score in scores.items()}, {}
 
