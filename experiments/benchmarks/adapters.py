@@ -161,6 +161,21 @@ def cat_loop(files: Files, out: Path) -> None:
         write_adapter({site: factors(readers, site) for site in files.sites}, out)
 
 
+def linear_loop(files: Files, out: Path) -> None:
+    """Add up the adapters' A and their B, each times the root of weight and scale, and write."""
+    found, root = {}, 0.25**0.5  # of a weight of 1/8 and a scale of 2
+    with opened(files.adapters) as readers:
+        for site in files.sites:
+            sums = []
+            for end in "BA":
+                total = torch.zeros(())
+                for read in readers:
+                    total = total + root * read(f"{START}{site}.lora_{end}.weight")
+                sums.append(total)
+            found[site] = (sums[0], sums[1])
+    write_adapter(found, out)
+
+
 def svd_loop(files: Files, out: Path) -> None:
     """Take two QR decompositions and one SVD of each site, in float64."""
     found = {}
@@ -234,6 +249,7 @@ ONE = ("method=task_arithmetic", "method.lambda=1", "save.form=lora_svd")
 LOOPS: dict[str, tuple[tuple[str, ...], Callable[[Files, Path], None] | None]] = {
     "lora_svd": ((*SUM, "save.form=lora_svd", "save.rank=16"), svd_loop),
     "lora_cat": ((*SUM, "save.form=lora_cat"), cat_loop),
+    "peft_linear": (("method=peft_linear", f"method.weights={[0.125] * 8}"), linear_loop),
     "dense": (SUM, dense_loop),
     "ties": (("method=ties", "method.density=0.2"), None),  # beside the same on dense experts
     "extraction": ((*ONE, "save.rank=16"), extraction_loop),
@@ -308,7 +324,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", default="lora_svd,lora_cat,dense,step,extraction")
+    parser.add_argument("--only", default="lora_svd,lora_cat,peft_linear,dense,step,extraction")
     args = parser.parse_args()
     files = Files(args.folder / f"{args.layers}-{args.adapters}-{args.rank}", args.layers, args.adapters, args.rank)
     print("| | CPU s | loop CPU s | ratio | wall s | loop wall s |\n| --- | --- | --- | --- | --- | --- |")
