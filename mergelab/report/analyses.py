@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergelab.report.comparison import models_of
 from mergelab.report.figure import Figure, shown
 from mergelab.tracking import names
 
@@ -33,6 +34,24 @@ class ShownAnalysis:
     title: str
     note: str
     figures: Sequence[Figure]
+
+
+def of_same_models(analyses: Iterable[LoggedRun], runs: Iterable[LoggedRun]) -> list[LoggedRun]:
+    """Return the newest finished analysis of each set of models that one of ``runs`` merges, at each density.
+
+    Models are the same if their weights are: an analysis of a folder whose model was another one then is left out.
+    """
+    merged = {_models(run) for run in runs if run.kind != "analysis"}
+    found: dict[object, LoggedRun] = {}
+    for run in sorted(analyses, key=lambda each: -each.record.started):
+        if run.record.status == "FINISHED" and _models(run) in merged:
+            found.setdefault((_models(run), run.record.params.get("analyze.density")), run)
+    return list(found.values())
+
+
+def _models(run: LoggedRun) -> tuple[frozenset[str], str | None]:
+    """Return the models of a run, and which of them is the base."""
+    return models_of(run), run.record.tags.get(names.model_hash("base"))
 
 
 def shown_analyses(

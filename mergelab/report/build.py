@@ -18,7 +18,7 @@ from mergelab.config import local_path
 from mergelab.console.formats import Format, for_a_program
 from mergelab.console.progress import console
 from mergelab.errors import ConfigError, TrackingError, listed, shortened
-from mergelab.report.analyses import ShownAnalysis, shown_analyses
+from mergelab.report.analyses import ShownAnalysis, of_same_models, shown_analyses
 from mergelab.report.commands import Commands, at_point, nested, sweep_command
 from mergelab.report.comparison import RunComparison, compare_runs
 from mergelab.report.page import Content, render_page
@@ -173,7 +173,8 @@ def build_report(wanted: Sequence[str], uri: str | None, metric: str | None, pro
         Ranking(group, paired_tests(group, tracker, artifacts.configuration, progress)) for group in comparison.groups
     ]
     commands = Commands(artifacts.configuration)
-    analyses = list(shown_analyses(selection.analyses, artifacts.file))
+    own = of_same_models(selection.analyses, [*selection.runs, *selection.parents.values()])
+    analyses = list(shown_analyses(own, artifacts.file))
     return RunReport(selection, tracker, rankings, comparison, _notices(selection, comparison), commands, analyses)
 
 

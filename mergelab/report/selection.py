@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 _PARENTS = ("sweep", "grid")
 _BASELINES = ("base", "expert")
 _ANALYSIS = "analysis"
-_MODELS = ("models.base", "models.experts")
 _ID_DIGITS = frozenset("0123456789abcdef")
 _ID_LENGTH = 32
 _PROGRESS_BAR = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"  # one for each file, in the midst of the output
@@ -64,7 +63,7 @@ class RunSelection:
         runs: merges, trials and reports; the bases and experts that were asked for.
         parents: their sweeps and grids, by id.
         baselines: bases and experts of the same experiments.
-        analyses: analyses of the same models, in the same experiments.
+        analyses: analyses of task vectors in the same experiments, of whatever models.
         pages: the address of each experiment's runs in the MLflow UI, by the experiment's name.
     """
 
@@ -99,8 +98,7 @@ def select_runs(tracker: Tracker, wanted: Sequence[str]) -> RunSelection:
         parents |= {run.record.id: run for run in store.by_id([str(each) for each in above])}
         experiments = list(dict.fromkeys(run.record.experiment for run in (*found.values(), *parents.values())))
         baselines = [run for kind in _BASELINES for run in store.search({names.KIND: kind}, experiments)]
-        analysed = store.search({names.KIND: _ANALYSIS}, experiments)
-        analyses = _of_models(analysed, [*found.values(), *parents.values()])
+        analyses = store.search({names.KIND: _ANALYSIS}, experiments)
     if not found:
         raise TrackingError(f"{title}: has no runs below it yet; there is nothing to report")
     pages = {name: tracker.ui_page(name) for name in experiments}
@@ -168,22 +166,6 @@ def _tagged(store: _Search, tags: Sequence[str], experiments: Sequence[str]) -> 
         own = {key if key.startswith(f"{names.OURS}.") else f"{names.OURS}.{key}": asked[key] for key in asked}
         found = store.search(own, experiments)
     return found
-
-
-def _of_models(analyses: Iterable[LoggedRun], runs: Iterable[LoggedRun]) -> list[LoggedRun]:
-    """Return the newest finished analysis of each set of models that one of ``runs`` merges, at each density."""
-    merged = {_models(run) for run in runs if run.kind != _ANALYSIS}
-    found: dict[object, LoggedRun] = {}
-    for run in sorted(analyses, key=lambda each: -each.record.started):
-        if run.record.status == "FINISHED" and (models := _models(run)) and models in merged:
-            found.setdefault((models, run.record.params.get("analyze.density")), run)
-    return list(found.values())
-
-
-def _models(run: LoggedRun) -> frozenset[tuple[str, str]]:
-    """Return which base and experts a run was of: of ready sets and given ones alike, as they were recorded."""
-    params = run.record.params.items()
-    return frozenset((key, value) for key, value in params if key in _MODELS or key.startswith(f"{_MODELS[1]}."))
 
 
 class _Search:

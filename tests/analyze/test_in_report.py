@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mergelab.tracking import TrackingConfig, open_tracking
+from mergelab.tracking import TrackingConfig, names, open_tracking
 from tests.conftest import Outcome
 from tests.report.conftest import Store, right_on
 from tests.report.test_page import Page
@@ -22,9 +22,16 @@ def analyse(command: Command, *models: str) -> None:
     assert outcome.code == 0, outcome.err
 
 
-def record_merge() -> None:
-    store = Store(open_tracking(TrackingConfig()), {"base": "./base", "a": "./a", "b": "./b"})
-    store.run("merge", "method=ties", "task=rte", *MODELS, correct=right_on(150), name="rte ties")
+def record_merge(*, weights: str = "as analysed") -> None:
+    """Record a merge of the models, whose weights are those that the newest analysis read, or others."""
+    tracker = open_tracking(TrackingConfig())
+    store = Store(tracker, {"base": "./base", "a": "./a", "b": "./b"})
+    hashes = {}
+    if weights == "as analysed":
+        newest = max(tracker.runs({names.KIND: "analysis"}), key=lambda run: run.started)
+        hashes = {tag: value for tag, value in newest.tags.items() if tag.endswith(".sha256")}
+        assert len(hashes) == 3
+    store.run("merge", "method=ties", "task=rte", *MODELS, correct=right_on(150), tags=hashes, name="rte ties")
 
 
 def page_of(outcome: Outcome) -> tuple[Page, dict[str, Any]]:
@@ -54,8 +61,11 @@ def test_the_page_has_the_figures_of_the_newest_analysis_of_its_models(
     assert matrices == [found["whole"]["cosine"], found["whole"]["overlap"]]
 
 
-def test_an_analysis_of_other_models_is_left_out(mergelab_command: Command, arguments: list[str]) -> None:
+def test_an_analysis_of_other_models_or_of_other_weights_is_left_out(
+    mergelab_command: Command, arguments: list[str]
+) -> None:
     analyse(mergelab_command, *OTHERS)
-    record_merge()
+    analyse(mergelab_command, *MODELS)
+    record_merge(weights="trained since")
     page, _ = page_of(mergelab_command("report", "rte", "--output=report"))
     assert "Task vectors of" not in page.text
