@@ -21,6 +21,9 @@ OUTSIDE = {
 }
 # Pages of numbers, which would stand before every other in a search.
 UNSEARCHED = ("results/parity.md", "results/methods.md")
+# Signs on a line beside the table of contents; a wider block takes its place.
+_WIDTH = 90
+_BLOCK = re.compile(r"^```(?!bash)\w*\n(?P<text>.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()(?P<path>[^)#\s:]+)(?=(#[^)\s]*)?\))")
 
 
@@ -54,11 +57,13 @@ def page_of(notebook: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Have links between files of the project, which hold in a checkout, hold on the site."""
+    """Have links between files of the project hold on the site as in a checkout, and make room for wide blocks."""
     addresses = {path: address for address, path in OUTSIDE.items()}
     here = page.file.src_uri
     if here in UNSEARCHED:
         page.meta["search"] = {"exclude": True}
+    if any(len(line) > _WIDTH for block in _BLOCK.finditer(markdown) for line in block["text"].splitlines()):
+        page.meta.setdefault("hide", ["toc"])
     source = OUTSIDE.get(here, f"docs/{here}")
 
     def on_site(found: re.Match[str]) -> str:

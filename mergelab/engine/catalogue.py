@@ -14,6 +14,7 @@ from mergelab.engine.registry import get_method, method_names
 from mergelab.engine.value_ranges import allowed_values, range_of
 from mergelab.ops.layout import inputs_first
 
+FAMILIES = ("averages", "task vectors", "pairwise", "spectral", "alignment", "data", "adapter factors")
 COLUMNS = (
     "method",
     "family",
@@ -219,8 +220,8 @@ def entry(name: str) -> Entry:
 
 
 def entries() -> list[Entry]:
-    """List all built-in methods, family by family."""
-    return sorted((entry(name) for name in method_names()), key=lambda each: (each.family, each.name))
+    """List all built-in methods, family by family: what is tried first comes first."""
+    return sorted((entry(name) for name in method_names()), key=lambda each: (FAMILIES.index(each.family), each.name))
 
 
 def markdown(found: Sequence[Entry]) -> str:

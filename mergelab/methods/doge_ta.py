@@ -96,6 +96,7 @@ class TaskMatrix:
     prepare=prepare_layers,
     identical_at=None,
     family="spectral",
+    use="several tasks without data, when a few minutes of optimisation are worth a better merge",
     work="multiplies every matrix hundreds of times",
     paper="Wei et al. 2025, arXiv:2501.01230",
 )

@@ -27,6 +27,7 @@ def coefficients(count: int, weights: Sequence[float] | None, alpha: float) -> S
     coefficients=coefficients,
     identical_at={"alpha": 0.0},
     family="task vectors",
+    use="an aligned model and the model before its alignment, to go further the same way",
     paper="Zheng et al. 2024, arXiv:2404.16792",
 )
 def expo(

@@ -34,6 +34,7 @@ def prepare_coefficients(models: AlignedModels) -> tuple[float, ...]:
     elementwise=True,
     prepare=prepare_coefficients,
     family="task vectors",
+    use="several tasks without data, where one λ for all experts does not fit",
     paper="Zhou et al. 2024, arXiv:2406.11385",
 )
 def metagpt(vectors: Sequence[Tensor], *, prepared: Sequence[float]) -> Tensor:

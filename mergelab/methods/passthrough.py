@@ -11,7 +11,14 @@ from mergelab.engine.parameters import Lambda
 from mergelab.methods import MERGEKIT
 
 
-@merge_method(experts=(1, 1), elementwise=True, identical_at={"scale": 1.0}, family="averages", paper=MERGEKIT)
+@merge_method(
+    experts=(1, 1),
+    elementwise=True,
+    identical_at={"scale": 1.0},
+    family="averages",
+    use="one model whose layers are stacked, repeated or scaled",
+    paper=MERGEKIT,
+)
 def passthrough(experts: Sequence[Tensor], *, scale: Lambda = 1.0) -> Tensor:
     """Return the only expert's weights, times a factor.
 

@@ -25,6 +25,7 @@ from mergelab.ops.svd import assembled, decompose, tall_matrix
     order_matters=True,
     identical_at=None,
     family="spectral",
+    use="after a method on task vectors, for so many experts that their sum spans few directions",
     work="decomposes every merged matrix",
     paper="Skorobogat et al. 2025, arXiv:2506.16506",
 )

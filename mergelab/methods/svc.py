@@ -35,6 +35,7 @@ def prepare_calibration(
     order_matters=True,
     identical_at=None,
     family="spectral",
+    use="after a method on task vectors, where directions that the experts share count too much in the sum",
     work="decomposes every merged matrix",
     paper="Li et al. 2026, arXiv:2602.05536",
 )

@@ -21,6 +21,7 @@ from mergelab.ops.task_vectors import of_each
     prepare=prepare_multi_task,
     identical_at=None,
     family="task vectors",
+    use="a model for each task that stores one merged vector and a mask per task, from task arithmetic or TIES",
     paper="Wang et al. 2024, arXiv:2405.07813",
 )
 def tall_masks(

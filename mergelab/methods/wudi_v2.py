@@ -24,6 +24,7 @@ from mergelab.weights.numerics import norm
     identical_at=None,
     prepare=inputs_first,
     family="spectral",
+    use="as wudi, for large models: few directions of each expert, and no step taken one by one",
     work="decomposes every matrix of every expert",
     paper="Wei et al. 2025, arXiv:2505.19892",
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergelab.engine.catalogue import FAMILIES
 from mergelab.engine.method import MergeMethod
 from mergelab.engine.parameters import key_of
 from mergelab.engine.registry import check_parameters, get_method, method_config, method_names, resolve_weights
@@ -70,7 +71,8 @@ def test_the_docstring_says_formula_arguments_and_result(name: str) -> None:
     assert "Returns:" in text
     for parameter in method.parameters.model_fields:
         assert f"{parameter}:" in text or f"{parameter}," in text, parameter
-    assert method.family
+    assert method.family in FAMILIES
+    assert method.use
     assert method.paper == "" or method.paper.split(":")[-1] in text or "doi" in method.paper
 
 
