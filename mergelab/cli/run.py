@@ -17,6 +17,7 @@ from mergelab.cli.ambiguous import check_flags, refuse_ambiguous
 from mergelab.cli.hidden import references
 from mergelab.cli.overrides import in_jobs, no_such_reference
 from mergelab.cli.quoting import as_text
+from mergelab.cli.workers import ends_with_its_starter
 from mergelab.config import CONF_DIR
 from mergelab.console.formats import FORMAT, FORMATS, checked_format
 from mergelab.console.progress import QUIET
@@ -84,7 +85,7 @@ def compose_and_run(arguments: list[str], config_name: str, work: Callable[[Dict
         _collect_garbage()
         mask_what_hydra_wrote()
         try:
-            with no_exit():
+            with no_exit(), ends_with_its_starter():
                 return work(config)
         except (MergelabError, OmegaConfBaseException, OSError) as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:

@@ -188,6 +188,7 @@ def test_joblib_workers_keep_a_trial_when_the_sweeper_is_killed_and_lose_nothing
     sweep = start(*arguments)
     sweep.wait_until(lambda: "waiting for that" in sweep.output)
     gates.open(0.1, 0.2)
+    sweep.wait_until(lambda: not any(map(psutil.pid_exists, orphans)))  # with what they had loaded
     victim, _ = sweep.held(0.3, 0.4)
     os.kill(victim, signal.SIGKILL)
     gates.open()
