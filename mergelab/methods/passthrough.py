@@ -11,7 +11,14 @@ from mergelab.engine.parameters import Lambda
 from mergelab.methods import MERGEKIT
 
 
-@merge_method(experts=(1, 1), elementwise=True, identical_at={"scale": 1.0}, family="averages", paper=MERGEKIT)
+@merge_method(
+    experts=(1, 1),
+    elementwise=True,
+    identical_at={"scale": 1.0},
+    family="averages",
+    paper=MERGEKIT,
+    use="a deeper model of several models' layers (models.slices), to be trained on",
+)
 def passthrough(experts: Sequence[Tensor], *, scale: Lambda = 1.0) -> Tensor:
     """Return the only expert's weights, times a factor.
 
