@@ -56,13 +56,13 @@ def c2m3(
     P_t,ℓᵀ W_t,ℓ P_t,ℓ−1⟩. The Frank-Wolfe algorithm moves all of them at once over convex combinations of permutations:
     in each iteration towards the permutations of largest inner product with the gradient (a linear sum assignment for
     each), by the step that maximises the objective, which is a polynomial of degree 4 along the way. It ends where an
-    iteration gains nothing, and takes the nearest permutations (Crisostomi et al. 2024, arXiv:2405.17897). Which hidden
-    units there are is said at `rebasin`. A base is one of the models.
+    iteration gains less than 1e-6 of the objective, and takes the nearest permutations (Crisostomi et al. 2024,
+    arXiv:2405.17897). Which hidden units there are is said at `rebasin`. A base is one of the models.
 
     Departures: the search starts both at the models' own orders and at the orders that `rebasin` finds, and the
     permutations of the largest objective are taken, among them `rebasin`'s own. From the models' own orders alone, as
-    in the authors' configuration, two models exchange their orders for ever, since both move towards each other; the
-    authors' other start, uniform matrices with random perturbations, often ends the same way. The step is found
+    in one of the authors' configurations, two models exchange their orders without end, since both move towards each
+    other; the authors' other start, uniform matrices with random perturbations, is not offered. The step is found
     exactly, not by a bounded search. The models are brought from the universe into the order of the base (or of the
     expert whose name sorts first), so that what is not merged fits; for the merge that is the same. Activations are not
     renormalised (REPAIR).
