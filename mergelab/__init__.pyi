@@ -172,6 +172,28 @@ def breadcrumbs_ties(
     verbose: bool = ...,
     passthrough_layers: Sequence[str] = ...,
 ) -> Any: ...
+def c2m3(
+    models: Sequence[Model],
+    *,
+    task: str | None = ...,
+    base_index: int | None = ...,
+    passthrough: Sequence[str] = ...,
+    leave_out: Sequence[int] | Mapping[str, Sequence[int]] = ...,
+    vocab: Policy | None = ...,
+    config: Literal["last"] | None = ...,
+    untie: bool = ...,
+    seed: int = ...,
+    then: str | Mapping[str, Any] = ...,
+    weights: Sequence[float] | Mapping[str, float] | None = ...,
+    start: Literal["best", "identity", "matched"] = ...,
+    max_iterations: int | Sequence[float] = ...,
+    heads: int | Sequence[float] | None = ...,
+    kv_heads: int | Sequence[float] | None = ...,
+    rules: Sequence[Mapping[str, Any]] = ...,
+    signs: Sequence[float] | Mapping[str, float] | None = ...,
+    verbose: bool = ...,
+    passthrough_layers: Sequence[str] = ...,
+) -> Any: ...
 def cat(
     models: Sequence[Model],
     *,

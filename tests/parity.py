@@ -21,10 +21,11 @@ VARIABLE = "MERGELAB_PARITY"
 FORMULA = "float64 transcription of the formula"
 RECORDED_MERGEKIT = "mergekit 0.1.5, recorded values"
 
-ADARANK, FUSEAI, LINES, LOCALIZE, MODEL_MERGING, PCB_MERGING, UNCERTAINTY, ZIPIT = (
+ADARANK, C2M3, FUSEAI, LINES, LOCALIZE, MODEL_MERGING, PCB_MERGING, UNCERTAINTY, ZIPIT = (
     f"float64 transcription of {project}"
     for project in (
         "AdaRank dfa5358 (david3684/AdaRank)",
+        "cycle-consistent-model-merging ea1eca7 (crisostomi/cycle-consistent-model-merging)",
         "FuseAI 7d9a307 (18907305772/FuseAI)",
         "LiNeS 43a7bdd (wang-kee/LiNeS)",
         "Localize-and-Stitch 109d206 (uiuctml/Localize-and-Stitch)",

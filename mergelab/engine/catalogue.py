@@ -114,18 +114,17 @@ class Entry:
     def cost(self) -> str:
         """How the work goes through the models."""
         method = self.method
+        work = f"; {method.work}" if method.work else ""
         if "selection" in method.needs:
             return "measures averages, then one pass"
         if method.kind == "models":
-            return f"{'runs the experts' if method.needs else 'whole models'}, then another method"
+            return f"{'runs the experts' if method.needs else 'whole models'}, then another method{work}"
         if method.needs:
-            return "runs the experts, then one pass" + (f"; {method.work}" if method.work else "")
+            return f"runs the experts, then one pass{work}"
         reads = method.prepare not in (None, inputs_first)  # the latter looks at names and shapes alone
         passes = "statistics, then one pass" if reads else "one pass"
         way = "in blocks" if method.elementwise else "tensor by tensor"
-        return f"{passes}, {way}{', for each expert' * method.one_model_per_expert}" + (
-            f"; {method.work}" if method.work else ""
-        )
+        return f"{passes}, {way}{', for each expert' * method.one_model_per_expert}{work}"
 
     @property
     def memory(self) -> str:

@@ -63,7 +63,7 @@ class MergeMethod:
             chained to what it makes of them.
         custom: a user's own function: it gets float32 copies, and its errors are the user's to mend.
         family: heading in the catalogue.
-        work: what it does with every matrix, where that takes longer than going through the models.
+        work: what takes longer than going through the models, such as a decomposition of every matrix.
         paper: authors, year and arXiv id.
         authors: by parameter, the values of the authors' code where the default is another; ``method.preset=authors``.
         tuned: parameters that the authors choose on validation data.

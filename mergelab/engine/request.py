@@ -402,6 +402,8 @@ def _call(
             experts.insert(0, base)
         return run(job, site.name, lambda: method.function(experts, **keywords))
     result = run(job, site.name, lambda: method.function(**keywords))
+    supplied.clear()  # with the keywords: releases the task vectors before the base is added
+    keywords.clear()
     if not method.returns_task_vector or base is None:
         return result
     if vector is not None and isinstance(result, Tensor):

@@ -114,6 +114,7 @@ def prepare_della(
     family="task vectors",
     paper="Deep et al. 2024, arXiv:2406.11617",
     authors={"density": 0.7, "epsilon": 0.07, "lambda_": 1.1},
+    work="ranks the entries of every row",
     use="as dare_ties, where large changes should rather be kept than small ones",
 )
 def della(

@@ -20,6 +20,7 @@ from mergelab.ops.task_vectors import factors
     identical_at=None,
     family="task vectors",
     paper="Deep et al. 2024, arXiv:2406.11617",
+    work="ranks the entries of every row",
     use="as dare, where large changes should rather be kept than small ones",
 )
 def della_linear(

@@ -145,7 +145,7 @@ def doge_ta(
     """
     thresholds = prepared.thresholds.get(site.name)
     if thresholds is None:
-        return working(base) + mean(task_vectors(base, experts))
+        return mean(task_vectors(base, experts)).add_(working(base))
     turned = site.name in prepared.transposed
     start = base.T if turned else base
     matrices = [TaskMatrix(start, expert.T if turned else expert) for expert in experts]

@@ -158,6 +158,7 @@ def largest_entries(open_: OpenTensor, sizes: Mapping[str, int]) -> tuple[float,
     paper="Du et al. 2024, arXiv:2410.02396",
     authors={"clamp": 0.01},
     tuned=("lambda_",),
+    work="computes an exponential and a tanh for every entry of every expert",
     use="several tasks of unlike importance, without data",
 )
 def pcb(

@@ -18,13 +18,12 @@ from mergelab.engine.chaining import ChainedWeights, chained, check_then
 from mergelab.engine.method import Substitute, merge_method
 from mergelab.errors import ConfigError, MergeWarning
 from mergelab.ops.blocks import blocks
-from mergelab.ops.permutations import Permutation, Slot, find_permutations
+from mergelab.ops.permutations import Order, Permutation, Slot, find_permutations, write_indices
 from mergelab.ops.philox import stream_key, words
 from mergelab.ops.threads import in_order
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.source import TensorSource, WrappedSource
 
-Order = NDArray[np.intp]  # the expert's unit at each position
 Orders = Mapping[str, Order]
 COMPARED_ENTRIES = 1 << 22  # entries of a tensor compared at once
 
@@ -34,6 +33,7 @@ COMPARED_ENTRIES = 1 << 22  # entries of a tensor compared at once
     order_matters=True,
     family="alignment",
     paper="Ainsworth et al. 2023, arXiv:2209.04836",
+    work="solves a linear sum assignment for each permutation of each model, in a few sweeps",
     use="models trained from different starts, before another method",
 )
 def rebasin(
@@ -75,15 +75,11 @@ def rebasin(
         ConfigError: ``then`` cannot merge these models, or the number of heads is not known.
     """
     method, parameters = chained(then)
-    reference = models.base if models.base is not None else min(models.experts, key=lambda expert: expert.name)
-    shapes = {name: tuple(reference.shape(name)) for name in models.names}
-    outside = (*models.ignored, *models.experts_only)
-    if not find_permutations(shapes, outside, heads=1):
-        message = "rebasin: knows no hidden units of these models, so the experts are merged in the order they have"
-        warnings.warn(message, MergeWarning, stacklevel=2)
+    units = units_to_permute(models, heads, kv_heads, "rebasin")
+    if units is None:
         return Substitute(method, parameters, models)
-    groups = attention_head_groups((reference, *models.experts), heads, kv_heads)
-    permutations = find_permutations(shapes, outside, heads=groups)
+    reference, permutations = units
+    shapes = {name: tuple(reference.shape(name)) for name in models.names}
 
     def align(expert: TensorSource) -> TensorSource:
         if expert is reference:
@@ -92,6 +88,31 @@ def rebasin(
         return PermutedSource(expert, axis_indices(permutations, orders, shapes))
 
     return Substitute(method, parameters, replace(models, experts=tuple(in_order(align, models.experts))))
+
+
+def units_to_permute(
+    models: AlignedModels, heads: int | None, kv_heads: int | None, method: str
+) -> tuple[TensorSource, tuple[Permutation, ...]] | None:
+    """Return the model whose order the others get, and the permutations of hidden units.
+
+    Args:
+        models: base and experts.
+        heads, kv_heads: as for `attention_head_groups`.
+        method: named in errors and in the warning.
+
+    Returns:
+        The base, or the expert whose name sorts first, and its units; None with a warning for models of no known
+        family.
+    """
+    reference = models.base if models.base is not None else min(models.experts, key=lambda expert: expert.name)
+    shapes = {name: tuple(reference.shape(name)) for name in models.names}
+    outside = (*models.ignored, *models.experts_only)
+    if not find_permutations(shapes, outside, heads=1):
+        message = f"{method}: knows no hidden units of these models, so the experts are merged in the order they have"
+        warnings.warn(message, MergeWarning, stacklevel=3)
+        return None
+    groups = attention_head_groups((reference, *models.experts), heads, kv_heads, method)
+    return reference, find_permutations(shapes, outside, heads=groups)
 
 
 def attention_head_groups(
@@ -158,12 +179,6 @@ def axis_indices(
             index = axes.setdefault(slot.axis, torch.arange(shapes[slot.tensor][slot.axis]))
             write_indices(index, slot, orders[permutation.name])
     return result
-
-
-def write_indices(index: Tensor, slot: Slot, order: Order) -> None:
-    """Write the permuted entries of a slot into the index of its axis."""
-    entries = torch.from_numpy(order)[:, None] * slot.block + torch.arange(slot.block)
-    index[slot.offset : slot.offset + entries.numel()] = slot.offset + entries.reshape(-1)
 
 
 def match(

@@ -22,12 +22,12 @@ from mergelab.errors import ConfigError, MergeWarning
 from mergelab.estimation.disk_cache import disk_cached
 from mergelab.estimation.examples import Batch, ExampleSource, ExpertExamples
 from mergelab.estimation.features import layer_inputs
-from mergelab.methods.rebasin import attention_head_groups, config_of, write_indices
+from mergelab.methods.rebasin import attention_head_groups, config_of
 from mergelab.methods.soup import soup
 from mergelab.ops.blocks import working
 from mergelab.ops.feature_matching import Budget, Positions, Similarity, assign_positions
 from mergelab.ops.layout import inputs_first
-from mergelab.ops.permutations import Permutation, Slot, find_permutations
+from mergelab.ops.permutations import Permutation, Slot, find_permutations, write_indices
 from mergelab.ops.threads import in_order
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.source import TensorSource, WrappedSource
@@ -58,6 +58,7 @@ def units_of(models: AlignedModels, *, heads: int) -> tuple[Permutation, ...]:
     identical_at={"alpha": 1.0},
     family="alignment",
     paper="Stoica et al. 2024, arXiv:2305.03053",
+    work="compares all features of a layer with one another",
     authors={"budget": "first"},
     use="models trained from different starts on different tasks, with examples",
 )

@@ -10,9 +10,15 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
 from mergelab.errors import ConfigError
 
 Shape = tuple[int, ...]
+Order = NDArray[np.intp]  # a model's unit at each position
 # The units along a tensor's axes, by pattern of the tensor's name; {n} is the layer's number, the pattern's group.
 # "residual" is the residual stream. "heads" are attention heads, or groups of heads that share keys and values. "fused"
 # are the queries, keys and values of all heads, concatenated. "head_dim" runs within a head.
@@ -187,3 +193,9 @@ def _plain(
 def _is_read(unit: str, places: Sequence[tuple[str, int]]) -> bool:
     """Return whether a tensor reads the units; else their order is that of the model's output."""
     return unit not in ("pooled", "classified") or any(axis == 1 for _, axis in places)
+
+
+def write_indices(index: Tensor, slot: Slot, order: Order) -> None:
+    """Write the permuted entries of a slot into the index of its axis."""
+    entries = torch.from_numpy(order)[:, None] * slot.block + torch.arange(slot.block)
+    index[slot.offset : slot.offset + entries.numel()] = slot.offset + entries.reshape(-1)

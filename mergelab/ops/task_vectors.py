@@ -110,7 +110,7 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 def mean(vectors: Sequence[Tensor]) -> Tensor:
     """Return the mean task vector, which is what tensors other than matrices get."""
-    return weighted_sum(vectors, (1.0,) * len(vectors)) / len(vectors)
+    return weighted_sum(vectors, (1.0,) * len(vectors)).div_(len(vectors))
 
 
 # ------------------------------------------------------------------------------------- trim, elect and disjoint reduce

@@ -21,6 +21,7 @@ AUTHORS = {
     "adamerging": {"batch": 32},
     "adarank": {"lr": 5e-5, "steps": 5000, "batch": 8},
     "breadcrumbs": {"density": 0.2, "gamma": 0.1, "lambda": 0.4},
+    "c2m3": {"start": "identity"},
     "dare": {"density": 0.9},
     "della": {"density": 0.7, "epsilon": 0.07, "lambda": 1.1},
     "fisher": {"floor_of": "first"},

@@ -363,7 +363,7 @@ def test_weights_give_a_result_of_the_formulas_scale_or_are_refused_before_a_ten
 
 
 MEANS = ("ties", "dare_ties", "breadcrumbs_ties", "della", "knots", "fisher", "gradient_matching")
-QUOTIENTS = ("soup", "nuslerp", "multislerp", "rebasin")  # the last hands them on to soup
+QUOTIENTS = ("soup", "nuslerp", "multislerp", "rebasin", "c2m3")  # the last two hand them on to soup
 SUMS = ("task_arithmetic", "dare", "breadcrumbs", "della_linear", "consensus", "lines")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    pipeline,
 )
 
 import mergelab as ml
@@ -33,6 +35,7 @@ from mergelab.weights.checkpoint import open_checkpoint
 from mergelab.weights.source import DictSource
 from tests.methods.toy import merged
 from tests.parity import FORMULA, compared
+from tests.standins import NAMED_LABELS
 
 WIDTH, HEADS, KV_HEADS, FFN, LAYERS, WORDS = 32, 4, 2, 48, 2, 300
 State = dict[str, Tensor]
@@ -331,8 +334,21 @@ def test_the_number_of_heads_comes_from_a_modules_own_config(family: Family) -> 
     first, second = family.model().float(), family.model().float()
     state = state_of(first)
     second.load_state_dict(family.shuffled(state, Orders(1)))
-    result = ml.rebasin([first, second])
-    assert all(torch.equal(tensor, state[name]) for name, tensor in state_of(result).items())
+    for method in (ml.rebasin, functools.partial(ml.c2m3, max_iterations=1)):
+        result = method([first, second])
+        assert all(torch.equal(tensor, state[name]) for name, tensor in state_of(result).items())
+
+
+def test_pipelines_are_matched_as_their_modules_are(bert_checkpoints: Mapping[str, Path]) -> None:
+    family, folder = FAMILIES["bert"], str(bert_checkpoints[NAMED_LABELS])
+    modules = [family.model().float() for _ in range(2)]
+    state = state_of(modules[0])
+    modules[1].load_state_dict(family.shuffled(state, Orders(1)))
+    pipes = [pipeline("text-classification", model=module, tokenizer=folder) for module in modules]
+    for method in (ml.rebasin, functools.partial(ml.c2m3, max_iterations=1)):
+        result = method(pipes)
+        assert type(result) is type(pipes[0])
+        assert all(torch.equal(tensor, state[name]) for name, tensor in state_of(result.model).items())
 
 
 def test_without_a_config_the_number_of_heads_must_be_given() -> None:

@@ -23,6 +23,8 @@ WEIGHTED = "models.experts={a: {reference: ./a, weight: -1}, b: ./b, c: ./c}"
         (["method=fisher", "method.weights=[0,0,0]"], "method.weights: at least one must be above 0"),
         (["method=lines", "method.then=ties", "method.weights=[1,-1,1]"], "method.weights: must be at least 0"),
         (["method=rebasin", "method.weights=[1,-1,0]"], r"method\.weights: \[1\.0, -1\.0, 0\.0\] add up to 0"),
+        (["method=c2m3", "method.weights=[1,-1,0]"], r"method\.weights: \[1\.0, -1\.0, 0\.0\] add up to 0"),
+        (["method=c2m3", "method.start=uniform"], r"method\.start='uniform': must be 'best', 'identity' or 'matched'"),
         (
             ["method=dare_ties", "method.rules=[{match: '*bias', weights: [1,-1,1]}]"],
             r"method\.rules\[0\]\.weights: must be at least 0",
