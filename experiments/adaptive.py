@@ -24,6 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from experiments import irt  # noqa: E402
 from mergelab.sweep.adaptive import finalists as chosen  # noqa: E402
 from mergelab.sweep.adaptive.history import MeasuredTrial  # noqa: E402
 from mergelab.sweep.adaptive.policy import POLICY  # noqa: E402
@@ -174,7 +175,17 @@ def subset(sweep: Recorded, seed: int, share: float = 0.2) -> Simulated:
     trials, count = sweep.trials, sweep.trials.shape[1]
     members = np.random.default_rng(seed).permutation(count)[: round(share * count)]
     best = int(trials[:, members].mean(axis=1).argmax())
-    return Simulated(len(trials) * len(members) + count, {best: float(trials[best].mean())}, [])
+    return Simulated(len(trials) * len(members) + count - len(members), {best: float(trials[best].mean())}, [])
+
+
+def merge3(sweep: Recorded, seed: int, share: float = 0.2) -> Simulated:
+    """Measure every trial on the same random examples, and the best by MERGE³'s estimate whole."""
+    trials, count = sweep.trials, sweep.trials.shape[1]
+    members = np.random.default_rng(seed).permutation(count)[: round(share * count)]
+    model, experts = irt.fit(sweep.models), np.arange(1, len(sweep.models))
+    values = [irt.estimate(model, experts, members, scores[members]) for scores in trials]
+    best = int(np.argmax(values))
+    return Simulated(len(trials) * len(members) + count - len(members), {best: float(trials[best].mean())}, [])
 
 
 WAYS: Mapping[str, Callable[[Recorded, int], Simulated]] = {
@@ -182,6 +193,7 @@ WAYS: Mapping[str, Callable[[Recorded, int], Simulated]] = {
     "pruned": pruned,
     "adaptive": adaptive,
     "random subset of 20 %": subset,
+    "MERGE³'s estimate, 20 %": merge3,
 }
 
 
