@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 
-_QUANTILE = 2.4  # of intervals of 95 %: a trial ends where its estimate happens to be low, or its error; calibrated
+_QUANTILE = 2.6  # of intervals of 95 %: a trial ends where its estimate happens to be low, or its error; calibrated
 
 
 @dataclass
