@@ -49,8 +49,14 @@ Written by `python experiments/adaptive.py --orders {orders} --trials {trials}`,
 - "measured" is the share of all examples of all trials, whole trials and finalists included.
 - The regret is the best trial's selection score minus that of the trial chosen, with a 95 % interval over the orders.
 - "random subset": all trials on the same 20 % of the examples, and the best of them whole. Its choice is that one.
+- "MERGE³'s estimate": the same subset, and the best by an item response model whose ability of a merge is combined from
+  the experts' (Mencattini et al. 2025, arXiv:2502.10436; `irt.py` says what the paper leaves open). Its evolution of
+  merges is no part of this.
 - `mini_rte_ties` is the miniature's RTE: 150 TIES merges of its five experts, their base and experts. It is generated
-  text, and no other sweep has been recorded so far: neither real experts nor a generation task.
+  text. `sst2_minilm_ties` is SST-2: 28 TIES merges of three MiniLM experts, each fine-tuned on 1500 other sentences, on
+  all validation sentences; `--record` with `task=sst2 eval.protocol=oracle sweep=ties sweep.sampler=random` and the
+  experts wrote it. Of so few trials the whole ones, two at first and the finalists, are a good part.
+- No generation task has been recorded so far.
 - Trials at random points are an easy case for `pruned`: those of a sampler come near the best one, and stop later (44%
   above).
 """

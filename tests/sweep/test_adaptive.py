@@ -364,6 +364,17 @@ def test_the_likeliest_winners_among_the_stopped_are_finalists() -> None:
     assert likely_best(MEAN, "exact_match", history(matrix), ()) == []
 
 
+def test_a_finalist_has_what_was_measured_before_and_after_it_was_stopped() -> None:
+    scores, seen = np.arange(20) / 20, np.array([3, 4, 11, 19])
+    rest = np.setdiff1d(np.arange(20), seen)
+    stopped = MeasuredTrial(2, 0.1, seen, {"exact_match": scores[seen, None]}, 20, whole=False)
+    found = stopped.completed(rest, {"exact_match": scores[rest, None]})
+    assert found.whole
+    np.testing.assert_array_equal(found.positions, np.arange(20))
+    np.testing.assert_array_equal(found.statistics["exact_match"][:, 0], scores)
+    assert TrialOutcome((0.5,), 20, None, 0.0, 0.0, None, before=4).measured == 16
+
+
 # ----------------------------------------------------------------------------------------------------------- budget
 
 
