@@ -144,7 +144,8 @@ def trials_of(trials: Sequence[Seen], models: Array, points: Array) -> Trials:
         return _trials(trials, np.stack([one.scores for one in whole]), models, space)
     found = _trials(whole, np.stack([one.scores for one in whole]), models, None)
     found = _trials(trials, _filled(trials, [found.prior_without(0)] * len(trials)), models, space)
-    return _trials(trials, _filled(trials, [found.prior_without(index) for index in range(len(trials))]), models, space)
+    rows = _filled(trials, [found.prior_without(index) for index in range(len(trials))])
+    return _trials(trials, rows, models, None, found.kernel)
 
 
 def _filled(trials: Sequence[Seen], priors: Sequence[Prior]) -> Array:
@@ -152,18 +153,26 @@ def _filled(trials: Sequence[Seen], priors: Sequence[Prior]) -> Array:
     return np.stack([condition(prior, one).scores for one, prior in zip(trials, priors, strict=True)])
 
 
-def _trials(trials: Sequence[Seen], rows: Array, models: Array, space: tuple[Array, Array] | None) -> Trials:
-    """Return what trials tell whose ``rows`` (t, n) are measured or predicted, at points with noise, or anywhere."""
+def _trials(
+    trials: Sequence[Seen],
+    rows: Array,
+    models: Array,
+    space: tuple[Array, Array] | None,
+    kernel: Kernel | None = None,
+) -> Trials:
+    """Return what trials tell whose ``rows`` (t, n) are measured or predicted.
+
+    The kernel is fitted where the trials' points and noise are given; without either, no trial is nearer than others.
+    """
     as_one = min(len(models), 1)
     mean = (rows.sum(axis=0) + (models.mean(axis=0) if as_one else 0.0)) / (len(rows) + as_one)
     deviations = rows - mean
     whole = [one.scores for one in trials if len(one.positions) == len(mean)]
     overall = float(np.concatenate([whole, models]).var())
-    kernel, independent = None, deviations
     if space is not None and len(rows) >= _LEAST_TRIALS and space[0].shape[1] and overall > 0:
         first = np.sqrt((deviations**2).mean(axis=0) + _PRIOR_TRIALS * overall / (len(rows) + _PRIOR_TRIALS))
         kernel = fit_kernel(*space, deviations / first)
-        independent = kernel.whitened(deviations)
+    independent = deviations if kernel is None else kernel.whitened(deviations)
     measured = np.zeros(rows.shape)
     for index, one in enumerate(trials):
         measured[index, one.positions] = 1.0
@@ -181,8 +190,9 @@ def _factors(trials: Array, models: Array, variance: Array) -> Array:
     """Return the factors (n, r) of the covariance of examples, from deviations (t, n) and (e, n), and of levels."""
     scale = np.sqrt(variance)
     columns = [trials / math.sqrt(max(len(trials) - 1, 1)), models / math.sqrt(max(len(models), 1))]
-    _, lengths, axes = np.linalg.svd(np.concatenate(columns) / scale, full_matrices=False)
-    factors = scale[:, None] * (lengths[:_FACTORS, None] * axes[:_FACTORS]).T
+    scaled = np.concatenate(columns) / scale
+    _, axes = np.linalg.eigh(scaled @ scaled.T)  # in ascending order
+    factors = scale[:, None] * (axes[:, -_FACTORS:].T @ scaled).T
     levels = np.stack([scale, variance / math.sqrt(variance.mean())], axis=1)
     return np.concatenate([factors, _LEVEL / math.sqrt(len(trials)) * levels], axis=1)
 
