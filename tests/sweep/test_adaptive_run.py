@@ -106,8 +106,11 @@ def test_a_budget_is_not_exceeded_and_must_do_for_a_trial(sweep: Callable[..., O
     outcome = sweep("sweep.budget=300", "sweep.n_trials=40")
     assert "sweep.budget=300: no more trials begin, after " in outcome.out
     found = study(workplace)
-    measured = [one.measured for one in outcomes(found)] + [60] * len(later(found))
+    whole = [value[OUTCOME] for key, value in found.user_attrs.items() if key.startswith(WHOLE)]
+    measured = [one.measured for one in (*outcomes(found), *map(TrialOutcome.read, whole))]
     assert 180 < sum(measured) <= 300
+    before = [one.pruned_at for number, one in enumerate(outcomes(found)) if number in later(found)]
+    assert sorted(60 - TrialOutcome.read(one).measured for one in whole) == sorted(before)
 
 
 def test_where_it_is_not_possible_trials_are_pruned_and_that_is_said(

@@ -56,7 +56,8 @@ class Kernel:
 
     def whitened(self, rows: Array) -> Array:
         """Return what each row (t, n) differs by from its prediction by those before it, over the error of that."""
-        return np.linalg.solve(np.linalg.cholesky(self.covariance), rows)
+        found: Array = np.linalg.solve(np.linalg.cholesky(self.covariance), rows)
+        return found
 
     def alike(self, point: Array) -> Array:
         """Return how alike the trials (t,) are to one at a point: 1 at the same, 0 far away."""
