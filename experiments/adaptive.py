@@ -56,6 +56,7 @@ Written by `python experiments/adaptive.py --orders {orders} --trials {trials}`,
   text. `sst2_minilm_ties` is SST-2: 28 TIES merges of three MiniLM experts, each fine-tuned on 1500 other sentences, on
   all validation sentences; `--record` with `task=sst2 eval.protocol=oracle sweep=ties sweep.sampler=random` and the
   experts wrote it. Of so few trials the whole ones, two at first and the finalists, are a good part.
+- The settings of adaptive evaluation were chosen on `mini_rte_ties`, those of its intervals on synthetic sweeps too.
 - No generation task has been recorded so far.
 - Trials at random points are an easy case for `pruned`: those of a sampler come near the best one, and stop later (44%
   above).

@@ -61,7 +61,8 @@ class Kernel:
 
     def alike(self, point: Array) -> Array:
         """Return how alike the trials (t,) are to one at a point: 1 at the same, 0 far away."""
-        return _matern(point[None], self.points, self.lengths)[0]
+        found: Array = _matern(point[None], self.points, self.lengths)[0]
+        return found
 
     def at(self, point: Array) -> tuple[Array, float]:
         """Return the weights (t,) of the trials' rows at a point, and the share of the variance that is left."""
