@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from mergelab.sweep.adaptive.policy import POLICY
 from mergelab.sweep.outcome import TrialOutcome
 from mergelab.sweep.storage import open_storage
-from mergelab.sweep.study import MEASURED, OUTCOME, WHOLE
+from mergelab.sweep.study import KNOWN, MEASURED, OUTCOME, WHOLE
 from tests.conftest import Outcome
 
 Command = Callable[..., Outcome]
@@ -98,6 +98,17 @@ def test_a_sweep_that_ended_early_measures_what_it_would_have(sweep: Callable[..
         assert (ours.params, ours.state, ours.value) == (theirs.params, theirs.state, theirs.value)
         assert ours.user_attrs[MEASURED] == theirs.user_attrs[MEASURED]
     assert later(found) == later(expected)
+
+
+def test_trials_started_together_learn_from_those_that_had_ended(
+    sweep: Callable[..., Outcome], workplace: Path
+) -> None:
+    sweep("sweep.n_trials=6", "sweep.n_jobs=2")
+    trials = study(workplace).trials
+    assert [trial.user_attrs[KNOWN] for trial in trials] == [0, 0, 2, 2, 4, 4]
+    parts = [outcome.pruned_at is not None for outcome in outcomes(study(workplace))]
+    assert parts[:2] == [False, False]
+    assert any(parts)
 
 
 def test_a_budget_is_not_exceeded_and_must_do_for_a_trial(sweep: Callable[..., Outcome], workplace: Path) -> None:
