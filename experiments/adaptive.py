@@ -24,6 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from experiments import irt  # noqa: E402
 from mergelab.sweep.adaptive import finalists as chosen  # noqa: E402
 from mergelab.sweep.adaptive.history import MeasuredTrial  # noqa: E402
 from mergelab.sweep.adaptive.policy import POLICY  # noqa: E402
@@ -48,8 +49,15 @@ Written by `python experiments/adaptive.py --orders {orders} --trials {trials}`,
 - "measured" is the share of all examples of all trials, whole trials and finalists included.
 - The regret is the best trial's selection score minus that of the trial chosen, with a 95 % interval over the orders.
 - "random subset": all trials on the same 20 % of the examples, and the best of them whole. Its choice is that one.
+- "MERGE³'s estimate": the same subset, and the best by an item response model whose ability of a merge is combined from
+  the experts' (Mencattini et al. 2025, arXiv:2502.10436; `irt.py` says what the paper leaves open). Its evolution of
+  merges is no part of this.
 - `mini_rte_ties` is the miniature's RTE: 150 TIES merges of its five experts, their base and experts. It is generated
-  text, and no other sweep has been recorded so far: neither real experts nor a generation task.
+  text. `sst2_minilm_ties` is SST-2: 28 TIES merges of three MiniLM experts, each fine-tuned on 1500 other sentences, on
+  all validation sentences; `--record` with `task=sst2 eval.protocol=oracle sweep=ties sweep.sampler=random` and the
+  experts wrote it. Of so few trials the whole ones, two at first and the finalists, are a good part.
+- The settings of adaptive evaluation were chosen on `mini_rte_ties`, those of its intervals on synthetic sweeps too.
+- No generation task has been recorded so far.
 - Trials at random points are an easy case for `pruned`: those of a sampler come near the best one, and stop later (44%
   above).
 """
@@ -60,10 +68,18 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Recorded:
-    """A recorded sweep: the scores (t, n) of its trials, and (e, n) of base and experts."""
+    """A recorded sweep.
+
+    Attributes:
+        name: the file's.
+        trials: (t, n) scores.
+        points: (t, d) of the trials, in the unit cube.
+        models: (e, n) scores of base and experts.
+    """
 
     name: str
     trials: Array
+    points: Array
     models: Array
 
     @classmethod
@@ -75,7 +91,12 @@ class Recorded:
         scores = {role: [row["scores"] for row in rows if row["role"] == role] for role in ("trial", "base", "expert")}
         models = np.array([*scores["base"], *scores["expert"]], np.float64)
         trials = np.array(scores["trial"], np.float64)
-        return cls(file.stem, trials, models.reshape(-1, trials.shape[1]))
+        points = np.array([row["point"] for row in rows if row["role"] == "trial"], np.float64)
+        return cls(file.stem, trials, points, models.reshape(-1, trials.shape[1]))
+
+    def ordered(self, order: Array) -> Recorded:
+        """Return the sweep with its trials in an order."""
+        return replace(self, trials=self.trials[order], points=self.points[order])
 
 
 @dataclass
@@ -87,16 +108,16 @@ class Simulated:
     estimates: list[tuple[float, float, float]]  # value, half of the interval's width, the score that comes out
 
 
-def full(trials: Array, models: Array, seed: int) -> Simulated:
+def full(sweep: Recorded, seed: int) -> Simulated:
     """Measure every trial whole."""
-    return Simulated(trials.size, dict(enumerate(trials.mean(axis=1))), [])
+    return Simulated(sweep.trials.size, dict(enumerate(sweep.trials.mean(axis=1))), [])
 
 
-def pruned(trials: Array, models: Array, seed: int) -> Simulated:
+def pruned(sweep: Recorded, seed: int) -> Simulated:
     """Stop a trial for futility, asked after every eight examples in random order."""
     rng, pruner, found = np.random.default_rng(seed), Futility(), Simulated(0, {}, [])
     best: Array | None = None
-    for number, scores in enumerate(trials):
+    for number, scores in enumerate(sweep.trials):
         order, count = rng.permutation(len(scores)), len(scores)
         for end in range(8, count, 8) if best is not None else ():
             if pruner.is_futile((scores - best)[order[:end]], count - end):
@@ -109,28 +130,28 @@ def pruned(trials: Array, models: Array, seed: int) -> Simulated:
     return found
 
 
-def adaptive(trials: Array, models: Array, seed: int) -> Simulated:
+def adaptive(sweep: Recorded, seed: int) -> Simulated:
     """Measure the trials as ``sweep.evaluation=adaptive`` does."""
     history: list[MeasuredTrial] = []
     found = Simulated(0, {}, [])
-    rows = [{METRIC: model[:, None]} for model in models]
-    for number, scores in enumerate(trials):
-        one = _trial(number, scores, history, rows, seed, found)
-        history.append(one)
+    rows = [{METRIC: model[:, None]} for model in sweep.models]
+    for number in range(len(sweep.trials)):
+        history.append(_trial(sweep, number, history, rows, seed, found))
     for _ in range(POLICY.finalists):
         likely = chosen.likely_best(SPEC, METRIC, history, rows)
         if not likely:
             break
-        found.used += trials.shape[1]
-        history[likely[0]] = _whole(likely[0], trials[likely[0]])
+        found.used += sweep.trials.shape[1] - len(history[likely[0]].positions)
+        history[likely[0]] = _whole(sweep, likely[0])
     found.whole = {one.number: one.value for one in history if one.whole}
     return found
 
 
 def _trial(
-    number: int, scores: Array, history: Sequence[MeasuredTrial], rows: Any, seed: int, found: Simulated
+    sweep: Recorded, number: int, history: Sequence[MeasuredTrial], rows: Any, seed: int, found: Simulated
 ) -> MeasuredTrial:
-    reporter = AdaptiveReporter(SPEC, METRIC, list(history), rows, len(scores), (seed, number))
+    scores, point = sweep.trials[number], sweep.points[number]
+    reporter = AdaptiveReporter(SPEC, METRIC, list(history), rows, len(scores), (seed, number), point)
     rounds = np.zeros(len(scores), np.int64) if reporter.rounds is None else reporter.rounds
     seen = np.empty(0, np.int64)
     try:
@@ -144,29 +165,42 @@ def _trial(
         found.used += len(seen)
         assert estimate.low is not None
         found.estimates.append((estimate.value, estimate.value - estimate.low, float(scores.mean())))
-        return MeasuredTrial(number, estimate.value, seen, statistics, len(scores), whole=False)
+        return MeasuredTrial(number, estimate.value, seen, statistics, len(scores), whole=False, point=point)
     found.used += len(scores)
-    return _whole(number, scores)
+    return _whole(sweep, number)
 
 
-def _whole(number: int, scores: Array) -> MeasuredTrial:
-    everything = np.arange(len(scores))
-    return MeasuredTrial(number, float(scores.mean()), everything, {METRIC: scores[:, None]}, len(scores), whole=True)
+def _whole(sweep: Recorded, number: int) -> MeasuredTrial:
+    scores = sweep.trials[number]
+    rows, everything = {METRIC: scores[:, None]}, np.arange(len(scores))
+    value, point = float(scores.mean()), sweep.points[number]
+    return MeasuredTrial(number, value, everything, rows, len(scores), whole=True, point=point)
 
 
-def subset(trials: Array, models: Array, seed: int, share: float = 0.2) -> Simulated:
+def subset(sweep: Recorded, seed: int, share: float = 0.2) -> Simulated:
     """Measure every trial on the same random examples, and the best of them whole."""
-    count = trials.shape[1]
+    trials, count = sweep.trials, sweep.trials.shape[1]
     members = np.random.default_rng(seed).permutation(count)[: round(share * count)]
     best = int(trials[:, members].mean(axis=1).argmax())
-    return Simulated(len(trials) * len(members) + count, {best: float(trials[best].mean())}, [])
+    return Simulated(len(trials) * len(members) + count - len(members), {best: float(trials[best].mean())}, [])
 
 
-WAYS: Mapping[str, Callable[[Array, Array, int], Simulated]] = {
+def merge3(sweep: Recorded, seed: int, share: float = 0.2) -> Simulated:
+    """Measure every trial on the same random examples, and the best by MERGE³'s estimate whole."""
+    trials, count = sweep.trials, sweep.trials.shape[1]
+    members = np.random.default_rng(seed).permutation(count)[: round(share * count)]
+    model, experts = irt.fit(sweep.models), np.arange(1, len(sweep.models))
+    values = [irt.estimate(model, experts, members, scores[members]) for scores in trials]
+    best = int(np.argmax(values))
+    return Simulated(len(trials) * len(members) + count - len(members), {best: float(trials[best].mean())}, [])
+
+
+WAYS: Mapping[str, Callable[[Recorded, int], Simulated]] = {
     "full": full,
     "pruned": pruned,
     "adaptive": adaptive,
     "random subset of 20 %": subset,
+    "MERGE³'s estimate, 20 %": merge3,
 }
 
 
@@ -177,10 +211,10 @@ def compare(recorded: Recorded, trials: int, orders: int, ways: Sequence[str]) -
         shares, regrets, estimates = [], [], []
         for seed in range(orders):
             order = np.random.default_rng(seed).permutation(len(recorded.trials))[:trials]
-            own = recorded.trials[order]
-            found = WAYS[name](own, recorded.models, seed)
-            shares.append(found.used / own.size)
-            regrets.append(float(own.mean(axis=1).max()) - max(found.whole.values()))
+            own = recorded.ordered(order)
+            found = WAYS[name](own, seed)
+            shares.append(found.used / own.trials.size)
+            regrets.append(float(own.trials.mean(axis=1).max()) - max(found.whole.values()))
             estimates += found.estimates
         spread = 1.96 * np.std(regrets) / np.sqrt(orders)
         inside = [abs(value - truth) <= half for value, half, truth in estimates]
@@ -195,42 +229,55 @@ def compare(recorded: Recorded, trials: int, orders: int, ways: Sequence[str]) -
 
 
 def record(file: Path, overrides: Sequence[str]) -> None:
-    """Run a sweep that measures every trial whole, and write what it and its base and experts score."""
+    """Run a sweep that measures every trial whole, and write what it and its base and experts score.
+
+    The study is beside the file until that is written: the same command again goes on.
+    """
     import tempfile
 
+    from mergelab.__main__ import main as mergelab
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    study = file.with_suffix(".study.db").resolve()
+    url = f"sqlite:///{study}"
+    # A pruner that never prunes has the scores stored.
+    own = ["sweep.study_name=s", f"sweep.storage={url}", "sweep.pruner={name:futility,n_startup_steps:1000000000}"]
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv = ["mergelab", "-m", *overrides, *own, "tracking=none", f"hydra.sweep.dir={folder}"]
+        mergelab()
+    _write(file, url)
+    study.unlink()
+
+
+def _write(file: Path, url: str) -> None:
     import optuna
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from mergelab.__main__ import main as mergelab
     from mergelab.experiment import loaded
     from mergelab.sweep.reporting import unpacked
     from mergelab.sweep.selecting import example_scores
+    from mergelab.sweep.space import in_cube
     from mergelab.sweep.storage import open_storage
     from mergelab.sweep.study import SCORES
 
-    with tempfile.TemporaryDirectory() as folder:
-        url = f"sqlite:///{folder}/study.db"
-        # A pruner that never prunes has the scores stored.
-        own = ["sweep.study_name=s", f"sweep.storage={url}", "sweep.pruner={name:futility,n_startup_steps:1000000000}"]
-        sys.argv = ["mergelab", "-m", *overrides, *own, "tracking=none", f"hydra.sweep.dir={folder}"]
-        mergelab()
-        trials = optuna.load_study(storage=open_storage(url), study_name="s").trials
-    rows = [
-        {"role": "trial", "name": str(one.params), "scores": unpacked(one.user_attrs[SCORES]).tolist()}
-        for one in trials
-        if SCORES in one.user_attrs
-    ]
+    rows: list[dict[str, Any]] = []
+    for one in optuna.load_study(storage=open_storage(url), study_name="s").trials:
+        if SCORES in one.user_attrs:
+            name = " ".join(f"{key.removeprefix('method.')}={value:.4f}" for key, value in one.params.items())
+            point, scores = in_cube(one.params, one.distributions), unpacked(one.user_attrs[SCORES])
+            rows.append({"role": "trial", "name": name, "point": point.tolist(), "scores": scores.tolist()})
+    trials = len(rows)
     ((_, models),) = loaded._last
     ((task, data),) = models.evaluator.data.items()
     select = models.evaluator.examples[task].select
     for model in models.baselines:
         scores = example_scores(data.spec, model.predictions[task].outputs[select], data.truth[select])
-        rows.append({"role": model.role, "name": model.label, "scores": scores.tolist()})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    schema = pa.schema([("role", pa.string()), ("name", pa.string()), ("scores", pa.list_(pa.float32()))])
+        rows.append({"role": model.role, "name": Path(model.label).name, "point": [], "scores": scores.tolist()})
+    numbers = pa.list_(pa.float32())
+    schema = pa.schema([("role", pa.string()), ("name", pa.string()), ("point", numbers), ("scores", numbers)])
     pq.write_table(pa.Table.from_pylist(rows, schema), file, compression="zstd")
-    print(f"{file}: {len(trials)} trials, {len(rows) - len(trials)} models, {len(select)} examples")
+    print(f"{file}: {trials} trials, {len(rows) - trials} models, {len(select)} examples")
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from mergelab.sweep.storage import open_storage
+from mergelab.sweep.study import MEASURED, WHOLE
 from mergelab.tracking import TrackingConfig, open_tracking
 from tests.standins import BERT_BASE, BERT_RTE_EXPERTS, glue_table
 from tests.tracking.conftest import empty_store
@@ -76,6 +77,7 @@ COMMANDS: dict[str, list[str]] = {
     "sweep": ["-m", "sweep=task_arithmetic", "sweep.n_trials=6", "sweep.study_name=s"],
     "sweep in workers": ["-m", "sweep=task_arithmetic", "sweep.n_trials=4", "sweep.study_name=s", "sweep.n_jobs=2",
                          "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+    "adaptive sweep": ["-m", "sweep=ties", "sweep.n_trials=6", "sweep.study_name=s", "sweep.evaluation=adaptive"],
     "encoder-decoder": ["models.base={encoder: ./base, decoder: ./base}", "models.experts={x: {encoder: ./a, decoder: "
                         "./base, seed: 1}, y: {encoder: ./b, decoder: ./base, seed: 2}}", "method=soup",
                         "evaluate=false", "output=merged"],
@@ -146,7 +148,11 @@ def results(folder: Path) -> dict[str, Any]:
     if (folder / "outputs" / "sweeps.db").exists():
         open_storage.cache_clear()
         study = optuna.load_study(storage=f"sqlite:///{folder}/outputs/sweeps.db", study_name="s")
-        found["study"] = [(trial.params, trial.state, trial.values) for trial in study.trials]
+        found["study"] = [
+            (trial.params, trial.state, trial.values, trial.user_attrs.get(MEASURED)) for trial in study.trials
+        ]
+        later = {key: value[MEASURED] for key, value in study.user_attrs.items() if key.startswith(WHOLE)}
+        found["finalists"] = later or None
     found["runs"] = sorted(
         {
             (run.data.tags["mergelab.kind"], run.info.run_name, json.dumps(timeless(run.data.metrics), sort_keys=True))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergelab.evaluation.metrics import example_statistics, score, value_of_rows
+from mergelab.evaluation.metrics import example_statistics, part_members, score, value_of_rows
 from mergelab.evaluation.scoring import TaskResult
 from mergelab.sweep.targets import scores_for
 
@@ -40,7 +40,11 @@ class SelectingEvaluation:
         return sum(len(examples.select) for examples in self.evaluator.examples.values())
 
     def run(
-        self, report: Callable[[Array, Array], None], rounds: Array | None = None, metric: str | None = None
+        self,
+        report: Callable[[Array, Array], None],
+        rounds: Array | None = None,
+        metric: str | None = None,
+        without: Array | None = None,
     ) -> None:
         """Predict task by task.
 
@@ -49,18 +53,20 @@ class SelectingEvaluation:
                 tasks, and their scores (b,). What it raises ends the evaluation.
             rounds: (n,) the round in which each example is measured, of the only task; None: batches in random order.
             metric: the scores are what this metric is estimated from; None: they are those of `example_scores`.
+            without: (k,) positions of the only task's examples that are not measured; None: all are.
         """
         first = 0
         for name, data in self.evaluator.data.items():
             select = self.evaluator.examples[name].select
+            wanted = np.setdiff1d(np.arange(len(select)), () if without is None else without)
             self.evaluator.session.predict(
                 data,
                 partial(self.backbones.__getitem__, name),
                 self.evaluator.session.heads[name],
                 self.label,
                 progress=self.evaluator.progress,
-                members=select,
-                watch=partial(self._collect, report, name, first, metric),
+                members=select[wanted],
+                watch=partial(self._collect, report, name, first, metric, wanted),
                 seed=self.seed,
                 rounds=rounds,
             )
@@ -72,9 +78,11 @@ class SelectingEvaluation:
         name: str,
         first: int,
         metric: str | None,
-        members: Array,
+        wanted: Array,
+        batch: Array,
         outputs: Array,
     ) -> None:
+        members = wanted[batch]
         data, select = self.evaluator.data[name], self.evaluator.examples[name].select
         truth = data.truth[select[members]]
         self._batches[name].append((members, outputs))
@@ -96,6 +104,19 @@ class SelectingEvaluation:
         order = np.argsort(members)
         seen = members[order]
         return seen, example_statistics(data.spec, outputs[order], data.truth[select[seen]])
+
+    def result_from(self, name: str, seen: Array, statistics: Mapping[str, Array]) -> TaskResult:
+        """Score a task by what `statistics` returns."""
+        data, select = self.evaluator.data[name], self.evaluator.examples[name].select
+        splits = [("", np.arange(len(seen)))]
+        splits += [(f"_{part}", members) for part, members in part_members(data.spec, data.parts[select[seen]])]
+        scores = {
+            metric + suffix: value_of_rows(data.spec, metric, statistics[metric][members])
+            for suffix, members in splits
+            for metric in data.spec.metrics
+        }
+        less = (data.spec.primary,) if data.spec.direction == "minimize" else ()
+        return TaskResult(name, data.spec.primary, scores, {}, len(seen), 0, less)
 
     def results(self) -> dict[str, TaskResult]:
         """Score the outputs so far; tasks without any are absent."""

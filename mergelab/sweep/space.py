@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mergelab.config import says_what_it_is
 from mergelab.errors import SweepError
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override, RangeSweep
     from optuna.distributions import BaseDistribution
 
+Array = np.ndarray[Any, Any]
 Value = str | int | float | bool | None
 
 
@@ -144,6 +147,22 @@ def described(distribution: BaseDistribution) -> str:
         text = f"int({text})" if isinstance(distribution, IntDistribution) else text
         return f"tag(log,{text})" if distribution.log else text
     return f"range({low:.12g},{high + step:.12g},{step:.12g})"  # the end is left out
+
+
+def in_cube(params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]) -> Array:
+    """Return a point's place (d,) in the unit cube: logarithmic where its distribution is, choices at distance 1."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    found: list[float] = []
+    for key, one in sorted(distributions.items()):
+        if isinstance(one, CategoricalDistribution):
+            chosen = int(one.to_internal_repr(params[key]))
+            found += [math.sqrt(0.5) * (index == chosen) for index in range(len(one.choices))]
+            continue
+        assert isinstance(one, FloatDistribution | IntDistribution)
+        low, high, value = (math.log(x) if one.log else float(x) for x in (one.low, one.high, params[key]))
+        found.append((value - low) / (high - low) if high > low else 0.0)
+    return np.array(found)
 
 
 def _distribution(key: str, override: Override) -> BaseDistribution:

@@ -22,7 +22,7 @@ from mergelab.experiment.loaded import LoadedModels, open_loaded
 from mergelab.experiment.logged import Measured, with_logged
 from mergelab.experiment.plan import Plan, plan_experiment
 from mergelab.sweep.adaptive.finalists import MeasuredWhole
-from mergelab.sweep.adaptive.history import measured_of
+from mergelab.sweep.adaptive.history import MeasuredTrial, measured_of
 from mergelab.sweep.adaptive.reporter import AdaptiveReporter, adaptive_reporter
 from mergelab.sweep.attempts import Attempt, Superseded, attempting
 from mergelab.sweep.budget import budget_of
@@ -247,29 +247,36 @@ def _stopped(
 
 
 def _measure_whole(plan: Plan, settings: SweepConfig, job: TrialJob, run: Run, progress: Any) -> MeasuredWhole:
-    """Measure a stopped trial on all selecting examples, and record that with its run.
+    """Measure a stopped trial on the selecting examples that it was not measured on, and record its scores on all.
 
     Raises:
         SweepError: it cannot be merged or measured.
     """
     loaded = open_loaded(plan, job.source, progress, keep=True, compiling=settings.compile)
+    _, study = open_study(storage_url(settings.storage, job.folder), job)
+    stopped = MeasuredTrial.read(
+        job.number, math.nan, study.get_trials(deepcopy=False)[job.number].user_attrs[MEASURED]
+    )
     wanted = objectives(settings.objective, settings.direction, plan.tasks)
+    ((name, _),) = loaded.evaluator.data.items()
     try:
         evaluation, seconds, _ = _merged(plan, loaded, job, progress)
         started = time.perf_counter()
         with _failures_of_trial():
-            evaluation.run(lambda positions, scores: None)
+            evaluation.run(lambda positions, scores: None, without=stopped.positions)
+            measured = stopped.completed(*evaluation.statistics(name))
+            results = {name: evaluation.result_from(name, measured.positions, measured.statistics)}
     except _Failed as failure:
         raise SweepError(f"trial {job.number}, to be measured whole: {failure}") from failure
-    results, evaluated = evaluation.results(), time.perf_counter() - started
-    outcome = TrialOutcome(_values(results, plan, wanted), evaluation.count, None, seconds, evaluated, run.id)
+    values, evaluated, before = _values(results, plan, wanted), time.perf_counter() - started, len(stopped.positions)
+    outcome = TrialOutcome(values, evaluation.count, None, seconds, evaluated, run.id, before=before)
     merged = ModelResult(evaluation.label, "merged", results, eval_seconds=evaluated, merge_seconds=seconds)
     logged = with_logged(Measured(merged, loaded.session, evaluation.backbones)).logged
     scores = {name: value for name, value in logged.items() if name.startswith(names.select_metric(""))}
     scores |= estimate_metrics(scores, {})
     run.log_metrics(scores, step=1)  # after the estimates
     run.set_tags({names.PRUNED: "", names.DESCRIPTION: _description(scores, None)})
-    return MeasuredWhole(outcome, measured_of(evaluation, job.number, whole=True).written())
+    return MeasuredWhole(outcome, measured.written())
 
 
 def _values(results: Mapping[str, TaskResult], plan: Plan, wanted: list[Objective]) -> tuple[float, ...]:

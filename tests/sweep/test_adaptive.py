@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import Matern
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from mergelab.errors import MergeWarning, NonFinite, SweepError
@@ -17,8 +19,9 @@ from mergelab.evaluation.metrics import example_statistics, score
 from mergelab.sweep.adaptive import prediction
 from mergelab.sweep.adaptive.finalists import likely_best
 from mergelab.sweep.adaptive.history import MeasuredTrial
+from mergelab.sweep.adaptive.kernel import Kernel, fit_kernel
 from mergelab.sweep.adaptive.policy import POLICY, Field, draw_rounds, ends_trial, round_ends
-from mergelab.sweep.adaptive.prediction import Partial, condition, prior_of
+from mergelab.sweep.adaptive.prediction import Prior, Seen, condition, trials_of
 from mergelab.sweep.adaptive.reporter import AdaptiveReporter
 from mergelab.sweep.budget import budget_of
 from mergelab.sweep.outcome import TrialOutcome
@@ -43,6 +46,15 @@ def drawn_sweep(rng: np.random.Generator, trials: int, count: int) -> Array:
     traits = rng.normal(scale=0.5, size=(trials, 2))
     margins = hardness + traits @ loads.T + rng.normal(scale=0.3, size=(trials, 1))
     return (margins + 0.4 * rng.normal(size=(trials, count)) > 0).astype(float)
+
+
+NOWHERE = np.empty(0)  # of a space without dimensions, no trial is nearer than others
+
+
+def prior_of(whole: Array, models: Array, *partial: Seen) -> Prior:
+    """Return what is known of a trial from others that are at no points."""
+    seen = [*(Seen(np.arange(whole.shape[1]), scores) for scores in whole), *partial]
+    return trials_of(seen, models, np.empty((len(seen), 0))).prior(NOWHERE)
 
 
 def whole(number: int, scores: Array) -> MeasuredTrial:
@@ -71,9 +83,9 @@ def measured(reporter: AdaptiveReporter, scores: Array) -> MeasuredTrial:
 def test_predictions_are_the_conditional_of_a_dense_gaussian() -> None:
     rng = np.random.default_rng(0)
     matrix = drawn_sweep(rng, 7, 40)
-    prior = prior_of(matrix[:4], [Partial(np.arange(0, 40, 3), matrix[4, ::3])], matrix[5:6])
+    prior = prior_of(matrix[:4], matrix[5:6], Seen(np.arange(0, 40, 3), matrix[4, ::3]))
     seen = np.sort(rng.permutation(40)[:15])
-    found = condition(prior, Partial(seen, matrix[6, seen]))
+    found = condition(prior, Seen(seen, matrix[6, seen]))
     rest = np.setdiff1d(np.arange(40), seen)
 
     def dense(share: float) -> tuple[float, Array, Array]:
@@ -96,7 +108,7 @@ def test_predictions_are_the_conditional_of_a_dense_gaussian() -> None:
 
 def test_what_was_measured_is_known() -> None:
     matrix = drawn_sweep(np.random.default_rng(1), 4, 30)
-    found = condition(prior_of(matrix[:3], [], np.empty((0, 30))), Partial(np.arange(30), matrix[3]))
+    found = condition(prior_of(matrix[:3], np.empty((0, 30))), Seen(np.arange(30), matrix[3]))
     sums, covariance = found.sums(np.ones((30, 1)))
     assert (sums[0], covariance[0, 0]) == (matrix[3].sum(), 0)
 
@@ -108,7 +120,7 @@ def test_intervals_hold_as_often_as_they_say(stopping: bool) -> None:
         matrix = drawn_sweep(np.random.default_rng(seed), 40, 200)
         history = [whole(number, scores) for number, scores in enumerate(matrix[:4])]
         for number, scores in enumerate(matrix[4:], 4):
-            reporter = AdaptiveReporter(MEAN, "exact_match", history, (), 200, (seed, number))
+            reporter = AdaptiveReporter(MEAN, "exact_match", history, (), 200, (seed, number), NOWHERE)
             if stopping:
                 one = measured(reporter, scores)
                 seen, rows = one.positions, one.statistics
@@ -131,12 +143,69 @@ def test_predictions_from_other_models_err_less_than_the_mean_of_as_many_example
     for seed in range(6):
         rng = np.random.default_rng(seed)
         matrix = drawn_sweep(rng, 20, 200)
-        prior = prior_of(matrix[:8], [], np.empty((0, 200)))
+        prior = prior_of(matrix[:8], np.empty((0, 200)))
         for scores in matrix[8:]:
             seen = rng.permutation(200)[:40]
-            own.append(condition(prior, Partial(seen, scores[seen])).scores.mean() - scores.mean())
+            own.append(condition(prior, Seen(seen, scores[seen])).scores.mean() - scores.mean())
             plain.append(scores[seen].mean() - scores.mean())
     assert np.std(own) < 0.65 * np.std(plain)
+
+
+def smooth_sweep(rng: np.random.Generator, trials: int, count: int) -> tuple[Array, Array]:
+    """Draw points (t, 2) and answers (t, n) that change smoothly from point to point, each example's in its own way."""
+    points = rng.uniform(size=(trials, 2))
+    waves, loads = rng.normal(scale=2, size=(2, 8)), rng.normal(size=(8, count))
+    margins = rng.normal(0.6, 1.0, count) + np.sin(points @ waves + rng.uniform(0, 6, 8)) @ loads / 2
+    return points, (margins + 0.2 * rng.normal(size=(trials, count)) > 0).astype(float)
+
+
+def test_a_kernel_predicts_what_a_gaussian_process_does() -> None:
+    rng = np.random.default_rng(0)
+    points, rows, noise, lengths = (
+        rng.uniform(size=(12, 2)),
+        rng.normal(size=(12, 30)),
+        np.zeros(12),
+        np.array([0.3, 2]),
+    )
+    noise[5:8] = 0.4
+    kernel = Kernel(points, noise, lengths, own=0.2)
+
+    def expected(used: Array, point: Array) -> tuple[Array, float]:
+        process = GaussianProcessRegressor(0.8 * Matern(lengths, nu=2.5), alpha=0.2 + noise[used], optimizer=None)
+        mean, deviation = process.fit(points[used], rows[used]).predict(point[None], return_std=True)
+        return mean[0], float(np.ravel(deviation)[0]) ** 2 + 0.2
+
+    for used, point, (weights, left) in (
+        (np.arange(12), np.array([0.4, 0.6]), kernel.at(np.array([0.4, 0.6]))),
+        (np.delete(np.arange(12), 6), points[6], kernel.without(6)),
+    ):
+        mean, variance = expected(used, point)
+        np.testing.assert_allclose(weights @ rows, mean, atol=1e-9)
+        assert left == pytest.approx(variance)
+    white = kernel.whitened(rows)
+    np.testing.assert_allclose(white.T @ white, rows.T @ np.linalg.solve(kernel.covariance, rows), atol=1e-9)
+
+
+def test_a_kernel_finds_along_which_axis_merges_change() -> None:
+    rng = np.random.default_rng(1)
+    points = rng.uniform(size=(40, 2))
+    rows = np.sin(8 * points[:, :1] + rng.uniform(0, 6, 200)) * np.sqrt(2)
+    found = fit_kernel(points, np.zeros(40), rows)
+    assert found.lengths[1] > 2 * found.lengths[0]
+    assert fit_kernel(points, np.zeros(40), rng.normal(size=(40, 200))).own > 2 * found.own
+
+
+def test_near_trials_predict_more_than_any() -> None:
+    near, anywhere = [], []
+    for seed in range(4):
+        points, matrix = smooth_sweep(np.random.default_rng(seed), 40, 150)
+        seen = [Seen(np.arange(150), scores) for scores in matrix[:15]]
+        seen += [Seen(np.arange(0, 150, 4), scores[::4]) for scores in matrix[15:30]]
+        for known, errors in ((points, near), (np.empty((40, 0)), anywhere)):
+            trials = trials_of(seen, np.empty((0, 150)), known[:30])
+            for point, scores in zip(known[30:], matrix[30:], strict=True):
+                errors.append(np.mean((trials.prior(point).mean - scores) ** 2))
+    assert np.mean(near) < 0.8 * np.mean(anywhere)
 
 
 # ---------------------------------------------------------------------------------------------------------- metrics
@@ -240,8 +309,8 @@ def test_a_bad_trial_ends_early_and_the_first_ones_are_whole() -> None:
     rng = np.random.default_rng(0)
     matrix = drawn_sweep(rng, 6, 200)
     known = history(matrix[: POLICY.startup])
-    assert AdaptiveReporter(MEAN, "exact_match", known[:-1], (), 200, (0, 1)).rounds is None
-    bad = measured(AdaptiveReporter(MEAN, "exact_match", known, (), 200, (0, 2)), np.zeros(200))
+    assert AdaptiveReporter(MEAN, "exact_match", known[:-1], (), 200, (0, 1), NOWHERE).rounds is None
+    bad = measured(AdaptiveReporter(MEAN, "exact_match", known, (), 200, (0, 2), NOWHERE), np.zeros(200))
     assert not bad.whole
     assert len(bad.positions) <= 40
     assert bad.value < min(one.value for one in known)
@@ -250,7 +319,7 @@ def test_a_bad_trial_ends_early_and_the_first_ones_are_whole() -> None:
 def test_a_trial_depends_on_its_seed_its_number_and_the_trials_before_it_alone() -> None:
     matrix = drawn_sweep(np.random.default_rng(0), 6, 200)
     found = [
-        measured(AdaptiveReporter(MEAN, "exact_match", history(matrix[:4]), (), 200, (seed, 5)), matrix[5])
+        measured(AdaptiveReporter(MEAN, "exact_match", history(matrix[:4]), (), 200, (seed, 5), NOWHERE), matrix[5])
         for seed in (0, 0, 1)
     ]
     np.testing.assert_array_equal(found[0].positions, found[1].positions)
@@ -266,16 +335,16 @@ def test_a_trial_depends_on_its_seed_its_number_and_the_trials_before_it_alone()
 def test_with_nothing_to_choose_by_trials_are_whole_and_that_is_said_once(matrix: Array, named: str) -> None:
     count = matrix.shape[1]
     with pytest.warns(MergeWarning, match=named):
-        first = AdaptiveReporter(MEAN, "exact_match", history(matrix), (), count, (0, 2))
+        first = AdaptiveReporter(MEAN, "exact_match", history(matrix), (), count, (0, 2), NOWHERE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         known = history(np.concatenate([matrix, matrix[:1]]))
-        second = AdaptiveReporter(MEAN, "exact_match", known, (), count, (0, 3))
+        second = AdaptiveReporter(MEAN, "exact_match", known, (), count, (0, 3), NOWHERE)
     assert (first.rounds, second.rounds) == (None, None)
 
 
 def test_a_score_that_is_no_number_ends_the_trial() -> None:
-    reporter = AdaptiveReporter(MEAN, "exact_match", history(np.eye(40)[:2]), (), 40, (0, 2))
+    reporter = AdaptiveReporter(MEAN, "exact_match", history(np.eye(40)[:2]), (), 40, (0, 2), NOWHERE)
     with pytest.raises(NonFinite, match="1 examples have a score that is NaN"):
         reporter.report(np.arange(3), np.array([0.0, np.nan, 1.0]))
 
@@ -293,6 +362,17 @@ def test_the_likeliest_winners_among_the_stopped_are_finalists() -> None:
     known: Sequence[MeasuredTrial] = [*history(matrix), *stopped]
     assert likely_best(MEAN, "exact_match", known, ()) == [5]
     assert likely_best(MEAN, "exact_match", history(matrix), ()) == []
+
+
+def test_a_finalist_has_what_was_measured_before_and_after_it_was_stopped() -> None:
+    scores, seen = np.arange(20) / 20, np.array([3, 4, 11, 19])
+    rest = np.setdiff1d(np.arange(20), seen)
+    stopped = MeasuredTrial(2, 0.1, seen, {"exact_match": scores[seen, None]}, 20, whole=False)
+    found = stopped.completed(rest, {"exact_match": scores[rest, None]})
+    assert found.whole
+    np.testing.assert_array_equal(found.positions, np.arange(20))
+    np.testing.assert_array_equal(found.statistics["exact_match"][:, 0], scores)
+    assert TrialOutcome((0.5,), 20, None, 0.0, 0.0, None, before=4).measured == 16
 
 
 # ----------------------------------------------------------------------------------------------------------- budget

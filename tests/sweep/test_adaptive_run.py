@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from mergelab.sweep.adaptive.policy import POLICY
 from mergelab.sweep.outcome import TrialOutcome
 from mergelab.sweep.storage import open_storage
-from mergelab.sweep.study import MEASURED, OUTCOME, WHOLE
+from mergelab.sweep.study import KNOWN, MEASURED, OUTCOME, WHOLE
 from tests.conftest import Outcome
 
 Command = Callable[..., Outcome]
@@ -100,14 +100,28 @@ def test_a_sweep_that_ended_early_measures_what_it_would_have(sweep: Callable[..
     assert later(found) == later(expected)
 
 
+def test_trials_started_together_learn_from_those_that_had_ended(
+    sweep: Callable[..., Outcome], workplace: Path
+) -> None:
+    sweep("sweep.n_trials=6", "sweep.n_jobs=2")
+    trials = study(workplace).trials
+    assert [trial.user_attrs[KNOWN] for trial in trials] == [0, 0, 2, 2, 4, 4]
+    parts = [outcome.pruned_at is not None for outcome in outcomes(study(workplace))]
+    assert parts[:2] == [False, False]
+    assert any(parts)
+
+
 def test_a_budget_is_not_exceeded_and_must_do_for_a_trial(sweep: Callable[..., Outcome], workplace: Path) -> None:
     outcome = sweep("sweep.budget=59", code=2)
     assert "sweep.budget=59: a whole trial has 60 selecting examples" in outcome.err
     outcome = sweep("sweep.budget=300", "sweep.n_trials=40")
     assert "sweep.budget=300: no more trials begin, after " in outcome.out
     found = study(workplace)
-    measured = [one.measured for one in outcomes(found)] + [60] * len(later(found))
+    whole = [value[OUTCOME] for key, value in found.user_attrs.items() if key.startswith(WHOLE)]
+    measured = [one.measured for one in (*outcomes(found), *map(TrialOutcome.read, whole))]
     assert 180 < sum(measured) <= 300
+    before = [one.pruned_at for number, one in enumerate(outcomes(found)) if number in later(found)]
+    assert sorted(60 - TrialOutcome.read(one).measured for one in whole) == sorted(before)
 
 
 def test_where_it_is_not_possible_trials_are_pruned_and_that_is_said(

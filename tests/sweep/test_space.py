@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from optuna.distributions import (
     BaseDistribution,
@@ -14,7 +15,7 @@ from optuna.distributions import (
 )
 
 from mergelab.errors import SweepError
-from mergelab.sweep.space import described, space_from
+from mergelab.sweep.space import described, in_cube, space_from
 
 SYNTAX: list[tuple[str, BaseDistribution]] = [
     ("interval(0.1,0.9)", FloatDistribution(0.1, 0.9)),
@@ -117,3 +118,17 @@ def test_the_ends_of_an_interval_are_finite(interval: str) -> None:
 def test_a_grid_that_no_memory_holds_is_refused() -> None:
     with pytest.raises(SweepError, match=r"a\.x has 1\d* values; at most 1000000 fit"):
         space_from({"a.x": "range(0,1,1e-11)"}, []).grid()
+
+
+def test_points_lie_in_a_unit_cube_with_choices_at_distance_one() -> None:
+    distributions = {
+        "b": FloatDistribution(0.01, 1.0, log=True),
+        "a": IntDistribution(2, 6),
+        "c": CategoricalDistribution(["x", "y"]),
+        "d": FloatDistribution(3.0, 3.0),
+    }
+    one = in_cube({"a": 3, "b": 0.1, "c": "x", "d": 3.0}, distributions)
+    other = in_cube({"d": 3.0, "c": "y", "b": 0.1, "a": 3}, distributions)
+    assert one[:2] == pytest.approx([0.25, 0.5])
+    assert np.linalg.norm(one - other) == pytest.approx(1.0)
+    assert in_cube({"a": 6, "b": 1.0, "c": "y", "d": 3.0}, distributions).max() <= 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergelab.sweep.adaptive.policy import Field
-from mergelab.sweep.adaptive.prediction import Partial, Prior, condition, prior_of
+from mergelab.sweep.adaptive.prediction import Prior, Seen, Trials, condition, trials_of
 from mergelab.sweep.targets import Target, scores_for, target_of
 from mergelab.tasks.metric import get_metric
 
@@ -39,12 +39,12 @@ class Estimator:
     members: Array | None = None
 
     @cached_property
-    def prior(self) -> Prior:
-        """What is known of the next trial."""
-        whole = [self.scores_of(one) for one in self.history if one.whole]
+    def trials(self) -> Trials:
+        """What the trials so far tell of others."""
         models = [scores_for(self.spec, self.metric, rows[self.metric]) for rows in self.models]
-        partial = [self.partial(one) for one in self.history if not one.whole]
-        return prior_of(np.stack(whole), partial, np.stack(models) if models else np.empty((0, len(whole[0]))))
+        seen = [self.seen(one) for one in self.history]
+        points = np.stack([one.point for one in self.history])
+        return trials_of(seen, np.stack(models) if models else np.empty((0, self.history[0].count)), points)
 
     @cached_property
     def target(self) -> Target:
@@ -56,9 +56,11 @@ class Estimator:
         """Return a whole trial's scores (n,)."""
         return scores_for(self.spec, self.metric, one.rows(self.metric))
 
-    def partial(self, one: MeasuredTrial) -> Partial:
-        """Return the examples that a stopped trial was measured on, and its scores on them."""
-        return Partial(one.positions, scores_for(self.spec, self.metric, one.statistics[self.metric]))
+    def seen(self, one: MeasuredTrial) -> Seen:
+        """Return the examples that a trial was measured on, and its scores on them."""
+        if one.whole:
+            return Seen(np.arange(one.count), self.scores_of(one))
+        return Seen(one.positions, scores_for(self.spec, self.metric, one.statistics[self.metric]))
 
     @property
     def field(self) -> Field:
@@ -69,9 +71,14 @@ class Estimator:
         step = 1 / len(scores) if np.isin(scores, (0, 1)).all() else 0.0
         return Field(best.value, [one.value for one in self.history], step, sign_of(self.metric))
 
-    def estimate(self, seen: Partial) -> tuple[float, float]:
+    def estimate(self, prior: Prior, seen: Seen) -> tuple[float, float]:
         """Return the metric of a trial that was measured on some examples, and its standard error."""
-        return self.target.with_error(*condition(self.prior, seen).sums(self.target.groups))
+        return self.target.with_error(*condition(prior, seen).sums(self.target.groups))
+
+    def estimate_again(self, one: MeasuredTrial) -> tuple[float, float]:
+        """Return the same of a trial of the history, from what all others tell now."""
+        index = next(index for index, other in enumerate(self.history) if other is one)
+        return self.estimate(self.trials.prior_without(index), self.seen(one))
 
 
 def sign_of(metric: str) -> int:

@@ -50,9 +50,6 @@ def likely_best(
     """
     if all(one.whole for one in history) or not any(one.whole for one in history):
         return []
-    estimates = {}
-    for one in history:
-        if not one.whole:
-            estimator = Estimator(spec, metric, [other for other in history if other is not one], models)
-            estimates[one.number] = estimator.estimate(estimator.partial(one))
-    return finalists(estimates, Estimator(spec, metric, history, models).field)
+    estimator = Estimator(spec, metric, history, models)
+    estimates = {one.number: estimator.estimate_again(one) for one in history if not one.whole}
+    return finalists(estimates, estimator.field)

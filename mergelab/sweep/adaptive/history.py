@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mergelab.sweep.reporting import packed_statistics, unpacked_statistics
+from mergelab.sweep.space import in_cube
 from mergelab.sweep.study import MEASURED, MODELS, OUTCOME, whole_key
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class MeasuredTrial:
         statistics: (k, c) by metric, as `mergelab.evaluation.metrics.example_statistics` has them.
         count: of all selecting examples.
         whole: whether all were measured. A text without tokens has no statistics of perplexity, so that k may be less.
+        point: (d,) of the search space, in the unit cube; d may be 0.
     """
 
     number: int
@@ -40,12 +42,20 @@ class MeasuredTrial:
     statistics: Mapping[str, Array]
     count: int
     whole: bool
+    point: Array = field(default_factory=lambda: np.empty(0))
 
     def rows(self, metric: str) -> Array:
         """Return the statistics of all examples (n, c); 0 where there are none."""
         found = np.zeros((self.count, self.statistics[metric].shape[1]))
         found[self.positions] = self.statistics[metric]
         return found
+
+    def completed(self, positions: Array, statistics: Mapping[str, Array]) -> MeasuredTrial:
+        """Return the trial measured whole, with the statistics of the other examples."""
+        order = np.argsort(np.concatenate([self.positions, positions]))
+        joined = {metric: np.concatenate([rows, statistics[metric]])[order] for metric, rows in self.statistics.items()}
+        everything = np.concatenate([self.positions, positions])[order]
+        return replace(self, positions=everything, statistics=joined, whole=True)
 
     def written(self) -> dict[str, Any]:
         """Return it as JSON takes it."""
@@ -80,7 +90,8 @@ def read_history(study: Study, before: int, count: int | None = None) -> list[Me
     for trial in study.get_trials(deepcopy=False)[:before]:
         stored = {**trial.user_attrs, **later.get(whole_key(trial.number), {})}
         if trial.state.is_finished() and MEASURED in stored and OUTCOME in stored:
-            found.append(MeasuredTrial.read(trial.number, stored[OUTCOME]["values"][0], stored[MEASURED]))
+            one = MeasuredTrial.read(trial.number, stored[OUTCOME]["values"][0], stored[MEASURED])
+            found.append(replace(one, point=in_cube(trial.params, trial.distributions)))
     return [one for one in found if one.count == (count or found[-1].count)]
 
 

@@ -27,12 +27,12 @@ class Policy:
     """
 
     startup: int = 2
-    first: int = 16
+    first: int = 10
     growth: float = 1.4
-    futility: float = 0.2
-    tolerance: float = 0.5
-    finalists: int = 4
-    chance: float = 0.15
+    futility: float = 0.25
+    tolerance: float = 0.3
+    finalists: int = 6
+    chance: float = 0.08
 
 
 POLICY = Policy()

@@ -1,9 +1,11 @@
 """A merge's scores on the examples that it was not measured on, predicted from those of other merges.
 
-Trial by trial the scores of all examples are correlated: merges of the same models fail on the same examples. So a
-trial's scores y (n,) have a Gaussian prior whose mean is the mean of the merges so far, and whose covariance has the
-deviations from that mean as factors; what was measured conditions it. This is Bayesian ridge regression on the other
-models' scores (Hoerl & Kennard 1970), with an error variance in proportion to that of the example across merges.
+Trial by trial the scores of all examples are correlated: merges of the same models fail on the same examples, and
+merges at near points of the search space on nearly the same. So a trial's scores y (n,) have a Gaussian prior. Its mean
+follows from the trials so far by their distance in the space (`mergelab.sweep.adaptive.kernel`), and its covariance has
+these trials' deviations from such predictions as factors; what was measured conditions it. This joins a Gaussian
+process over the space with Bayesian ridge regression on the other models' scores (Hoerl & Kennard 1970). The variance
+of an example's error is in proportion to that of its score among near merges.
 
 Trials that were measured in part count with what is predicted of the rest.
 
@@ -21,20 +23,25 @@ from typing import Any
 
 import numpy as np
 
+from mergelab.sweep.adaptive.kernel import Kernel, fit_kernel
+
 Array = np.ndarray[Any, Any]
 
 
 _FACTORS = 16
 _PRIOR_TRIALS = 2.0  # trials' worth of the overall variance, in each example's
-_LEVEL = 0.3  # prior standard deviation of a trial's level, in those of an example
+_LEVEL = 0.2  # prior standard deviation of a trial's level, in those of an example, over the root of the trials' number
+_MODELS = 0.3  # weight of the deviations of base and experts, which differ by more than merges do
+_LEAST_TRIALS = 3  # for a kernel
+_ANYWHERE = 1.0  # trials' worth of an example's variance in the whole space, in that near a point
 _NOISE_SHARES = (0.03, 0.06, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.4)
 _NOISE_CENTRE, _NOISE_WIDTH = 0.6, 0.7  # of the prior of the errors' share; the width is in logarithms
 _INFLATION = 1.6  # of variances, calibrated on recorded sweeps: the factors themselves are estimated
 
 
 @dataclass(frozen=True)
-class Partial:
-    """The scores (k,) of the examples at ``positions`` (k,), of a model that was measured on these alone."""
+class Seen:
+    """The scores (k,) of the examples at ``positions`` (k,) that a trial was measured on."""
 
     positions: Array
     scores: Array
@@ -78,45 +85,119 @@ class Posterior:
         return groups.T @ self.scores, groups.T @ (groups * self.noise[:, None]) + loads.T @ self.covariance @ loads
 
 
-def prior_of(whole: Array, partial: Sequence[Partial], models: Array) -> Prior:
-    """Return what is known of a trial from others.
+@dataclass(frozen=True)
+class Trials:
+    """What trials and models tell of another trial.
+
+    Attributes:
+        mean, variance, factors: as a `Prior` has them, of a trial at no point in particular.
+        deviations: (t, n) of the trials' rows from the mean.
+        errors: (t, n) what is left of these beside the other trials, over its standard error; 0 where not measured.
+        measured: (t, n) whether a trial was measured on an example.
+        kernel: of the trials; None where too few tell how alike near ones are.
+    """
+
+    mean: Array
+    variance: Array
+    factors: Array
+    deviations: Array
+    errors: Array
+    measured: Array
+    kernel: Kernel | None
+
+    def prior(self, point: Array) -> Prior:
+        """Return what is known of a trial at a point (d,)."""
+        if self.kernel is None:
+            return Prior(self.mean, self.variance, self.factors)
+        return self._prior(*self.kernel.at(point), self.kernel.alike(point))
+
+    def prior_without(self, index: int) -> Prior:
+        """Return what the others tell of the trial with this index."""
+        if self.kernel is None:
+            return Prior(self.mean, self.variance, self.factors)
+        alike = self.kernel.alike(self.kernel.points[index])
+        alike[index] = 0.0
+        return self._prior(*self.kernel.without(index), alike)
+
+    def _prior(self, weights: Array, left: float, alike: Array) -> Prior:
+        """Return what trials tell with ``weights`` (t,) in the mean; examples vary as they do among those ``alike``."""
+        total, count = alike @ self.errors**2, alike @ self.measured
+        ratio = (total / self.variance + _ANYWHERE) / (count + _ANYWHERE) if self.variance.all() else 1.0
+        variance = left * ratio * self.variance
+        factors = np.sqrt(left * ratio * np.ones(len(self.mean)))[:, None] * self.factors
+        return Prior(self.mean + weights @ self.deviations, variance, factors)
+
+
+def trials_of(trials: Sequence[Seen], models: Array, points: Array) -> Trials:
+    """Return what trials and models tell.
 
     Args:
-        whole: (m, n) scores of the trials measured on all examples, one at least.
-        partial: what is known of those measured on some.
+        trials: what each was measured on, one at least on all examples.
         models: (e, n) scores of base and experts; e may be 0. In the mean they count as one trial.
+        points: (t, d) of the trials, in the unit cube.
     """
-    first = _prior(whole, models, np.empty((0, whole.shape[1])), ())
-    if not partial:
-        return first
-    return _prior(whole, models, np.stack([condition(first, one).scores for one in partial]), partial)
+    count = models.shape[1]
+    whole = [one for one in trials if len(one.positions) == count]
+    # A row counts the less for its neighbours in the space, the less of it was measured.
+    space = points, np.array([1 - len(one.positions) / count for one in trials])
+    if len(whole) == len(trials):
+        return _trials(trials, np.stack([one.scores for one in whole]), models, space)
+    found = _trials(whole, np.stack([one.scores for one in whole]), models, None)
+    found = _trials(trials, _filled(trials, [found.prior_without(0)] * len(trials)), models, space)
+    rows = _filled(trials, [found.prior_without(index) for index in range(len(trials))])
+    return _trials(trials, rows, models, None, found.kernel)
 
 
-def _prior(whole: Array, models: Array, predicted: Array, partial: Sequence[Partial]) -> Prior:
-    """Return the prior from trials, models, and the ``predicted`` (p, n) scores of the ``partial`` trials."""
-    trials, as_one = len(whole) + len(predicted), min(len(models), 1)
-    of_models = models.mean(axis=0) if as_one else 0.0
-    mean = (whole.sum(axis=0) + predicted.sum(axis=0) + of_models) / (trials + as_one)
-    deviations = np.concatenate([whole, predicted]) - mean
-    squares, counts = (deviations[: len(whole)] ** 2).sum(axis=0), np.full(len(mean), float(len(whole) + as_one))
-    squares += ((models - mean) ** 2).mean(axis=0) if as_one else 0.0
-    for one in partial:
-        squares[one.positions] += (one.scores - mean[one.positions]) ** 2
-        counts[one.positions] += 1
+def _filled(trials: Sequence[Seen], priors: Sequence[Prior]) -> Array:
+    """Return the trials' rows (t, n), predicted where they were not measured."""
+    return np.stack([condition(prior, one).scores for one, prior in zip(trials, priors, strict=True)])
+
+
+def _trials(
+    trials: Sequence[Seen],
+    rows: Array,
+    models: Array,
+    space: tuple[Array, Array] | None,
+    kernel: Kernel | None = None,
+) -> Trials:
+    """Return what trials tell whose ``rows`` (t, n) are measured or predicted.
+
+    The kernel is fitted where the trials' points and noise are given; without either, no trial is nearer than others.
+    """
+    as_one = min(len(models), 1)
+    mean = (rows.sum(axis=0) + (models.mean(axis=0) if as_one else 0.0)) / (len(rows) + as_one)
+    deviations = rows - mean
+    whole = [one.scores for one in trials if len(one.positions) == len(mean)]
     overall = float(np.concatenate([whole, models]).var())
+    if space is not None and len(rows) >= _LEAST_TRIALS and space[0].shape[1] and overall > 0:
+        first = np.sqrt((deviations**2).mean(axis=0) + _PRIOR_TRIALS * overall / (len(rows) + _PRIOR_TRIALS))
+        kernel = fit_kernel(*space, deviations / first)
+    independent = deviations if kernel is None else kernel.whitened(deviations)
+    measured = np.zeros(rows.shape)
+    for index, one in enumerate(trials):
+        measured[index, one.positions] = 1.0
+    errors = independent * measured
+    squares = (errors**2).sum(axis=0) + (((models - mean) ** 2).mean(axis=0) if as_one else 0.0)
     # Trials that agree on an example may still be followed by one that does not.
-    variance = (squares + _PRIOR_TRIALS * overall) / (counts + _PRIOR_TRIALS)
-    if not variance.all():
-        return Prior(mean, variance, np.empty((len(mean), 0)))
-    columns = [deviations / math.sqrt(max(trials - 1, 1)), (models - mean) / math.sqrt(max(len(models), 1))]
+    variance = (squares + _PRIOR_TRIALS * overall) / (measured.sum(axis=0) + as_one + _PRIOR_TRIALS)
+    factors = np.empty((len(mean), 0))
+    if variance.all():
+        factors = _factors(independent, _MODELS * (models - mean), variance)
+    return Trials(mean, variance, factors, deviations, errors, measured, kernel)
+
+
+def _factors(trials: Array, models: Array, variance: Array) -> Array:
+    """Return the factors (n, r) of the covariance of examples, from deviations (t, n) and (e, n), and of levels."""
     scale = np.sqrt(variance)
-    _, lengths, axes = np.linalg.svd(np.concatenate(columns) / scale, full_matrices=False)
-    factors = scale[:, None] * (lengths[:_FACTORS, None] * axes[:_FACTORS]).T
+    columns = [trials / math.sqrt(max(len(trials) - 1, 1)), models / math.sqrt(max(len(models), 1))]
+    scaled = np.concatenate(columns) / scale
+    _, axes = np.linalg.eigh(scaled @ scaled.T)  # in ascending order
+    factors = scale[:, None] * (axes[:, -_FACTORS:].T @ scaled).T
     levels = np.stack([scale, variance / math.sqrt(variance.mean())], axis=1)
-    return Prior(mean, variance, np.concatenate([factors, _LEVEL * levels], axis=1))
+    return np.concatenate([factors, _LEVEL / math.sqrt(len(trials)) * levels], axis=1)
 
 
-def condition(prior: Prior, seen: Partial) -> Posterior:
+def condition(prior: Prior, seen: Seen) -> Posterior:
     """Return what is known of a trial that was measured on some examples.
 
     The errors' share of the prior variance is that of the greatest marginal likelihood on a grid, with a log-normal

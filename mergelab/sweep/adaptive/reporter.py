@@ -15,9 +15,10 @@ from mergelab.evaluation.metrics import example_statistics, part_members, value_
 from mergelab.sweep.adaptive.estimator import Estimator, best_of
 from mergelab.sweep.adaptive.history import MeasuredTrial, read_history, read_models, write_models
 from mergelab.sweep.adaptive.policy import POLICY, draw_rounds, ends_trial
-from mergelab.sweep.adaptive.prediction import Partial
+from mergelab.sweep.adaptive.prediction import Seen
 from mergelab.sweep.estimate import Estimate, bounded
 from mergelab.sweep.reporting import Pruned
+from mergelab.sweep.space import in_cube
 from mergelab.sweep.study import KNOWN
 from mergelab.sweep.targets import unsupported
 from mergelab.tasks.metric import get_metric
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 
-_QUANTILE = 2.2  # of intervals of 95 %: a trial ends where its estimate happens to be low, or its error; calibrated
+_QUANTILE = 2.6  # of intervals of 95 %: a trial ends where its estimate happens to be low, or its error; calibrated
 
 
 @dataclass
@@ -45,6 +46,7 @@ class AdaptiveReporter:
         models: (n, c) by metric, the statistics of base and experts.
         count: n, of the selecting examples.
         seed: draws the rounds.
+        point: (d,) of the search space, in the unit cube.
         rounds: (n,) the round of each example; None: the trial is measured whole.
         done: number of examples measured so far.
     """
@@ -55,6 +57,7 @@ class AdaptiveReporter:
     models: Sequence[Mapping[str, Array]]
     count: int
     seed: Sequence[int]
+    point: Array
     rounds: Array | None = field(default=None, init=False)
     done: int = field(default=0, init=False)
     _round: int = field(default=0, init=False)
@@ -64,7 +67,8 @@ class AdaptiveReporter:
         if sum(one.whole for one in self.history) < POLICY.startup:
             return
         self._estimator = Estimator(self.spec, self.metric, self.history, self.models)
-        variance = self._estimator.prior.variance
+        self._prior = self._estimator.trials.prior(self.point)
+        variance = self._prior.variance
         if self.count <= POLICY.first:
             self._warn(f"{self.count} selecting examples are too few to choose from")
         elif not variance.any():
@@ -96,7 +100,7 @@ class AdaptiveReporter:
             return
         self._round = ended
         seen = np.flatnonzero(known)
-        if ends_trial(*self._estimator.estimate(Partial(seen, self._scores[seen])), self._field):
+        if ends_trial(*self._estimator.estimate(self._prior, Seen(seen, self._scores[seen])), self._field):
             raise Pruned
 
     def estimates(self, seen: Array, statistics: Mapping[str, Array], parts: Array) -> dict[str, Estimate]:
@@ -123,10 +127,11 @@ class AdaptiveReporter:
             warnings.warn(text, MergeWarning, stacklevel=2)
 
     def _estimate(self, metric: str, own: MeasuredTrial, members: Array | None) -> Estimate:
-        estimator = self._estimator  # its prior is made
+        estimator, prior = self._estimator, self._prior
         if metric != self.metric or members is not None:
             estimator = Estimator(self.spec, metric, self.history, self.models, members)
-        value, error = estimator.estimate(estimator.partial(own))
+            prior = estimator.trials.prior(self.point)
+        value, error = estimator.estimate(prior, estimator.seen(own))
         best = best_of(self.history, self.metric)
         of_split = own.positions if members is None else np.intersect1d(own.positions, members)
         score = math.nan
@@ -149,6 +154,7 @@ def adaptive_reporter(
     outputs = [model.predictions[name].outputs[select] for model in baselines if name in model.predictions]
     models = [example_statistics(data.spec, each, data.truth[select]) for each in outputs]
     write_models(study, models)
-    known = study.get_trials(deepcopy=False)[number].user_attrs.get(KNOWN, number)
-    history = read_history(study, known, len(select))
-    return AdaptiveReporter(data.spec, metric, history, read_models(study), len(select), (seed, number))
+    trial = study.get_trials(deepcopy=False)[number]
+    history = read_history(study, trial.user_attrs.get(KNOWN, number), len(select))
+    point = in_cube(trial.params, trial.distributions)
+    return AdaptiveReporter(data.spec, metric, history, read_models(study), len(select), (seed, number), point)
