@@ -1,0 +1,154 @@
+"""Whose tokens an imported merge has, and their rows: beside mergekit's own, where an interpreter that has it is named.
+
+Rows are compared by token: mergekit's order of models, and so of a union's tokens, differs from run to run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mergelab.models.chat_templates import FORMATS
+from tests.mergekit.configs import config, model, placed, stack
+from tests.mergekit.made import exported, saved
+from tests.vocabularies import FIM, IM_END, IM_START, llama
+
+INTERPRETER = os.environ.get("MERGELAB_MERGEKIT", "")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NEW = "<|new|>"
+ROW = {"kind": "model_token", "model": "a", "token": IM_START}
+PAIR = [model("a", weight=0.3), model("b", weight=0.7)]
+THREE = [model("a", weight=0.2), model("b", weight=0.5), model("c", weight=0.3)]
+TASK = [model("a", weight=0.4), model("b", weight=0.6), model("c", weight=0.5)]
+
+
+def with_tokens(whole: dict[str, Any], **tokenizer: Any) -> dict[str, Any]:
+    return whole | {"tokenizer": tokenizer}
+
+
+CONFIGS: Mapping[str, dict[str, Any]] = {
+    "linear, union": config("linear", THREE) | {"tokenizer_source": "union"},
+    "linear, union, base_model among the models": config("linear", THREE, "c") | {"tokenizer_source": "union"},
+    "linear, base is an expert": config("linear", THREE, "b") | {"tokenizer_source": "base"},
+    "linear, of a model": config("linear", PAIR) | {"tokenizer_source": "model: b"},
+    "task_arithmetic, base": config("task_arithmetic", TASK, "base") | {"tokenizer_source": "base"},
+    "task_arithmetic, union": config("task_arithmetic", TASK, "base") | {"tokenizer_source": "union"},
+    "ties, of a model": config("ties", TASK, "base", density=0.5) | {"tokenizer_source": "model: a"},
+    "slerp, union": config("slerp", PAIR, "b", t=0.3) | {"tokenizer_source": "union"},
+    "slerp, base": config("slerp", PAIR, "b", t=0.3) | {"tokenizer_source": "base"},
+    "task_arithmetic, multiple": with_tokens(config("task_arithmetic", TASK, "base"), pad_to_multiple_of=32),
+    "linear, multiple of what there is": with_tokens(config("linear", PAIR), source="union", pad_to_multiple_of=260),
+    "task_arithmetic, rows of tokens": with_tokens(
+        config("task_arithmetic", TASK, "base"),
+        source="base",
+        tokens={
+            IM_END: {"source": "model: a"},
+            IM_START: {"source": "model: a"},
+            NEW: {"source": ROW},
+            "a": {"source": {"kind": "zero"}},
+        },
+    ),
+    "linear, forced": with_tokens(
+        config("linear", PAIR),
+        source="union",
+        tokens={
+            IM_END: {"source": "model: b", "force": True},
+            FIM: {"source": {"kind": "zero"}, "force": True},
+            NEW: {"source": {"kind": "model_token", "model": "b", "token_id": 5}},
+        },
+        pad_to_multiple_of=64,
+    ),
+    "slerp, slices, union": stack(
+        "slerp", [[model("a", [0, 1]), model("b", [0, 1])], [model("b", [0, 1]), model("a", [0, 1])]], "a", t=0.4
+    )
+    | {"tokenizer_source": "union"},
+    "passthrough, slices of one tokenizer": stack("passthrough", [[model("a", [0, 1])], [model("d", [0, 1])]])
+    | {"tokenizer_source": "union", "chat_template": "auto"},
+}
+TEMPLATES = ["auto", *FORMATS, "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A padded base, and experts: two of chat tokens, one of another token, one without further ones."""
+    folder = tmp_path_factory.mktemp("tokens")
+    llama(folder / "base", 0, rows=264)
+    llama(folder / "a", 1, [IM_START, IM_END], rows=259)
+    llama(folder / "b", 2, [FIM, IM_END], rows=264)
+    llama(folder / "c", 3, [IM_END], rows=272)
+    llama(folder / "d", 4, [IM_START, IM_END], rows=259)
+    return folder
+
+
+def written(folder: Path, name: str, content: dict[str, Any]) -> Path:
+    """Write a config with the models of a folder."""
+    file = folder / f"{name}.yml"
+    text = placed(content, folder)
+    for each in ("base", "a", "b", "c", "d"):
+        text = text.replace(f"model: {each}\n", f"model: {folder / each}\n").replace(
+            f"'model: {each}'", str(folder / each)
+        )
+    file.write_text(text)
+    return file
+
+
+def tokens_of(folder: Path) -> dict[str, int]:
+    from transformers import AutoTokenizer
+
+    found: dict[str, int] = AutoTokenizer.from_pretrained(folder).get_vocab()
+    return found
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def theirs(home: Path) -> Mapping[str, Path]:
+    """The configs' files, each merged by mergekit, all by one process."""
+    files = {title: written(home, f"config{at}", content) for at, (title, content) in enumerate(CONFIGS.items())}
+    for title, file in list(files.items()):
+        files[f"export of {title}"] = home / f"export_{file.name}"
+        files[f"export of {title}"].write_text(exported(f"mergekit={file}"))
+    plain = config("linear", PAIR[:1])
+    for at, text in enumerate(TEMPLATES):
+        files[text] = written(home, f"template{at}", plain | {"chat_template": text})
+    command = [INTERPRETER, str(Path(__file__).parent / "theirs.py"), *map(str, files.values())]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, timeout=600, env=environment, stdout=subprocess.PIPE, text=True)
+    return {title: Path(f"{file.with_suffix('')}_theirs") for title, file in files.items()}
+
+
+def compare(found: Mapping[str, Tensor], tokens: Mapping[str, int], other: Path) -> None:
+    """Compare a merge with mergekit's: the rows of tokens by token, those that fill up by place."""
+    expected, ids = read(other), tokens_of(other)
+    assert tokens.keys() == ids.keys()
+    assert json.loads((other / "config.json").read_text())["vocab_size"] == len(found[EMBEDDING])
+    order = [*tokens.values(), *range(len(tokens), len(found[EMBEDDING]))]
+    theirs = [*(ids[token] for token in tokens), *range(len(tokens), len(found[EMBEDDING]))]
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.shape == expected[name].shape, name
+        one, two = (tensor[order], expected[name][theirs]) if name in (EMBEDDING, HEAD) else (tensor, expected[name])
+        np.testing.assert_allclose(one.numpy(), two.numpy(), rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETER, reason="MERGELAB_MERGEKIT names no interpreter that has mergekit")
+@pytest.mark.filterwarnings("ignore::mergelab.errors.MergeWarning")
+@pytest.mark.parametrize("title", CONFIGS)
+def test_rows_are_mergekits_by_token(title: str, theirs: Mapping[str, Path], home: Path, tmp_path: Path) -> None:
+    file = home / f"config{list(CONFIGS).index(title)}.yml"
+    folder = saved(tmp_path / "out", f"mergekit={file}")
+    compare(read(folder), tokens_of(folder), theirs[title])
+    again = theirs[f"export of {title}"]
+    compare(read(folder), tokens_of(folder), again)
