@@ -44,8 +44,8 @@ def set_tokens(
         raise ConfigError(f"{key}={source}: the slices have different base models, whose tokens would count")
     first = None if document.base is None else known.get(document.base)
     notes = []
-    if document.base is None:
-        notes = [f"{key.removeprefix(f'{where}: ')}: without base_model mergekit starts from any model, here the first"]
+    if document.base is None and source == _BASE:
+        notes.append("tokenizer_source=base: without base_model mergekit takes any model's tokenizer, here the first's")
     named = first or next(iter(names.values())) if source == _BASE else source
     if source not in (_BASE, _UNION):
         named = _model(source, known, key)
@@ -56,6 +56,11 @@ def set_tokens(
         vocab["pad_to_multiple_of"] = node["pad_to_multiple_of"]
     if tokens := (node or {}).get("tokens"):
         vocab["tokens"] = _tokens(tokens, known, f"{where}: tokenizer.tokens")
+        if source == _BASE and not all(each["everywhere"] for each in vocab["tokens"]):
+            notes.append(
+                "tokenizer.tokens: of tokens that the base lacks mergekit gives it its own padding rows, with source: "
+                "base and without force: true, and fails where it has none; here it has the rows that are named"
+            )
     models["vocab"] = vocab
     save.pop("tokenizer", None)
     return notes

@@ -1,4 +1,7 @@
-"""Chat templates: what ``save.chat_template`` stands for. Formats by name are written as their models' makers do."""
+"""Chat templates: what ``save.chat_template`` stands for. A format by name is written as mergekit's of that name.
+
+Its line breaks and spaces are mergekit's too, where a model's maker has others (llama3, alpaca, exaone).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ FORMATS: Mapping[str, str] = {
     "llama3": """\
 {%- for message in messages %}
 {{- bos_token if loop.first else '' }}
-{{- '<|start_header_id|>' ~ message.role ~ '<|end_header_id|>\\n\\n' ~ message.content | trim ~ '<|eot_id|>' }}
+{{- '<|start_header_id|>' ~ message.role ~ '<|end_header_id|>\\n\\n' ~ message.content | trim ~ '<|eot_id|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
 {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
@@ -53,15 +56,16 @@ FORMATS: Mapping[str, str] = {
 {{- '### ' ~ titles[message.role] ~ ':\\n' ~ message.content | trim ~ ('' if loop.last else '\\n\\n') }}
 {%- endfor %}
 {%- if add_generation_prompt and messages[-1].role != 'assistant' %}
-{{- '\\n\\n### Response:\\n' }}
+{{- '### Response:\\n' }}
 {%- endif %}
 """,
     "exaone": """\
 {%- for message in messages %}
-{{- '[|system|][|endofturn|]\\n' if loop.first and message.role != 'system' else '' }}
-{{- '[|' ~ message.role ~ '|]' ~ message.content ~ ('\\n' if message.role == 'user' else '[|endofturn|]\\n') }}
+{{- '        [|system|][|endofturn|]\\n\\n' if loop.first and message.role != 'system' else '' }}
+{{- '    [|' ~ message.role ~ '|]' ~ message.content }}
+{{- '\\n        ' ~ ('' if message.role == 'user' else '[|endofturn|]') ~ '\\n\\n' }}
 {%- endfor %}
-{{- '[|assistant|]' if add_generation_prompt else '' }}
+{{- '    [|assistant|]\\n' if add_generation_prompt else '' }}
 """,
 }
 

@@ -51,11 +51,16 @@ CONFIGS: Mapping[str, dict[str, Any]] = {
         config("task_arithmetic", TASK, "base"),
         source="base",
         tokens={
-            IM_END: {"source": "model: a"},
-            IM_START: {"source": "model: a"},
-            NEW: {"source": ROW},
+            IM_END: {"source": "model: a", "force": True},
+            IM_START: {"source": "model: a", "force": True},
+            NEW: {"source": ROW, "force": True},
             "a": {"source": {"kind": "zero"}},
         },
+    ),
+    "task_arithmetic, rows of what some lack": with_tokens(
+        config("task_arithmetic", TASK, "base"),
+        source="model: a",
+        tokens={IM_END: {"source": "model: b"}, NEW: {"source": ROW}, "a": {"source": {"kind": "zero"}}},
     ),
     "linear, forced": with_tokens(
         config("linear", PAIR),
@@ -152,3 +157,37 @@ def test_rows_are_mergekits_by_token(title: str, theirs: Mapping[str, Path], hom
     compare(read(folder), tokens_of(folder), theirs[title])
     again = theirs[f"export of {title}"]
     compare(read(folder), tokens_of(folder), again)
+
+
+TALK = [
+    [{"role": "user", "content": " hello "}],
+    [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "yes\n"},
+        {"role": "user", "content": "so"},
+    ],
+    [{"role": "system", "content": " be kind"}, {"role": "user", "content": "a\n\nb"}],
+    [{"role": "user", "content": "hello"}, {"role": "assistant", "content": " done "}],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETER, reason="MERGELAB_MERGEKIT names no interpreter that has mergekit")
+@pytest.mark.parametrize("template", TEMPLATES, ids=["auto", *FORMATS, "text"])
+def test_templates_say_what_mergekits_say(
+    template: str, theirs: Mapping[str, Path], home: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = saved(tmp_path / "out", f"mergekit={home / f'template{TEMPLATES.index(template)}.yml'}")
+    ours, other = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(theirs[template])
+    assert ours.chat_template != AutoTokenizer.from_pretrained(home / "b").chat_template
+    for ours_or_theirs in (ours, other):
+        ours_or_theirs.bos_token, ours_or_theirs.eos_token = "<s>", "</s>"
+    for messages in TALK:
+        for prompt in (False, True):
+            texts = [
+                each.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+                for each in (ours, other)
+            ]
+            assert texts[0] == texts[1]
