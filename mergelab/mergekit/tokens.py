@@ -48,7 +48,7 @@ def set_tokens(
         notes.append("tokenizer_source=base: without base_model mergekit takes any model's tokenizer, here the first's")
     named = first or next(iter(names.values())) if source == _BASE else source
     if source not in (_BASE, _UNION):
-        named = _model(source, known, key)
+        named = _model(source, known, key, _BASE, _UNION)
     vocab = {"source": named, "lacking": "mean" if first is None else "first", **_ROWS}
     if first not in (None, _BASE):
         vocab["first"] = first
@@ -75,12 +75,13 @@ def _set_template(given: Any, save: dict[str, Any], key: str) -> None:
     save["chat_template"] = given
 
 
-def _model(given: Any, known: Mapping[str, str], key: str) -> str:
-    """Return what a model is called here."""
+def _model(given: Any, known: Mapping[str, str], key: str, *words: str) -> str:
+    """Return what a model is called here; ``words`` are what else may be given."""
     text = model_text(given, key)
     if text not in known:
-        hint = did_you_mean(text, known) or f" (there are {listed(known)})"
-        raise ConfigError(f"{key}={shortened(text)}: must be base, union or one of the models that are merged{hint}")
+        hint = did_you_mean(text, [*words, *known]) or f" (there are {listed(known)})"
+        besides = "".join(f"{word}, " for word in words) + ("or " if words else "")
+        raise ConfigError(f"{key}={shortened(text)}: must be {besides}one of the models that are merged{hint}")
     return known[text]
 
 

@@ -14,12 +14,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mergelab.errors import ConfigError, MergelabError
+from mergelab.mergekit.commands import expanded
+from mergelab.mergekit.methods import METHODS
+from mergelab.mergekit.tokens import NoEqual
 from mergelab.models.chat_templates import FORMATS
 from tests.mergekit.configs import config, model, placed, stack
-from tests.mergekit.made import exported, saved
+from tests.mergekit.made import exported, planned, saved
+from tests.parity import compared
 from tests.vocabularies import FIM, IM_END, IM_START, llama
 
 INTERPRETER = os.environ.get("MERGELAB_MERGEKIT", "")
@@ -133,7 +139,7 @@ def theirs(home: Path) -> Mapping[str, Path]:
     return {title: Path(f"{file.with_suffix('')}_theirs") for title, file in files.items()}
 
 
-def compare(found: Mapping[str, Tensor], tokens: Mapping[str, int], other: Path) -> None:
+def compare(title: str, found: Mapping[str, Tensor], tokens: Mapping[str, int], other: Path) -> None:
     """Compare a merge with mergekit's: the rows of tokens by token, those that fill up by place."""
     expected, ids = read(other), tokens_of(other)
     assert tokens.keys() == ids.keys()
@@ -141,9 +147,15 @@ def compare(found: Mapping[str, Tensor], tokens: Mapping[str, int], other: Path)
     order = [*tokens.values(), *range(len(tokens), len(found[EMBEDDING]))]
     theirs = [*(ids[token] for token in tokens), *range(len(tokens), len(found[EMBEDDING]))]
     assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        assert tensor.shape == expected[name].shape, name
-        one, two = (tensor[order], expected[name][theirs]) if name in (EMBEDDING, HEAD) else (tensor, expected[name])
+    pairs = {
+        name: (tensor[order], expected[name][theirs]) if name in (EMBEDDING, HEAD) else (tensor, expected[name])
+        for name, tensor in found.items()
+    }
+    ours, mergekits = zip(*pairs.values(), strict=True)
+    method = METHODS[title.split(",")[0]].ours
+    compared(method, "mergekit 0.1.5, whole config", ours, mergekits, options=f"tokenizer: {title}", note="by token")
+    for name, (one, two) in pairs.items():
+        assert one.shape == two.shape, name
         np.testing.assert_allclose(one.numpy(), two.numpy(), rtol=0, atol=1e-6, err_msg=name)
 
 
@@ -154,9 +166,8 @@ def compare(found: Mapping[str, Tensor], tokens: Mapping[str, int], other: Path)
 def test_rows_are_mergekits_by_token(title: str, theirs: Mapping[str, Path], home: Path, tmp_path: Path) -> None:
     file = home / f"config{list(CONFIGS).index(title)}.yml"
     folder = saved(tmp_path / "out", f"mergekit={file}")
-    compare(read(folder), tokens_of(folder), theirs[title])
-    again = theirs[f"export of {title}"]
-    compare(read(folder), tokens_of(folder), again)
+    for other in (theirs[title], theirs[f"export of {title}"]):
+        compare(title, read(folder), tokens_of(folder), other)
 
 
 TALK = [
@@ -191,3 +202,99 @@ def test_templates_say_what_mergekits_say(
                 for each in (ours, other)
             ]
             assert texts[0] == texts[1]
+
+
+def test_a_config_says_the_tokens_in_the_settings_here(home: Path, tmp_path: Path) -> None:
+    content = with_tokens(
+        config("linear", PAIR, "a"),
+        tokens={IM_END: {"source": "model: b", "force": True}, NEW: {"source": ROW}},
+        pad_to_multiple_of=8,
+    )
+    plan = planned(f"mergekit={written(home, 'said', content | {'chat_template': 'chatml'})}")
+    vocab = plan.config.models.vocab
+    assert vocab is not None
+    assert vocab.model_dump(exclude_defaults=True) == {
+        "source": "union",
+        "first": "a",
+        "unknown": "zero",
+        "padding": "drop",
+        "pad_to_multiple_of": 8,
+        "tokens": [
+            {"token": IM_END, "model": "b", "everywhere": True},
+            {"token": NEW, "model": "a", "like": IM_START},
+        ],
+    }
+    assert plan.config.save.chat_template == "chatml"
+
+
+def test_the_template_that_most_models_have_is_saved_with_the_merged_one(home: Path, tmp_path: Path) -> None:
+    content = config("linear", [model(name, weight=1) for name in "bad"]) | {"chat_template": "auto"}
+    content["tokenizer_source"] = "union"
+    folder = saved(tmp_path / "out", f"mergekit={written(home, 'auto', content)}")
+    assert (folder / "chat_template.jinja").read_text() == (home / "a" / "chat_template.jinja").read_text()
+    plain = config("linear", [model(name, weight=1) for name in "ad"]) | {"chat_template": "alpaca"}
+    folder = saved(tmp_path / "plain", f"mergekit={written(home, 'plain', plain)}")
+    assert (folder / "chat_template.jinja").read_text() == FORMATS["alpaca"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            "tokenizer_source: unoin",
+            "tokenizer_source=unoin: must be base, union, or one of the models that are merged",
+        ),
+        ("tokenizer: {source: other/model}", "tokenizer.source=other/model: must be base, union, or one of the models"),
+        ("tokenizer: {pad_to_multiple_of: 0}", "tokenizer.pad_to_multiple_of=0: must be a whole number above 0"),
+        ("tokenizer: {tokens: {x: {force: true}}}", "tokenizer.tokens.x={'force': True}: needs source"),
+        ("tokenizer: {tokens: {x: {source: q}}}", "tokenizer.tokens.x.source=q: must be one of the models"),
+        ("tokenizer: {tokens: {x: {source: {kind: nul}}}}", "must be a model, {kind: zero} or {kind: model_token"),
+        (
+            "tokenizer: {tokens: {x: {source: {kind: model_token, model: a, token: y, token_id: 3}}}}",
+            "tokenizer.tokens.x.source: needs one of token and token_id",
+        ),
+        (
+            "tokenizer: {tokens: {x: {source: {kind: model_token, model: a, token_id: -3}}}}",
+            "tokenizer.tokens.x.source.token_id=-3: must be a whole number from 0 on",
+        ),
+        ("tokenizer: {tokens: {x: {source: a, force: 2}}}", "tokenizer.tokens.x.force=2: must be true or false"),
+        ("tokenizer: {tokens: [x]}", "tokenizer.tokens=['x']: must be a mapping"),
+        ("tokenizer: {source: union, tokens: {x: {source: a, focre: true}}}\nstrict", "did you mean 'force'?"),
+        ("chat_template: chatlm", "chat_template=chatlm: must be auto, chatml"),
+        ("chat_template: '{% for m in messages %}'", "chat_template: is no template, line 1"),
+        ("chat_template: 3", "chat_template=3: must be text"),
+    ],
+)
+def test_what_a_config_says_wrong_of_the_tokenizer_is_one_line(settings: str, said: str, tmp_path: Path) -> None:
+    settings, _, strict = settings.partition("\n")
+    (tmp_path / "m.yml").write_text(f"merge_method: linear\nmodels: [{{model: a}}, {{model: b}}]\n{settings}\n")
+    text = (tmp_path / "m.yml").read_text().replace("{model: a}", "{model: a, parameters: {weight: 1}}")
+    (tmp_path / "m.yml").write_text(text.replace("{model: b}", "{model: b, parameters: {weight: 1}}"))
+    with pytest.raises(ConfigError) as caught:
+        expanded([f"mergekit={tmp_path / 'm.yml'}", *(["strict=true"] if strict else [])])
+    assert said in str(caught.value)
+    assert len(str(caught.value)) <= 400
+
+
+def test_ends_of_a_stack_that_have_other_tokens_are_refused(home: Path) -> None:
+    content = stack("passthrough", [[model("a", [0, 1])], [model("b", [0, 1])]])
+    with pytest.raises(MergelabError, match="the first model has the embedding and the last one the head, but"):
+        exported(f"mergekit={written(home, 'ends', content)}")
+
+
+def test_an_adapter_cannot_have_other_rows_than_its_base(home: Path) -> None:
+    settings = ["models=custom", f"models.base={home / 'base'}", f"models.experts=[{home / 'a'}]", "save.form=lora_svd"]
+    with pytest.raises(ConfigError, match=r"models\.vocab\.padding: an adapter on the base keeps its rows"):
+        planned(*settings, "save.rank=2", "method=task_arithmetic", "models.vocab={source: base, padding: drop}")
+
+
+def test_an_export_that_mergekit_would_make_otherwise_is_none(home: Path) -> None:
+    models = [f"models.base={home / 'base'}", f"models.experts=[{home / 'a'},{home / 'c'}]", "models=custom"]
+    for vocab, said in {
+        "base": "models.vocab.padding=keep: mergekit has drop alone",
+        "{source: union, padding: drop, lacking: mean, first: a}": "models.vocab.lacking=mean",
+    }.items():
+        with pytest.raises(NoEqual, match=said):
+            exported(*models, "method=task_arithmetic", f"models.vocab={vocab}")
+    content = yaml.safe_load(exported(*models, "method=task_arithmetic", "models.vocab={source: a, padding: drop}"))
+    assert content["tokenizer_source"] == str(home / "a")
