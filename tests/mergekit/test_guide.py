@@ -27,9 +27,9 @@ def test_the_guides_commands_write_what_it_shows(workplace: Path, mergelab_comma
     make_models(workplace, "llama")
     for old, new in {"a": "code", "b": "chat", "c": "law"}.items():
         (workplace / old).rename(workplace / new)
-    for experts in build("law_recipes").experts.values():
-        for name, folder in experts.items():
-            shutil.copytree(folder, workplace / name)
+    writers = {name: folder for experts in build("law_recipes").experts.values() for name, folder in experts.items()}
+    for old, new in {"legal": "lawyer", "recipes": "cook"}.items():
+        shutil.copytree(writers[old], workplace / new)
     (workplace / "base" / "mergekit_config.yml").write_text("of another merge")
     shown, stages = "", []
     for kind, content in BLOCKS:
