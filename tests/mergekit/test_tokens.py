@@ -124,8 +124,8 @@ def read(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def theirs(home: Path) -> Mapping[str, Path]:
-    """The configs' files, each merged by mergekit, all by one process."""
+def theirs(home: Path) -> tuple[str, Mapping[str, Path]]:
+    """mergekit's version, and its merges of the configs, all by one process."""
     files = {title: written(home, f"config{at}", content) for at, (title, content) in enumerate(CONFIGS.items())}
     for title, file in list(files.items()):
         files[f"export of {title}"] = home / f"export_{file.name}"
@@ -135,11 +135,12 @@ def theirs(home: Path) -> Mapping[str, Path]:
         files[text] = written(home, f"template{at}", plain | {"chat_template": text})
     command = [INTERPRETER, str(Path(__file__).parent / "theirs.py"), *map(str, files.values())]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, timeout=600, env=environment, stdout=subprocess.PIPE, text=True)
-    return {title: Path(f"{file.with_suffix('')}_theirs") for title, file in files.items()}
+    done = subprocess.run(command, check=True, timeout=600, env=environment, stdout=subprocess.PIPE, text=True)
+    merges = {title: Path(f"{file.with_suffix('')}_theirs") for title, file in files.items()}
+    return done.stdout.split()[-1], merges
 
 
-def compare(title: str, found: Mapping[str, Tensor], tokens: Mapping[str, int], other: Path) -> None:
+def compare(title: str, found: Mapping[str, Tensor], tokens: Mapping[str, int], other: Path, version: str) -> None:
     """Compare a merge with mergekit's: the rows of tokens by token, those that fill up by place."""
     expected, ids = read(other), tokens_of(other)
     assert tokens.keys() == ids.keys()
@@ -153,7 +154,9 @@ def compare(title: str, found: Mapping[str, Tensor], tokens: Mapping[str, int], 
     }
     ours, mergekits = zip(*pairs.values(), strict=True)
     method = METHODS[title.split(",")[0]].ours
-    compared(method, "mergekit 0.1.5, whole config", ours, mergekits, options=f"tokenizer: {title}", note="by token")
+    compared(
+        method, f"mergekit {version}, whole config", ours, mergekits, options=f"tokenizer: {title}", note="by token"
+    )
     for name, (one, two) in pairs.items():
         assert one.shape == two.shape, name
         np.testing.assert_allclose(one.numpy(), two.numpy(), rtol=0, atol=1e-6, err_msg=name)
@@ -163,11 +166,14 @@ def compare(title: str, found: Mapping[str, Tensor], tokens: Mapping[str, int], 
 @pytest.mark.skipif(not INTERPRETER, reason="MERGELAB_MERGEKIT names no interpreter that has mergekit")
 @pytest.mark.filterwarnings("ignore::mergelab.errors.MergeWarning")
 @pytest.mark.parametrize("title", CONFIGS)
-def test_rows_are_mergekits_by_token(title: str, theirs: Mapping[str, Path], home: Path, tmp_path: Path) -> None:
+def test_rows_are_mergekits_by_token(
+    title: str, theirs: tuple[str, Mapping[str, Path]], home: Path, tmp_path: Path
+) -> None:
     file = home / f"config{list(CONFIGS).index(title)}.yml"
     folder = saved(tmp_path / "out", f"mergekit={file}")
-    for other in (theirs[title], theirs[f"export of {title}"]):
-        compare(title, read(folder), tokens_of(folder), other)
+    version, merges = theirs
+    for other in (merges[title], merges[f"export of {title}"]):
+        compare(title, read(folder), tokens_of(folder), other, version)
 
 
 TALK = [
@@ -186,12 +192,12 @@ TALK = [
 @pytest.mark.skipif(not INTERPRETER, reason="MERGELAB_MERGEKIT names no interpreter that has mergekit")
 @pytest.mark.parametrize("template", TEMPLATES, ids=["auto", *FORMATS, "text"])
 def test_templates_say_what_mergekits_say(
-    template: str, theirs: Mapping[str, Path], home: Path, tmp_path: Path
+    template: str, theirs: tuple[str, Mapping[str, Path]], home: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
 
     folder = saved(tmp_path / "out", f"mergekit={home / f'template{TEMPLATES.index(template)}.yml'}")
-    ours, other = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(theirs[template])
+    ours, other = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(theirs[1][template])
     assert ours.chat_template != AutoTokenizer.from_pretrained(home / "b").chat_template
     for ours_or_theirs in (ours, other):
         ours_or_theirs.bos_token, ours_or_theirs.eos_token = "<s>", "</s>"
