@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mergelab import SEED_FUNCTIONS
-from mergelab.config import LayersConfig, LeaveOut, check
+from mergelab.config import LayersConfig, LeaveOut, VocabConfig, check
 from mergelab.engine.registry import check_parameters, get_method
 from mergelab.engine.run import merge
 from mergelab.engine.signatures import keywords
@@ -243,7 +243,7 @@ def _merge_models(
     scope = MergeScope(
         passthrough,
         _layers(leave_out),
-        vocab=vocab,
+        vocab=None if vocab is None else VocabConfig(source=vocab),
         separate_heads=False,
         any_config=config is not None,
         untie=untie,

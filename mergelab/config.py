@@ -210,6 +210,47 @@ class SliceConfig(Schema):
         return sources
 
 
+class TokenConfig(Schema):
+    """The row of one token that some models lack."""
+
+    token: str
+    """The token; one that no tokenizer has is added."""
+    model: str | None = None
+    """The model that it is taken of, ``base`` or an expert's name; None: zeros."""
+    like: str | None = None
+    """The token whose row it is there; None: the same."""
+    row: Annotated[int, Field(ge=0)] | None = None
+    """The row there, in the place of a token."""
+    everywhere: bool = False
+    """Whether it is read for models too that have the token."""
+
+    @field_validator("row")
+    @classmethod
+    def _is_the_only_place(cls, row: int | None, info: ValidationInfo) -> int | None:
+        if row is not None and info.data.get("like") is not None:
+            raise ValueError("one of like and row says where it is, not both")
+        return row
+
+
+class VocabConfig(Schema):
+    """Whose tokens the merged model has, and what a model has for a token that it lacks."""
+
+    source: str
+    """``base``, ``union`` (those of all), or an expert's name."""
+    first: str | None = None
+    """Whose tokens come first in a union and whose rows serve first; None: the base's, or the first expert's."""
+    lacking: Literal["first", "mean"] = "first"
+    """What a model has for a token that it lacks: the row of ``first``, or the mean of the models that have it."""
+    unknown: Literal["mean", "zero"] = "mean"
+    """What all have for a token that none has: the mean of the first model's rows, or zeros."""
+    padding: Literal["keep", "drop"] = "keep"
+    """Whether the first model's rows that stand for no token are there in the merged model."""
+    pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
+    """What the number of rows is a multiple of; the further rows are the mean of the others."""
+    tokens: list[TokenConfig] = []
+    """Rows of single tokens; those that the tokenizer lacks are added to it."""
+
+
 class ModelsConfig(Schema):
     """What is merged."""
 
@@ -231,8 +272,11 @@ class ModelsConfig(Schema):
     """Layers that skip the merge and stay the base's; a plain list counts in the encoder and in the decoder."""
     merge_new: bool = False
     """Whether weights that no checkpoint had, such as a warm start's cross-attention, are merged like any other."""
-    vocab: Literal["base", "union"] | None = None
-    """Whose tokens the merged model has, where the models' differ: the base's, or those of all; None: they do not."""
+    vocab: VocabConfig | None = None
+    """Whose tokens the merged model has, where the models' differ: ``base``, ``union``, an expert's; None: they do not.
+
+    In place of the mapping its ``source`` alone may be given.
+    """
     config: str | None = None
     """Whose config the merged model has, ``base`` or an expert's name, where the models' differ; None: they do not."""
     untie: bool = False
@@ -303,11 +347,26 @@ class ModelsConfig(Schema):
             raise ValueError(f"must be one of {listed(names)}{did_you_mean(config, names)}")
         return config
 
+    @field_validator("vocab", mode="before")
+    @classmethod
+    def _by_source(cls, vocab: object) -> object:
+        return {"source": vocab} if isinstance(vocab, str) else vocab
+
     @field_validator("vocab")
     @classmethod
-    def _has_base(cls, vocab: str | None, info: ValidationInfo) -> str | None:
-        if vocab == "base" and info.data.get("base", "") is None:
+    def _is_of_the_models(cls, vocab: VocabConfig | None, info: ValidationInfo) -> VocabConfig | None:
+        if vocab is None or "experts" not in info.data:
+            return vocab
+        has_base = info.data.get("base", "") is not None
+        names = [*(["base"] if has_base else []), *info.data["experts"]]
+        if "base" in (vocab.source, vocab.first) and not has_base:
             raise ValueError("there is no base model (models.base is null); vocab=union starts from the first expert")
+        if vocab.source not in ("union", *names):
+            raise ValueError(f"must be one of {listed(['union', *names])}{did_you_mean(vocab.source, names)}")
+        others = {"first": vocab.first, **{f"tokens.{at}.model": each.model for at, each in enumerate(vocab.tokens)}}
+        if odd := [(key, name) for key, name in others.items() if name not in (None, *names)]:
+            (key, name), *_ = odd
+            raise ValueError(f"{key}={name} must be one of {listed(names)}{did_you_mean(str(name), names)}")
         return vocab
 
 
@@ -374,6 +433,11 @@ class SaveConfig(Schema):
             raise ValueError("must be above 0")
         return size
 
+    chat_template: str | None = None
+    """The chat template of the merged model: a text, a known format's name, or ``auto``; None: its tokenizer's own.
+
+    ``auto`` is the one that most of the models have. Formats: chatml, llama3, mistral, alpaca, exaone.
+    """
     form: Literal["dense", "lora", "lora_cat", "lora_svd", "ia3", "module_average"] | None = None
     """As a model, or as an adapter on the base.
 
@@ -464,6 +528,18 @@ def _line(schema: type[BaseModel], where: str, problem: Any) -> str:
     return f"{path}={shortened(repr(value))}: {said.format(**context)}"
 
 
+# What is in mappings and in optional groups.
+_INSIDE: Mapping[str, type[BaseModel]] = {
+    str(annotation): schema
+    for annotation, schema in (
+        (dict[str, ExpertConfig], ExpertConfig),
+        (dict[str, SliceConfig] | None, SliceConfig),
+        (VocabConfig | None, VocabConfig),
+        (list[TokenConfig], TokenConfig),
+    )
+}
+
+
 def _schema_at(schema: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:
     """Find the schema of the node at ``path`` below ``schema``."""
     for part in path:
@@ -473,8 +549,6 @@ def _schema_at(schema: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:
         inner = getattr(field, "annotation", None)
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             schema = inner
-        elif field is not None and field.annotation == dict[str, ExpertConfig]:
-            schema = ExpertConfig
-        elif field is not None and field.annotation == dict[str, SliceConfig] | None:
-            schema = SliceConfig
+        elif field is not None:
+            schema = _INSIDE.get(str(field.annotation), schema)
     return schema

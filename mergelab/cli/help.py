@@ -52,7 +52,7 @@ _MODELS = """\
   models.head=average                     average, base, expert:NAME or per_task
   models.passthrough=[]                   name patterns of tensors that skip the merge
   models.leave_out=[]                     layers that skip the merge and stay the base's
-  models.vocab=null                       base or union: merge models whose tokens differ by token
+  models.vocab=null                       base, union or an expert: merge models whose tokens differ by token
   method.PARAMETER=VALUE                  mergelab methods NAME lists a method's
   task.limit=null                         examples per split; task.data_dir: a folder instead of the hub
 """

@@ -129,7 +129,7 @@ class AdapterOutput:
     def _tokenizer(self) -> Iterator[Path | None]:
         """Make a folder with the merged model's tokenizer while the block runs; None where it is the base's."""
         opened, merged = self._session.opened, self._session.descriptions.merged
-        if opened.vocabulary is None or not opened.vocabulary.added:
+        if merged.template is None and (opened.vocabulary is None or not opened.vocabulary.added):
             yield None
             return
         template = merged.tokenizer if self._settings.tokenizer else None
@@ -138,7 +138,8 @@ class AdapterOutput:
             copy_companions(files, folder, tokenizer=True)
             if (files / CHAT_TEMPLATE).is_file():
                 copy_files(files, [CHAT_TEMPLATE], folder)
-            if (size := opened.vocabulary.size) > opened.vocabulary.vocabularies[0].size:
+            rows = opened.vocabulary
+            if rows is not None and (size := rows.size) > rows.vocabularies[0].size:
                 say(f"tokens    {size} rows: call base.resize_token_embeddings({size}) before PEFT loads the adapter")
             yield folder
 

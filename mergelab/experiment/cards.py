@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mergelab.config import ExpertConfig, ReferenceConfig, local_path
 from mergelab.console.progress import say
 from mergelab.experiment.exporting import as_mergekit
-from mergelab.mergekit.export import NoEqual
+from mergelab.mergekit.tokens import NoEqual
 from mergelab.models.architecture import pipeline_tag
 from mergelab.models.references import Pair, local_folder, parse_reference
 from mergelab.report.card import CardFacts, Library, MeasuredOn, common_license, model_card, read_metadata

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelab.errors import ModelError
+from mergelab.errors import ConfigError, ModelError
 from mergelab.models.architecture import (
     Architecture,
     open_classifier,
@@ -22,8 +22,10 @@ from mergelab.models.architecture import (
     read_config,
     tokenizer_folder,
 )
+from mergelab.models.chat_templates import chosen_template
 from mergelab.models.configs import head_settings, module_settings
 from mergelab.models.encoder_decoder import PAIRED, companions
+from mergelab.models.stacked import folders_of
 from mergelab.models.tokens import CHAT_TEMPLATE, chat_template, copy_companions, decoder_tokenizer, load_tokenizer
 from mergelab.weights.checkpoint import CONFIG
 from mergelab.weights.skeleton import opened_by_transformers
@@ -53,6 +55,7 @@ class Description:
         architecture: its class and labels.
         vocabulary: its tokens, where they are those of several models.
         head: the model whose ``config.json`` says how the head works, by its folder; None: its own.
+        template: its chat template; None: that of its tokenizer.
     """
 
     label: str
@@ -62,6 +65,7 @@ class Description:
     architecture: Architecture | None
     vocabulary: MergedVocabulary | None = None
     head: Path | None = None
+    template: str | None = None
 
     @cached_property
     def module_key(self) -> str:
@@ -82,7 +86,11 @@ class Description:
             return ""
         files = sorted(file for file in self.tokenizer.rglob("*") if any(part in file.name for part in _OF_TOKENIZERS))
         added = "" if self.vocabulary is None else self.vocabulary.digest
-        return _digest(files) + added
+        return (
+            _digest(files)
+            + added
+            + ("" if self.template is None else hashlib.sha256(self.template.encode()).hexdigest())
+        )
 
     def open(self, outputs: int) -> nn.Module:
         """Build the module that the model's weights are loaded into, with ``outputs`` outputs, or 0: to write texts.
@@ -109,8 +117,11 @@ class Description:
 
     def load_tokenizer(self) -> Any:
         """Load the tokenizer of what the model reads."""
-        own = self.vocabulary and self.vocabulary.tokenizer()
-        return own or load_tokenizer([self.tokenizer] if self.tokenizer else [], self.label)
+        found = self.vocabulary and self.vocabulary.tokenizer()
+        found = found or load_tokenizer([self.tokenizer] if self.tokenizer else [], self.label)
+        if self.template is not None:
+            found.chat_template = self.template
+        return found
 
     def load_decoder_tokenizer(self) -> Any:
         """Load the tokenizer of what an encoder-decoder writes; None where it is the one of what it reads."""
@@ -129,14 +140,21 @@ class Description:
         with contextlib.ExitStack() as stack:
             folder = self.config
             if self.vocabulary is not None:
-                yield stack.enter_context(self.vocabulary.companions(folder, template=template))
+                folder = stack.enter_context(self.vocabulary.companions(folder, template=template))
+                self._add_template(folder)
+                yield folder
                 return
-            if self.generation != folder or self.tokenizer not in (folder, None):
+            if self.generation != folder or self.tokenizer not in (folder, None) or self.template is not None:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 self._collect(folder)
+                self._add_template(folder)
             if self.architecture is not None and self.architecture.name == PAIRED:
                 folder = stack.enter_context(companions(folder, [path for path in others if path != self.config]))
             yield folder
+
+    def _add_template(self, folder: Path) -> None:
+        if self.template is not None:
+            (folder / CHAT_TEMPLATE).write_text(self.template, encoding="utf-8")
 
     def _collect(self, folder: Path) -> None:
         copy_companions(self.config, folder, tokenizer=False)
@@ -190,7 +208,12 @@ class Descriptions:
 
 
 def describe(
-    opened: OpenedModels, located: LocatedModels, *, config: str | None, tokenizer: str | None
+    opened: OpenedModels,
+    located: LocatedModels,
+    *,
+    config: str | None,
+    tokenizer: str | None,
+    template: str | None = None,
 ) -> Descriptions:
     """Describe every model of a merge as its folder does, and the merged model as the user chose.
 
@@ -202,6 +225,10 @@ def describe(
         config: the name of the model whose config the merged one has; None: the one whose tokenizer it has, if that is
             of the experts' class, or else the first expert.
         tokenizer: the name of the model whose tokenizer and settings of generation it has; None: the same model.
+        template: its chat template, as `mergelab.models.chat_templates.chosen_template` has it.
+
+    Raises:
+        ConfigError: it has a chat template, but no tokenizer.
     """
     models = [*([located.base] if located.base is not None else []), *located.experts]
     fallback = tokenizer_folder(model.folder for model in models)
@@ -226,7 +253,11 @@ def describe(
             tokenizer=chosen.tokenizer,
             generation=chosen.generation if has_settings and opened.vocabulary is None else merged.generation,
         )
-    merged = replace(merged, vocabulary=opened.vocabulary)
+    if template is not None and merged.tokenizer is None:
+        raise ConfigError("save.chat_template: no model has a tokenizer, whose template it would be")
+    folders = dict.fromkeys(folder for model in models for folder in folders_of(model.folder))
+    text = chosen_template(template, list(folders))
+    merged = replace(merged, vocabulary=opened.vocabulary, template=text)
     experts = tuple(own[expert.name] for expert in located.experts)
     return Descriptions(merged, experts, own.get("base"))
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from mergelab.config import ExperimentConfig, check
 from mergelab.engine.registry import method_from_config
 from mergelab.experiment.stages import with_made_stages
-from mergelab.mergekit.export import Facts, NoEqual, exported
+from mergelab.mergekit.export import Facts, exported
+from mergelab.mergekit.tokens import NoEqual
 from mergelab.models.adapted import base_reference, is_adapter_folder
 from mergelab.models.references import Adapted, Reference, local_folder, parse_reference
 from mergelab.weights.adapters import ADAPTER_CONFIG
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from mergelab.experiment.locate import LocatedModels
     from mergelab.experiment.opening import OpenedModels
     from mergelab.experiment.plan import Plan
+    from mergelab.models.vocabulary import MergedVocabulary
 
 _AMBIGUOUS = frozenset("@+")  # in a folder's name; mergekit reads a revision or an adapter there
 
@@ -46,8 +50,23 @@ def as_mergekit(plan: Plan, located: LocatedModels, opened: OpenedModels) -> str
         apart=tuple(opened.passed_through),
         heads=opened.head_names,
         seed=plan.config.seed,
+        rows=_rows(opened.vocabulary),
     )
     return exported(config, plan.method, parameters, facts)
+
+
+def _rows(vocabulary: MergedVocabulary | None) -> list[str]:
+    """Return which settings of ``models.vocab`` change a row of a model."""
+    if vocabulary is None:
+        return []
+    held = torch.stack([rows[: vocabulary.count] >= 0 for rows in vocabulary.rows]).sum(0)
+    set_apart = torch.tensor([row in vocabulary.chosen for row in range(vocabulary.count)])
+    changed = {
+        "padding": vocabulary.count > len(vocabulary.tokens),
+        "unknown": bool(((held == 0) & ~set_apart).any()),
+        "lacking": bool(((held > 1) & (held < len(vocabulary.rows)) & ~set_apart).any()),
+    }
+    return [key for key, value in changed.items() if value]
 
 
 def _stored(opened: OpenedModels) -> str | None:

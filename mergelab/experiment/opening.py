@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from mergelab.config import LeaveOut
+    from mergelab.config import LeaveOut, VocabConfig
     from mergelab.experiment.sources import ModelSource
-    from mergelab.models.vocabulary import Policy
     from mergelab.weights.checkpoint import Checkpoint
     from mergelab.weights.source import TensorSource
 
@@ -61,7 +60,7 @@ class MergeScope:
     passthrough: Sequence[str] = ()
     leave_out: LeaveOut = field(default_factory=list)
     merge_new: bool = False
-    vocab: Policy | None = None
+    vocab: VocabConfig | None = None
     separate_heads: bool = True
     any_config: bool = False
     owner: ModelSource | None = None
@@ -306,11 +305,12 @@ def _merged_vocabulary(
     for model in models:
         if model.checkpoint is None:
             raise ConfigError(
-                f"{scope.key}vocab={scope.vocab!r}: {model.name} has no tokenizer; models are merged by token where "
-                "all are hub ids or folders"
+                f"{scope.key}vocab={scope.vocab.source!r}: {model.name} has no tokenizer; models are merged by token "
+                "where all are hub ids or folders"
             )
         checkpoints.append(model.checkpoint)
-    return merged_vocabulary(scope.vocab, checkpoints, key=f"{scope.key}vocab")
+    names = [model.name for model in models]
+    return merged_vocabulary(scope.vocab, checkpoints, names, key=f"{scope.key}vocab")
 
 
 def _label_orders(base: ModelSource | None, experts: Sequence[ModelSource], scope: MergeScope) -> list[Order | None]:

@@ -14,6 +14,7 @@ from mergelab.experiment.compared import used_name
 from mergelab.experiment.locate import Source, decide_source
 from mergelab.experiment.slicing import without_slices
 from mergelab.experiment.stages import KEY, in_order, named, stage_experiment, with_made_stages
+from mergelab.models.chat_templates import check_template
 from mergelab.models.references import parse_reference, references
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def plan_experiment(config: DictConfig, *, merges: bool = True) -> Plan:
     names = [*(["base"] if checked.models.base is not None else []), *checked.models.experts]
     if (chosen := checked.save.tokenizer) not in (None, *names):
         raise ConfigError(f"save.tokenizer={chosen}: must be one of {listed(names)}{did_you_mean(str(chosen), names)}")
+    check_template(checked.save.chat_template, "save.chat_template")
     method, parameters = method_from_config(checked.method)
     checked = _with_form(checked, method)
     _check_method(method, checked)
@@ -192,7 +194,12 @@ def _check_form(config: ExperimentConfig, method: str) -> None:
     Raises:
         ConfigError: it does not.
     """
-    save = config.save
+    save, vocab = config.save, config.models.vocab
+    if save.chat_template is not None and save.library == "adapters":
+        raise ConfigError("save.chat_template: is written with a tokenizer, which save.library=adapters has none of")
+    if save.form != "dense" and vocab is not None and (vocab.padding == "drop" or vocab.pad_to_multiple_of):
+        key = "padding" if vocab.padding == "drop" else "pad_to_multiple_of"
+        raise ConfigError(f"models.vocab.{key}: an adapter on the base keeps its rows; save.form=dense writes a model")
     if save.form == "lora_svd" and (save.rank is None) == (save.energy is None):
         raise ConfigError("save.form=lora_svd: give one of save.rank and save.energy")
     if save.form != "lora_svd" and (save.rank is not None or save.energy is not None):

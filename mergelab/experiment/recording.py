@@ -285,7 +285,7 @@ def _baseline_key(model: ModelResult, evaluator: Evaluator) -> str:
         "seed": evaluator.seed,
     }
     if (vocabulary := evaluator.session.opened.vocabulary) is not None:
-        parts["vocab"] = [vocabulary.policy, vocabulary.digest]
+        parts["vocab"] = [vocabulary.policy.source, vocabulary.digest]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -70,7 +70,13 @@ def open_session(
         dtype=None if config.save.dtype is None else getattr(torch, config.save.dtype),
     )
     opened = open_models(source, experts, scope)
-    descriptions = describe(opened, located, config=models.config, tokenizer=config.save.tokenizer)
+    descriptions = describe(
+        opened,
+        located,
+        config=models.config,
+        tokenizer=config.save.tokenizer,
+        template=config.save.chat_template,
+    )
     heads = Heads(opened, located, tasks, models.head, measured=config.evaluate)
     cache = PredictionCache() if config.eval.cache else None
     return Session(located, tasks, opened, heads, descriptions, options, cache)

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mergelab.config import ExperimentConfig, ExpertConfig, LayersOfModel, ModelsConfig, SliceConfig, StackConfig
+from mergelab.config import (
+    ExperimentConfig,
+    ExpertConfig,
+    LayersOfModel,
+    ModelsConfig,
+    SliceConfig,
+    StackConfig,
+    VocabConfig,
+)
 from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.ops.expert_values import is_number
 
-_BASE = "base"
+_BASE, _UNION = "base", "union"
 _RULES, _RULES_AS, _MERGEKIT = "rules", "rules_as", "mergekit"
 
 
@@ -46,6 +54,7 @@ def without_slices(config: ExperimentConfig) -> ExperimentConfig:
             "slices": None,
             "config": _renamed(config.models.config, renamed, base, slots),
             "head": _renamed_head(config.models.head, renamed),
+            "vocab": _renamed_vocab(config.models.vocab, renamed, base, slots),
         }
     )
     save = config.save.model_copy(update={"tokenizer": _renamed(config.save.tokenizer, renamed, base, slots)})
@@ -129,6 +138,18 @@ def _renamed(
     if name is None or (name == _BASE and base is not None):
         return name
     return renamed.get(name, slots[0])
+
+
+def _renamed_vocab(
+    vocab: VocabConfig | None, renamed: Mapping[str, str], base: StackConfig | None, slots: Sequence[str]
+) -> VocabConfig | None:
+    """Return the settings of the tokens, with what stands for each model."""
+    if vocab is None:
+        return None
+    source = vocab.source if vocab.source == _UNION else _renamed(vocab.source, renamed, base, slots)
+    tokens = [each.model_copy(update={"model": _renamed(each.model, renamed, base, slots)}) for each in vocab.tokens]
+    first = _renamed(vocab.first, renamed, base, slots)
+    return vocab.model_copy(update={"source": source, "first": first, "tokens": tokens})
 
 
 def _renamed_head(head: str, renamed: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ from mergelab.console.progress import say
 from mergelab.errors import ConfigError
 from mergelab.experiment import described, recording
 from mergelab.experiment.plan import Plan, plan_experiment
-from mergelab.experiment.stages import KEY, in_order, model_names, named, stage_experiment
+from mergelab.experiment.stages import KEY, OF_SAVE, in_order, model_names, named, stage_experiment
 from mergelab.models.references import parse_reference
 from mergelab.report.commands import spelled
 from mergelab.report.provenance import read_provenance
@@ -144,7 +144,7 @@ def _overrides(config: DictConfig) -> list[str]:
     plain: Any = OmegaConf.to_container(config)
     method, models = plain["method"], plain["models"]
     groups = {"models": models, "method": method, "save": plain["save"]}
-    kept = {"save": ("dtype", "tokenizer")}
+    kept = {"save": OF_SAVE}
     found = [f"method={method['name']}", "models=custom"]
     for group, values in groups.items():
         for key, value in values.items():

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 KEY = "models.stages"
+OF_SAVE = ("dtype", "tokenizer", "chat_template")  # keys of a stage that are keys of `save`
 _NAME = re.compile(r"[A-Za-z_][\w-]*")
 _REFERENCES = ("reference", "encoder", "decoder", "stack", "model")  # keys below which models are named
 
@@ -33,6 +34,8 @@ class StageConfig(ModelsConfig):
     """As ``save.dtype``."""
     tokenizer: str | None = None
     """As ``save.tokenizer``."""
+    chat_template: str | None = None
+    """As ``save.chat_template``."""
 
 
 def with_made_stages(config: ExperimentConfig) -> ExperimentConfig:
@@ -95,9 +98,9 @@ def stage_experiment(
     stage = check(StageConfig, resolved["models"]["stages"][name], f"{KEY}.{name}")
     if stage.stages:
         raise ConfigError(f"{KEY}.{name}.stages: a stage has none of its own; write them beside it")
-    own = stage.model_dump(exclude={"method", "dtype", "tokenizer", "stages"}) | {"name": stage.name or name}
+    own = stage.model_dump(exclude={"method", "stages", *OF_SAVE}) | {"name": stage.name or name}
     method = {**method_config(str(stage.method.get("name"))), **stage.method}
-    save = {**resolved["save"], "dtype": stage.dtype, "tokenizer": stage.tokenizer, "form": "dense"}
+    save = {**resolved["save"], **{key: getattr(stage, key) for key in OF_SAVE}, "form": "dense"}
     save |= {"rank": None, "energy": None, "library": None, "push_to_hub": None}
     changed = {
         "models": with_folders(own, folders),

@@ -21,6 +21,7 @@ _OF_MODEL, _OF_SOURCE = ("model", "parameters"), ("model", "layer_range", "param
 _OF_SLICE = ("sources", "base_model", "residual_weight", "parameters")
 _OF_MODULE = ("slices", "models", "parameters")
 _OF_TOKENIZER = ("source", "tokens", "pad_to_multiple_of")
+_OF_TOKEN, _OF_ROW = ("source", "force"), ("kind", "model", "token", "token_id")
 _MIXTURE = ("gate_mode", "experts_per_token", "shared_experts")  # keys of mergekit-moe's configs
 _EXPRESSION = re.compile(r"[*^$|\\(\[?+]")
 Levels = tuple[Mapping[str, Any], ...]
@@ -271,6 +272,11 @@ class _Reader:
         """Check the settings of the tokenizer."""
         node = settings["tokenizer"]
         self.keys(node, _OF_TOKENIZER, "tokenizer")
+        for token, each in (node.get("tokens") or {}).items() if isinstance(node.get("tokens"), Mapping) else ():
+            if isinstance(each, Mapping):
+                self.keys(each, _OF_TOKEN, f"tokenizer.tokens.{token}")
+                if isinstance(source := each.get("source"), Mapping) and "kind" in source:
+                    self.keys(source, _OF_ROW, f"tokenizer.tokens.{token}.source")
         if "tokenizer_source" in settings:
             raise ConfigError(f"{self.where}: needs one of tokenizer_source and tokenizer, and has both")
         multiple = node.get("pad_to_multiple_of")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +11,14 @@ from mergelab.engine.method import MergeMethod
 from mergelab.engine.parameters import Parameters, key_of
 from mergelab.engine.per_tensor import KEY as RULES
 from mergelab.engine.per_tensor import LAYERS, MATCH, MERGEKIT, REQUIRED, RULES_AS, is_curve
-from mergelab.errors import MergelabError, listed, shortened
+from mergelab.errors import listed, shortened
 from mergelab.mergekit.methods import METHODS, Method, Setting
 from mergelab.mergekit.settings import filter_of
+from mergelab.mergekit.tokens import NoEqual, tokenizer
 from mergelab.mergekit.translate import DTYPES
 
 _BASE, _WEIGHTS, _ABSENT = "base", "weights", object()
 _SKIPPING = ("passthrough", "leave_out", "merge_new", "untie")  # keys of `models` that mergekit has nothing for
-
-
-class NoEqual(MergelabError):
-    """A setting of a merge has no equal in mergekit."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,7 @@ class Facts:
         apart: tensors that skip the merge.
         heads: tensors of classifiers' heads, which are merged apart.
         seed: of random masks.
+        rows: which settings of ``models.vocab`` change a row: padding, unknown, lacking.
     """
 
     references: Mapping[str, str | Mapping[str, Any]]
@@ -41,6 +39,7 @@ class Facts:
     apart: Sequence[str] = ()
     heads: Sequence[str] = ()
     seed: int = 0
+    rows: Collection[str] = ()
 
 
 def exported(config: ExperimentConfig, method: MergeMethod, parameters: Parameters, facts: Facts) -> str:
@@ -154,9 +153,11 @@ class _Merge:
             body |= {"parameters": shared} if shared else {}
         if (owner := self._owner(base, experts)) is not None:
             found["base_model"] = self.facts.references[owner]
-        tokens = self.config.models.vocab
         stored = {} if self.facts.stored == DTYPES[0] else {"out_dtype": self.facts.stored}
-        return found | body | {"dtype": DTYPES[0]} | stored | ({"tokenizer_source": tokens} if tokens else {})
+        template = self.config.save.chat_template
+        chat = {} if template is None else {"chat_template": template}
+        tokens = tokenizer(self.config.models.vocab, owner, self.facts.references, self.facts.rows)
+        return found | body | {"dtype": DTYPES[0]} | stored | tokens | chat
 
     def _slices(self, slices: Mapping[str, SliceConfig], level: _Level, base: str | None) -> list[dict[str, Any]]:
         """Return the slices, each with all parameters that hold in it."""

@@ -11,6 +11,7 @@ from mergelab.errors import ConfigError, listed
 from mergelab.mergekit.document import MergeDocument, Slice, parse
 from mergelab.mergekit.methods import METHODS, Method, known_parameters
 from mergelab.mergekit.settings import Settings, settings_of
+from mergelab.mergekit.tokens import set_tokens
 
 DTYPES = ("float32", "bfloat16", "float16")
 DTYPE = "dtype:"  # how the note begins that is no fault of the config
@@ -58,7 +59,8 @@ def translate(content: Mapping[str, Any], where: str, name: str) -> Translation:
     owner = _owner(document, parts[0], names)
     models["config"] = owner
     save: dict[str, Any] = {"tokenizer": owner}
-    notes = [*document.notes, *_ends(document), *_dtype(document, save), *_tokens(document, models, save)]
+    notes = [*document.notes, *_ends(document), *_dtype(document, save)]
+    notes += set_tokens(document, models, save, {model: names[model] for part in parts for model in part.experts})
     return Translation(models, {"name": method.ours, **parameters}, save, tuple(notes))
 
 
@@ -186,33 +188,3 @@ def _dtype(document: MergeDocument, save: dict[str, Any]) -> list[str]:
             f"as mergekit does with dtype: float32 and out_dtype: {chosen}"
         ]
     return []
-
-
-def _tokens(document: MergeDocument, models: dict[str, Any], save: dict[str, Any]) -> list[str]:
-    """Set whose tokens the merged model has."""
-    settings, where = document.settings, document.where
-    node = settings.get("tokenizer")
-    source = settings.get("tokenizer_source") if node is None else node.get("source", "union")
-    if node is not None and (node.get("tokens") or node.get("pad_to_multiple_of")):
-        raise ConfigError(
-            f"{where}: tokenizer.tokens and tokenizer.pad_to_multiple_of cannot be had here; take them out"
-        )
-    notes = []
-    if settings.get("chat_template") is not None:
-        notes.append(
-            "chat_template: is not written here; the merged model has that of the model whose tokenizer it has"
-        )
-    if source is None:
-        return notes
-    if source == "base" or source == models["base"]:
-        if models["base"] is None:
-            raise ConfigError(f"{where}: tokenizer_source=base: needs a method that has a base_model apart")
-        models["vocab"] = "base"
-    elif source == "union":
-        models["vocab"] = "union"
-    else:
-        raise ConfigError(
-            f"{where}: tokenizer_source={source}: must be base or union; another model's cannot be had here"
-        )
-    save.pop("tokenizer", None)
-    return notes

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mergelab.errors import KeyMismatch
 from mergelab.weights.source import traced
 
 if TYPE_CHECKING:
@@ -24,6 +25,23 @@ class Reader:
     source: TensorSource
     names: set[str]
     rows: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RowPlan:
+    """Where rows come from that a model lacks, in a merged vocabulary.
+
+    Attributes:
+        tokens: how many rows stand for tokens, or are there in a model without; the further ones are their mean.
+        first: the model whose row serves first; None: the mean of the models that have one.
+        zeros: whether a row that no model has is 0; else it is the mean of the first model's rows.
+        chosen: by row, the model that it is taken of and the row there; None: it is 0.
+    """
+
+    tokens: int
+    first: Reader | None
+    zeros: bool = False
+    chosen: Mapping[int, tuple[Reader, int] | None] = field(default_factory=dict)
 
 
 def has_stored_rows(source: TensorSource, key: str) -> bool:
@@ -43,12 +61,14 @@ class RowSource:
 
     Attributes:
         model: what is read.
-        models: all models; the first one's rows come first.
+        models: all models.
+        plan: where the rows come from that it lacks.
         vocabulary: the tensors that have an entry (a "row") for each token, each with the dimension.
     """
 
     model: Reader
     models: tuple[Reader, ...]
+    plan: RowPlan
     vocabulary: Mapping[str, int]
     _kept: dict[str, Tensor] = field(default_factory=dict)  # threads read one tensor again and again, for its parts
     _lock: Any = field(default_factory=Lock)
@@ -83,7 +103,9 @@ class RowSource:
         own = self.source.dtype(key)
         if key not in self.vocabulary or self._is_complete:
             return own
-        return torch.promote_types(own, self._holders(key)[0].source.dtype(key))
+        holders = self._holders(key)
+        first = self.plan.first if self.plan.first in holders else holders[0]
+        return torch.promote_types(own, (first or holders[0]).source.dtype(key))
 
     def prefetch(self, key: str) -> None:
         """Let the data of ``key`` be fetched in the background."""
@@ -109,21 +131,24 @@ class RowSource:
     def _read(self, key: str) -> Tensor:
         rows, axis = self.model.rows, self.vocabulary[key]
         found = self.source.get(key).index_select(axis, rows.clamp(min=0)).to(self.dtype(key))
-        if not self._is_complete:
-            lacking = (rows < 0).nonzero().flatten()
+        lacking = (rows[: self.plan.tokens] < 0).nonzero().flatten()
+        if len(lacking):
             others = self._of_others(key, lacking).to(found.dtype)
             found.index_copy_(axis, lacking, others.movedim(0, axis))
+        if further := len(rows) - self.plan.tokens:
+            own = found.narrow(axis, 0, self.plan.tokens)
+            mean = own.to(torch.promote_types(own.dtype, torch.float32)).mean(axis, keepdim=True)
+            found.narrow(axis, self.plan.tokens, further).copy_(mean)
         return found
 
     def _of_others(self, key: str, at: Tensor) -> Tensor:
-        """Return the rows ``at``: the first model's, or where it has none the mean of the models that have the token.
+        """Return the rows ``at``, which this model lacks, as the plan says.
 
-        They lie in the first dimension. The mean is taken in float32 and rounded once, to the first model's dtype. A
-        row that no model has is the mean of all the rows of the first one, as transformers makes new rows.
+        They lie in the first dimension. A mean is taken in float32 and rounded once, to the first model's dtype.
         """
         holders, axis = self._holders(key), self.vocabulary[key]
-        first = holders[0]
-        stored = first.source.get(key).movedim(axis, 0)
+        first = self.plan.first if self.plan.first in holders else None
+        stored = (first or holders[0]).source.get(key).movedim(axis, 0)
         wide = torch.promote_types(stored.dtype, torch.float32)
         total = torch.zeros((len(at), *stored.shape[1:]), dtype=wide)
         count = torch.zeros((len(at), *[1] * (stored.dim() - 1)), dtype=wide)
@@ -133,12 +158,24 @@ class RowSource:
             count[rows >= 0] += 1
         total /= count.clamp(min=1)
         nowhere = count.flatten() == 0
-        if bool(nowhere.any()):
+        if bool(nowhere.any()) and not self.plan.zeros:
             total[nowhere] = stored.to(wide).mean(0)
-        if first is self.models[0]:
+        if first is not None:
             rows = first.rows[at]
             total[rows >= 0] = stored.index_select(0, rows[rows >= 0]).to(wide)
+        for place, row in enumerate(at.tolist() if self.plan.chosen else ()):
+            if row in self.plan.chosen:
+                total[place] = self._chosen(key, self.plan.chosen[row], axis)
         return total.to(stored.dtype)
+
+    def _chosen(self, key: str, taken: tuple[Reader, int] | None, axis: int) -> Tensor:
+        """Return the row that a setting names."""
+        if taken is None:
+            return torch.zeros(())
+        model, row = taken
+        if key not in model.names:
+            raise KeyMismatch(f"{model.source.name}: has no tensor {key}, of which a token's row is to be taken")
+        return model.source.get(key).select(axis, row)
 
     def _holders(self, key: str) -> list[Reader]:
         return [model for model in self.models if key in model.names]

@@ -17,6 +17,7 @@ from mergelab.models.adapted import open_model
 from mergelab.models.architecture import tokenizer_folder
 from mergelab.models.made import made
 from mergelab.models.tokens import CHAT_TEMPLATE, copy_companions
+from mergelab.models.vocabulary import check_vocabularies
 from mergelab.weights.checkpoint import CONFIG, Checkpoint
 from mergelab.weights.companions import companion_files
 from mergelab.weights.hashing import joint_sha256
@@ -49,6 +50,7 @@ def stacked(parts: Sequence[Part], where: str) -> Path:
     opened = [open_model(folder, where) for folder, _, _ in parts]
     config = _config(opened, parts, where)
     _stack(where, Path(), config, opened, parts)
+    _check_ends(where, opened)
     first = parts[0][0]
     tokenizer = tokenizer_folder(dict.fromkeys(folder for folder, _, _ in parts))
     small = [first / name for name in companion_files(first)]
@@ -74,6 +76,14 @@ def stacked(parts: Sequence[Part], where: str) -> Path:
 def is_stack(folder: Path) -> bool:
     """Return whether a folder is one that `stacked` made."""
     return (folder / MARKER).is_file()
+
+
+def folders_of(folder: Path) -> list[Path]:
+    """Return the models whose layers are in a stack, each once; of another model its folder alone."""
+    if not is_stack(folder):
+        return [folder]
+    parts = read_json(folder / MARKER, folder.name)["parts"]
+    return list(dict.fromkeys(Path(at) for at, _, _ in parts))
 
 
 def open_stack(folder: Path, name: str) -> StackedCheckpoint:
@@ -219,6 +229,15 @@ def _check_alike(name: str, opened: Sequence[Checkpoint]) -> None:
             one, other = first.config.get(key), model.config.get(key)
             if one != other:
                 raise ModelError(f"{name}: {key} is {one} in {first.folder.name} and {other} in {model.folder.name}")
+
+
+def _check_ends(name: str, opened: Sequence[Checkpoint]) -> None:
+    """Raise `ModelError` where the rows of the first model's embedding and of the last one's head are other tokens'."""
+    try:
+        check_vocabularies([opened[0], opened[-1]], has_base=False)
+    except ModelError as error:
+        why = str(error).partition(": models.vocab")[0]
+        raise ModelError(f"{name}: the first model has the embedding and the last one the head, but {why}") from None
 
 
 def _config(opened: Sequence[Checkpoint], parts: Sequence[Part], where: str) -> dict[str, Any]:

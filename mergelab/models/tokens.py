@@ -104,8 +104,8 @@ def extended_tokenizer(folder: Path, added: Sequence[AddedToken]) -> Any:
     return tokenizer
 
 
-def ids_after_adding(folder: Path, added: Sequence[AddedToken]) -> dict[str, int]:
-    """Return the ids that added tokens have in `extended_tokenizer`.
+def ids_after_adding(folder: Path, added: Sequence[AddedToken], *, key: str = "models.vocab=union") -> dict[str, int]:
+    """Return the ids that added tokens have in `extended_tokenizer`; ``key`` is what messages call the setting.
 
     Raises:
         ModelError: the tokenizer does not take one of them.
@@ -114,7 +114,7 @@ def ids_after_adding(folder: Path, added: Sequence[AddedToken]) -> dict[str, int
     names = [token.content for token in added]
     holders = Counter(ids.values())
     if refused := [repr(name) for name in names if name not in ids or holders[ids[name]] > 1]:
-        raise ModelError(f"models.vocab=union: the tokenizer in {folder} has no free id for {listed(refused)}")
+        raise ModelError(f"{key}: the tokenizer in {folder} has no free id for {listed(refused)}")
     return {name: ids[name] for name in names}
 
 

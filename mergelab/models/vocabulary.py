@@ -5,6 +5,9 @@ so that row 50257 is one token in one model and another, or none, in the next. `
 
     base    the base's rows; a token of the base that a model lacks is read as the base's row (its task vector is 0)
     union   also the tokens that experts alone have; who lacks one is read as the mean of the models that have it
+    NAME    an expert's rows
+
+`VocabConfig` has settings for the rows that models lack, and for padding.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from mergelab.errors import ModelError
 from mergelab.models.architecture import quiet_transformers, tokenizer_folder
-from mergelab.models.rows import Reader, RowSource
+from mergelab.models.rows import Reader, RowPlan, RowSource
 from mergelab.models.tokens import (
     CHAT_TEMPLATE,
     as_added,
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken
     from torch import nn
 
+    from mergelab.config import VocabConfig
     from mergelab.weights.checkpoint import Checkpoint
     from mergelab.weights.source import TensorSource
 
@@ -177,31 +181,98 @@ def _check_rows(models: Sequence[_TokenRows], whose: str, ways: str) -> None:
         seen = here | seen
 
 
-def merged_vocabulary(policy: Policy, models: Sequence[Checkpoint], *, key: str = "models.vocab") -> MergedVocabulary:
+def merged_vocabulary(
+    policy: VocabConfig, models: Sequence[Checkpoint], names: Sequence[str] = (), *, key: str = "models.vocab"
+) -> MergedVocabulary:
     """Plan the rows of the merged model.
 
     Args:
-        policy: whether it has the first model's tokens or those of all.
+        policy: whose tokens it has, and how rows are made that models lack.
         models: the base first; without one the experts alone.
+        names: what the policy calls each model; by default ``base`` is the first.
         key: what messages call the policy.
 
     Raises:
-        ModelError: it is not known which rows of a model are which tokens'.
+        ModelError: it is not known which rows of a model are which tokens', or a row that is asked for is not there.
     """
-    vocabularies = _vocabularies(f"{key}={policy}", models)
-    first = vocabularies[0]
-    tokens, added = dict(first.tokens), _tokens_to_add(vocabularies) if policy == "union" else ()
-    if added:
-        tokens |= ids_after_adding(first.folder, added)
-    size = max(first.size, *(row + 1 for row in tokens.values())) if tokens else first.size
-    places = torch.tensor(list(tokens.values()), dtype=torch.int64)
+    asked = f"{key}={policy.source}"
+    vocabularies = _vocabularies(asked, models)
+    places = {name: at for at, name in enumerate(names)}
+    start = places.get(policy.first or "", 0) if policy.source == "union" else places.get(policy.source, 0)
+    own = vocabularies[start]
+    added = _tokens_to_add([own, *vocabularies]) if policy.source == "union" else ()
+    added = (*added, *_further(policy, [own, *vocabularies], added))
+    tokens = dict(own.tokens) | (ids_after_adding(own.folder, added, key=asked) if added else {})
+    count = max(own.size, *(row + 1 for row in tokens.values())) if tokens else own.size
+    if policy.padding == "drop":
+        count = len(tokens)
+        if {*tokens.values()} != {*range(count)}:
+            raise ModelError(
+                f"{key}.padding=drop: the ids of the tokens in {own.folder} have gaps; padding=keep has not"
+            )
+    size = -(-count // (policy.pad_to_multiple_of or 1)) * (policy.pad_to_multiple_of or 1)
     rows = [torch.full((size,), -1, dtype=torch.int64) for _ in vocabularies]
-    for own, vocabulary in zip(rows, vocabularies, strict=True):
-        own[places] = torch.tensor([vocabulary.tokens.get(token, -1) for token in tokens], dtype=torch.int64)
-    without_token = torch.arange(size) < first.size
-    without_token[places] = False
-    rows[0][without_token] = without_token.nonzero().flatten()
-    return MergedVocabulary(policy, tuple(models), vocabularies, size, tokens, added, tuple(rows))
+    at = torch.tensor(list(tokens.values()), dtype=torch.int64)
+    for each, vocabulary in zip(rows, vocabularies, strict=True):
+        each[at] = torch.tensor([vocabulary.tokens.get(token, -1) for token in tokens], dtype=torch.int64)
+    without_token = torch.arange(size) < min(own.size, count)
+    without_token[at] = False
+    rows[start][without_token] = without_token.nonzero().flatten()
+    chosen = _chosen_rows(policy, tokens, vocabularies, places, key)
+    for setting in policy.tokens:
+        for each in rows if setting.everywhere else ():
+            each[tokens[setting.token]] = -1
+    return MergedVocabulary(
+        policy,
+        tuple(models),
+        vocabularies,
+        size,
+        tokens,
+        added,
+        tuple(rows),
+        start=start,
+        first=places.get(policy.first or "", 0) if policy.lacking == "first" else None,
+        count=count,
+        chosen=chosen,
+    )
+
+
+def _further(
+    policy: VocabConfig, vocabularies: Sequence[Vocabulary], added: Sequence[AddedToken]
+) -> Iterator[AddedToken]:
+    """Describe the tokens that settings add: as a model has them that has them, or else as plain ones."""
+    from tokenizers import AddedToken
+
+    known = {*vocabularies[0].tokens, *(token.content for token in added)}
+    for token in dict.fromkeys(setting.token for setting in policy.tokens):
+        if token not in known:
+            holder = next((each.folder for each in vocabularies if token in each.tokens), None)
+            yield AddedToken(token) if holder is None else as_added(holder, [token])[token]
+
+
+def _chosen_rows(
+    policy: VocabConfig,
+    tokens: Mapping[str, int],
+    vocabularies: Sequence[Vocabulary],
+    places: Mapping[str, int],
+    key: str,
+) -> dict[int, tuple[int, int] | None]:
+    """Return, by row, the model and its row that settings name; None for zeros."""
+    found: dict[int, tuple[int, int] | None] = {}
+    for each in policy.tokens:
+        token = each.token
+        if each.model is None:
+            found[tokens[token]] = None
+            continue
+        at = places[each.model]
+        named, size = each.like or token, vocabularies[at].size
+        row = vocabularies[at].tokens.get(named) if each.row is None else each.row
+        if row is None:
+            raise ModelError(f"{key}.tokens: {token!r}: {each.model} has no token {named!r}")
+        if row >= size:
+            raise ModelError(f"{key}.tokens: {token!r}: row={row}: {each.model} has {size} rows")
+        found[tokens[token]] = at, row
+    return found
 
 
 def _vocabularies(asked: str, models: Sequence[Checkpoint]) -> tuple[Vocabulary, ...]:
@@ -254,26 +325,39 @@ class MergedVocabulary:
 
     Attributes:
         policy: as configured.
-        models: the opened models; the first one's rows come first.
+        models: the opened models.
         vocabularies: their tokens.
         size: the number of rows.
         tokens: row by token.
-        added: the tokens that the first model's tokenizer gets in addition.
+        added: the tokens that the tokenizer gets in addition.
         rows: for each model (size,) int64, the row to read, or -1 where it has none.
+        start: the model whose tokenizer it is.
+        first: the model whose row serves for one that lacks it; None: the mean of the models that have it.
+        count: how many rows there are before those that make up a multiple.
+        chosen: by row, the model that it is taken of and the row there; None for zeros.
     """
 
-    policy: Policy
+    policy: VocabConfig
     models: tuple[Checkpoint, ...]
     vocabularies: tuple[Vocabulary, ...]
     size: int
     tokens: Mapping[str, int]
     added: tuple[AddedToken, ...]
     rows: tuple[Tensor, ...]
+    start: int
+    first: int | None
+    count: int
+    chosen: Mapping[int, tuple[int, int] | None]
+
+    @property
+    def own(self) -> Vocabulary:
+        """The tokens of the model whose tokenizer it is."""
+        return self.vocabularies[self.start]
 
     @cached_property
     def digest(self) -> str:
         """A hash of the tokens, their rows, and the rows of the models that they come from."""
-        digest = hashlib.sha256(json.dumps([self.policy, sorted(self.tokens.items())]).encode())
+        digest = hashlib.sha256(json.dumps([self.policy.model_dump(), sorted(self.tokens.items())]).encode())
         for rows in self.rows:
             digest.update(rows.numpy().tobytes())
         return digest.hexdigest()
@@ -289,11 +373,17 @@ class MergedVocabulary:
         moved = not all(torch.equal(rows, torch.arange(self.size)) for rows in self.rows)
         axes = vocabulary_axes(token_models, skip=heads, moved=moved)
         readers = tuple(Reader(*each) for each in zip(sources, held, self.rows, strict=True))
-        return [RowSource(reader, readers, axes) for reader in readers]
+        plan = RowPlan(
+            tokens=self.count,
+            first=None if self.first is None else readers[self.first],
+            zeros=self.policy.unknown == "zero",
+            chosen={row: taken and (readers[taken[0]], taken[1]) for row, taken in self.chosen.items()},
+        )
+        return [RowSource(reader, readers, plan, axes) for reader in readers]
 
     def tokenizer(self) -> Any:
         """Load the merged model's tokenizer."""
-        return extended_tokenizer(self.vocabularies[0].folder, self.added)
+        return extended_tokenizer(self.own.folder, self.added)
 
     def fit(self, module: nn.Module, folder: Path) -> nn.Module:
         """Give a module that was opened from a model's ``folder`` the merged model's number of rows, and token ids."""
@@ -315,7 +405,7 @@ class MergedVocabulary:
             like: a model's folder; its config and generation config are taken, with the merged model's token ids.
             template: whose chat template is taken; by default ``like``'s, or without added tokens the tokenizer's own.
         """
-        own = self.vocabularies[0].folder
+        own = self.own.folder
         with tempfile.TemporaryDirectory() as made:
             folder = Path(made)
             copy_companions(like, folder, tokenizer=False)
@@ -359,11 +449,11 @@ class MergedVocabulary:
     def _translated(self, config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """Return a config of the model in ``folder`` with its token ids as they are in the merged model.
 
-        An id whose token the merged model does not have becomes what the first model's config says.
+        An id whose token the merged model does not have becomes what the config of its tokenizer's model says.
         """
         at = next((at for at, model in enumerate(self.models) if model.folder == folder), 0)
         token_of = {row: token for token, row in self.vocabularies[at].tokens.items()}
-        first = self.models[0].config
+        first = self.models[self.start].config
 
         def translated(key: str, value: Any) -> Any:
             if isinstance(value, dict):

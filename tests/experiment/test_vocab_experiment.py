@@ -52,7 +52,7 @@ def test_other_sizes_stop_a_merge_that_does_not_say_what_it_wants(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["models.vocab=both"], "models.vocab='both': must be one of 'base' or 'union'"),
+        (["models.vocab=both"], "models.vocab='both': must be one of union, base, chat, code"),
         (["models.vocab=base", "models.base=null"], "models.vocab='base': there is no base model"),
         (["models.experts=[./code,./other]"], "257 is '<|fim|>' in code but '<|im_start|>' in other"),
         (["models.experts=[./code,./plain]", "models.vocab=union"], "plain has no tokenizer, and no other model with"),

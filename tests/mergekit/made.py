@@ -16,6 +16,7 @@ from mergelab.experiment.exporting import as_mergekit
 from mergelab.experiment.locate import locate
 from mergelab.experiment.merging import Merging
 from mergelab.experiment.plan import Plan, plan_experiment
+from mergelab.experiment.saving import Saving
 from mergelab.experiment.session import Session, open_session
 from mergelab.mergekit.commands import expanded
 
@@ -73,6 +74,13 @@ def merged_and_exported(*arguments: str) -> tuple[Mapping[str, Tensor], str]:
     """Return what both `merged` and `exported` do."""
     plan, session = _opened(*arguments)
     return _merged(plan, session), as_mergekit(plan, session.located, session.opened)
+
+
+def saved(folder: Path, *arguments: str) -> Path:
+    """Merge as the command with these arguments would, and write the model to a folder."""
+    plan, session = _opened(*arguments)
+    Saving(session, plan.config.save).save({task.name: _merged(plan, session) for task in plan.tasks[:1]}, folder)
+    return folder
 
 
 def _merged(plan: Plan, session: Session) -> Mapping[str, Tensor]:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mergelab.mergekit.export import NoEqual
 from mergelab.mergekit.settings import filter_of, pattern
+from mergelab.mergekit.tokens import NoEqual
 from tests.mergekit.configs import configs, placed
 from tests.mergekit.made import LAYERS, exported, make_models, merged, merged_and_exported
 

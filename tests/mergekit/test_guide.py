@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from mergelab.miniature.text.build import build
 from tests.conftest import ROOT, Outcome
 from tests.mergekit.made import make_models
 
@@ -24,6 +27,9 @@ def test_the_guides_commands_write_what_it_shows(workplace: Path, mergelab_comma
     make_models(workplace, "llama")
     for old, new in {"a": "code", "b": "chat", "c": "law"}.items():
         (workplace / old).rename(workplace / new)
+    writers = {name: folder for experts in build("law_recipes").experts.values() for name, folder in experts.items()}
+    for old, new in {"legal": "lawyer", "recipes": "cook"}.items():
+        shutil.copytree(writers[old], workplace / new)
     (workplace / "base" / "mergekit_config.yml").write_text("of another merge")
     shown, stages = "", []
     for kind, content in BLOCKS:
@@ -40,7 +46,9 @@ def test_the_guides_commands_write_what_it_shows(workplace: Path, mergelab_comma
                 assert done.code == 0, done.err
                 shown = done.out
                 stages.append([each.split()[1] for each in shown.splitlines() if re.fullmatch(r"stage +\w+", each)])
-    assert stages == [[], ["both", "legal"], [], []]
+    assert stages == [[], [], ["both", "legal"], [], []]
+    assert json.loads((workplace / "duo" / "config.json").read_text())["n_layer"] == 3
+    assert (workplace / "duo" / "mergekit_config.yml").is_file()
     assert sum("input_layernorm" in name for name in load_file(workplace / "stacked" / "model.safetensors")) == 6
     kept = yaml.safe_load((workplace / "stacked" / "mergekit_config.yml").read_text())
     assert kept["slices"][1]["sources"] == [{"model": str(workplace / "chat"), "layer_range": [1, 4]}]

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mergelab.config import VocabConfig
 from mergelab.errors import ModelError
 from mergelab.models.tokens import read_tokens
 from mergelab.models.vocabulary import LoadedTokens, MergedVocabulary, check_vocabularies, merged_vocabulary
@@ -47,7 +48,7 @@ def llamas(tmp_path: Path) -> list[Path]:
 
 def test_the_bases_tokens_are_matched_by_token_not_by_row(tmp_path: Path) -> None:
     base, other = bert(tmp_path / "base", 0), bert(tmp_path / "other", 1, ["dog"], reverse=True)
-    vocabulary = merged_vocabulary("base", opened(base, other))
+    vocabulary = merged_vocabulary(VocabConfig(source="base"), opened(base, other))
     assert vocabulary.size == len(WORDS)
     name = "bert.embeddings.word_embeddings.weight"
     read = aligned(vocabulary).experts[0].get(name)
@@ -61,7 +62,7 @@ def test_what_a_model_lacks_of_the_bases_tokens_is_the_bases_row_exactly(tmp_pat
     other = bert(tmp_path / "other", 1, ["bird"])
     half = {name: tensor.bfloat16() for name, tensor in load_file(other / "model.safetensors").items()}
     save_file(half, other / "model.safetensors", metadata={"format": "pt"})
-    models = aligned(merged_vocabulary("base", opened(base, other)))
+    models = aligned(merged_vocabulary(VocabConfig(source="base"), opened(base, other)))
     name = "bert.embeddings.word_embeddings.weight"
     assert models.experts[0].dtype(name) == models.experts[0].get(name).dtype == torch.float32
     dog, bird = len(WORDS), len(WORDS) + 1
@@ -76,7 +77,7 @@ def test_what_one_expert_has_of_the_bases_tokens_is_not_read_into_the_other(tmp_
     lacks = bert(tmp_path / "lacks", 2)
     name = "bert.embeddings.word_embeddings.weight"
     for policy in ("base", "union"):
-        models = aligned(merged_vocabulary(policy, opened(base, has, lacks)))  # type: ignore[arg-type]
+        models = aligned(merged_vocabulary(VocabConfig(source=policy), opened(base, has, lacks)))  # type: ignore[arg-type]
         assert torch.equal(models.experts[1].get(name)[-1], stored(base, name)[-1])
         assert torch.equal(models.experts[0].get(name)[-1], stored(has, name)[-1])
 
@@ -84,7 +85,7 @@ def test_what_one_expert_has_of_the_bases_tokens_is_not_read_into_the_other(tmp_
 def test_padding_rows_are_the_bases_under_either_policy(llamas: list[Path]) -> None:
     base, chat, code = llamas
     for policy, first in (("base", 257), ("union", 260)):
-        models = aligned(merged_vocabulary(policy, opened(base, chat, code)))  # type: ignore[arg-type]
+        models = aligned(merged_vocabulary(VocabConfig(source=policy), opened(base, chat, code)))  # type: ignore[arg-type]
         for name in (EMBEDDING, HEAD):
             for source in (models.base, *models.experts):
                 assert source is not None
@@ -97,18 +98,18 @@ def test_a_union_has_the_tokens_of_experts_in_order_at_the_ids_that_transformers
     from transformers import AutoTokenizer
 
     base, chat, code = llamas
-    vocabulary = merged_vocabulary("union", opened(base, chat, code))
+    vocabulary = merged_vocabulary(VocabConfig(source="union"), opened(base, chat, code))
     new = {IM_START: 257, IM_END: 258, FIM: 259}
     assert {token: row for token, row in vocabulary.tokens.items() if row > 256} == new
     reference = AutoTokenizer.from_pretrained(base)
     reference.add_tokens([IM_START, IM_END, FIM], special_tokens=True)
     assert reference.get_vocab() == vocabulary.tokens == vocabulary.tokenizer().get_vocab()
-    assert merged_vocabulary("union", opened(base, code, chat)).tokens[FIM] == 257
+    assert merged_vocabulary(VocabConfig(source="union"), opened(base, code, chat)).tokens[FIM] == 257
 
 
 def test_a_token_that_models_lack_is_the_mean_of_those_that_have_it(llamas: list[Path]) -> None:
     base, chat, code = llamas
-    models = aligned(merged_vocabulary("union", opened(base, chat, code)))
+    models = aligned(merged_vocabulary(VocabConfig(source="union"), opened(base, chat, code)))
     assert models.base is not None
     for name in (EMBEDDING, HEAD):
         of_chat, of_code = stored(chat, name), stored(code, name)
@@ -128,7 +129,7 @@ def test_a_union_grows_where_there_is_no_padding_and_rounds_the_mean_once(tmp_pa
         llama(tmp_path / name, seed, added, rows=257 + len(added), dtype=torch.bfloat16, tied=True)
         for seed, (name, added) in enumerate({"base": [], "a": [FIM], "b": [FIM], "c": [FIM]}.items())
     ]
-    vocabulary = merged_vocabulary("union", opened(*folders))
+    vocabulary = merged_vocabulary(VocabConfig(source="union"), opened(*folders))
     assert vocabulary.size == 258
     models = aligned(vocabulary)
     rows = [stored(folder, EMBEDDING)[257].float() for folder in folders[1:]]
@@ -141,7 +142,7 @@ def test_a_mean_has_the_same_bits_for_any_order_of_the_experts(tmp_path: Path) -
     base, *experts = [llama(tmp_path / name, seed, [FIM] if seed else [], rows=258) for seed, name in enumerate("xabc")]
     rows = []
     for order in (experts, experts[::-1], [experts[1], experts[0], experts[2]]):
-        models = aligned(merged_vocabulary("union", opened(base, *order)))
+        models = aligned(merged_vocabulary(VocabConfig(source="union"), opened(base, *order)))
         assert models.base is not None
         rows.append(models.base.get(EMBEDDING)[257])
     assert torch.equal(rows[0], rows[1])
@@ -151,14 +152,14 @@ def test_a_mean_has_the_same_bits_for_any_order_of_the_experts(tmp_path: Path) -
 def test_an_output_bias_has_rows_by_token_too_and_pretraining_heads_stay_out(tmp_path: Path) -> None:
     base = bert(tmp_path / "base", 0, masked=True)
     other = bert(tmp_path / "other", 1, ["dog"], masked=True)
-    models = aligned(merged_vocabulary("union", opened(base, other)))
+    models = aligned(merged_vocabulary(VocabConfig(source="union"), opened(base, other)))
     name = "cls.predictions.bias"
     assert name in models.names
     assert models.base is not None
     assert models.base.get(name)[-1] == stored(other, name)[-1]
     assert torch.equal(models.experts[0].get(name), stored(other, name))
     classifier = bert(tmp_path / "classifier", 2, ["dog"])
-    vocabulary = merged_vocabulary("union", opened(base, classifier))
+    vocabulary = merged_vocabulary(VocabConfig(source="union"), opened(base, classifier))
     models = align(vocabulary.models[0], vocabulary.models[1:], backbone_prefix="bert.", adapt=vocabulary.adapt)
     assert not [key for key in models.names if key.startswith("cls.")]
     name = "bert.embeddings.word_embeddings.weight"
@@ -169,7 +170,7 @@ def test_an_output_bias_has_rows_by_token_too_and_pretraining_heads_stay_out(tmp
 def test_a_row_of_the_base_that_no_model_has_is_the_mean_of_its_rows(tmp_path: Path) -> None:
     base = llama(tmp_path / "base", 0, [IM_START], rows=257)  # a token without a row, as an unresized model has
     other = llama(tmp_path / "other", 1, [FIM], rows=258)
-    vocabulary = merged_vocabulary("union", opened(base, other))
+    vocabulary = merged_vocabulary(VocabConfig(source="union"), opened(base, other))
     assert vocabulary.tokens[FIM] == 258
     models = aligned(vocabulary)
     assert models.base is not None
@@ -179,15 +180,15 @@ def test_a_row_of_the_base_that_no_model_has_is_the_mean_of_its_rows(tmp_path: P
 
 def test_a_model_without_a_tokenizer_has_the_tokens_of_one_with_as_many_rows(llamas: list[Path]) -> None:
     base, chat, code = llamas
-    expected = merged_vocabulary("union", opened(base, chat, code)).tokens
+    expected = merged_vocabulary(VocabConfig(source="union"), opened(base, chat, code)).tokens
     plain = shutil.copytree(base, base.parent / "plain")
     without_tokenizer(plain)
-    vocabulary = merged_vocabulary("union", opened(base, chat, code, plain))
+    vocabulary = merged_vocabulary(VocabConfig(source="union"), opened(base, chat, code, plain))
     assert vocabulary.tokens == expected
     assert torch.equal(vocabulary.rows[3][:257], torch.arange(257))
     without_tokenizer(chat)
     with pytest.raises(ModelError, match="chat has no tokenizer, and no other model with 259 rows has one"):
-        merged_vocabulary("union", opened(base, chat, code))
+        merged_vocabulary(VocabConfig(source="union"), opened(base, chat, code))
 
 
 def test_tokenizers_are_read_from_whichever_files_there_are(tmp_path: Path) -> None:
@@ -214,7 +215,7 @@ def test_tokenizers_are_read_from_whichever_files_there_are(tmp_path: Path) -> N
 def test_what_only_happens_to_have_as_many_rows_as_there_are_tokens_is_left_alone(tmp_path: Path) -> None:
     base = bert(tmp_path / "base", 0, masked=True, hidden=len(WORDS))
     other = bert(tmp_path / "other", 1, masked=True, hidden=len(WORDS), reverse=True)
-    models = aligned(merged_vocabulary("union", opened(base, other)))
+    models = aligned(merged_vocabulary(VocabConfig(source="union"), opened(base, other)))
     tensors = load_file(other / "model.safetensors")
     changed = {name for name in models.names if not torch.equal(models.experts[0].get(name), tensors[name])}
     assert changed == {"bert.embeddings.word_embeddings.weight", "cls.predictions.bias"}
@@ -225,13 +226,13 @@ def test_a_module_gets_the_rows_and_the_ids_of_the_merged_model(tmp_path: Path) 
 
     base = llama(tmp_path / "base", 0)
     one, other = llama(tmp_path / "one", 1, [FIM]), llama(tmp_path / "other", 2, [IM_END], rows=258, eos=IM_END)
-    vocabulary = merged_vocabulary("union", opened(base, one, other))
+    vocabulary = merged_vocabulary(VocabConfig(source="union"), opened(base, one, other))
     module: Any = vocabulary.fit(AutoModelForCausalLM.from_pretrained(other), other)
     assert module.get_input_embeddings().weight.shape[0] == module.config.vocab_size == 264
     assert module.config.eos_token_id == vocabulary.tokens[IM_END] == 258
     with vocabulary.companions(other) as folder:
         assert '"eos_token_id": 258' in (folder / "generation_config.json").read_text()
-    vocabulary = merged_vocabulary("base", opened(base, one, other))
+    vocabulary = merged_vocabulary(VocabConfig(source="base"), opened(base, one, other))
     assert vocabulary.fit(AutoModelForCausalLM.from_pretrained(other), other).config.eos_token_id == 256
 
 
@@ -269,7 +270,7 @@ def test_tokens_are_compared_only_where_the_files_differ(llamas: list[Path], mon
 
 
 def test_a_tensor_is_read_in_other_rows_once_for_all_its_parts(llamas: list[Path]) -> None:
-    source: Any = aligned(merged_vocabulary("union", opened(*llamas))).experts[0]
+    source: Any = aligned(merged_vocabulary(VocabConfig(source="union"), opened(*llamas))).experts[0]
     assert source.get(EMBEDDING).data_ptr() == source.get(EMBEDDING).data_ptr()
 
 
@@ -278,7 +279,7 @@ def test_rows_that_stay_in_place_are_not_copied(tmp_path: Path, added: Sequence[
     base = llama(tmp_path / "base", 0, rows=257)
     other = llama(tmp_path / "other", 1, added, rows=257 + len(added))
     (checkpoint,) = opened(other)
-    models = aligned(merged_vocabulary(kept, [*opened(base), checkpoint]))  # type: ignore[arg-type]
+    models = aligned(merged_vocabulary(VocabConfig(source=kept), [*opened(base), checkpoint]))  # type: ignore[arg-type]
     assert models.experts[0].get(EMBEDDING).data_ptr() == checkpoint.get(EMBEDDING).data_ptr()
     assert models.experts[0].shape(EMBEDDING) == (257, 24)
 

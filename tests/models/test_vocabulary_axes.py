@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mergelab.config import VocabConfig
 from mergelab.errors import ModelError
 from mergelab.models.vocabulary import merged_vocabulary, vocabulary_size
 from mergelab.weights.align import align
@@ -151,7 +152,9 @@ def permuted(folder: Path, kind: str) -> Path:
 
 
 def read_by_token(*folders: Path, policy: str = "base") -> list[Any]:
-    vocabulary = merged_vocabulary(policy, [open_checkpoint(folder, folder.name) for folder in folders])  # type: ignore[arg-type]
+    vocabulary = merged_vocabulary(
+        VocabConfig(source=policy), [open_checkpoint(folder, folder.name) for folder in folders]
+    )
     models = align(vocabulary.models[0], vocabulary.models[1:], backbone_prefix="", adapt=vocabulary.adapt)
     return [models.base, *models.experts]
 
@@ -191,7 +194,7 @@ def test_the_saved_config_says_the_number_of_rows_wherever_it_says_one(kind: str
 
     base = saved(tmp_path / "base", kind)
     other = saved(tmp_path / "other", kind, seed=1, words=[*WORDS, "new", "newer"])
-    vocabulary = merged_vocabulary(policy, [open_checkpoint(folder) for folder in (base, other)])  # type: ignore[arg-type]
+    vocabulary = merged_vocabulary(VocabConfig(source=policy), [open_checkpoint(folder) for folder in (base, other)])
     models = align(vocabulary.models[0], vocabulary.models[1:], backbone_prefix="", adapt=vocabulary.adapt)
     for like in (base, other):
         with vocabulary.companions(like) as folder:
