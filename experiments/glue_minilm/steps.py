@@ -1,0 +1,123 @@
+"""What the study runs, in the order that makes a part of the page whole as early as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from experiments.resumable import Step
+
+TASKS = ("sst2", "stsb", "mrpc", "cola", "rte", "qnli")
+# λ and density are swept for these; data make the others.
+METHODS = (
+    "soup", "task_arithmetic", "ties", "dare", "dare_ties", "della", "breadcrumbs", "model_stock", "sce", "consensus",
+    "pcb", "iso_c", "tsv_m",
+)  # fmt: skip
+WITH_DATA = {
+    "fisher": ("method.samples=256",),
+    "regmean": ("method.samples=256",),
+    "adamerging": ("method.steps=100", "method.samples=1024"),
+}
+SWEPT = {
+    "task_arithmetic": {"lambda": (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)},
+    "ties": {"lambda": (0.5, 1.0, 1.5, 2.0), "density": (0.1, 0.2, 0.4, 0.8)},
+    "dare": {"lambda": (0.3, 1.0), "density": (0.1, 0.3, 0.5, 0.9)},
+}
+OF_ADAPTERS = ("soup", "task_arithmetic", "ties", "peft_linear", "peft_ties")  # dense weights first, then factors
+SEEDS = (0, 1, 2)
+SETTINGS = ("eval.protocol=holdout", "eval.preflight=false", "tracking=none")
+SAME, ADAPTERS, SEVERAL = "same task", "adapters", "multi-task"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is run. Every path is relative to the study's folder, which is the current one.
+
+    Attributes:
+        tasks: the tasks' names.
+        examples: training examples of each expert; None: all.
+        epochs: at most.
+        limit: validation examples of each task in the multi-task part; None: all.
+        mini: whether base and data are the embedded miniature's.
+    """
+
+    tasks: tuple[str, ...] = TASKS
+    examples: int | None = 1600
+    epochs: int = 3
+    limit: int | None = 600
+    mini: bool = False
+
+    def expert(self, task: str, seed: int, *, lora: bool = False) -> str:
+        """Return an expert's folder."""
+        return f"{'adapters' if lora else 'experts'}/{task}/seed-{seed}"
+
+
+def steps(study: Study) -> Iterator[Step]:
+    """Yield all steps in the order in which they are made."""
+    first, *others = study.tasks
+    yield from _same_task(study, first)
+    for task in others:
+        yield _finetune(study, task, SEEDS[0])
+    if others:
+        yield from _multi_task(study)
+    for seed in SEEDS:
+        yield _finetune(study, first, seed, lora=True)
+    yield from _of_adapters(study, first)
+    for task in others:
+        yield from _same_task(study, task)
+
+
+def _finetune(study: Study, task: str, seed: int, *, lora: bool = False) -> Step:
+    found = ["finetune", f"task={task}", "base=./base", "task.data_dir=./data", f"seeds=[{seed}]"]
+    found += [f"train.examples={study.examples}"] if study.examples else []
+    found += [f"train.epochs={study.epochs}"]
+    # The miniature has other rates, which are its own defaults.
+    found += [] if study.mini else [f"train.learning_rate={'1e-3' if lora else '8e-5'}", "train.max_length=128"]
+    found += ["lora.r=8"] if lora else []
+    output = study.expert(task, seed, lora=lora).rpartition("/")[0]
+    arguments = (*found, f"output={output}", "tracking=none")
+    return Step("experts", task, f"{'adapter' if lora else 'dense'} {seed}", arguments)
+
+
+def _same_task(study: Study, task: str) -> Iterator[Step]:
+    """Yield what is made of the experts of one task, and first the experts."""
+    for seed in SEEDS:
+        yield _finetune(study, task, seed)
+    experts = [study.expert(task, seed) for seed in SEEDS]
+    models = (f"task={task}", "models.base=./base", f"models.experts=[{','.join(f'./{each}' for each in experts)}]")
+    makers = [_finetune(study, task, seed) for seed in SEEDS]
+    yield from _merges(SAME, task, (*models, "task.data_dir=./data"), makers)
+
+
+def _of_adapters(study: Study, task: str) -> Iterator[Step]:
+    experts = ",".join(f"./{study.expert(task, seed, lora=True)}" for seed in SEEDS)
+    models = (f"task={task}", "models.base=./base", f"models.experts=[{experts}]", "task.data_dir=./data")
+    makers = tuple(_finetune(study, task, seed, lora=True) for seed in SEEDS)
+    for method in OF_ADAPTERS:
+        yield Step(ADAPTERS, task, method, (f"method={method}", *models, *SETTINGS), needs=makers)
+
+
+def _multi_task(study: Study) -> Iterator[Step]:
+    experts = ", ".join(f"{task}: ./{study.expert(task, SEEDS[0])}" for task in study.tasks)
+    of = ("task=suite", f"task.members=[{','.join(study.tasks)}]", "models.head=per_task")
+    models = ("models.base=./base", f"models.experts={{{experts}}}", "task.data_dir=./data")
+    limit = (f"task.limit={study.limit}",) if study.limit else ()
+    makers = [_finetune(study, task, SEEDS[0]) for task in study.tasks]
+    yield from _merges(SEVERAL, "+".join(study.tasks), (*of, *models, *limit), makers)
+
+
+def _merges(part: str, of: str, models: Sequence[str], makers: Sequence[Step]) -> Iterator[Step]:
+    needs = tuple(makers)
+    yield Step(part, of, "analysis", ("analyze", *models, "tracking=none"), needs=needs)
+    for method in METHODS:
+        yield Step(part, of, method, (f"method={method}", *models, *SETTINGS), keeps=True, needs=needs)
+    for method, sizes in WITH_DATA.items():
+        if method != "adamerging" or part == SEVERAL:  # which has a λ for each task
+            yield Step(part, of, method, (f"method={method}", *sizes, *models, *SETTINGS), keeps=True, needs=needs)
+    for method, grid in SWEPT.items():
+        arguments = ("-m", f"method={method}", *_grid(grid), *models, *SETTINGS)
+        yield Step(part, of, f"{method} grid", arguments, needs=needs)
+
+
+def _grid(grid: dict[str, tuple[float, ...]]) -> tuple[str, ...]:
+    return tuple(f"method.{name}={','.join(map(str, values))}" for name, values in grid.items())
