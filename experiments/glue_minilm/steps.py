@@ -37,14 +37,16 @@ class Study:
         tasks: the tasks' names.
         examples: training examples of each expert; None: all.
         epochs: at most.
-        limit: validation examples of each task in the multi-task part; None: all.
+        limit: validation examples of a task, at most; None: all.
+        share: likewise of each task where several are measured together.
         mini: whether base and data are the embedded miniature's.
     """
 
     tasks: tuple[str, ...] = TASKS
     examples: int | None = 1600
     epochs: int = 3
-    limit: int | None = 600
+    limit: int | None = 1000
+    share: int | None = 600
     mini: bool = False
 
     def expert(self, task: str, seed: int, *, lora: bool = False) -> str:
@@ -54,17 +56,15 @@ class Study:
 
 def steps(study: Study) -> Iterator[Step]:
     """Yield all steps in the order in which they are made."""
-    first, *others = study.tasks
-    yield from _same_task(study, first)
-    for task in others:
+    for task in study.tasks:
         yield _finetune(study, task, SEEDS[0])
-    if others:
+    if len(study.tasks) > 1:
         yield from _multi_task(study)
-    for seed in SEEDS:
-        yield _finetune(study, first, seed, lora=True)
-    yield from _of_adapters(study, first)
-    for task in others:
+    first = study.tasks[0]
+    for task in study.tasks:
         yield from _same_task(study, task)
+        if task == first:
+            yield from _of_adapters(study, first)
 
 
 def _finetune(study: Study, task: str, seed: int, *, lora: bool = False) -> Step:
@@ -81,18 +81,20 @@ def _finetune(study: Study, task: str, seed: int, *, lora: bool = False) -> Step
 
 def _same_task(study: Study, task: str) -> Iterator[Step]:
     """Yield what is made of the experts of one task, and first the experts."""
-    for seed in SEEDS:
+    for seed in SEEDS[1:]:
         yield _finetune(study, task, seed)
     experts = [study.expert(task, seed) for seed in SEEDS]
     models = (f"task={task}", "models.base=./base", f"models.experts=[{','.join(f'./{each}' for each in experts)}]")
     makers = [_finetune(study, task, seed) for seed in SEEDS]
-    yield from _merges(SAME, task, (*models, "task.data_dir=./data"), makers)
+    yield from _merges(SAME, task, (*models, "task.data_dir=./data", *_limited(study.limit)), makers)
 
 
 def _of_adapters(study: Study, task: str) -> Iterator[Step]:
     experts = ",".join(f"./{study.expert(task, seed, lora=True)}" for seed in SEEDS)
     models = (f"task={task}", "models.base=./base", f"models.experts=[{experts}]", "task.data_dir=./data")
+    models = (*models, *_limited(study.limit))
     makers = tuple(_finetune(study, task, seed, lora=True) for seed in SEEDS)
+    yield from makers
     for method in OF_ADAPTERS:
         yield Step(ADAPTERS, task, method, (f"method={method}", *models, *SETTINGS), needs=makers)
 
@@ -101,9 +103,8 @@ def _multi_task(study: Study) -> Iterator[Step]:
     experts = ", ".join(f"{task}: ./{study.expert(task, SEEDS[0])}" for task in study.tasks)
     of = ("task=suite", f"task.members=[{','.join(study.tasks)}]", "models.head=per_task")
     models = ("models.base=./base", f"models.experts={{{experts}}}", "task.data_dir=./data")
-    limit = (f"task.limit={study.limit}",) if study.limit else ()
     makers = [_finetune(study, task, SEEDS[0]) for task in study.tasks]
-    yield from _merges(SEVERAL, "+".join(study.tasks), (*of, *models, *limit), makers)
+    yield from _merges(SEVERAL, "+".join(study.tasks), (*of, *models, *_limited(study.share)), makers)
 
 
 def _merges(part: str, of: str, models: Sequence[str], makers: Sequence[Step]) -> Iterator[Step]:
@@ -117,6 +118,10 @@ def _merges(part: str, of: str, models: Sequence[str], makers: Sequence[Step]) -
     for method, grid in SWEPT.items():
         arguments = ("-m", f"method={method}", *_grid(grid), *models, *SETTINGS)
         yield Step(part, of, f"{method} grid", arguments, needs=needs)
+
+
+def _limited(limit: int | None) -> tuple[str, ...]:
+    return (f"task.limit={limit}",) if limit else ()
 
 
 def _grid(grid: dict[str, tuple[float, ...]]) -> tuple[str, ...]:
