@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import io
 import json
+import os
 import shlex
 import sys
 import time
@@ -177,7 +178,7 @@ def _settings(job: Path) -> dict[str, float]:
 
 def save(file: Path, record: Record) -> None:
     """Write a record so that it is there whole or not at all."""
-    unfinished = file.with_suffix(".unfinished")
+    unfinished = file.with_suffix(f".{os.getpid()}.unfinished")  # another process may be writing the same
     unfinished.write_text(json.dumps(record), encoding="utf-8")
     unfinished.replace(file)
 

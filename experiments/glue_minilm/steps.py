@@ -76,7 +76,9 @@ def _finetune(study: Study, task: str, seed: int, *, lora: bool = False) -> Step
     found += ["lora.r=8"] if lora else []
     output = study.expert(task, seed, lora=lora).rpartition("/")[0]
     arguments = (*found, f"output={output}", "tracking=none")
-    return Step("experts", task, f"{'adapter' if lora else 'dense'} {seed}", arguments)
+    # One process at a time writes the experts of a folder.
+    earlier = tuple(_finetune(study, task, other, lora=lora) for other in SEEDS[: SEEDS.index(seed)])
+    return Step("experts", task, f"{'adapter' if lora else 'dense'} {seed}", arguments, needs=earlier)
 
 
 def _same_task(study: Study, task: str) -> Iterator[Step]:
