@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, *, say: Callable[[str], Any] = 
     parser.add_argument("--mini", action="store_true", help="the embedded miniature instead of MiniLM and GLUE")
     parser.add_argument("--work", type=Path, required=True, help="keeps experts, results and the page")
     parser.add_argument("--tasks", default=None, help=f"by default {','.join(TASKS)}")
-    parser.add_argument("--examples", type=int, default=Study.examples, help="of each expert's training; 0: all")
+    parser.add_argument("--examples", type=int, default=Study.examples, help="of each expert's training, at most")
     parser.add_argument("--epochs", type=int, default=Study.epochs)
     parser.add_argument("--limit", type=int, default=Study.limit, help="validation examples at most; 0: all")
     parser.add_argument("--share", type=int, default=Study.share, help="likewise of each task of several; 0: all")
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None, *, say: Callable[[str], Any] = 
     tasks = tuple(given.tasks.split(",")) if given.tasks else known
     if odd := [task for task in tasks if task not in known]:
         parser.error(f"--tasks: {odd[0]} is none of {', '.join(known)}")
-    study = Study(tasks, given.examples or None, given.epochs, given.limit or None, given.share or None, given.mini)
+    study = Study(tasks, given.examples, given.epochs, given.limit or None, given.share or None, given.mini)
     typed = " ".join(map(shlex.quote, arguments if arguments is not None else sys.argv[1:]))
     data_dir = None if given.data_dir is None else given.data_dir.absolute()
     work = given.work.absolute()
