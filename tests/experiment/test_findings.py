@@ -20,7 +20,7 @@ def findings() -> Any:
 
 def test_the_best_of_many_coins_is_flattered_by_their_expected_maximum(findings: Any) -> None:
     coins = np.random.default_rng(1).integers(0, 2, (200, 1000)).astype(float)
-    # The largest of 200 standard normal numbers is 2.746 on average; 500 throws have a standard deviation of 2.24 points.
+    # The largest of 200 standard normal numbers is 2.746 on average; 500 throws deviate by 2.24 points.
     gaps = findings.flattery(coins, 200, 400)
     assert gaps.mean() == pytest.approx(2.746 * 50 / np.sqrt(500), rel=0.15)
     assert abs(findings.flattery(coins, 1, 400).mean()) < 0.5  # nothing is chosen
