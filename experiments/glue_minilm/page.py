@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.glue_minilm.curves import Curve, Point, curve_of, draw, table
 from experiments.glue_minilm.skill import SKILL
-from experiments.glue_minilm.steps import ADAPTERS, SAME, SEEDS, SEVERAL, Study
+from experiments.glue_minilm.steps import ADAPTERS, EXPERTS, SAME, SEEDS, SEVERAL, Study
 from experiments.resumable import Record, Step
 
 FIGURE = "lambda.png"
@@ -64,6 +64,7 @@ def write_page(
         parts.append("**The miniature's figures say nothing about GLUE**: small models on generated examples.")
     base = f"{skills['base']:.3f}" if "base" in skills else "not measured"
     parts += [INTRODUCTION.format(skill=base), *_missing(every, records), *_experts(study, skills)]
+    parts += _failed({step: record for step, record in records.items() if step.part == EXPERTS})
     for part in (SAME, SEVERAL, ADAPTERS):
         for of in dict.fromkeys(step.of for step in records if step.part == part):
             own = {step: record for step, record in records.items() if (step.part, step.of) == (part, of)}
@@ -117,13 +118,19 @@ def _part(records: Mapping[Step, Record], curves: Mapping[Step, Curve], several:
             chosen = {"holdout": curves[step].holdout, "oracle": curves[step].oracle}
             whole += [_Row(_named(curves[step].method, kind, point), records[step], point.model)
                       for kind, point in chosen.items()]  # fmt: skip
-    failed = [f"- {step.name} failed: {record['error']}" for step, record in records.items() if record["error"]]
     if not whole:
-        return ["\n".join(failed)] if failed else []
+        return _failed(records)
     # Base and experts are the same for all of the part; under holdout and oracle they report on the same half.
     others = whole[0].record["models"]
     found = ["\n".join(_several(whole, others) if several else _one(whole, others))]
-    return [*found, *(["\n".join(failed)] if failed else [])]
+    return [*found, *_failed(records)]
+
+
+def _failed(records: Mapping[Step, Record]) -> list[str]:
+    lines = [
+        f"- {step.of}, {step.name} failed: {record['error']}" for step, record in records.items() if record["error"]
+    ]
+    return ["\n".join(lines)] if lines else []
 
 
 def _named(method: str, kind: str, point: Point) -> str:

@@ -28,7 +28,8 @@ SEEDS = (0, 1, 2)
 # Training examples of each expert. CoLA needs many: of 1,600 MiniLM learns nothing.
 ROWS = {"sst2": 1600, "stsb": 1600, "mrpc": 2400, "cola": 8000, "rte": 2490, "qnli": 2400}
 SETTINGS = ("eval.protocol=holdout", "eval.preflight=false", "tracking=none")
-SAME, ADAPTERS, SEVERAL = "same task", "adapters", "multi-task"
+LENGTH = 128  # tokens of a training example, at most
+EXPERTS, SAME, ADAPTERS, SEVERAL = "experts", "same task", "adapters", "multi-task"
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,13 @@ def _finetune(study: Study, task: str, seed: int, *, lora: bool = False) -> Step
     rows = ROWS[task] if study.examples is None else min(study.examples, ROWS[task])
     found += [f"train.examples={rows}", f"train.epochs={study.epochs}"]
     # The miniature has other rates, which are its own defaults.
-    found += [] if study.mini else [f"train.learning_rate={'1e-3' if lora else '8e-5'}", "train.max_length=128"]
+    found += [] if study.mini else [f"train.learning_rate={'1e-3' if lora else '8e-5'}", f"train.max_length={LENGTH}"]
     found += ["lora.r=8"] if lora else []
     output = study.expert(task, seed, lora=lora).rpartition("/")[0]
     arguments = (*found, f"output={output}", "tracking=none")
     # One process at a time writes the experts of a folder.
     earlier = tuple(_finetune(study, task, other, lora=lora) for other in SEEDS[: SEEDS.index(seed)])
-    return Step("experts", task, f"{'adapter' if lora else 'dense'} {seed}", arguments, needs=earlier)
+    return Step(EXPERTS, task, f"{'adapter' if lora else 'dense'} {seed}", arguments, needs=earlier)
 
 
 def _same_task(study: Study, task: str) -> Iterator[Step]:

@@ -31,6 +31,7 @@ def study(monkeypatch: pytest.MonkeyPatch, place: Path) -> Any:
         "WITH_DATA": {"fisher": ("method.samples=8",)},
         "SWEPT": {"ties": {"lambda": (0.5, 1.0), "density": (0.2,)}},
         "OF_ADAPTERS": ("soup",),
+        "LENGTH": 64,
     }.items():
         monkeypatch.setattr(steps, name, few)
     for module in (main, steps, page):
@@ -53,7 +54,7 @@ def test_the_study_runs_to_its_page_and_does_nothing_twice(study: Any, place: Pa
     page = (place / "work" / "page.md").read_text()
     failed = [line for line in page.splitlines() if "failed" in line]
     assert len(failed) == 3, failed  # of each of the three sets of models
-    assert "- no_such_method failed: error: method=no_such_method: no such option" in failed[0]
+    assert all("no_such_method failed: error: method=no_such_method: no such option" in line for line in failed)
     assert "Not run" not in page
     assert "cosine" in page.lower()
     assert str(place) not in page
