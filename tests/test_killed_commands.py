@@ -79,7 +79,7 @@ COMMANDS: dict[str, list[str]] = {
     "encoder-decoder": ["models.base={encoder: ./base, decoder: ./base}", "models.experts={x: {encoder: ./a, decoder: "
                         "./base, seed: 1}, y: {encoder: ./b, decoder: ./base, seed: 2}}", "method=soup",
                         "evaluate=false", "output=merged"],
-    "fine-tuning": ["finetune", "task=rte", "base=./base", "seeds=[0,1]", "train.epochs=2", "train.batch_size=16",
+    "fine-tuning": ["finetune", "task=rte", "base=./base", "seeds=[0,1]", "train.epochs=8", "train.batch_size=8",
                     "output=merged"],
     "miniature": ["build the miniature"],
 }  # fmt: skip
