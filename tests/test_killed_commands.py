@@ -81,6 +81,8 @@ COMMANDS: dict[str, list[str]] = {
     "encoder-decoder": ["models.base={encoder: ./base, decoder: ./base}", "models.experts={x: {encoder: ./a, decoder: "
                         "./base, seed: 1}, y: {encoder: ./b, decoder: ./base, seed: 2}}", "method=soup",
                         "evaluate=false", "output=merged"],
+    "fine-tuning": ["finetune", "task=rte", "base=./base", "seeds=[0,1]", "train.epochs=8", "train.batch_size=8",
+                    "output=merged"],
     "miniature": ["build the miniature"],
 }  # fmt: skip
 
@@ -118,6 +120,7 @@ def fresh(bert_checkpoints: Mapping[str, Path], empty_store: Path, tmp_path: Pat
             shutil.copytree(bert_checkpoints[repository], folder / model)
         (folder / "data").mkdir()
         pq.write_table(glue_table("rte", 120, 1), folder / "data" / "validation.parquet")
+        pq.write_table(glue_table("rte", 96, 2), folder / "data" / "train.parquet")
         (folder / "outputs").mkdir()
         shutil.copy(empty_store, folder / "outputs" / "mlflow.db")
         return folder
@@ -142,7 +145,9 @@ def results(folder: Path) -> dict[str, Any]:
     """Collect all results: models, the cached miniature and predictions, studies, and the finished runs' metrics."""
     cache = content(folder / "cache")
     found: dict[str, Any] = {
-        "models": {name: digest for name, digest in content(folder / "merged").items() if name not in OF_ONE_RUN},
+        "models": {
+            name: digest for name, digest in content(folder / "merged").items() if Path(name).name not in OF_ONE_RUN
+        },
         "mini": {name: digest for name, digest in cache.items() if name.startswith("mini") and "/." not in name},
     }
     if (folder / "outputs" / "sweeps.db").exists():
@@ -180,7 +185,9 @@ def test_the_same_command_again_gives_what_an_undisturbed_one_does(
 ) -> None:
     arguments = COMMANDS[kind]
     if kind != "miniature":
-        models = [] if kind == "encoder-decoder" else ["models.base=./base", "models.experts=[./a,./b,./c]"]
+        models = (
+            [] if kind in ("encoder-decoder", "fine-tuning") else ["models.base=./base", "models.experts=[./a,./b,./c]"]
+        )
         arguments = [*arguments, *models, "task.data_dir=data"]
     assert_kills_leave_no_trace(kind, arguments, begin, fresh)
 

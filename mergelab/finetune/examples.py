@@ -82,7 +82,8 @@ def training_data(plan: FinetunePlan, mini: Path | None) -> TrainingData:
             seed=config.seed,
         )
     except DataError as error:
-        raise DataError(f"task={task.name}: fine-tuning needs its training split: {error}") from error
+        said = str(error).replace("task.splits=[...]", "train.split=...")  # the key that says what is trained on
+        raise DataError(f"task={task.name}: fine-tuning needs its training split: {said}") from error
     if not data.labelled or (task.kind == "generation" and data.references is None):
         raise DataError(f"task={task.name}: the labels of its training split are hidden, so that nothing can be learnt")
     if len(data) < config.shards + 1:

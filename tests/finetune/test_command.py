@@ -194,6 +194,7 @@ def nothing(_place: Path) -> None:
     ("arguments", "prepare", "said"),
     [
         (RTE, no_training, "task=rte: fine-tuning needs its training split: rte: no data of the split train in"),
+        (RTE, no_training, "it has validation (train.split=... chooses)"),
         (RTE, hidden, "task=rte: the labels of its training split are hidden"),
         (RTE, a_file, "output=x: is a file"),
         (RTE, other_things, "output=x: the folder is not empty"),

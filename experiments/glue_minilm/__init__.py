@@ -1,0 +1,1 @@
+"""A study on real models and data; see ``__main__``."""

@@ -1,0 +1,1 @@
+"""A study on a small language model; see ``__main__``."""
