@@ -23,9 +23,10 @@ _SETTINGS = (
     *("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token"),
     *("padding_side", "model_max_length", "do_lower_case", "strip_accents", "tokenize_chinese_chars"),
 )
+_STEPS_FILE = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
 _FILES = (
-    *("tokenizer.json", _CONFIG, "special_tokens_map.json", CHAT_TEMPLATE),
+    *(_STEPS_FILE, _CONFIG, "special_tokens_map.json", CHAT_TEMPLATE),
     *("vocab.txt", "vocab.json", "merges.txt"),
 )
 
@@ -33,18 +34,21 @@ _FILES = (
 def differing_parts(folders: Mapping[str, Path]) -> list[str]:
     """Name the parts in which the tokenizers of models differ; those without a tokenizer do not count.
 
-    Files that are equal byte by byte are not read any further.
+    Files that are equal byte by byte are not read any further. A file that says nothing, being damaged, is named too.
     """
-    own = [folder for folder in folders.values() if tokenizer_folder([folder]) is not None]
+    own = {name: folder for name, folder in folders.items() if tokenizer_folder([folder]) is not None}
     if len(own) < 2:
         return []
     differing: dict[str, None] = {}
-    first = own[0]
-    for other in own[1:]:
-        if _same_files(first, other):
+    first, *others = own
+    for other in others:
+        if _same_files(own[first], own[other]):
             continue
-        here, there = _parts(first), _parts(other)
+        here, there = _parts(own[first]), _parts(own[other])
         differing |= dict.fromkeys(key for key in here if key in there and here[key] != there[key])
+        for name, parts in ((first, here), (other, there)):
+            if _STEPS["model"] not in parts and (own[name] / _STEPS_FILE).is_file():
+                differing[f"{_STEPS_FILE} of {name} cannot be read"] = None
     return list(differing)
 
 
@@ -58,7 +62,7 @@ def _content(file: Path) -> bytes | None:
 
 def _parts(folder: Path) -> dict[str, Any]:
     """Return the parts that a tokenizer's files say; what they leave to its class is not compared."""
-    steps = _json(folder / "tokenizer.json")
+    steps = _json(folder / _STEPS_FILE)
     found: dict[str, Any] = {called: _step(steps[key]) for key, called in _STEPS.items() if key in steps}
     settings = _json(folder / "special_tokens_map.json") | _json(folder / _CONFIG)
     found |= {key: _token(settings[key]) for key in _SETTINGS if settings.get(key) is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,15 @@ def test_tokenizers_are_read_or_refused(file: str, key: str, value: Any, tmp_pat
         except MergelabError as error:
             assert "\n" not in str(error)  # noqa: PT017
     differing_parts({"a": folder, "b": bert(folder.parent / "other", 0, ["new"])})
+
+
+@pytest.mark.parametrize("content", [b"{bad", b"{}", b"[]", b"null", b"\xff", b"[" * 10_000])
+def test_a_damaged_tokenizer_is_named_among_differences(tmp_path: Path, content: bytes) -> None:
+    folders = {name: bert(tmp_path / name, 0, ["new"]) for name in "ab"}
+    (folders["b"] / "tokenizer.json").write_bytes(content)
+    assert differing_parts(folders) == ["tokenizer.json of b cannot be read"]
+    shutil.copy(folders["a"] / "tokenizer.json", folders["b"])
+    assert differing_parts(folders) == []
 
 
 @pytest.mark.parametrize("value", ["x", [5], {"a": 1}])
