@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from mergelab.tasks.metric import Direction
     from mergelab.tasks.spec import TaskSpec
 
+_FEW = 20  # examples
+
 
 @dataclass(frozen=True)
 class Evaluator:
@@ -64,6 +66,7 @@ class Evaluator:
             what = f"{data.spec.primary} on {count} {data.split} examples" if data.spec.metrics else data.split
             what = f"{count} prompts" if data.spec.kind == "prompts" else what
             what += self._windows(data.spec) if data.spec.kind == "language_modelling" else ""
+            what += ", too few for intervals and p-values to mean much" if data.spec.metrics and count < _FEW else ""
             parts.append(f"{label}: {what}")
         protocol = {
             "full": "whole split",
