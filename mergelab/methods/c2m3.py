@@ -18,7 +18,7 @@ from mergelab.engine.method import Substitute, merge_method
 from mergelab.methods.rebasin import PermutedSource, axis_indices, match, units_to_permute
 from mergelab.ops.permutations import Order, Permutation
 from mergelab.ops.philox import stream_key
-from mergelab.ops.soft_permutations import SoftOrder, SoftOrders, View, best_order, views_of
+from mergelab.ops.soft_permutations import AxisView, SoftOrder, SoftOrders, best_order, views_of
 from mergelab.ops.threads import in_order
 from mergelab.weights.align import AlignedModels
 from mergelab.weights.numerics import dot
@@ -148,7 +148,7 @@ class _Search:
     """
 
     sources: Sequence[TensorSource]
-    views: Mapping[str, Sequence[View]]
+    views: Mapping[str, Sequence[AxisView]]
 
     def run(self, start: Sequence[Orders], max_iterations: int) -> list[Orders]:
         """Return the orders that the Frank-Wolfe algorithm finds from a start."""
@@ -178,7 +178,7 @@ class _Search:
                 orders[name] = best_order(gradient.numpy())
         return found
 
-    def _add_gradients(self, view: View, soft: Sequence[SoftOrders], gradients: Sequence[Tensor]) -> None:
+    def _add_gradients(self, view: AxisView, soft: Sequence[SoftOrders], gradients: Sequence[Tensor]) -> None:
         """Add what a tensor adds to the gradients by the permutation of its rows, (position, unit)."""
         matrices = self._matrices(view)
         for part in view.parts(matrices[0]):
@@ -193,7 +193,7 @@ class _Search:
     def objective(self, soft: Sequence[SoftOrders]) -> float:
         """Return Σ_{s<t} ⟨model s, model t⟩."""
 
-        def summand(each: tuple[View, list[Tensor], slice]) -> float:
+        def summand(each: tuple[AxisView, list[Tensor], slice]) -> float:
             view, matrices, part = each
             moved = [_moved(view, matrix, part, own, own) for matrix, own in zip(matrices, soft, strict=True)]
             return float(_pair_products([[each] for each in moved])[0, 0])
@@ -204,7 +204,7 @@ class _Search:
         """Return the step towards ``targets`` of the largest objective, and how much it gains, relative to that."""
         ends = _soft(targets)
 
-        def summand(each: tuple[View, list[Tensor], slice]) -> NDArray[np.float64]:
+        def summand(each: tuple[AxisView, list[Tensor], slice]) -> NDArray[np.float64]:
             view, matrices, part = each
             return _pair_products([_along(view, *args, part) for args in zip(matrices, soft, ends, strict=True)])
 
@@ -219,21 +219,21 @@ class _Search:
         size = max(abs(objective(0.0)), abs(objective(best)), np.finfo(float).tiny)
         return best, float(objective(best) - objective(0.0)) / size
 
-    def _parts(self) -> Iterator[tuple[View, list[Tensor], slice]]:
+    def _parts(self) -> Iterator[tuple[AxisView, list[Tensor], slice]]:
         """Yield parts of each tensor of all models, each tensor once."""
         for view in {view.tensor: view for views in self.views.values() for view in views}.values():
             matrices = self._matrices(view)
             yield from ((view, matrices, part) for part in view.parts(matrices[0]))
 
-    def _matrices(self, view: View) -> list[Tensor]:
+    def _matrices(self, view: AxisView) -> list[Tensor]:
         return [view.matrix(source.get(view.tensor)) for source in self.sources]
 
 
-def _moved(view: View, matrix: Tensor, part: slice, rows: SoftOrders, columns: SoftOrders) -> Tensor:
+def _moved(view: AxisView, matrix: Tensor, part: slice, rows: SoftOrders, columns: SoftOrders) -> Tensor:
     return view.rows_mapped(view.columns_mapped(matrix, columns, part), rows)
 
 
-def _along(view: View, matrix: Tensor, start: SoftOrders, end: SoftOrders, part: slice) -> list[Tensor]:
+def _along(view: AxisView, matrix: Tensor, start: SoftOrders, end: SoftOrders, part: slice) -> list[Tensor]:
     """Return what goes with (1−s)², s(1−s) and s² in a part of a tensor that is mapped by (1−s)·start + s·end."""
     first, last = _moved(view, matrix, part, start, start), _moved(view, matrix, part, end, end)
     if view.columns is None:

@@ -71,7 +71,7 @@ def best_order(similarity: NDArray[np.float64]) -> Order:
 
 
 @dataclass(frozen=True)
-class Axis:
+class OrderedAxis:
     """What a permutation does along the axis of a tensor.
 
     Attributes:
@@ -114,7 +114,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class View:
+class AxisView:
     """A tensor as a matrix with a permutation's units along the rows.
 
     Attributes:
@@ -126,8 +126,8 @@ class View:
 
     tensor: str
     transposed: bool
-    rows: Axis
-    columns: Axis | None
+    rows: OrderedAxis
+    columns: OrderedAxis | None
 
     def matrix(self, tensor: Tensor) -> Tensor:
         """Return the tensor as such a matrix."""
@@ -148,17 +148,17 @@ class View:
         return self.rows.mapped(matrix, 0, soft)
 
 
-def views_of(permutations: Sequence[Permutation]) -> dict[str, tuple[View, ...]]:
+def views_of(permutations: Sequence[Permutation]) -> dict[str, tuple[AxisView, ...]]:
     """Return by permutation the tensors that have its units along an axis.
 
     On an axis there is one permutation at most.
     """
-    axes: dict[tuple[str, int], Axis] = {}
+    axes: dict[tuple[str, int], OrderedAxis] = {}
     for each in permutations:
         for slot in each.slots:
-            known = axes.get((slot.tensor, slot.axis), Axis(each.name, each.size, ()))
-            axes[slot.tensor, slot.axis] = Axis(known.permutation, known.size, (*known.slots, slot))
-    found: dict[str, list[View]] = {each.name: [] for each in permutations}
+            known = axes.get((slot.tensor, slot.axis), OrderedAxis(each.name, each.size, ()))
+            axes[slot.tensor, slot.axis] = OrderedAxis(known.permutation, known.size, (*known.slots, slot))
+    found: dict[str, list[AxisView]] = {each.name: [] for each in permutations}
     for (tensor, axis), own in axes.items():
-        found[own.permutation].append(View(tensor, axis == 1, own, axes.get((tensor, 1 - axis))))
+        found[own.permutation].append(AxisView(tensor, axis == 1, own, axes.get((tensor, 1 - axis))))
     return {name: tuple(views) for name, views in found.items()}

@@ -72,7 +72,10 @@ def test_perplexity_is_measured_recorded_and_better_when_less(mergelab_command: 
     outcome = mergelab_command(*WIKITEXT, "method=soup", "eval.protocol=holdout")
     assert outcome.code == 0, outcome.err
     assert "word_perplexity ↓" in outcome.out
-    assert "wikitext: word_perplexity on 6 test examples, windows of 48 tokens, 24 of them new, too few for " in outcome.out
+    assert (
+        "wikitext: word_perplexity on 6 test examples, windows of 48 tokens, 24 of them new, too few for "
+        in outcome.out
+    )
     assert "* best of its column (↓: less is better)" in outcome.out
     models = result(place)["models"]
     scores = {m["label"]: m["results"]["wikitext"]["report"]["token_perplexity"]["value"] for m in models}
