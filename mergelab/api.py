@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -27,7 +27,9 @@ from mergelab.engine.registry import check_parameters, get_method
 from mergelab.engine.run import merge
 from mergelab.engine.signatures import keywords
 from mergelab.errors import ConfigError, listed
-from mergelab.experiment.opening import MergeScope, open_models
+from mergelab.estimation.examples import Batch
+from mergelab.experiment.given_examples import GivenExamples
+from mergelab.experiment.opening import MergeScope, OpenedModels, open_models
 from mergelab.experiment.sources import ModelSource, from_list
 from mergelab.models.architecture import quiet_transformers
 from mergelab.models.configs import untied_config
@@ -51,6 +53,11 @@ _OLD_PARAMETERS: Mapping[str, tuple[str, Callable[[Any], Any]]] = {
     "tau": ("t", lambda tau: tau),
     "signs": ("weights", lambda signs: signs),
 }
+_EXAMPLES = """
+``examples`` has an entry for each expert, in their order: a list of batches, each a mapping of the module's inputs to
+tensors with a row for each example, as the expert's tokenizer returns them; with ``labels`` where the method needs
+them, as numbers of that expert's own outputs. The first ``samples`` examples are used. Padding is where
+``attention_mask`` is 0."""
 _IGNORED, _OLD_PASSTHROUGH = ("verbose",), "passthrough_layers"
 
 
@@ -70,28 +77,28 @@ def method_function(name: str) -> Callable[..., Any]:
         config: Literal["last"] | None = None,
         untie: bool = False,
         seed: int = 0,
+        examples: Sequence[Iterable[Batch]] | None = None,
         **parameters: Any,
     ) -> Any:
         parameters = {key: value for key, value in parameters.items() if key not in _IGNORED}
         passthrough = [*passthrough, *parameters.pop(_OLD_PASSTHROUGH, ())]
         checked = check_parameters(method, _new_spelling(method, parameters))
 
-        if method.needs:
-            raise ConfigError(
-                f"{method.name} needs examples of a task: run it with python -m mergelab method={method.name}"
-            )
+        _check_examples(method, examples, vocab)
 
-        def combine(aligned: AlignedModels, output: str | None = None) -> dict[str, Tensor]:
-            return dict(merge(method, checked, aligned, seed=seed, output=output))
+        def combine(opened: OpenedModels, output: str | None = None) -> dict[str, Tensor]:
+            given = None if examples is None else GivenExamples(opened, examples, task, method.name)
+            return dict(merge(method, checked, opened.aligned, seed=seed, output=output, examples=given))
 
+        opening = (task, base_index, passthrough, leave_out, vocab, config, untie)
         if not method.one_model_per_expert:
-            return _merge_models(models, combine, task, base_index, passthrough, leave_out, vocab, config, untie)
+            return _merge_models(models, combine, *opening, module_names=bool(method.needs))
 
         def for_expert(index: int) -> Any:
-            def own(aligned: AlignedModels) -> dict[str, Tensor]:
-                return combine(aligned, aligned.experts[index].name)
+            def own(opened: OpenedModels) -> dict[str, Tensor]:
+                return combine(opened, opened.aligned.experts[index].name)
 
-            return _merge_models(models, own, task, base_index, passthrough, leave_out, vocab, config, untie)
+            return _merge_models(models, own, *opening, module_names=bool(method.needs))
 
         return [for_expert(index) for index in range(len(models) - (base_index is not None))]
 
@@ -104,8 +111,29 @@ def method_function(name: str) -> Callable[..., Any]:
 def _signature(method: MergeMethod, merged: Callable[..., Any]) -> inspect.Signature:
     """Return the signature of a method's function, with the method's parameters in the place of ``**parameters``."""
     *common, _ = inspect.signature(merged).parameters.values()
+    if not _learns_from_examples(method):
+        common = [each for each in common if each.name != "examples"]
     result = "list[Any]" if method.one_model_per_expert else "Any"
     return inspect.Signature([*common, *keywords(method)], return_annotation=result)
+
+
+def _learns_from_examples(method: MergeMethod) -> bool:
+    return "data" in method.needs
+
+
+def _check_examples(method: MergeMethod, examples: Any, vocab: Policy | None) -> None:
+    """Raise `ConfigError` for examples that a method needs and does not get, or the other way round."""
+    run = f"run it with python -m mergelab method={method.name}"
+    if method.needs and not _learns_from_examples(method):
+        raise ConfigError(f"{method.name} needs examples that select: {run}")
+    if examples is None and method.needs:
+        raise ConfigError(
+            f"{method.name} learns from examples: give batches for each expert, examples=[[batch, …], …], or {run}"
+        )
+    if examples is not None and not method.needs:
+        raise ConfigError(f"examples: {method.name} learns from none")
+    if examples is not None and vocab is not None:
+        raise ConfigError(f"vocab={vocab!r}: not together with examples, whose tokens are those of one vocabulary")
 
 
 def old_keywords(method: MergeMethod) -> dict[str, str | None]:
@@ -135,6 +163,7 @@ def _usage(method: MergeMethod) -> str:
         "Models whose configs differ in what their weights mean are merged only with ``config='last'``, under the\n"
         "last one's. Models of which some tie input and output embeddings and others do not are merged untied with\n"
         "``untie=True``."
+        + (_EXAMPLES if _learns_from_examples(method) else "")
         + (" The result is a list of models, one for each expert." if method.one_model_per_expert else "")
     )
 
@@ -177,7 +206,8 @@ def model_merge(function: Callable[..., Mapping[str, Tensor]]) -> Callable[..., 
         if base_index is not None and _accepts(function, "base_index"):
             parameters["base_index"] = base_index
 
-        def combine(aligned: AlignedModels) -> dict[str, Tensor]:
+        def combine(opened: OpenedModels) -> dict[str, Tensor]:
+            aligned = opened.aligned
             dicts = [_state_dict(source, aligned) for source in aligned.experts]
             if aligned.base is not None and base_index is not None:
                 dicts.insert(base_index % (len(dicts) + 1), _state_dict(aligned.base, aligned))
@@ -216,7 +246,7 @@ def _accepts(function: Callable[..., Any], name: str) -> bool:
 
 def _merge_models(
     models: Sequence[Any],
-    combine: Callable[[AlignedModels], dict[str, Tensor]],
+    combine: Callable[[OpenedModels], dict[str, Tensor]],
     task: str | None,
     base_index: int | None,
     passthrough: Sequence[str],
@@ -224,6 +254,8 @@ def _merge_models(
     vocab: Policy | None = None,
     config: Literal["last"] | None = None,
     untie: bool = False,
+    *,
+    module_names: bool = False,
 ) -> Any:
     """Open ``models``, combine what they share, average what skips the merge, and return the last one's kind."""
     if not models:
@@ -247,12 +279,13 @@ def _merge_models(
         separate_heads=False,
         any_config=config is not None,
         untie=untie,
+        module_names=module_names,
         key="",
     )
     with torch.no_grad():
         opened = open_models(base, experts, scope)
         aligned = opened.aligned
-        merged = {**combine(aligned), **opened.passed_through}
+        merged = {**combine(opened), **opened.passed_through}
     for name in aligned.integers:
         merged.setdefault(name, (aligned.base or aligned.experts[0]).get(name))
     for alias, name in aligned.aliases.items():  # a user's function returns the merged names alone
