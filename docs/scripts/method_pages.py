@@ -32,7 +32,8 @@ code, and the paper. `python -m mergelab.methods` prints the same in a terminal.
 - **Which one?** Begin with `soup` for experts of one task and with `task_arithmetic` or `ties` for experts of several
   tasks. They need no data and take seconds. [Results](../results/methods.md) compares all methods on the miniature.
 - **Base.** A method that adds up task vectors needs the model that the experts were fine-tuned from.
-- **Data.** A method that needs examples reads them from the training split of each expert's own task.
+- **Data.** A method that needs examples reads them from the training split of each expert's own task. From Python they
+  may also be [given](../python/index.md).
 - **Notation.** θ0 is the base, θ_t the expert t of T, τ_t = θ_t − θ0 its task vector, w_t its weight, and λ the scale
   of the merged task vector.
 - **Tested.** [Parity](../../experiments/PARITY.md) lists how far each method is from other implementations of it.
