@@ -1,5 +1,5 @@
 # Written by python -m mergelab.notebook.stub from the methods' parameters.
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, TypeAlias
 
@@ -7,6 +7,7 @@ from torch import nn
 
 from mergelab.api import layer_merge as layer_merge
 from mergelab.api import model_merge as model_merge
+from mergelab.estimation.examples import Batch
 from mergelab.evaluation.pipeline import evaluate_glue_pipeline as evaluate_glue_pipeline
 from mergelab.experiment.module_average import module_average as module_average
 from mergelab.models.vocabulary import Policy

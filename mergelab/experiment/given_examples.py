@@ -101,7 +101,8 @@ class GivenExamples:
             raise ConfigError(f"method={self.method}: runs the models, and {last.name} is a state dict; give modules")
         if self.task is None:
             raise ConfigError("merging hub ids or folders makes a pipeline: say which with task='text-classification'")
-        return load_model(last.folder, self.task, checkpoint=last.checkpoint, dtype=torch.float32).eval()
+        loaded: nn.Module = load_model(last.folder, self.task, checkpoint=last.checkpoint, dtype=torch.float32)
+        return loaded.eval()
 
     def of(self, expert: str, *, samples: int, seed: int, labelled: bool = False) -> GivenOfExpert:
         """Return the first ``samples`` examples of one expert.
