@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -44,15 +45,13 @@ class LocalPaths:
 
     def masked(self, text: str) -> str:
         """Return a text without paths of this machine, passwords and the token of the hub."""
-        from huggingface_hub import get_token
-
         if self._names:
             longest_first = sorted(self._names, key=len, reverse=True)
             known = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, longest_first))})(?![\w-])")
             text = known.sub(lambda found: self._names[found[0]], text)
         text = _SQLITE.sub(lambda found: f"{found['scheme']}{name_of(found['path'])}", text)
         text = _PATH.sub(lambda found: name_of(found[0]), text)
-        if token := get_token():
+        if token := _hub_token():
             text = text.replace(token, MASK)
         return without_password(text)
 
@@ -65,6 +64,15 @@ class LocalPaths:
         if isinstance(values, str):
             return self._names.get(values) or self.masked(values)
         return values
+
+
+def _hub_token() -> str | None:
+    """Return the token of the hub; ``None`` where there is none, or none that this user can read."""
+    from huggingface_hub import get_token
+
+    with contextlib.suppress(OSError):
+        return get_token()
+    return None
 
 
 def _texts(values: Any) -> Iterator[str]:

@@ -42,3 +42,13 @@ def test_relative_folders_that_are_there_become_names(workplace: Path) -> None:
 def test_the_token_of_the_hub_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
     assert "secret" not in LocalPaths({}).masked("note=hf_secretsecretsecret")
+
+
+def test_a_token_that_cannot_be_read_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path))  # a folder
+    assert LocalPaths({}).masked("/home/me/model") == "model"
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(file / "token"))
+    assert LocalPaths({}).masked("/home/me/model") == "model"
