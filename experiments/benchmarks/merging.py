@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from model_sets import SETS, build
 
 DENSITY = 0.2
+LARGE = 4e9  # bytes of a model
 # A method here, its settings on mergelab's command line, its name in mergekit and that one's parameters.
 METHODS: dict[str, tuple[list[str], str, str]] = {
     "soup": ([], "linear", "{weight: 1.0}"),
@@ -171,7 +172,8 @@ def contenders(method: str, args: argparse.Namespace, folders: list[Path], work:
     }
     (work / "numpy").mkdir()
     (work / "peft").mkdir()
-    if method == "ties":
+    size = sum(file.stat().st_size for file in folders[0].glob("*.safetensors"))
+    if method == "ties" and size < LARGE:  # it holds all models in memory, as float32
         commands["NumPy quantiles"] = [sys.executable, "-c", QUANTILES, density, str(work / "numpy"), *names]
     if args.peft and method in ("task_arithmetic", "ties", "dare", "dare_ties"):
         share = "1" if density == "-" else density

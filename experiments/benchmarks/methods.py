@@ -40,9 +40,8 @@ from mergelab.engine.registry import get_method
 from mergelab.engine.run import merge
 from mergelab.estimation.examples import Batch
 from mergelab.estimation.fisher import diagonal_fisher
-from mergelab.estimation.forward import on_one_thread
 from mergelab.estimation.input_gram import InputGram, run_for_gram
-from mergelab.ops.threads import in_order, thread_count
+from mergelab.ops.threads import in_order, on_one_thread, thread_count
 from mergelab.weights.align import AlignedModels, align
 from mergelab.weights.checkpoint import open_checkpoint
 

@@ -41,10 +41,21 @@ def _llama() -> Any:
     return LlamaForCausalLM(config)
 
 
+def _llama_3b() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        num_key_value_heads=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
 SETS = {
     "bert-base": ModelSet(_bert, 5, torch.float32),  # 109.5 M parameters
     "gpt2": ModelSet(_gpt2, 2, torch.float32),  # 124 M
     "llama-1.1b": ModelSet(_llama, 2, torch.bfloat16),  # 1.1 G
+    "llama-3.2-3b": ModelSet(_llama_3b, 2, torch.bfloat16),  # 3.2 G
 }
 
 

@@ -24,6 +24,8 @@ Array = np.ndarray[Any, Any]
 
 # Resamples × examples that are worked on at a time: about 16 MB per array.
 _CHUNK = 2_000_000
+# Resamples of those of lm-eval's metrics that go through pairs or texts in Python, for their intervals.
+_SLOW_RESAMPLES = 200
 
 
 def bootstrap_interval(
@@ -53,8 +55,8 @@ def bootstrap_interval(
     for suffix, members in [("", np.arange(len(truth))), *((f"_{name}", m) for name, m in part_members(spec, parts))]:
         random = np.random.default_rng([seed, len(bounds)])
         (values,) = _resampled(spec, [outputs[members]], truth[members], samples, random)
-        for name in spec.metrics:
-            low, high = np.quantile(values[name], [tail, 1 - tail])
+        for name, drawn in values.items():
+            low, high = np.quantile(drawn, [tail, 1 - tail])
             bounds[name + suffix] = (float(low), float(high))
     return bounds
 
@@ -125,6 +127,8 @@ def _resampled(
         return _resampled_cells(spec, models, samples, random)
     if spec.kind == "regression":
         return _resampled_counts(spec, models, samples, random)
+    if spec.kind == "lm_eval":
+        return _resampled_documents(models, truth, samples, random)
     return _resampled_rows(spec, models, samples, random)
 
 
@@ -174,6 +178,31 @@ def _resampled_rows(
         for values, rows in zip(found, models, strict=True):
             for name in spec.metrics:
                 values[name][index] = value_of_rows(spec, name, rows[name][drawn])
+    return found
+
+
+def _resampled_documents(
+    models: Sequence[dict[str, Array]], tasks: Array, samples: int, random: np.random.Generator
+) -> list[dict[str, Array]]:
+    """Draw documents of each of lm-eval's tasks among its own, and compute each resample's metrics.
+
+    Metrics of pairs or texts have fewer values, where they are not alone.
+    """
+    strata = [np.flatnonzero(tasks == task) for task in np.unique(tasks)]
+    few = [name for name, rows in models[0].items() if rows.dtype == object and len(models[0]) > 1]
+    counts = {name: min(samples, _SLOW_RESAMPLES) if name in few else samples for name in models[0]}
+    found = [{name: np.empty(counts[name]) for name in rows} for rows in models]
+    having = [
+        {name: [at for at, own in enumerate(strata) if (rows[own, 0] >= 0).any()] for name, rows in model.items()}
+        for model in models
+    ]
+    for index in range(samples):
+        drawn = [own[random.integers(len(own), size=len(own))] for own in strata]
+        for values, model, places in zip(found, models, having, strict=True):
+            for name, rows in model.items():
+                if index < counts[name]:
+                    of_tasks = np.concatenate([drawn[at] for at in places[name]])
+                    values[name][index] = get_metric(name).from_statistics(rows[of_tasks])
     return found
 
 

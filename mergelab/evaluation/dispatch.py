@@ -77,7 +77,7 @@ def prepare(
     if kind == "lm_eval":
         from mergelab.evaluation.lm_eval import LmEvalRun
 
-        return LmEvalRun(data.spec, tokenizer)
+        return LmEvalRun(data.spec, tokenizer, data.labels, data.idx)
     if kind == "language_modelling":
         from mergelab.evaluation.perplexity import encode_windows
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from mergelab.cache import cache_dir, warn_of_cache
 from mergelab.config import EvalConfig
-from mergelab.errors import ConfigError, did_you_mean, listed
 from mergelab.evaluation.bootstrap import bootstrap_interval, paired_test
 from mergelab.tasks.metric import Direction, get_metric
 from mergelab.tasks.splits import holdout
@@ -22,7 +21,6 @@ from mergelab.weights.unfinished import unfinished_file
 
 if TYPE_CHECKING:
     from mergelab.tasks.data import TaskData
-    from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
 
@@ -93,8 +91,6 @@ def measure(data: TaskData, outputs: Array, examples: Examples, config: EvalConf
 
     spec, truth, parts = data.spec, data.truth, data.parts
     select, shown = examples.select, examples.report
-    if spec.kind == "lm_eval":
-        return _lm_eval_result(spec, outputs)
     if not spec.metrics:
         texts = tuple((prompt, text) for (prompt,), text in zip(data.texts, outputs.tolist(), strict=True))
         return TaskResult(spec.name, "", {}, {}, 0, len(data), texts=texts)
@@ -105,24 +101,9 @@ def measure(data: TaskData, outputs: Array, examples: Examples, config: EvalConf
     )
     report = {name: Score(value, *bounds[name]) for name, value in values.items()}
     suffixes = ["", *(f"_{name}" for name, _ in part_members(spec, parts[shown]))]
-    less = [name for name in spec.metrics if get_metric(name).direction == "minimize"]
+    less = [name for name in spec.metrics if name in values and get_metric(name).direction == "minimize"]
     minimized = tuple(name + suffix for suffix in suffixes for name in less)
     return TaskResult(spec.name, spec.primary, selected, report, len(select), len(shown), minimized)
-
-
-def _lm_eval_result(spec: TaskSpec, outputs: Array) -> TaskResult:
-    """Report what lm-eval found."""
-    from mergelab.evaluation.lm_eval import scores_of
-
-    scores, examples = scores_of(outputs)
-    primary = spec.primary or next(iter(scores), "")
-    if primary not in scores:
-        raise ConfigError(
-            f"task.primary={primary!r}: lm-eval reports {listed(scores, 20)}{did_you_mean(primary, scores)}"
-        )
-    report = {name: Score(own.value, *own.interval) for name, own in scores.items()}
-    less = tuple(name for name, own in scores.items() if not own.greater_is_better)
-    return TaskResult(spec.name, primary, {}, report, 0, examples, less)
 
 
 def compare(data: TaskData, outputs: Array, other: Array, examples: Examples, config: EvalConfig, seed: int) -> float:

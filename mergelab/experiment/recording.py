@@ -325,11 +325,14 @@ def _log_predictions(run: Run, model: ModelResult, evaluator: Evaluator) -> None
 
 
 def _prediction_columns(data: TaskData, outputs: Any) -> dict[str, Any]:
-    """Return the columns of a task's predictions: inputs or labels, references, outputs."""
+    """Return the columns of a task's predictions: inputs or labels, references, outputs; of lm-eval its values."""
     if data.spec.kind == "language_modelling":
         nll, tokens, words = outputs.T
         texts = [text for _, text in data.texts]
         return {"text": texts, "negative_log_likelihood": nll, "tokens": tokens, "words": words}
+    if data.spec.kind == "lm_eval":
+        documents = [document for (document,) in data.texts]
+        return {"task": data.labels, "document": documents, "values": outputs.tolist()}
     if not data.spec.outputs:
         right = {} if data.references is None else {"references": [list(texts) for texts in data.references]}
         return {"prompt": [prompt for (prompt,) in data.texts], **right, "prediction": outputs.tolist()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,9 @@ Array = np.ndarray[Any, Any]
 EXPERT, SOUP = "best expert", "soup"
 _P_VS_SOUP = names.p_value("soup")
 _LEAST_SAMPLES = 1000  # as in an experiment's own test
+# Resamples for each test of a family. The least p-value of a test is 1 / (1 + resamples): times the number of tests it
+# must be below any level of interest, or no difference however large could be told from noise.
+_SAMPLES_PER_TEST = 40
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,32 @@ class PairedTest:
     family: int = 1
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """Two models to be tested on a task; ``logged`` is the p-value that the run has of it."""
+
+    row: Row
+    other: str
+    rival: Row
+    task: str
+    metric: str
+    logged: float | None
+
+    @property
+    def family(self) -> tuple[str, frozenset[str]]:
+        """What a test is corrected with: the tests against one kind of model, of merges of the same models."""
+        return self.other, self.row.models
+
+    def tested(self, predictions: _Predictions, family: int) -> PairedTest:
+        """Test them, as one of ``family`` tests."""
+        difference = self.row.scores[self.metric].value - self.rival.scores[self.metric].value
+        p_value, least = self.logged, max(_LEAST_SAMPLES, _SAMPLES_PER_TEST * family)
+        if p_value is None or least > predictions.samples(self.row):
+            computed = predictions.p_value(self.row, self.rival, self.task, least)
+            p_value = p_value if computed is None else computed
+        return PairedTest(self.row, self.other, self.rival.label, self.task, difference, p_value)
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values for their number, in the same order: Holm's step-down procedure.
 
@@ -73,8 +103,8 @@ def paired_tests(
 ) -> list[PairedTest]:
     """Test every merged model of a group on each of its tasks, and correct the p-values of each family.
 
-    A test that the run has logged itself is taken from there; others are computed from logged predictions. A family is
-    all tests against one kind of model from the same inputs.
+    A test that the run has logged itself is taken from there, if it has resamples enough for its family; others are
+    computed from logged predictions. A family is all tests against one kind of model from the same inputs.
 
     Args:
         group: the models.
@@ -86,10 +116,15 @@ def paired_tests(
     found: list[PairedTest] = []
     with tempfile.TemporaryDirectory() as folder:
         predictions = _Predictions(tracker, Path(folder), _specs(group, configuration))
-        for index, row in enumerate(merged):
-            progress("paired tests", index / len(merged))
-            found += _against_experts(group, row, predictions)
-            found += _against_soup(group, row, predictions)
+        pairs = [
+            pair
+            for row in merged
+            for pair in (*_against_experts(group, row, predictions), *_against_soup(group, row, predictions))
+        ]
+        families = Counter(pair.family for pair in pairs)
+        for index, pair in enumerate(pairs):
+            progress("paired tests", index / len(pairs))
+            found.append(pair.tested(predictions, families[pair.family]))
     return _corrected(found)
 
 
@@ -100,7 +135,7 @@ def untested(tests: Sequence[PairedTest]) -> str:
     return f"not tested, since {why}: {listed(labels, 3)}" if labels else ""
 
 
-def _against_experts(group: Group, row: Row, predictions: _Predictions) -> list[PairedTest]:
+def _against_experts(group: Group, row: Row, predictions: _Predictions) -> list[_Pair]:
     experts = group.experts_of(row)
     found = []
     for task in group.tasks:
@@ -115,11 +150,11 @@ def _against_experts(group: Group, row: Row, predictions: _Predictions) -> list[
         # A run has logged the test against the best of all its experts, of which one may have no run here.
         whole = len(group.tasks) == 1 and not group.missing_experts(row)
         logged = row.logged.get(names.P_VS_BEST_EXPERT) if whole else None
-        found.append(_tested(row, EXPERT, best, task, metric, logged, predictions))
+        found.append(_Pair(row, EXPERT, best, task, metric, logged))
     return found
 
 
-def _against_soup(group: Group, row: Row, predictions: _Predictions) -> list[PairedTest]:
+def _against_soup(group: Group, row: Row, predictions: _Predictions) -> list[_Pair]:
     if row.is_soup or not row.own_run:
         return []
     soups = [other for other in group.merged if other.is_soup and other.models == row.models]
@@ -135,16 +170,8 @@ def _against_soup(group: Group, row: Row, predictions: _Predictions) -> list[Pai
         if metric is None or metric not in row.scores or metric not in soup.scores:
             continue
         logged = row.logged.get(_P_VS_SOUP) if len(group.tasks) == 1 else None
-        found.append(_tested(row, SOUP, soup, task, metric, logged, predictions))
+        found.append(_Pair(row, SOUP, soup, task, metric, logged))
     return found
-
-
-def _tested(
-    row: Row, other: str, rival: Row, task: str, metric: str, logged: float | None, predictions: _Predictions
-) -> PairedTest:
-    difference = row.scores[metric].value - rival.scores[metric].value
-    p_value = predictions.p_value(row, rival, task) if logged is None else logged
-    return PairedTest(row, other, rival.label, task, difference, p_value)
 
 
 def _corrected(tests: Sequence[PairedTest]) -> list[PairedTest]:
@@ -194,13 +221,20 @@ class _Predictions:
         """Return whether less of the task's primary metric is better."""
         return self.specs[task].direction == "minimize"
 
-    def p_value(self, row: Row, other: Row, task: str) -> float | None:
-        """Test two models on the reporting examples; None where predictions are missing, or are of other examples."""
+    def samples(self, row: Row) -> int:
+        """Return the resamples of a run's own tests."""
+        return max(int(row.run.record.params.get("eval.bootstrap", _LEAST_SAMPLES)), _LEAST_SAMPLES)
+
+    def p_value(self, row: Row, other: Row, task: str, least: int) -> float | None:
+        """Test two models on the reporting examples, with at least so many resamples.
+
+        Returns:
+            None where predictions are missing, or are of other examples.
+        """
         own, rival = self._of(row, task), self._of(other, task)
         if own is None or rival is None or own[0].tolist() != rival[0].tolist():
             return None
-        params = row.run.record.params
-        samples = max(int(params.get("eval.bootstrap", _LEAST_SAMPLES)), _LEAST_SAMPLES)
+        samples = max(self.samples(row), least)
         seed = int(row.run.record.tags.get(names.SEED, 0))
         return paired_test(self.specs[task], own[1], rival[1], own[2], samples=samples, seed=seed)
 
@@ -232,13 +266,16 @@ def read_predictions(file: Path, spec: TaskSpec) -> tuple[Array, Array, Array] |
     needed = {
         "generation": ("prediction", "references"),
         "language_modelling": ("negative_log_likelihood", "tokens", "words"),
+        "lm_eval": ("values", "task"),
     }.get(spec.kind, ("label", *(f"output_{index}" for index in range(spec.outputs))))
-    if not {"idx", "reports", *needed} <= columns.keys() or spec.kind in ("prompts", "lm_eval"):
+    if not {"idx", "reports", *needed} <= columns.keys() or spec.kind == "prompts":
         return None
     reports = np.asarray(columns["reports"], bool)
     numbers = np.asarray(columns["idx"])[reports]
     if spec.kind == "generation":
         return numbers, _objects(columns["prediction"])[reports], _objects(map(tuple, columns["references"]))[reports]
+    if spec.kind == "lm_eval":
+        return numbers, _objects(columns["values"])[reports], np.asarray(columns["task"])[reports]
     if spec.kind == "language_modelling":
         outputs = np.stack([np.asarray(columns[name], np.float64) for name in needed], axis=1)[reports]
         return numbers, outputs, np.zeros(len(outputs), np.int64)

@@ -104,7 +104,10 @@ def pareto(points: Sequence[tuple[float, float]]) -> set[int]:
 
 
 def _lessens(key: str) -> bool:
-    try:
-        return get_metric(key.rpartition("/")[2]).direction == "minimize"
-    except ConfigError:
-        return False
+    parts = key.split("/")
+    for start in range(len(parts)):  # lm-eval's metrics have a slash
+        try:
+            return get_metric("/".join(parts[start:])).direction == "minimize"
+        except ConfigError:
+            continue
+    return False

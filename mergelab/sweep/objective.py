@@ -72,6 +72,8 @@ def _objective(name: str, tasks: Sequence[TaskSpec]) -> Objective:
                 f"less says nothing; name tasks: sweep.objective=[{','.join(by_name)}]"
             )
         return Objective(name, None, "", directions.pop())
+    if len(tasks) == 1 and name in tasks[0].metrics:  # lm-eval's metrics have a slash
+        return Objective(name, tasks[0].name, name, get_metric(name).direction)
     task, _, metric = name.rpartition("/") if "/" in name else (name, "", "") if name in by_name else ("", "", name)
     if not task and len(tasks) == 1:
         task = tasks[0].name

@@ -95,10 +95,10 @@ def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, overrid
 
 
 def is_pruned(settings: SweepConfig, plan: Plan) -> bool:
-    """Return whether trials can be pruned: one objective, one task, examples in random order."""
+    """Return whether trials can be pruned: one objective, one task, examples in random order (lm-eval takes all)."""
     several = isinstance(settings.objective, list) and len(settings.objective) > 1
     wanted = settings.evaluation == "pruned" and pruner_name(settings.pruner) != "none"
-    return wanted and len(plan.tasks) == 1 and not several
+    return wanted and len(plan.tasks) == 1 and plan.tasks[0].kind != "lm_eval" and not several
 
 
 def not_adaptive(settings: SweepConfig, plan: Plan) -> str | None:

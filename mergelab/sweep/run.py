@@ -139,7 +139,7 @@ def _announce(sweep: Sweep, study: SweepStudy) -> None:
         *_launcher_line(sweep),
     ]
     if settings.evaluation == "pruned" and pruner != "none" and not prunes:
-        lines.append("          trials are not pruned: that takes one task and one objective")
+        lines.append("          trials are not pruned: that takes one task, not of lm-eval, and one objective")
     say("\n".join(lines))
 
 

@@ -113,7 +113,7 @@ class SelectingEvaluation:
         scores = {
             metric + suffix: value_of_rows(data.spec, metric, statistics[metric][members])
             for suffix, members in splits
-            for metric in data.spec.metrics
+            for metric in statistics
         }
         less = (data.spec.primary,) if data.spec.direction == "minimize" else ()
         return TaskResult(name, data.spec.primary, scores, {}, len(seen), 0, less)

@@ -157,12 +157,14 @@ def _prompts(spec: TaskSpec, limit: int | None) -> TaskData:
 
 
 def _lm_eval_data(spec: TaskSpec) -> TaskData:
-    """Leave the examples to lm-eval."""
-    from importlib.metadata import version
+    """Take the documents of lm-eval's tasks; those of each task are a class, so that every choice has its share."""
+    from mergelab.tasks.lm_eval import documents
 
-    none = np.zeros(0, dtype=np.int64)
-    told = hashlib.sha256(f"lm-eval {version('lm-eval')}".encode()).hexdigest()
-    return TaskData(spec, (), none, none, none, listed(spec.lm_eval_tasks), "given", "lm-eval", told)
+    texts, tasks, numbers, fingerprint = documents(spec)
+    rows, zeros = tuple((text,) for text in texts), np.zeros(len(texts), np.int64)
+    return TaskData(
+        spec, rows, tasks, numbers, zeros, listed(spec.lm_eval_tasks), "given", "lm-eval", fingerprint
+    )  # fmt: skip
 
 
 def _fingerprint(texts: Sequence[tuple[str, ...]], labels: Array, references: Array) -> str:

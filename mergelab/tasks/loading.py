@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 from mergelab.config import CONF_DIR, check
 from mergelab.errors import ConfigError, DataError, did_you_mean, listed
+from mergelab.tasks.lm_eval import with_metrics
 from mergelab.tasks.metric import get_metric
 from mergelab.tasks.prompting import AnswerKind, fewshot_examples, plain_word, template_columns
 from mergelab.tasks.schema import (
@@ -186,9 +186,7 @@ def tasks_from_config(node: Mapping[str, Any]) -> Suite:
         DataError: a suite names a task that does not exist.
     """
     if "members" not in node:
-        task = task_from_config(node)
-        if task.kind == "lm_eval":
-            check_installed()
+        task = with_metrics(task_from_config(node))
         return Suite(task.name, (task,), node.get("data_dir"), node.get("limit"))
     suite = check(SuiteSchema, node, "task")
     if len(set(suite.members)) < len(suite.members):
@@ -196,7 +194,7 @@ def tasks_from_config(node: Mapping[str, Any]) -> Suite:
     for name in suite.splits:
         if name not in suite.members:
             raise ConfigError(f"task.splits.{name}: not among task.members{did_you_mean(name, suite.members)}")
-    tasks = [load_task(name) for name in suite.members]
+    tasks = [with_metrics(load_task(name)) for name in suite.members]
     chosen = [replace(task, splits=tuple(suite.splits.get(task.name, task.splits))) for task in tasks]
     return Suite(suite.name, tuple(chosen), suite.data_dir, suite.limit)
 
@@ -238,15 +236,3 @@ def _read(name: str) -> dict[str, Any]:
 
     node: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "task" / f"{name}.yaml"))
     return {key: value for key, value in node.items() if key != "defaults"}
-
-
-def check_installed() -> None:
-    """Check that lm-eval is installed.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    if find_spec("lm_eval") is None:
-        raise ConfigError(
-            "task=lm_eval: needs the package lm-eval, which is not installed: pip install 'mergelab[lm-eval]'"
-        )

@@ -61,11 +61,11 @@ class Metric(ABC):
         num_labels: how many labels a task must have; None: any number.
     """
 
-    name: ClassVar[str]
+    name: str
     citation: ClassVar[str]
     kinds: ClassVar[tuple[ScoredKind, ...]]
     answers: ClassVar[tuple[AnswerKind, ...]]
-    direction: ClassVar[Direction]
+    direction: Direction
     chance: ClassVar[Chance]
     min_examples: ClassVar[int]
     num_labels: ClassVar[int | None] = None
@@ -223,19 +223,30 @@ def _allowed(cls: type[Metric], base: type[Metric]) -> Mapping[str, tuple[bool, 
 
 # --------------------------------------------------------------------------------------------------------------- lookup
 
+_DECLARED: dict[str, Metric] = {}
+
 
 def metric_names() -> tuple[str, ...]:
     """List the metrics, sorted; files whose names begin with an underscore share code and are none."""
     return tuple(sorted(path.stem for path in _FOLDER.glob("*.py") if not path.stem.startswith("_")))
 
 
-@functools.cache
+def declare(metric: Metric) -> None:
+    """Make a metric that has no file, one of another library's tasks, known by its name for the rest of the process."""
+    _DECLARED[metric.name] = metric
+
+
 def get_metric(name: str) -> Metric:
     """Find a metric by its name; one from elsewhere by its module and name (``my_metrics.brier``).
 
     Raises:
         ConfigError: there is none, its file cannot be imported, or it is declared incompletely.
     """
+    return _DECLARED.get(name) or _imported(name)
+
+
+@functools.cache
+def _imported(name: str) -> Metric:
     dotted = "." in name and all(part.isidentifier() for part in name.split("."))
     if not dotted and name not in (names := metric_names()):
         raise ConfigError(

@@ -15,7 +15,7 @@ from mlflow.tracking import MlflowClient
 
 from tests.conftest import Outcome
 from tests.tasks.tiny import sentences
-from tests.tasks.writers import writer
+from tests.tasks.writers import save_writers
 
 Command = Callable[..., Outcome]
 MODELS = ("models.base=./base", "models.experts=[./a,./b]", "models.head=average")
@@ -26,14 +26,7 @@ ROWS = 16
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GPT-2, two models near it, and data of two tasks."""
     folder = tmp_path_factory.mktemp("writers")
-    for seed, name in enumerate(("base", "a", "b")):
-        model, tokenizer = writer("gpt2")
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters() if seed else ():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    save_writers(folder)
     (folder / "data" / "samsum").mkdir(parents=True)
     rows = {"dialogue": [text[:60] for text in sentences(ROWS, 0)], "summary": sentences(ROWS, 1)}
     pq.write_table(pa.table(rows), folder / "data" / "samsum" / "validation.parquet")
@@ -234,54 +227,7 @@ def test_a_model_of_the_wrong_kind_is_one_line(mergelab_command: Command, place:
 def test_lm_eval_that_is_not_installed_is_one_line(
     mergelab_command: Command, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mergelab.tasks.loading.find_spec", lambda _name: None)
+    monkeypatch.setattr("mergelab.tasks.lm_eval.find_spec", lambda _name: None)
     outcome = mergelab_command("task=lm_eval", "task.tasks=[arc_easy]", *MODELS)
     assert outcome.code == 2
     assert "task=lm_eval: needs the package lm-eval, which is not installed: pip install" in outcome.err
-
-
-TASK = """
-task: tiny_words
-dataset_path: json
-dataset_kwargs: {data_files: FOLDER/words.jsonl}
-test_split: train
-output_type: loglikelihood
-doc_to_text: "{{text}}"
-doc_to_target: "{{target}}"
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}
-"""
-
-
-def test_lm_eval_measures_the_models_in_memory(
-    mergelab_command: Command, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
-    (place / "tasks").mkdir()
-    (place / "tasks" / "tiny_words.yaml").write_text(TASK.replace("FOLDER", str(place / "tasks")))
-    words = [text.split()[:4] for text in sentences(12, 5) if len(text.split()) > 3]
-    rows = [{"text": " ".join(some[:3]), "target": f" {some[3]}"} for some in words]
-    (place / "tasks" / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = ("task=lm_eval", "task.tasks=[tiny_words]", "task.include_path=tasks", "method=soup", "output=merged")
-    outcome = mergelab_command(*told, "task.primary=tiny_words/perplexity", *MODELS)
-    assert outcome.code == 0, outcome.err
-    scores = result(place)["models"][-1]["results"]["lm_eval"]
-    assert scores["minimized"] == ["tiny_words/perplexity"]
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(place / "merged").eval()
-    tokenizer = AutoTokenizer.from_pretrained(place / "merged")
-    logs = []
-    for row in rows:
-        context, target = tokenizer(row["text"])["input_ids"], tokenizer(row["target"])["input_ids"]
-        with torch.no_grad():
-            p = model(torch.tensor([context + target])).logits[0].double().log_softmax(-1)
-        logs.append(sum(float(p[len(context) + i - 1, token]) for i, token in enumerate(target)))
-    expected = float(torch.tensor(-sum(logs) / len(logs)).double().exp())
-    assert scores["report"]["tiny_words/perplexity"]["value"] == pytest.approx(expected, rel=1e-3)
-    (run,) = (run for run in runs(place, "lm_eval") if run.data.tags["mergelab.kind"] == "merge")
-    assert run.data.metrics["report/tiny_words/perplexity"] == pytest.approx(expected, rel=1e-3)
-    outcome = mergelab_command("task=lm_eval", "task.tasks=[tiny_wrods]", "task.include_path=tasks", *MODELS)
-    assert outcome.code == 2
-    assert "lm-eval has no task 'tiny_wrods'; did you mean 'tiny_words'?" in outcome.err

@@ -81,6 +81,19 @@ def test_a_logged_test_is_not_computed_again(compared: Store) -> None:
     assert found_tests("rte")["dare", EXPERT].p_value == 0.123
 
 
+def test_a_large_difference_is_significant_however_few_resamples_its_run_took(
+    compared: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mergelab.report.significance._LEAST_SAMPLES", 20)
+    logged = {names.P_VS_BEST_EXPERT: 1 / 21}  # the least that 20 resamples can say; of four tests 0.19
+    options = ("method=dare", "task=rte", "eval.bootstrap=20")
+    compared.run("merge", *options, correct=right_on(20), metrics=logged, name="rte dare")
+    test = found_tests("rte")["dare", EXPERT]
+    assert test.family == 4
+    assert test.adjusted is not None
+    assert test.adjusted < 0.05
+
+
 def test_a_merge_whose_predictions_are_missing_is_said_to_be_untested(
     compared: Store, report: Callable[..., Outcome]
 ) -> None:

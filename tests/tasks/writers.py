@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -115,3 +116,15 @@ def generation_task(**settings: Any) -> TaskSpec:
             "references": ["answer"], "metrics": ["exact_match"], "primary": "exact_match", **settings,
         }
     )  # fmt: skip
+
+
+def save_writers(folder: Path) -> None:
+    """Save a tiny GPT-2 as ``base``, and two models near it as ``a`` and ``b``."""
+    for seed, name in enumerate(("base", "a", "b")):
+        model, tokenizer = writer("gpt2")
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters() if seed else ():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)

@@ -53,9 +53,10 @@ def score(spec: TaskSpec, outputs: Array, truth: Array, *, parts: Array | None =
         def value(name: str, members: Array | slice) -> float:
             return value_of_rows(spec, name, rows[name][members])
 
-    values = {name: value(name, slice(None)) for name in spec.metrics}
+    names = spec.metrics if spec.outputs else tuple(rows)
+    values = {name: value(name, slice(None)) for name in names}
     for suffix, members in part_members(spec, parts):
-        values |= {f"{name}_{suffix}": value(name, members) for name in spec.metrics}
+        values |= {f"{name}_{suffix}": value(name, members) for name in names}
     return values
 
 
@@ -63,14 +64,16 @@ def example_statistics(spec: TaskSpec, outputs: Array, truth: Array) -> dict[str
     """Return what each metric of a task needs of each example.
 
     Returns:
-        (n, k) float64 by metric; `value_of_rows` computes the metric of any choice of the rows.
+        (n, k) float64 by metric; `value_of_rows` computes the metric of any choice of the rows. Of lm-eval's metrics
+        those that have any of the documents.
 
     Raises:
-        DataError: the numbers of examples differ, or an example has no reference.
+        DataError: the numbers of examples differ, an example has no reference, or no document has the primary metric.
     """
     if spec.kind != "generation":
         predictions = predicted(spec, outputs) if spec.outputs else outputs
-        return {name: get_metric(name).statistics(predictions, truth) for name in spec.metrics}
+        found = {name: get_metric(name).statistics(predictions, truth) for name in spec.metrics}
+        return _with_documents(spec, found) if spec.kind == "lm_eval" else found
     words = spec.verbalizer or spec.labels or ()
     answers = tuple(answer(spec.answer, text, words) for text in outputs.tolist())
     references = tuple(truth.tolist())
@@ -79,6 +82,13 @@ def example_statistics(spec: TaskSpec, outputs: Array, truth: Array) -> dict[str
     if missing := [i for i, texts in enumerate(references) if not texts]:
         raise DataError(f"{spec.name}: {len(missing)} examples have no reference (the first is number {missing[0]})")
     return {name: _text_statistics(get_metric(name), answers, references, words) for name in spec.metrics}
+
+
+def _with_documents(spec: TaskSpec, found: dict[str, Array]) -> dict[str, Array]:
+    found = {name: rows for name, rows in found.items() if (rows[:, 0] >= 0).any()}
+    if spec.primary not in found:
+        raise DataError(f"{spec.name}: none of the documents has {spec.primary}; measure more (task.limit)")
+    return found
 
 
 def value_of_rows(spec: TaskSpec, name: str, rows: Array) -> float:
@@ -132,7 +142,7 @@ def check_scorable(spec: TaskSpec, outputs: Array, truth: Array) -> None:
     Raises:
         DataError: they do not, or there are none.
     """
-    each = {"generation": (), "language_modelling": (3,)}.get(spec.kind, (spec.outputs,))
+    each = {"generation": (), "lm_eval": (), "language_modelling": (3,)}.get(spec.kind, (spec.outputs,))
     if outputs.shape != (len(truth), *each):
         what = f"{len(truth)} examples" + "".join(f" × {count}" for count in each)
         raise DataError(f"{spec.name}: outputs of shape {outputs.shape} do not fit {what}")
@@ -157,7 +167,7 @@ def check_labels(spec: TaskSpec, truth: Array) -> None:
     Raises:
         DataError: they are hidden, as in GLUE's test splits.
     """
-    if spec.kind == "language_modelling":
+    if spec.kind in ("language_modelling", "lm_eval"):
         return
     if spec.kind == "generation":
         hidden = truth.dtype != object
