@@ -12,7 +12,7 @@ import numpy as np
 
 from mergelab.errors import DataError, listed
 from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
-from mergelab.tasks.lm_eval import lm_eval_task_set, quiet, task_manager
+from mergelab.tasks.lm_eval import lm_eval_task_set, quiet
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,7 +108,7 @@ class LmEvalRun:
             result: Any = lm_eval.simple_evaluate(
                 model=wrapped,
                 tasks=[found.tasks[name] for name in chosen],
-                task_manager=task_manager(self.spec.include_path),
+                task_manager=found.manager,
                 num_fewshot=self.spec.lm_eval_num_fewshot,
                 samples=chosen,
                 bootstrap_iters=0,

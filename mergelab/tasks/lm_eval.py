@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mergelab.config import local_path
 from mergelab.errors import ConfigError, DataError, did_you_mean, listed
 from mergelab.tasks.metric import Direction, Metric, declare
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 # lm-eval's name of the filter that leaves answers as they are.
 _NO_FILTER = "none"
+# What Python says of a function that has no source.
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class LmEvalMetric(Metric, base=True):
@@ -115,15 +119,17 @@ class LmEvalTaskSet:
     """lm-eval's tasks and groups that a task of ours names.
 
     Attributes:
+        manager: lm-eval's index of tasks.
         tasks: lm-eval's tasks by name; a document's task is its position here.
-        groups: its groups by name.
+        configs: each task's configuration as JSON.
         counts: how many documents of each task are measured.
         metrics: in order.
         requests: what a model is asked of each task's documents, as soon as it was built.
     """
 
+    manager: Any
     tasks: Mapping[str, Any]
-    groups: Mapping[str, Any]
+    configs: Mapping[str, str]
     counts: Mapping[str, int]
     metrics: tuple[LmEvalMetric, ...]
     requests: dict[Any, list[Any]] = field(default_factory=dict)
@@ -166,15 +172,16 @@ def lm_eval_task_set(spec: TaskSpec) -> LmEvalTaskSet:
         ConfigError: lm-eval is not installed or has no such task. DataError: a task's documents cannot be had.
     """
     check_installed()
-    return _loaded(spec.lm_eval_tasks, spec.include_path, spec.lm_eval_limit)
+    return _loaded(spec.lm_eval_tasks, _own_tasks(spec), spec.lm_eval_limit)
 
 
-@functools.cache
-def task_manager(include_path: str | None) -> Any:
-    """Make lm-eval's index of tasks, once: it reads thousands of files."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=include_path)
+def _own_tasks(spec: TaskSpec) -> str | None:
+    if spec.include_path is None:
+        return None
+    folder = local_path(spec.include_path, "task.include_path").absolute()
+    if not folder.is_dir():
+        raise ConfigError(f"task.include_path={spec.include_path}: no such folder")
+    return str(folder)
 
 
 @functools.cache
@@ -182,17 +189,11 @@ def _loaded(wanted: tuple[str, ...], include_path: str | None, limit: int | None
     from mergelab.models import hub
 
     with quiet(), contextlib.nullcontext() if hub.reachable() else hub.offline():
-        manager = task_manager(include_path)
-        if unknown := [name for name in wanted if name not in manager.all_tasks]:
-            raise ConfigError(
-                f"task.tasks: lm-eval has no task {unknown[0]!r}{did_you_mean(unknown[0], manager.all_tasks)}"
-            )
+        manager, found = _found(wanted, include_path)
         try:
-            found = manager.load(list(wanted))
             counts = {name: len(task.eval_docs) for name, task in found["tasks"].items()}
-        except Exception as error:  # of the dataset's own code, and of the transport's
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise DataError(f"task.tasks: lm-eval cannot load {listed(wanted)}: {reason}") from error
+        except Exception as error:
+            raise _not_loaded(wanted, error) from error
     if empty := [name for name, count in counts.items() if not count]:
         raise DataError(f"task.tasks: lm-eval's {empty[0]} has no documents")
     counts = {name: count if limit is None else min(limit, count) for name, count in counts.items()}
@@ -201,7 +202,38 @@ def _loaded(wanted: tuple[str, ...], include_path: str | None, limit: int | None
         raise ConfigError(f"task.tasks: lm-eval's {listed(wanted)} have no metrics")
     for metric in metrics:
         declare(metric)
-    return LmEvalTaskSet(found["tasks"], found["groups"], counts, metrics)
+    # As they are before lm-eval fills in what a run leaves open.
+    configs = {name: _ADDRESS.sub("", _json(task.dump_config())) for name, task in found["tasks"].items()}
+    return LmEvalTaskSet(manager, found["tasks"], configs, counts, metrics)
+
+
+def _found(wanted: tuple[str, ...], include_path: str | None) -> tuple[Any, Any]:
+    """Load tasks from the user's folder alone where they are all there, else from all that lm-eval has too.
+
+    The index of the latter takes ten seconds to build: it reads thousands of files.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if all(name in own.all_tasks for name in wanted):
+            with contextlib.suppress(Exception):  # one of them may be made of one of lm-eval's
+                return own, own.load(list(wanted))
+    manager = TaskManager(include_path=include_path)
+    if unknown := [name for name in wanted if name not in manager.all_tasks]:
+        raise ConfigError(
+            f"task.tasks: lm-eval has no task {unknown[0]!r}{did_you_mean(unknown[0], manager.all_tasks)}"
+        )
+    try:
+        return manager, manager.load(list(wanted))
+    except Exception as error:
+        raise _not_loaded(wanted, error) from error
+
+
+def _not_loaded(wanted: Sequence[str], error: Exception) -> DataError:
+    """Say why tasks cannot be loaded: by the code of their dataset, or of the transport."""
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return DataError(f"task.tasks: lm-eval cannot load {listed(wanted)}: {reason}")
 
 
 def _metrics(wanted: Sequence[str], tasks: Mapping[str, Any], groups: Mapping[str, Any]) -> Iterator[LmEvalMetric]:
@@ -262,7 +294,7 @@ def documents(spec: TaskSpec) -> tuple[list[str], Array, Array, str]:
         with quiet():
             own = [_json(document) for document in task.eval_docs]
             shots = [_json(document) for document in task.fewshot_docs() or ()] if _shots(spec, task) else []
-        digest.update("\0".join([name, _json(task.dump_config()), *own, *shots]).encode())
+        digest.update("\0".join([name, found.configs[name], *own, *shots]).encode())
         texts += own[: found.counts[name]]
     counts = list(found.counts.values())
     tasks, numbers = np.repeat(np.arange(len(counts)), counts), np.concatenate([*map(np.arange, counts)])
