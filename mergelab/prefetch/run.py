@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from mergelab.config import ModelsConfig
 from mergelab.console.formats import chosen_format, for_a_page, for_a_program
 from mergelab.console.progress import gathered_warnings, is_silenced, progress_bar, say
 from mergelab.console.tables import print_fitting
-from mergelab.errors import ConfigError, HubError, listed
+from mergelab.errors import HubError, listed
 from mergelab.experiment.locate import locate
 from mergelab.experiment.plan import Plan, plan_experiment
 from mergelab.models import hub
@@ -87,14 +87,12 @@ def _needed(plan: Plan) -> list[Needed]:
     if plan.data_dir is not None:
         return models
     datasets = {(task.path, task.config, task.revision): task for task in _tasks(plan)}
-    return [*models, *(_dataset(task) for task in datasets.values())]
+    return [*models, *(_dataset(task) for task in datasets.values()), *_of_lm_eval(plan)]
 
 
 def _tasks(plan: Plan) -> Iterable[TaskSpec]:
     """Yield the tasks that are measured, and those that experts were made for, whose data methods learn from."""
     for task in plan.tasks:
-        if task.kind == "lm_eval":
-            raise ConfigError("task=lm_eval: lm-eval fetches its own data; run the experiment once with a network")
         if task.path:
             yield task
     if "data" in plan.method.needs:
@@ -126,6 +124,17 @@ def _dataset(task: TaskSpec) -> Needed:
     folder = hub.dataset_folder(task.path, task.config)
     name = f"{task.path}/{task.config}" if task.config else task.path
     return Needed("dataset", name, "missing" if folder is None else "there", folder, fetch)
+
+
+def _of_lm_eval(plan: Plan) -> Iterator[Needed]:
+    """Yield the data of lm-eval's tasks, which are there: lm-eval has fetched them to say which metrics there are."""
+    from mergelab.tasks.lm_eval import lm_eval_task_set
+
+    for task in plan.tasks:
+        for name, own in lm_eval_task_set(task).tasks.items() if task.kind == "lm_eval" else ():
+            path = str(own.DATASET_PATH or "")
+            folder = hub.dataset_folder(path, own.DATASET_NAME)
+            yield Needed("dataset", f"{path} (lm-eval's {name})", "there", folder, partial(Path, folder or ""))
 
 
 def _bases_of_adapters(models: ModelsConfig, found: Iterable[Needed]) -> list[Needed]:

@@ -269,3 +269,10 @@ def test_bad_input_is_one_line(
     assert outcome.code == 2
     assert message in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_prefetch_lists_the_data_of_its_tasks(mergelab_command: Command, place: Path) -> None:
+    outcome = mergelab_command("prefetch", *_told("words"))
+    assert outcome.code == 0, outcome.err
+    assert "json (lm-eval's words)" in outcome.out
+    assert "there" in outcome.out
