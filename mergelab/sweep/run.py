@@ -139,7 +139,9 @@ def _announce(sweep: Sweep, study: SweepStudy) -> None:
         *_launcher_line(sweep),
     ]
     if settings.evaluation == "pruned" and pruner != "none" and not prunes:
-        lines.append("          trials are not pruned: that takes one task, not of lm-eval, and one objective")
+        whole = any(task.kind == "lm_eval" for task in plan.tasks)
+        why = "lm-eval measures all examples at once" if whole else "that takes one task and one objective"
+        lines.append(f"          trials are not pruned: {why}")
     say("\n".join(lines))
 
 

@@ -234,19 +234,18 @@ def metric_names() -> tuple[str, ...]:
 def declare(metric: Metric) -> None:
     """Make a metric that has no file, one of another library's tasks, known by its name for the rest of the process."""
     _DECLARED[metric.name] = metric
+    get_metric.cache_clear()
 
 
+@functools.cache
 def get_metric(name: str) -> Metric:
     """Find a metric by its name; one from elsewhere by its module and name (``my_metrics.brier``).
 
     Raises:
         ConfigError: there is none, its file cannot be imported, or it is declared incompletely.
     """
-    return _DECLARED.get(name) or _imported(name)
-
-
-@functools.cache
-def _imported(name: str) -> Metric:
+    if name in _DECLARED:
+        return _DECLARED[name]
     dotted = "." in name and all(part.isidentifier() for part in name.split("."))
     if not dotted and name not in (names := metric_names()):
         raise ConfigError(

@@ -217,7 +217,7 @@ def test_a_sweep_selects_on_its_part(mergelab_command: Command, place: Path) -> 
     outcome = mergelab_command(*_told("words"), "task.primary=words/perplexity", *told)
     assert outcome.code == 0, outcome.err
     assert "selects words/perplexity (minimize)" in outcome.out
-    assert "trials are not pruned: that takes one task, not of lm-eval, and one objective" in outcome.out
+    assert "trials are not pruned: lm-eval measures all examples at once" in outcome.out
     trials = [run for run in runs(place, "lm_eval") if run.data.tags["mergelab.kind"] == "trial"]
     trials.sort(key=lambda run: int(run.data.tags["mergelab.trial"]))
     scores = [run.data.metrics["select/words/perplexity"] for run in trials]
