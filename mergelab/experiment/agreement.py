@@ -14,24 +14,33 @@ if TYPE_CHECKING:
     from mergelab.experiment.sources import ModelSource
 
 
-def check_configs(base: ModelSource | None, experts: Sequence[ModelSource], *, way_out: str) -> None:
+# What a head's outputs are: labels or scores. It changes no output.
+_KIND_OF_OUTPUTS = ("problem_type",)
+
+
+def check_configs(
+    base: ModelSource | None, experts: Sequence[ModelSource], *, separate_heads: bool, way_out: str
+) -> None:
     """Check that the weights of the models mean the same function.
 
-    The base need not agree in what only heads read, unless it is of the experts' class.
+    The base need not agree in what only heads read, unless it is of the experts' class. Experts whose heads are not
+    merged may classify and rate.
 
     Args:
         base: the base, if there is one.
         experts: at least one.
+        separate_heads: whether every task has a head of its own.
         way_out: what the user can do to merge them all the same.
 
     Raises:
         ModelError: names the settings, their values and the models.
     """
     named = _named(experts)
-    found = differences(named) if named else []
+    ignored = _KIND_OF_OUTPUTS if separate_heads else ()
+    found = differences(named, ignore=ignored) if named else []
     if base is not None and named and (own := _named([base])):
         alike = base.class_names == experts[0].class_names
-        found += differences([*own, named[0]], ignore=() if alike else OF_HEADS)
+        found += differences([*own, named[0]], ignore=ignored if alike else OF_HEADS)
     if found:
         distinct = list({each.key: each for each in found}.values())
         raise ModelError(f"the models' configs differ: {listed(map(str, distinct), 3)}; {way_out}")

@@ -160,7 +160,8 @@ def open_models(base: ModelSource | None, experts: Sequence[ModelSource], scope:
     owner = scope.owner or experts[-1]
     if not scope.any_config:
         choice = f"{scope.key}config={owner.name}" if scope.owner else "config='last'"
-        check_configs(base, experts, way_out=f"{choice} merges them all the same, under that model's config")
+        way_out = f"{choice} merges them all the same, under that model's config"
+        check_configs(base, experts, separate_heads=scope.separate_heads, way_out=way_out)
     vocabulary = _merged_vocabulary(base, experts, scope)
     heads, unused = _heads(experts)
     orders: list[Order | None] = [None] * len(models) if scope.separate_heads else _label_orders(base, experts, scope)
