@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,7 +31,8 @@ from mergelab.experiment.opening import MergeScope, open_models
 from mergelab.experiment.sources import ModelSource, from_given
 from mergelab.weights.source import DictSource
 from tests.conftest import Outcome
-from tests.standins import BERT_BASE, BIN_ONLY, NAMED_LABELS, OTHER_LABEL_ORDER
+from tests.standins import BERT_BASE, BIN_ONLY, NAMED_LABELS, OTHER_LABEL_ORDER, glue_table
+from tests.tasks.tiny import classifier as tiny_classifier
 from tests.vocabularies import bert
 
 Command = Callable[..., Outcome]
@@ -329,3 +331,26 @@ def test_a_folder_whose_class_transformers_does_not_have_is_named(tmp_path: Path
     (tmp_path / "a" / "config.json").write_text(json.dumps({**config, "architectures": None, "model_type": "x"}))
     with pytest.raises(ModelError, match="names no model class that transformers has"):
         ml.soup([tmp_path / "a", classifier(1)])
+
+
+def test_classifiers_and_regressors_merge_where_each_has_its_own_head(
+    mergelab_command: Command, workplace: Path
+) -> None:
+    for name, outputs in (("base", 2), ("rte", 2), ("stsb", 1)):
+        model, tokenizer = tiny_classifier("bert", outputs)
+        model.config.problem_type = "regression" if outputs == 1 else "single_label_classification"
+        model.save_pretrained(workplace / name)
+        tokenizer.save_pretrained(workplace / name)
+    for task in ("rte", "stsb"):
+        (workplace / "data" / task).mkdir(parents=True)
+        pq.write_table(glue_table(task, 40, 1), workplace / "data" / task / "validation.parquet")
+    models = ("models.base=./base", "models.experts={rte: ./rte, stsb: ./stsb}", "method=soup")
+    suite = ("task=suite", "task.members=[rte,stsb]", "task.data_dir=data", "eval.preflight=false", "tracking=none")
+    outcome = mergelab_command(*suite, *models, "models.head=per_task")
+    assert outcome.code == 0, outcome.err
+    (file,) = workplace.glob("outputs/runs/*/*/result.json")
+    base, rte, stsb, merged = json.loads(file.read_text())["models"]
+    assert set(base["results"]) == set(merged["results"]) == {"rte", "stsb"}
+    assert (set(rte["results"]), set(stsb["results"])) == ({"rte"}, {"stsb"})
+    outcome = mergelab_command(*suite, *models, "models.head=average")
+    assert outcome.code == 2
