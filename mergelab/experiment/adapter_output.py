@@ -24,6 +24,7 @@ from mergelab.engine.low_rank import weighted
 from mergelab.errors import ConfigError, ModelError, listed
 from mergelab.experiment.ia3_output import merged_vectors
 from mergelab.models.architecture import read_config
+from mergelab.models.configs import with_kind_of_outputs
 from mergelab.models.references import Reference, parse_reference
 from mergelab.models.rows import has_stored_rows, in_own_rows
 from mergelab.models.tokens import CHAT_TEMPLATE, copy_companions
@@ -108,7 +109,8 @@ class AdapterOutput:
         found = self._made
         head, updates = self._session.heads.to_save(self._session.tasks[0])
         found.heads |= head.tensors
-        config = {**read_config(self._session.opened.experts[0].folder or self._folder, "a"), **updates}
+        own = read_config(self._session.opened.experts[0].folder or self._folder, "a")
+        config = {**own, **with_kind_of_outputs(updates, own)}
         texts = documents({**config, "architectures": [type(self._module).__name__]}, None)
         if self._settings.library == "adapters":
             write_library_adapter(folder, found, base=reference, config=config, documents=texts)

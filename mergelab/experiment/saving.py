@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mergelab.console.progress import say
 from mergelab.errors import listed
 from mergelab.models.architecture import read_config
-from mergelab.models.configs import untied_config
+from mergelab.models.configs import untied_config, with_kind_of_outputs
 from mergelab.models.encoder_decoder import PAIRED
 from mergelab.weights.source import TensorInfo, TensorPart, layout_of
 from mergelab.weights.writer import complete_files, is_unfinished, making_of, stay, writing_folder
@@ -140,7 +140,7 @@ class Saving:
                 heads = [TensorInfo(name, tuple(tensor.shape), tensor.dtype) for name, tensor in head.items()]
                 if self._opened.untied:
                     updates = {**untied_config(read_config(like, str(like))), **updates}
-                updates = {**self._class(), **updates}
+                updates = {**self._class(), **with_kind_of_outputs(updates, read_config(like, str(like)))}
                 writer = stack.enter_context(
                     writing_folder(
                         place,

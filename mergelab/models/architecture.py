@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelab.errors import ModelError
+from mergelab.models.configs import kind_of_outputs
 from mergelab.weights import json_files
 from mergelab.weights.naming import backbone_prefix
 from mergelab.weights.pretrained import refuse_own_code
@@ -154,7 +155,14 @@ def open_classifier(folder: Path, model: str, num_labels: int, **settings: Any) 
     """
     from transformers import AutoModelForSequenceClassification
 
-    return _opened(AutoModelForSequenceClassification, folder, model, num_labels=num_labels, **settings)
+    said = settings.pop("problem_type", None) or read_config(folder, model).get("problem_type")
+
+    def adapt(config: Any) -> None:
+        config.problem_type = None  # transformers 5 checks after every change that the two fit
+        config.num_labels = num_labels
+        config.problem_type = kind_of_outputs(num_labels, said)
+
+    return _opened(AutoModelForSequenceClassification, folder, model, adapt, **settings)
 
 
 def open_generator(folder: Path, model: str) -> nn.Module:
@@ -190,7 +198,9 @@ def _siblings(module: nn.Module) -> str:
     return " ".join(dir(sys.modules[type(module).__module__]))
 
 
-def _opened(cls: Any, folder: Path, model: str, **options: Any) -> nn.Module:
+def _opened(
+    cls: Any, folder: Path, model: str, adapt: Callable[[Any], None] = lambda _config: None, **options: Any
+) -> nn.Module:
     """Build a model from its config, with weights that mean nothing: all of them are loaded before it is used."""
     import torch
     from transformers import AutoConfig, GenerationConfig
@@ -198,6 +208,7 @@ def _opened(cls: Any, folder: Path, model: str, **options: Any) -> nn.Module:
     refuse_own_code(f"model {model}", read_config(folder, model))
     with opened_by_transformers(f"model {model}"), _no_init_weights():
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+        adapt(config)
         build = cls.from_config if hasattr(cls, "from_config") else cls._from_config
         module: Any = build(config, dtype=torch.float32)
         module.tie_weights()

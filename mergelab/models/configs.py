@@ -123,6 +123,23 @@ def head_settings(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in content.items() if _matches(key, OF_HEADS) and not _matches(key, _TOKENS)}
 
 
+def kind_of_outputs(count: int, said: str | None) -> str | None:
+    """Return the ``problem_type`` of a head of ``count`` outputs, in a config that ``said`` it of its own head."""
+    if said is None:
+        return None
+    if count == 1:
+        return "regression"
+    return "single_label_classification" if said == "regression" else said
+
+
+def with_kind_of_outputs(updates: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a head changes in a ``config``, with the ``problem_type`` that fits its number of outputs."""
+    count = updates.get("num_labels")
+    said = config.get("problem_type")
+    kind = said if count is None else kind_of_outputs(int(count), said)
+    return {**updates, **({} if kind == said else {"problem_type": kind})}
+
+
 def _is_harmless(key: str) -> bool:
     return _matches(key, _HARMLESS) and not _matches(key, _NOT_HARMLESS)
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -346,8 +347,12 @@ def test_classifiers_and_regressors_merge_where_each_has_its_own_head(
         pq.write_table(glue_table(task, 40, 1), workplace / "data" / task / "validation.parquet")
     models = ("models.base=./base", "models.experts={rte: ./rte, stsb: ./stsb}", "method=soup")
     suite = ("task=suite", "task.members=[rte,stsb]", "task.data_dir=data", "eval.preflight=false", "tracking=none")
-    outcome = mergelab_command(*suite, *models, "models.head=per_task")
+    outcome = mergelab_command(*suite, *models, "models.head=per_task", "output=merged")
     assert outcome.code == 0, outcome.err
+    for task, outputs in (("rte", 2), ("stsb", 1)):
+        written = AutoModelForSequenceClassification.from_pretrained(workplace / "merged" / task)
+        assert (written.config.num_labels, written.classifier.out_features) == (outputs, outputs)
+        assert written.config.problem_type == ("regression" if outputs == 1 else "single_label_classification")
     (file,) = workplace.glob("outputs/runs/*/*/result.json")
     base, rte, stsb, merged = json.loads(file.read_text())["models"]
     assert set(base["results"]) == set(merged["results"]) == {"rte", "stsb"}
