@@ -85,7 +85,9 @@ class LmEvalRun:
                 ) from error
         outputs = np.empty(len(self.numbers), dtype=object)
         for place, document in enumerate(zip(self.tasks.tolist(), self.numbers.tolist(), strict=True)):
-            outputs[place] = json.dumps(values.get(document, {}), default=_plain)
+            if document not in values:
+                raise DataError(f"{self.spec.name}: lm-eval returns nothing of document {document[1]} of a task")
+            outputs[place] = json.dumps(values[document], default=_plain)
         if watch is not None:
             watch(np.arange(len(outputs)), outputs)
         options.report(1.0)

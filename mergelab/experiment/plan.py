@@ -85,7 +85,7 @@ def plan_experiment(config: DictConfig, *, merges: bool = True) -> Plan:
     _check_method(method, checked)
     weights = [expert.weight for expert in checked.models.experts.values()]
     resolve_weights(method, parameters, tuple(checked.models.experts), weights)
-    suite = tasks_from_config(checked.task)
+    suite = tasks_from_config(checked.task, measured=checked.evaluate)
     _check_tasks_of_experts(checked, suite.tasks)
     if (reason := unsupported_for_generation(method, parameters)) is not None and _merges_writers(checked, suite.tasks):
         raise ConfigError(reason)

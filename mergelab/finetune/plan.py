@@ -204,7 +204,7 @@ def _task(node: Mapping[str, Any], split: str) -> tuple[TaskSpec, str | None]:
     Raises:
         ConfigError: it is a suite, has no examples with answers, or reports on its training split.
     """
-    suite = tasks_from_config(node)
+    suite = tasks_from_config(node, measured=False)
     if len(suite.tasks) != 1 or suite.name != suite.tasks[0].name:
         members = listed([task.name for task in suite.tasks])
         raise ConfigError(f"task={suite.name}: a suite; fine-tune on one task at a time: task={members}")

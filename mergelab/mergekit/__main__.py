@@ -16,6 +16,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
+from mergelab.cli.command import guarded
 from mergelab.errors import ConfigError, MergelabError
 from mergelab.mergekit.commands import KEY, is_strict, read, text_of
 
@@ -116,4 +117,4 @@ def shard_size(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    guarded(lambda: sys.exit(main()))

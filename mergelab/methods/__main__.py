@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from mergelab.cli.command import guarded
 from mergelab.console.formats import FORMATS, for_a_page, for_a_program
 from mergelab.console.progress import console
 from mergelab.engine.catalogue import COLUMNS, Entry, entries, entry, markdown
@@ -112,4 +113,4 @@ def _print_one(found: Entry) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    guarded(lambda: sys.exit(main()))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from mergelab.cli.command import guarded
 from mergelab.console.formats import FORMATS, Format
 from mergelab.console.progress import gathered_warnings, progress_bar
 from mergelab.errors import MergelabError, one_line
@@ -49,4 +50,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    guarded(lambda: sys.exit(main()))

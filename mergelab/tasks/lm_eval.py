@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
+Stamps = tuple[tuple[str, int, int], ...]
 # lm-eval's name of the filter that leaves answers as they are.
 _NO_FILTER = "none"
 # What Python says of a function that has no source.
@@ -92,9 +94,17 @@ class LmEvalMetric(Metric, base=True):
         for task, aggregate in self.members.items():
             values = rows[rows[:, 0] == task, 1]
             if len(values):
-                found.append(float(values.mean() if aggregate is _mean() else aggregate(values.tolist())))
+                found.append(self._of_task(values, aggregate))
                 sizes.append(len(values) if self.by_size else 1)
         return float(np.average(found, weights=sizes)) if found else float("nan")
+
+    def _of_task(self, values: Array, aggregate: Callable[[Sequence[Any]], float]) -> float:
+        if aggregate is _mean():
+            return float(values.mean())
+        try:
+            return float(aggregate(values.tolist()))
+        except Exception as error:  # whatever the function of a task raises
+            raise DataError(f"{self.name}: lm-eval cannot compute it: {_reason(error)}") from error
 
 
 @functools.cache
@@ -166,13 +176,20 @@ def with_metrics(spec: TaskSpec) -> TaskSpec:
 
 
 def lm_eval_task_set(spec: TaskSpec) -> LmEvalTaskSet:
-    """Load lm-eval's tasks, once in a process.
+    """Load lm-eval's tasks, once in a process as long as the user's own stay as they are.
 
     Raises:
         ConfigError: lm-eval is not installed or has no such task. DataError: a task's documents cannot be had.
     """
     check_installed()
-    return _loaded(spec.lm_eval_tasks, _own_tasks(spec), spec.lm_eval_limit)
+    folder = _own_tasks(spec)
+    return _loaded(spec.lm_eval_tasks, folder, () if folder is None else _stamps(folder), spec.lm_eval_limit)
+
+
+def _stamps(folder: str) -> Stamps:
+    """Say when each file of the user's tasks was changed: a notebook's process reads them anew then."""
+    files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+    return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
 def _own_tasks(spec: TaskSpec) -> str | None:
@@ -185,7 +202,7 @@ def _own_tasks(spec: TaskSpec) -> str | None:
 
 
 @functools.cache
-def _loaded(wanted: tuple[str, ...], include_path: str | None, limit: int | None) -> LmEvalTaskSet:
+def _loaded(wanted: tuple[str, ...], include_path: str | None, _stamps: Stamps, limit: int | None) -> LmEvalTaskSet:
     from mergelab.models import hub
 
     with quiet(), contextlib.nullcontext() if hub.reachable() else hub.offline():
@@ -232,8 +249,11 @@ def _found(wanted: tuple[str, ...], include_path: str | None) -> tuple[Any, Any]
 
 def _not_loaded(wanted: Sequence[str], error: Exception) -> DataError:
     """Say why tasks cannot be loaded: by the code of their dataset, or of the transport."""
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return DataError(f"task.tasks: lm-eval cannot load {listed(wanted)}: {reason}")
+    return DataError(f"task.tasks: lm-eval cannot load {listed(wanted)}: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _metrics(wanted: Sequence[str], tasks: Mapping[str, Any], groups: Mapping[str, Any]) -> Iterator[LmEvalMetric]:

@@ -178,15 +178,18 @@ def _tuple(values: Sequence[str] | None) -> tuple[str, ...] | None:
     return None if values is None else tuple(values)
 
 
-def tasks_from_config(node: Mapping[str, Any]) -> Suite:
+def tasks_from_config(node: Mapping[str, Any], *, measured: bool = True) -> Suite:
     """Check the configuration of a task or of a suite (which has ``members``), and load a suite's tasks.
+
+    What lm-eval's tasks are is loaded where they are ``measured``.
 
     Raises:
         ConfigError: a key is unknown or missing, or a value is not usable.
         DataError: a suite names a task that does not exist.
     """
+    complete = with_metrics if measured else _as_it_is
     if "members" not in node:
-        task = with_metrics(task_from_config(node))
+        task = complete(task_from_config(node))
         return Suite(task.name, (task,), node.get("data_dir"), node.get("limit"))
     suite = check(SuiteSchema, node, "task")
     if len(set(suite.members)) < len(suite.members):
@@ -194,9 +197,13 @@ def tasks_from_config(node: Mapping[str, Any]) -> Suite:
     for name in suite.splits:
         if name not in suite.members:
             raise ConfigError(f"task.splits.{name}: not among task.members{did_you_mean(name, suite.members)}")
-    tasks = [with_metrics(load_task(name)) for name in suite.members]
+    tasks = [complete(load_task(name)) for name in suite.members]
     chosen = [replace(task, splits=tuple(suite.splits.get(task.name, task.splits))) for task in tasks]
     return Suite(suite.name, tuple(chosen), suite.data_dir, suite.limit)
+
+
+def _as_it_is(spec: TaskSpec) -> TaskSpec:
+    return spec
 
 
 def task_names() -> list[str]:

@@ -229,12 +229,9 @@ def test_other_documents_under_the_same_name_are_measured_anew(
     place: Path,
     tasks: Path,
 ) -> None:
-    from mergelab.tasks import lm_eval as tasks_of_lm_eval
-
     scores = []
     for text in (WORDS, WORDS.replace("{{text}}", "Well, {{text}}")):
         _write(tasks, "words", text)
-        tasks_of_lm_eval._loaded.cache_clear()
         outcome = mergelab_command(*_told("words"), "task.primary=words/perplexity")
         assert outcome.code == 0, outcome.err
         files = sorted(place.glob("outputs/runs/*/*/result.json"), key=lambda file: file.stat().st_mtime)
@@ -269,6 +266,16 @@ def test_bad_input_is_one_line(
     assert outcome.code == 2
     assert message in outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
+
+
+def test_without_a_measurement_no_task_is_loaded(mergelab_command: Command, place: Path, tasks: Path) -> None:
+    (tasks / "words.jsonl").unlink()
+    outcome = mergelab_command(*_told("words"), "evaluate=false", "output=merged")
+    assert outcome.code == 0, outcome.err
+    outcome = mergelab_command(*_told("words"), "output=measured")
+    assert outcome.code == 2
+    assert "task.tasks: lm-eval cannot load words" in outcome.err
+    assert not (place / "measured").exists()
 
 
 def test_prefetch_lists_the_data_of_its_tasks(mergelab_command: Command, place: Path) -> None:
