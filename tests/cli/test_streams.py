@@ -52,8 +52,8 @@ def test_a_reader_that_ends_is_no_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["mergelab methods", "mergelab.methods"])
 def test_a_reader_that_ends_early_is_no_error(module: str, tmp_path: Path) -> None:
-    listing = COMMAND.replace("-m mergelab", f"-m {module}") + " --format=json"
-    assert shell(f"set -o pipefail; {listing} | head -1", tmp_path) == (0, "")
+    listing = COMMAND.replace("-m mergelab", f"-m {module}") + " --format=markdown"
+    assert shell(f"set -o pipefail; {listing} | true", tmp_path) == (0, "")
 
 
 # An import that lasts, as from a slow disk.
