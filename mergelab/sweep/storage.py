@@ -23,6 +23,7 @@ _JOURNAL, _MEMORY = "journal:", ":memory:"
 # What Optuna raises about a file that is no journal.
 _OF_JOURNALS = (ValueError, LookupError, TypeError, AttributeError, AssertionError)
 _TRIES = 5
+_BUSY_S = 60.0  # how long SQLite waits for another process's write
 
 
 def storage_url(wanted: str | None, folder: str) -> str:
@@ -131,7 +132,7 @@ def open_storage(url: str) -> BaseStorage:
             file.parent.mkdir(parents=True, exist_ok=True)
         if url.startswith(_JOURNAL):
             return JournalStorage(JournalFileBackend(str(file)))
-        arguments = {"connect_args": {"timeout": 60}} if file is not None else {"pool_pre_ping": True}
+        arguments = {"connect_args": {"timeout": _BUSY_S}} if file is not None else {"pool_pre_ping": True}
         with one_process_at(url):
             return optuna.storages.get_storage(_with_tables(url, arguments))
 
@@ -165,7 +166,10 @@ def _with_tables(url: str, arguments: dict[str, Any]) -> BaseStorage:
 
     url = url.replace("{", "{{").replace("}", "}}")  # Optuna fills its version into {SCHEMA_VERSION}
     for _ in range(_TRIES - 1):
-        with contextlib.suppress(IntegrityError, ProgrammingError, OperationalError):
+        try:
             return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
+        except (IntegrityError, ProgrammingError, OperationalError) as error:
+            if "database is locked" in str(error):
+                raise  # it was waited for
         time.sleep(0.2)
     return optuna.storages.RDBStorage(url, engine_kwargs=arguments)

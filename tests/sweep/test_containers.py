@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,20 @@ def waiting_in_a_trial(process: subprocess.Popen[bytes], name: str) -> psutil.Pr
     return [process, *psutil.Process(process.pid).children(recursive=True)][-1]
 
 
+def suspend_between_writes(process: psutil.Process, *databases: Path) -> None:
+    """Stop a process where it holds no lock of SQLite, which nobody else could pass."""
+    while True:
+        process.suspend()
+        try:
+            for file in databases:
+                with closing(sqlite3.connect(file, timeout=0, isolation_level=None)) as database:
+                    database.execute("BEGIN IMMEDIATE")
+            return
+        except sqlite3.OperationalError:
+            process.resume()
+            time.sleep(0.05)
+
+
 def study(storage: str, name: str) -> list[Any]:
     open_storage.cache_clear()
     trials = optuna.load_study(storage=open_storage(storage), study_name=name).trials
@@ -132,7 +148,7 @@ def test_a_process_that_was_taken_for_dead_leaves_the_sweep_to_its_successor(
     Path("gate").touch()
     first = start(CONTAINER, sweep, "one")
     python = waiting_in_a_trial(first, "one")
-    python.suspend()
+    suspend_between_writes(python, workplace / "outputs/sweeps.db", workplace / "outputs/mlflow.db")
     Path("gate").unlink()
     second = start(CONTAINER, sweep, "two")
     assert second.wait(300) == 0, Path("two.txt").read_text()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -35,6 +37,22 @@ def test_a_study_can_be_opened_twice(url: str, tmp_path: Path) -> None:
     study.add_trial(optuna.trial.create_trial(value=1.0))
     open_storage.cache_clear()
     assert optuna.load_study(storage=open_storage(url), study_name="s").best_value == 1.0
+
+
+def test_a_database_that_another_process_writes_for_too_long_is_waited_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, opened = f"sqlite:///{tmp_path}/study.db", []
+    original = optuna.storages.RDBStorage
+    monkeypatch.setattr("mergelab.sweep.storage._BUSY_S", 0.1)
+    monkeypatch.setattr(optuna.storages, "RDBStorage", lambda *a, **b: opened.append(a) or original(*a, **b))
+    with closing(sqlite3.connect(tmp_path / "study.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(SweepError, match=r"study\.db: cannot be used: .*database is locked"):
+            open_storage(url)
+    assert len(opened) == 1
+    monkeypatch.undo()
+    open_storage(url)
 
 
 def test_a_server_that_is_not_there_is_one_line_without_the_password() -> None:
