@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from experiments.resumable import Step
 
 TASKS = ("sst2", "stsb", "mrpc", "cola", "rte", "qnli")
-# λ and density are swept for these; data make the others.
+# λ and density are swept for some of these.
 METHODS = (
     "soup", "task_arithmetic", "ties", "dare", "dare_ties", "della", "breadcrumbs", "model_stock", "sce", "consensus",
     "pcb", "iso_c", "tsv_m",
 )  # fmt: skip
-WITH_DATA = {
+OF_LABELLED = ("fisher", "regmean")  # which take training examples
+BESIDE_ADAMERGING = ("soup", "task_arithmetic", "ties", "tsv_m", "regmean")
+REGRESSION = "stsb"  # its expert has no classes, so no entropy, by which AdaMerging learns
+SIZES = {
     "fisher": ("method.samples=256",),
     "regmean": ("method.samples=256",),
     "adamerging": ("method.steps=100", "method.samples=1024"),
@@ -90,7 +93,7 @@ def _same_task(study: Study, task: str) -> Iterator[Step]:
         yield _finetune(study, task, seed)
     experts = [study.expert(task, seed) for seed in SEEDS]
     models = (f"task={task}", "models.base=./base", f"models.experts=[{','.join(f'./{each}' for each in experts)}]")
-    makers = [_finetune(study, task, seed) for seed in SEEDS]
+    makers = tuple(_finetune(study, task, seed) for seed in SEEDS)
     yield from _merges(SAME, task, (*models, "task.data_dir=./data", *_limited(study.limit)), makers)
 
 
@@ -105,24 +108,36 @@ def _of_adapters(study: Study, task: str) -> Iterator[Step]:
 
 
 def _multi_task(study: Study) -> Iterator[Step]:
-    experts = ", ".join(f"{task}: ./{study.expert(task, SEEDS[0])}" for task in study.tasks)
-    of = ("task=suite", f"task.members=[{','.join(study.tasks)}]", "models.head=per_task")
+    """Yield the merges of all tasks, and some of the classification tasks alone, which AdaMerging is made for."""
+    yield from _merges(SEVERAL, *_of_several(study, study.tasks))
+    classified = tuple(task for task in study.tasks if task != REGRESSION)
+    if len(classified) > 1:
+        of, models, makers = _of_several(study, classified)
+        beside = BESIDE_ADAMERGING if REGRESSION in study.tasks else ()  # they are in the table above otherwise
+        for method in (*beside, "adamerging"):
+            yield _merge(SEVERAL, of, method, models, makers)
+
+
+def _of_several(study: Study, tasks: Sequence[str]) -> tuple[str, tuple[str, ...], tuple[Step, ...]]:
+    experts = ", ".join(f"{task}: ./{study.expert(task, SEEDS[0])}" for task in tasks)
+    of = ("task=suite", f"task.members=[{','.join(tasks)}]", "models.head=per_task")
     models = ("models.base=./base", f"models.experts={{{experts}}}", "task.data_dir=./data")
-    makers = [_finetune(study, task, SEEDS[0]) for task in study.tasks]
-    yield from _merges(SEVERAL, "+".join(study.tasks), (*of, *models, *_limited(study.share)), makers)
+    makers = tuple(_finetune(study, task, SEEDS[0]) for task in tasks)
+    return "+".join(tasks), (*of, *models, *_limited(study.share)), makers
 
 
-def _merges(part: str, of: str, models: Sequence[str], makers: Sequence[Step]) -> Iterator[Step]:
-    needs = tuple(makers)
+def _merges(part: str, of: str, models: Sequence[str], needs: tuple[Step, ...]) -> Iterator[Step]:
     yield Step(part, of, "analysis", ("analyze", *models, "tracking=none"), needs=needs)
-    for method in METHODS:
-        yield Step(part, of, method, (f"method={method}", *models, *SETTINGS), keeps=True, needs=needs)
-    for method, sizes in WITH_DATA.items():
-        if method != "adamerging" or part == SEVERAL:  # which has a λ for each task
-            yield Step(part, of, method, (f"method={method}", *sizes, *models, *SETTINGS), keeps=True, needs=needs)
+    for method in (*METHODS, *OF_LABELLED):
+        yield _merge(part, of, method, models, needs)
     for method, grid in SWEPT.items():
         arguments = ("-m", f"method={method}", *_grid(grid), *models, *SETTINGS)
         yield Step(part, of, f"{method} grid", arguments, needs=needs)
+
+
+def _merge(part: str, of: str, method: str, models: Sequence[str], needs: tuple[Step, ...]) -> Step:
+    sizes = SIZES.get(method, ())
+    return Step(part, of, method, (f"method={method}", *sizes, *models, *SETTINGS), keeps=True, needs=needs)
 
 
 def _limited(limit: int | None) -> tuple[str, ...]:

@@ -28,7 +28,8 @@ def study(monkeypatch: pytest.MonkeyPatch, place: Path) -> Any:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     for name, few in {
         "METHODS": ("ties", "no_such_method"),
-        "WITH_DATA": {"fisher": ("method.samples=8",)},
+        "OF_LABELLED": ("fisher",),
+        "SIZES": {"fisher": ("method.samples=8",), "adamerging": ("method.steps=2", "method.samples=8")},
         "SWEPT": {"ties": {"lambda": (0.5, 1.0), "density": (0.2,)}},
         "OF_ADAPTERS": ("soup",),
         "LENGTH": 64,
