@@ -92,6 +92,7 @@ PATTERNS = {
     "push_to_hub": "must be a repository of the hub, org/name",
     "register": "must be a name without / and :",
     "max_shard_size": "must be a number of at most 9 digits with kB, MB, GB or TB, such as 5GB",
+    "max_memory": "must be a number with kB, MB, GB or TB for each device, such as 20GB",
 }
 
 
@@ -402,6 +403,14 @@ def _stem(reference: object) -> str:
     return re.sub(r"@.*$", "", str(reference)).rstrip("/").rsplit("/", 1)[-1] or "expert"
 
 
+_Size = Annotated[str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?\s?[kMGT]B$")]
+
+
+def _bytes(size: str) -> int:
+    """Return a size in bytes; 1 kB is 1000 of them."""
+    return int(float(size[:-2]) * 1000 ** ("kMGT".index(size[-2]) + 1))
+
+
 class EvalConfig(Schema):
     """How scores are obtained."""
 
@@ -410,16 +419,38 @@ class EvalConfig(Schema):
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: Annotated[int, Field(ge=8)] | None = None
     batch_tokens: Annotated[int, Field(ge=1)] = 4096
+    max_memory: dict[str, _Size] | None = None
+    """How much of a model's weights each device may hold, by the number of a GPU or ``cpu``; the disk has the rest.
+
+    None: a model that does not fit on one GPU is divided among all, and the CPU's memory.
+    """
     bootstrap: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
     preflight: bool = True
     cache: bool = True
+
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _named_by_texts(cls, given: object) -> object:
+        if not isinstance(given, Mapping):
+            return given
+        for device in map(str, given):
+            if device != "cpu" and not re.fullmatch("[0-9]{1,3}", device):
+                raise ValueError(f"{device!r} is no device: cpu is one, and 0, 1, ... are the GPUs")
+        return {str(device): size if isinstance(size, str) else repr(size) for device, size in given.items()}
+
+    @property
+    def max_bytes(self) -> dict[int | str, int] | None:
+        """``max_memory`` in bytes, by the number of a GPU or ``cpu``."""
+        if self.max_memory is None:
+            return None
+        return {int(key) if key.isdigit() else key: _bytes(size) for key, size in self.max_memory.items()}
 
 
 class SaveConfig(Schema):
     """How a merged model is written."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    max_shard_size: Annotated[str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?\s?[kMGT]B$")] = "5GB"
+    max_shard_size: _Size = "5GB"
     tokenizer: str | None = None
     """Whose tokenizer, generation config and chat template the merged model has: ``base``, or an expert's name.
 
@@ -460,8 +491,7 @@ class SaveConfig(Schema):
     @property
     def max_shard_bytes(self) -> int:
         """``max_shard_size`` in bytes; 1 kB is 1000 of them."""
-        number, unit = self.max_shard_size[:-2], self.max_shard_size[-2]
-        return int(float(number) * 1000 ** ("kMGT".index(unit) + 1))
+        return _bytes(self.max_shard_size)
 
 
 class ExperimentConfig(Schema):
@@ -521,8 +551,11 @@ def _line(schema: type[BaseModel], where: str, problem: Any) -> str:
         "int_from_float": "must be a whole number",
         "bool_type": "must be true or false",
         "string_type": "must be text",
+        "dict_type": "must be a mapping",
         "finite_number": "must be a finite number",
-        "string_pattern_mismatch": PATTERNS.get(str(problem["loc"][-1]), "must match {pattern}"),
+        "string_pattern_mismatch": next(
+            (PATTERNS[str(part)] for part in reversed(problem["loc"]) if str(part) in PATTERNS), "must match {pattern}"
+        ),
         "value_error": "{error}",
     }.get(kind, problem["msg"])
     return f"{path}={shortened(repr(value))}: {said.format(**context)}"

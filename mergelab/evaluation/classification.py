@@ -26,6 +26,7 @@ from mergelab.evaluation.padding import (
     trial_copy,
 )
 from mergelab.evaluation.side_by_side import side_by_side
+from mergelab.evaluation.spread import device_of, is_spread
 
 if TYPE_CHECKING:
     from mergelab.tasks.data import TaskData
@@ -195,7 +196,7 @@ def layout_for(model: nn.Module, encoded: Encoded) -> Layout:
         if not runners:  # many modules and data sets never come here
             copied = trial_copy(model)
             set_padding_token(copied, pad_id, model)
-            runners.append(_Runner(copied, encoded, Layout(pad_id, padding), next(model.parameters()).device))
+            runners.append(_Runner(copied, encoded, Layout(pad_id, padding), device_of(model)))
         return runners[0].batch(members, padding).cpu()
 
     return Layout(pad_id, choose_padding(model, "classification", encoded.lengths, run, sides))
@@ -210,8 +211,8 @@ class _Runner:
 
     @property
     def keeps_state(self) -> bool:
-        """Whether an input's length changes the model for later ones, until it is reset."""
-        return bool(self._resets)
+        """Whether a batch changes the model for others: by its length until it is reset, or as weights come and go."""
+        return bool(self._resets) or is_spread(self._model)
 
     def batch(self, members: Array, padding: Padding) -> torch.Tensor:
         """Return the logits (b, C) of examples in one batch."""

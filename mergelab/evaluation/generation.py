@@ -25,6 +25,7 @@ from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
 from mergelab.evaluation.packed_linear import inference_copy
 from mergelab.evaluation.padding import choose_padding, resets, trial_copy
 from mergelab.evaluation.side_by_side import side_by_side
+from mergelab.evaluation.spread import device_of, is_spread
 
 if TYPE_CHECKING:
     from mergelab.evaluation.classification import Watch
@@ -99,7 +100,7 @@ class EncodedPrompts:
             return members, self._generate(copied, members, device, padding)
 
         batches = plan_batches(lengths, budget, options.seed, padding, options.rounds)
-        for members, found in side_by_side(generate, batches, device, alone=bool(as_built)):
+        for members, found in side_by_side(generate, batches, device, alone=bool(as_built) or is_spread(copied)):
             texts[members] = found
             done += int(lengths[members].sum())
             options.report(done / int(lengths.sum()))
@@ -315,7 +316,7 @@ def first_scores(model: Any, ids: Tensor, mask: Tensor, settings: Any) -> Tensor
     named = {name: getattr(settings, name) for name in (*_TOKEN_IDS, "pad_token_id")}
     ends = {*np.hstack([value for value in named.values() if value is not None]).tolist()}
     written = next(token for token in range(len(ends) + 1) if token not in ends)
-    device = next(model.parameters()).device
+    device = device_of(model)
     found = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from mergelab.config import EvalConfig
 from mergelab.errors import ConfigError
+from mergelab.evaluation.spread import Limits, device_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,6 +35,7 @@ class EvaluationOptions:
             examples come first.
         rounds: (n,) the round of each example: rounds come in ascending order, and no batch has examples of two. Within
             a round the longest examples come first, whatever the seed.
+        max_memory: bytes of weights that a device may hold (`mergelab.evaluation.spread.placed`).
         progress: called with the fraction done.
     """
 
@@ -43,11 +45,12 @@ class EvaluationOptions:
     max_length: int | None = EvalConfig.model_fields["max_length"].default
     seed: int | None = None
     rounds: Array | None = None
+    max_memory: Limits | None = None
     progress: Callable[[float], None] | None = None
 
     def device_for(self, model: nn.Module) -> torch.device:
         """Return the device to run ``model`` on."""
-        return next(model.parameters()).device if self.device is None else torch.device(self.device)
+        return device_of(model) if self.device is None else torch.device(self.device)
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -74,7 +77,8 @@ def options_from_config(config: EvalConfig, device: str) -> EvaluationOptions:
     Raises:
         ConfigError: the device that ``device`` names is not there.
     """
-    return EvaluationOptions(best_device(device), config.dtype, config.batch_tokens, config.max_length)
+    options = EvaluationOptions(best_device(device), config.dtype, config.batch_tokens, config.max_length)
+    return replace(options, max_memory=config.max_bytes)
 
 
 def best_device(name: str = "auto") -> torch.device:

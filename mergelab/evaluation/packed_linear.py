@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergelab.errors import ConfigError, listed
+from mergelab.evaluation.spread import is_spread
+
 # The batch size that weights are laid out for; others are right as well, and hardly slower.
 _ROWS = 512
 # Smaller layers (a classifier's two outputs) gain nothing.
@@ -29,6 +32,8 @@ def inference_copy(
 ) -> nn.Module:
     """Copy a model for inference on ``device``; the given model is left as it is.
 
+    One whose layers are on several devices stays there, and shares all of its weights with the copy.
+
     Tensors that are already there in ``dtype`` are shared with the model and not copied. Parameters are cast, buffers
     keep their dtype. On a CPU, linear layers get weights laid out for its kernels (as much memory again).
 
@@ -37,25 +42,41 @@ def inference_copy(
         dtype: of the floating-point parameters; ``None`` keeps each one's own.
         pack: whether to lay out weights, which pays from some hundred tokens on.
         hooks: whether the copy has the model's hooks.
+
+    Raises:
+        ConfigError: a model on several devices has other dtypes.
     """
     moved: dict[int, Any] = {}
-    for parameter in model.parameters():
+    spread = is_spread(model)
+    if spread:
+        _check_dtype(model, dtype)
+        # What brings weights to a device knows them by name, so that the copy can use it too.
+        moved |= {id(part._hf_hook): part._hf_hook for part in model.modules() if hasattr(part, "_hf_hook")}
+        moved |= {id(each): each for each in (*model.parameters(), *model.buffers())}
+    for parameter in () if spread else model.parameters():
         changed = parameter.detach().to(device, dtype if parameter.is_floating_point() else None)
         same = changed.data_ptr() == parameter.data_ptr() and changed.dtype == parameter.dtype
         moved[id(parameter)] = parameter if same else nn.Parameter(changed, requires_grad=False)
-    for buffer in model.buffers():
+    for buffer in () if spread else model.buffers():
         moved[id(buffer)] = buffer.to(device)
     for module in () if hooks else model.modules():
         for own in (module._forward_hooks, module._forward_pre_hooks):
             moved[id(own)] = type(own)()
     # What the memo holds is taken instead of being copied, and ties stay ties.
     duplicate = copy.deepcopy(model, moved).eval()
-    if pack and device.type == "cpu":
+    if pack and device.type == "cpu" and not spread:
         for module in duplicate.modules():
             forward = _fused_activation(module) or _packed_forward(module)
             if forward is not None:
                 module.forward = forward
     return duplicate
+
+
+def _check_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
+    own = {each.dtype for each in model.parameters() if each.is_floating_point()}
+    if dtype is not None and own - {dtype}:
+        names = listed(sorted(str(each).removeprefix("torch.") for each in own))
+        raise ConfigError(f"{type(model).__name__}: is on several devices in {names}, and is to be run in {dtype}")
 
 
 def _fused_activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:

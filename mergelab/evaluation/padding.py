@@ -19,6 +19,7 @@ from mergelab.errors import ModelError, first_line
 from mergelab.estimation.examples import Padding
 from mergelab.evaluation.lengths import vocabulary_size
 from mergelab.evaluation.packed_linear import inference_copy
+from mergelab.evaluation.spread import device_of, is_spread
 
 Array = np.ndarray[Any, Any]
 
@@ -156,13 +157,13 @@ def trial_copy(model: nn.Module) -> nn.Module:
 
     Hooks of the module, as of statistics that are being taken, see nothing of the trial.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     return inference_copy(model, device, torch.float32 if _is_widened(model) else None, pack=False, hooks=False)
 
 
 def _is_widened(model: nn.Module) -> bool:
     narrow = any(each.is_floating_point() and each.element_size() < 4 for each in model.parameters())
-    return narrow and sum(each.numel() for each in model.parameters()) <= _WIDENED
+    return narrow and not is_spread(model) and sum(each.numel() for each in model.parameters()) <= _WIDENED
 
 
 def _precision(model: nn.Module) -> float:

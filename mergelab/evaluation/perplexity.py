@@ -25,6 +25,7 @@ from mergelab.evaluation.options import DEFAULTS, EvaluationOptions
 from mergelab.evaluation.packed_linear import inference_copy
 from mergelab.evaluation.padding import Comparison, changes_with_length, choose_padding, resets, trial_copy
 from mergelab.evaluation.side_by_side import side_by_side
+from mergelab.evaluation.spread import device_of, is_spread
 from mergelab.models.architecture import quiet_transformers
 
 if TYPE_CHECKING:
@@ -113,7 +114,9 @@ class Windows:
 
         rounds = None if options.rounds is None else self._window_rounds(options.rounds, place)
         batches = plan_batches(end - 1 - begin, budget, options.seed, padding, rounds)
-        for batch, targets, losses in side_by_side(losses_of, batches, device, alone=bool(as_built)):
+        for batch, targets, losses in side_by_side(
+            losses_of, batches, device, alone=bool(as_built) or is_spread(copied)
+        ):
             own = self.owner[targets]
             np.add.at(sums, own[own >= 0], np.stack([losses, np.ones_like(losses)], axis=1)[own >= 0])
             done += int((end - begin)[batch].sum())
@@ -227,7 +230,7 @@ def check_causal(model: nn.Module, window: Array, name: str) -> None:
 
 def last_scores(model: Any, ids: Array, last: Array) -> Tensor:
     """Return the scores over the vocabulary (b, V) at the positions ``last`` (b,) of the inputs (b, l)."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     options = {"use_cache": False} if hasattr(model, "config") else {}
     logits = model(input_ids=torch.from_numpy(ids).to(device), **options).logits
     return logits[torch.arange(len(last)), torch.from_numpy(last)].float().cpu()  # type: ignore[no-any-return]

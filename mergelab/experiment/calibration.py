@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mergelab.cache import cache_dir
 from mergelab.errors import ConfigError, DataError
 from mergelab.estimation.examples import LABELS, Batch, Padding
+from mergelab.evaluation.spread import check_whole
 from mergelab.weights.conversion import load_weights
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class TrainingExamples:
         """Load the expert's weights and its own head into the session's module."""
         head = self.session.heads.of_expert(self.index, self.data.spec)
         opened, module = self.session.opened, self.session.module(head.outputs, self._described)
+        check_whole(module, self.label)
         backbone = opened.expert_backbone(self.index, in_merged_rows=True)
         return load_weights(module, {**backbone, **head.tensors}, untied=opened.untied)
 

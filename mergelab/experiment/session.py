@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergelab import evaluation
+from mergelab.console.progress import warn
 from mergelab.evaluation.options import options_from_config
 from mergelab.evaluation.scoring import Prediction, PredictionCache, prediction_key
+from mergelab.evaluation.spread import division, is_spread, placed
 from mergelab.experiment.description import config_owner, describe
 from mergelab.experiment.heads import Heads
 from mergelab.experiment.opening import MergeScope, open_models
@@ -148,7 +150,11 @@ class Session:
         if key not in self._modules:
             for other in [other for other in self._modules if other[0] != merged.module_key]:
                 del self._modules[other]
-            self._modules[key] = (of or merged).open(outputs).to(self.device)
+            opened = (of or merged).open(outputs)
+            opened = placed(opened, self.device, self.options.torch_dtype, self.options.max_memory)
+            self._modules[key] = opened
+            if is_spread(opened):
+                warn(division(opened))
         return self._modules[key]
 
     def predict(

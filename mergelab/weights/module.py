@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ def module_of(model: object) -> nn.Module | None:
 
 
 def mergeable(name: str, tensors: dict[str, Tensor], module: nn.Module | None = None) -> dict[str, Tensor]:
-    """Return a model's tensors after checking that they are neither quantised nor those of an adapter.
+    """Return a model's tensors after checking that they are there, and neither quantised nor those of an adapter.
 
     Args:
         name: what errors call the model.
@@ -41,6 +42,11 @@ def mergeable(name: str, tensors: dict[str, Tensor], module: nn.Module | None = 
     infos += [TensorInfo(key, tuple(t.shape), t.dtype) for key, t in stored.items() if key not in tensors]
     for key, tensor in tensors.items():
         refuse_quantised_class(name, key, type(tensor))
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            raise ModelError(
+                f"{name}: {key} has no values (it is on the meta device: offloaded, or never loaded); give the "
+                "model's folder, or load it with device_map='cpu'"
+            )
     refuse_quantised(name, infos)
     return tensors
 
@@ -51,11 +57,16 @@ def copy_module(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module)
 
 
+# The weights of a module that it has elsewhere while it does not compute, by name (`mergelab.evaluation.spread`).
+OFFLOADED: WeakKeyDictionary[nn.Module, Mapping[str, Tensor]] = WeakKeyDictionary()
+
+
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer by name, a tied one under each of its names."""
     return {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
+        **OFFLOADED.get(module, {}),
     }
 
 

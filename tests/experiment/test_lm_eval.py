@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,17 @@ def test_its_numbers_are_those_of_lm_eval(mergelab_command: Command, place: Path
     }
     assert {name: score["value"] for name, score in own.items()} == pytest.approx(expected, rel=1e-5)
     assert all(score["low"] <= score["value"] <= score["high"] for score in own.values())
+
+
+def test_a_model_that_is_divided_among_devices_has_the_same_numbers(mergelab_command: Command, place: Path) -> None:
+    fixed = (*_told("words,rolling,written"), "eval.cache=false", "device=cpu", "tracking=none")
+    assert mergelab_command(*fixed).code == 0
+    expected = result(place)["models"]
+    shutil.rmtree(place / "outputs")
+    assert mergelab_command(*fixed, "eval.max_memory={cpu: 300kB}").code == 0
+    for found, own in zip(result(place)["models"], expected, strict=True):
+        scores = [{key: each["value"] for key, each in m["results"]["lm_eval"]["report"].items()} for m in (found, own)]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 
 
 def test_a_part_selects_and_the_rest_reports_with_the_prompts_of_the_whole(
