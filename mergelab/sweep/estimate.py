@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 _GROUPS = 40  # of the jackknife: each costs one score
 _LEVEL = 0.95
+QUANTILE = 1.96  # of a normal distribution's interval of that level
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,44 @@ def estimate(spec: TaskSpec, metric: str, own: Array, best: Array | None, seen: 
     Returns:
         None where the metric is not defined on the examples seen.
     """
+    found = unbounded(spec, metric, own, best, seen, count)
+    if found is None:
+        return None
+    score, of_best, whole = found.score, found.of_best, found.whole
+    fraction = max(score, whole, of_best or 0.0) <= 1
+    return bounded(get_metric(metric), whole + found.difference, found.half, score, of_best, fraction)
+
+
+@dataclass(frozen=True)
+class Unbounded:
+    """An estimate before it is cut to what the metric can be.
+
+    Attributes:
+        whole: the best trial's score on all examples; without such a trial, the trial's own on those seen.
+        score, of_best: the trial's and the best one's on the examples seen.
+        half: half the width of the 95 % interval of the difference; None where too few examples were seen for one.
+    """
+
+    whole: float
+    score: float
+    of_best: float | None
+    half: float | None
+
+    @property
+    def difference(self) -> float:
+        """How much greater the trial's score is than the best one's."""
+        return 0.0 if self.of_best is None else self.score - self.of_best
+
+
+def unbounded(spec: TaskSpec, metric: str, own: Array, best: Array | None, seen: Array, count: int) -> Unbounded | None:
+    """Compute what `estimate` is made of; see there."""
     declared, value_of = get_metric(metric), partial(value_of_rows, spec, metric)
     if len(own) < max(declared.min_examples, 1):
         return None
     same = None if best is None else best[seen]
     score, of_best = value_of(own), None if same is None else value_of(same)
     whole = score if best is None else value_of(best)
-    value = whole if of_best is None else whole + score - of_best
-    if not math.isfinite(value):
+    if not math.isfinite(whole if of_best is None else whole + score - of_best):
         return None
 
     def difference(members: Array) -> float:
@@ -112,7 +143,7 @@ def estimate(spec: TaskSpec, metric: str, own: Array, best: Array | None, seen: 
         half *= math.sqrt(unseen)
     elif half == 0:
         half = min(3 / len(own), 1.0) * unseen * max(abs(whole), abs(1 - whole) if abs(whole) <= 1 else 0.0)
-    return bounded(declared, value, half, score, of_best, max(score, whole, of_best or 0.0) <= 1)
+    return Unbounded(whole, score, of_best, half)
 
 
 def bounded(

@@ -69,7 +69,13 @@ class Futility(BasePruner):
         spread = math.sqrt(remaining * float(differences.var(ddof=1)) * (1 + remaining / len(differences)))
         if not spread:
             return expected <= 0
-        return 0.5 * math.erfc((step / 2 - expected) / spread / math.sqrt(2)) < self.probability
+        return self.is_behind(expected - step / 2, spread)
+
+    def is_behind(self, difference: float, error: float) -> bool:
+        """Return whether a trial that is better by ``difference``, give or take a standard error, hardly is better."""
+        if not error:
+            return difference <= 0
+        return 0.5 * math.erfc(-difference / error / math.sqrt(2)) < self.probability
 
 
 def _reported(trial: FrozenTrial) -> tuple[Array, Array]:

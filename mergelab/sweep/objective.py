@@ -26,6 +26,11 @@ class Objective:
     metric: str
     direction: Direction
 
+    @property
+    def label(self) -> str:
+        """What a trial's score is called: the metric, or the average."""
+        return self.metric or self.name
+
     def value(self, scores: Mapping[str, Mapping[str, float]], primary: Mapping[str, str]) -> float:
         """Return it from the metrics of each task."""
         if self.task is None:

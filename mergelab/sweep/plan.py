@@ -95,10 +95,20 @@ def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, overrid
 
 
 def is_pruned(settings: SweepConfig, plan: Plan) -> bool:
-    """Return whether trials can be pruned: one objective, one task, examples in random order (lm-eval takes all)."""
-    several = isinstance(settings.objective, list) and len(settings.objective) > 1
+    """Return whether trials are pruned."""
     wanted = settings.evaluation == "pruned" and pruner_name(settings.pruner) != "none"
-    return wanted and len(plan.tasks) == 1 and plan.tasks[0].kind != "lm_eval" and not several
+    return wanted and not_pruned(settings, plan) is None
+
+
+def not_pruned(settings: SweepConfig, plan: Plan) -> str | None:
+    """Say why a pruner cannot prune trials; None where it can."""
+    if any(task.kind == "lm_eval" for task in plan.tasks):
+        return "lm-eval measures all examples at once"
+    if isinstance(settings.objective, list) and len(settings.objective) > 1:
+        return "that takes one objective"
+    if len(plan.tasks) > 1 and pruner_name(settings.pruner) != "futility":
+        return f"the pruner {pruner_name(settings.pruner)} takes one task, futility several"
+    return None
 
 
 def not_adaptive(settings: SweepConfig, plan: Plan) -> str | None:

@@ -123,20 +123,24 @@ class ScoreReporter:
 
     def _best(self) -> Rival | None:
         """Return the best complete trial, the earliest of equals, if it was measured on these examples."""
-        from optuna.study import StudyDirection
-        from optuna.trial import TrialState
-
-        complete = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        sign = -1 if self.study.direction == StudyDirection.MINIMIZE else 1
-        needed = {STATISTICS, SCORES} if self._by_example else {STATISTICS}
-        known = [trial for trial in complete if needed <= trial.user_attrs.keys()]
-        best = max(known, key=lambda trial: (sign * trial.values[0], -trial.number), default=None)
+        best = best_complete(self.study, {STATISTICS, SCORES} if self._by_example else {STATISTICS})
         if best is None:
             return None
         statistics = unpacked_statistics(best.user_attrs[STATISTICS])
         if any(len(rows) != len(self.scores) for rows in statistics.values()):
             return None
         return Rival(best.number, statistics, unpacked(best.user_attrs[SCORES]) if self._by_example else None)
+
+
+def best_complete(study: Study, needed: set[str]) -> FrozenTrial | None:
+    """Return the best complete trial, the earliest of equals, that has the ``needed`` attributes."""
+    from optuna.study import StudyDirection
+    from optuna.trial import TrialState
+
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    sign = -1 if study.direction == StudyDirection.MINIMIZE else 1
+    known = [trial for trial in complete if needed <= trial.user_attrs.keys()]
+    return max(known, key=lambda trial: (sign * trial.values[0], -trial.number), default=None)
 
 
 def _compares_examples(pruner: BasePruner) -> bool:

@@ -18,7 +18,7 @@ from mergelab.experiment.keeping import check_push
 from mergelab.experiment.recording import open_run, record_result, save_views, tag_models
 from mergelab.sweep.launcher import fit_launcher
 from mergelab.sweep.objective import AVERAGE
-from mergelab.sweep.plan import Sweep, definition, is_pruned, plan_sweep
+from mergelab.sweep.plan import Sweep, definition, is_pruned, not_pruned, plan_sweep
 from mergelab.sweep.pruners import pruner_name
 from mergelab.sweep.samplers import sampler_name
 from mergelab.sweep.scheduler import Scheduler, point
@@ -139,9 +139,7 @@ def _announce(sweep: Sweep, study: SweepStudy) -> None:
         *_launcher_line(sweep),
     ]
     if settings.evaluation == "pruned" and pruner != "none" and not prunes:
-        whole = any(task.kind == "lm_eval" for task in plan.tasks)
-        why = "lm-eval measures all examples at once" if whole else "that takes one task and one objective"
-        lines.append(f"          trials are not pruned: {why}")
+        lines.append(f"          trials are not pruned: {not_pruned(settings, plan)}")
     say("\n".join(lines))
 
 

@@ -221,7 +221,7 @@ class Scheduler:
         best = study.best()
         if result.pruned_at is not None:
             what = (
-                f"{result.comparison(self.sweep.objectives[0].metric, 'the best')}; stopped{_estimate(result.estimate)}"
+                f"{result.comparison(self.sweep.objectives[0].label, 'the best')}; stopped{_estimate(result.estimate)}"
             )
         else:
             what = f"select {scores}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,8 @@ class SelectingEvaluation:
         rounds: Array | None = None,
         metric: str | None = None,
         without: Array | None = None,
+        parts: int = 1,
+        after_part: Callable[[], None] = lambda: None,
     ) -> None:
         """Predict task by task.
 
@@ -54,11 +57,18 @@ class SelectingEvaluation:
             rounds: (n,) the round in which each example is measured, of the only task; None: batches in random order.
             metric: the scores are what this metric is estimated from; None: they are those of `example_scores`.
             without: (k,) positions of the only task's examples that are not measured; None: all are.
+            parts: how many parts the examples of each task are divided into at random: a part of each task is measured,
+                then the next of each.
+            after_part: called when a part of each task was measured. What it raises ends the evaluation.
         """
-        first = 0
-        for name, data in self.evaluator.data.items():
-            select = self.evaluator.examples[name].select
+        selecting = {name: self.evaluator.examples[name].select for name in self.evaluator.data}
+        firsts = dict(zip(selecting, np.cumsum([0, *map(len, selecting.values())]), strict=False))
+        last = next(reversed(selecting))
+        for part, name in itertools.product(range(parts), selecting):
+            data, select, first = self.evaluator.data[name], selecting[name], int(firsts[name])
             wanted = np.setdiff1d(np.arange(len(select)), () if without is None else without)
+            if parts > 1:
+                wanted = np.array_split(np.random.default_rng(self.seed).permutation(wanted), parts)[part]
             self.evaluator.session.predict(
                 data,
                 partial(self.backbones.__getitem__, name),
@@ -70,7 +80,8 @@ class SelectingEvaluation:
                 seed=self.seed,
                 rounds=rounds,
             )
-            first += len(select)
+            if name == last:
+                after_part()
 
     def _collect(
         self,

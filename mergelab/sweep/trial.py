@@ -37,6 +37,7 @@ from mergelab.sweep.reporting import Pruned, ScoreReporter
 from mergelab.sweep.selecting import SelectingEvaluation
 from mergelab.sweep.storage import storage_url
 from mergelab.sweep.study import MEASURED, OUTCOME
+from mergelab.sweep.suite import PARTS, SuiteReporter
 from mergelab.sweep.winner import Report, report_winner
 from mergelab.tracking import interrupts, names
 from mergelab.tracking.values import one_line
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
     from mergelab.evaluation.scoring import TaskResult
     from mergelab.experiment.calibration import Calibration
     from mergelab.tracking import Run, Tracker
+
+
+Reporter = ScoreReporter | SuiteReporter | AdaptiveReporter
 
 
 class _Failed(Exception):
@@ -156,11 +160,11 @@ def measure_trial(
     values, estimated = _values(results, plan, wanted), dict[str, Estimate]()
     if pruned_at is not None:
         results, estimated = _stopped(evaluation, reporter)
-        values = tuple(estimated[one.metric].value if one.metric in estimated else math.nan for one in wanted)
+        values = tuple(estimated[key].value if (key := _key(one, plan)) in estimated else math.nan for one in wanted)
     if isinstance(reporter, AdaptiveReporter):
         measured = measured_of(evaluation, job.number, whole=pruned_at is None)
         attempt.storage.set_trial_user_attr(attempt.trial_id, MEASURED, measured.written())
-    own = estimated.get(wanted[0].metric)
+    own = estimated.get(_key(wanted[0], plan))
     rival = None if reporter.rival is None or pruned_at is None else reporter.rival.number
 
     outcome = TrialOutcome(values, evaluation.count, pruned_at, seconds, evaluated, run.id, own, rival)
@@ -208,22 +212,38 @@ def _reporter(
     study: Study,
     job: TrialJob,
     evaluation: SelectingEvaluation,
-) -> ScoreReporter | AdaptiveReporter:
+) -> Reporter:
     """Create what takes the trial's scores, and ends it early."""
     wanted = objectives(settings.objective, settings.direction, plan.tasks)
     if settings.evaluation == "adaptive":
         return adaptive_reporter(study, job.number, wanted[0].metric, loaded.evaluator, loaded.baselines, settings.seed)
-    pruner = make_pruner(settings.pruner) if is_pruned(settings, plan) else None
+    pruner: Any = make_pruner(settings.pruner) if is_pruned(settings, plan) else None
+    if pruner is not None and len(plan.tasks) > 1:
+        selecting = {name: len(one.select) for name, one in loaded.evaluator.examples.items()}
+        tasks = [(task, selecting[task.name]) for task in plan.tasks if selecting[task.name]]
+        return SuiteReporter(pruner, study, job.number, wanted[0], tasks, evaluation.statistics)
     unknown = np.full(evaluation.count, np.nan)
     return ScoreReporter(pruner, study, job.number, unknown, lambda: _values(evaluation.results(), plan, wanted)[0])
 
 
-def _evaluate(evaluation: SelectingEvaluation, reporter: ScoreReporter | AdaptiveReporter) -> int | None:
+def _key(objective: Objective, plan: Plan) -> str:
+    """Return what an objective is called among the estimates."""
+    if objective.task is None:
+        return objective.name
+    return f"{objective.task}/{objective.metric}" if len(plan.tasks) > 1 else objective.metric
+
+
+def _evaluate(evaluation: SelectingEvaluation, reporter: Reporter) -> int | None:
     """Evaluate all examples, or as many as the trial needs; return how many these are, None for all."""
     try:
         with _failures_of_trial():
             if isinstance(reporter, AdaptiveReporter):
                 evaluation.run(reporter.report, reporter.rounds, reporter.metric)
+                return None
+            if isinstance(reporter, SuiteReporter):
+                parts = 1 if reporter.rival is None else PARTS
+                evaluation.run(reporter.report, parts=parts, after_part=reporter.decide)
+                reporter.finish()
                 return None
             evaluation.run(reporter.report)
         reporter.finish(lambda: evaluation.statistics(next(iter(evaluation.evaluator.data)))[1])
@@ -232,10 +252,10 @@ def _evaluate(evaluation: SelectingEvaluation, reporter: ScoreReporter | Adaptiv
         return reporter.done
 
 
-def _stopped(
-    evaluation: SelectingEvaluation, reporter: ScoreReporter | AdaptiveReporter
-) -> tuple[dict[str, TaskResult], dict[str, Estimate]]:
+def _stopped(evaluation: SelectingEvaluation, reporter: Reporter) -> tuple[dict[str, TaskResult], dict[str, Estimate]]:
     """Return the results of a trial that was stopped early, without scores, and its estimates by metric."""
+    if isinstance(reporter, SuiteReporter):
+        return {name: replace(result, select={}) for name, result in evaluation.results().items()}, reporter.estimates()
     ((name, result),) = evaluation.results().items()
     data, select = evaluation.evaluator.data[name], evaluation.evaluator.examples[name].select
     if isinstance(reporter, AdaptiveReporter):
@@ -294,7 +314,7 @@ def _tags(plan: Plan, outcome: TrialOutcome, objective: Objective) -> dict[str, 
         primary = names.select_metric(objective.metric, objective.task if len(plan.tasks) > 1 else None)
     tags = {names.PRIMARY: primary, names.DIRECTION: str(objective.direction)}
     if outcome.pruned_at is not None:
-        compared = outcome.comparison(objective.metric, f"trial {outcome.best}")
+        compared = outcome.comparison(objective.label, f"trial {outcome.best}")
         tags[names.PRUNED] = f"after {outcome.pruned_at} of {outcome.examples} examples: {compared}"
     return tags
 

@@ -162,7 +162,7 @@ def test_methods_that_learn_from_examples_need_one_device(mergelab_command: Comm
     [
         ("{gpu: 1GB}", "'gpu' is no device: cpu is one, and 0, 1, ... are the GPUs"),
         ("1GB", "error: eval.max_memory='1GB': must be a mapping"),
-        ("{cpu: 300}", "error: eval.max_memory.cpu='300': must be a number with kB, MB, GB or TB for each device, such as 20GB"),
+        ("{cpu: 300}", "error: eval.max_memory.cpu='300': must be a number with kB, MB, GB or TB for each device"),
         ("{0: 1GB}", "error: eval.max_memory={0: ...}: device=cpu has no GPUs"),
     ],
 )
