@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,19 @@ Array = np.ndarray[Any, Any]
 _CPU_BATCH_TOKENS = 512
 
 
+class TextEngine(Protocol):
+    """Something else than transformers that generates texts with a module's weights."""
+
+    @property
+    def name(self) -> str:
+        """The engine with its version."""
+        ...
+
+    def generate(self, prompts: Any, module: nn.Module, options: EvaluationOptions, watch: Any = None) -> Array:
+        """Return what `mergelab.evaluation.generation.EncodedPrompts.run` does."""
+        ...
+
+
 @dataclass(frozen=True)
 class EvaluationOptions:
     """How models are run over examples; the defaults are `mergelab.config.EvalConfig`'s where that has the key.
@@ -35,6 +48,7 @@ class EvaluationOptions:
         rounds: (n,) the round of each example: rounds come in ascending order, and no batch has examples of two. Within
             a round the longest examples come first, whatever the seed.
         progress: called with the fraction done.
+        engine: what generates texts; None: transformers.
     """
 
     device: torch.device | str | None = None
@@ -44,6 +58,7 @@ class EvaluationOptions:
     seed: int | None = None
     rounds: Array | None = None
     progress: Callable[[float], None] | None = None
+    engine: TextEngine | None = None
 
     def device_for(self, model: nn.Module) -> torch.device:
         """Return the device to run ``model`` on."""
