@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from mergelab.errors import ConfigError, ModelError, NonFinite, listed
-from mergelab.evaluation.classification import plan_batches
 from mergelab.evaluation.vllm_support import KEY, check_module
 from mergelab.evaluation.vllm_weights import EngineClient, in_one_line, stored_layout, weight_source, write_start
 from mergelab.weights.shards import byte_size
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 # What vLLM takes of the GPU memory that is free when it starts; merging needs the rest.
 _MEMORY_SHARE = 0.8
 _BUFFER_BYTES = 1 << 30
+_AT_ONCE = 256  # prompts; between these a sweep may stop a trial
 # The prompt that a new engine is checked with: its tokens, and the difference in log-probability that is allowed of
 # one, relative to 1 + its size. Zeros in the place of a layer change it by far more, another kernel by far less.
 _CHECKED_TOKENS, _TOLERANCE = 64, 0.05
@@ -65,7 +65,7 @@ class VllmEngine:
             prompts: n prompts, and how they are continued.
             module: a decoder of transformers; it is left as it is.
             options: device, dtype, seed and rounds count; vLLM forms batches itself.
-            watch: as `EncodedPrompts.run`'s; called once, or after each of the rounds.
+            watch: as `EncodedPrompts.run`'s; called once, after each round, or with a seed after each `_AT_ONCE`.
 
         Returns:
             (n,) texts, without prompts and special tokens.
@@ -88,8 +88,7 @@ class VllmEngine:
             running.check(prompts)
         self._running = running
         texts, done = np.empty(len(prompts), dtype=object), 0
-        budget = len(prompts) * positions  # one batch, or one for each round
-        for members in plan_batches(prompts.lengths, budget, None, "right", options.rounds):
+        for members in _parts(len(prompts), options):
             texts[members] = running.texts(prompts.take(members))
             done += len(members)
             options.report(done / len(prompts))
@@ -227,6 +226,16 @@ class _Running:
                 f"{float(found.mean()):.3f} in vLLM, {float(wanted.mean()):.3f} in transformers: not all weights have "
                 "arrived, or vLLM computes another model"
             )
+
+
+def _parts(count: int, options: EvaluationOptions) -> list[Array]:
+    """Group examples: all at once, by rounds, or with a seed in drawn order, so that each part is a fair sample."""
+    if options.rounds is not None:
+        return [np.flatnonzero(options.rounds == one) for one in np.unique(options.rounds)]
+    if options.seed is None:
+        return [np.arange(count)]
+    drawn = np.random.default_rng(options.seed).permutation(count)
+    return [drawn[start : start + _AT_ONCE] for start in range(0, count, _AT_ONCE)]
 
 
 def _set_environment() -> None:

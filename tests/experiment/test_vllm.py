@@ -284,6 +284,29 @@ def test_examples_come_by_rounds(vllm: Any) -> None:
     assert found.tolist() == prompts.run(model).tolist()
 
 
+def test_a_trial_may_stop_between_parts_in_drawn_order(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mergelab.evaluation.vllm_engine._AT_ONCE", 4)
+    model, tokenizer = writer("gpt2")
+    prompts = encode_prompts(
+        given([text[:40] for text in sentences(10, 0)], decoding={"max_new_tokens": 4}), model.config, tokenizer
+    )
+    seen: list[list[int]] = []
+    options = EvaluationOptions(engine=VllmEngine(), seed=5)
+    found = prompts.run(model, options, watch=lambda members, _: seen.append(members.tolist()))
+    assert [len(part) for part in seen] == [4, 4, 2]
+    order = [member for part in seen for member in part]
+    assert sorted(order) == list(range(10)) != order
+    assert found.tolist() == prompts.run(model).tolist()
+
+    def stop(_members: Any, _texts: Any) -> None:
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError, match="enough"):
+        prompts.run(model, options, watch=stop)
+    assert prompts.run(model, options).tolist() == found.tolist()
+    assert len(of(vllm, "start")) == 1, "the engine goes on"
+
+
 def test_nan_is_an_error(vllm: Any) -> None:
     model, tokenizer = writer("gpt2")
     prompts = encode_prompts(given(["A text", "Another one"]), model.config, tokenizer)
