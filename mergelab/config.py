@@ -416,6 +416,8 @@ class EvalConfig(Schema):
 
     protocol: Literal["full", "holdout", "oracle"] = "full"
     holdout_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What generates texts: transformers, or vLLM on a GPU (the extra ``vllm``)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: Annotated[int, Field(ge=8)] | None = None
     batch_tokens: Annotated[int, Field(ge=1)] = 4096

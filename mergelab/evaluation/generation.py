@@ -85,12 +85,14 @@ class EncodedPrompts:
         Raises:
             NonFinite: an output is NaN.
         """
-        device = options.device_for(model)
         check_tokens(model, max((int(ids.max(initial=0)) for ids in self.ids), default=0))
+        if options.engine is not None:
+            return options.engine.generate(self, model, options, watch)
+        device = options.device_for(model)
         padding = self._padding_for(model)
         copied: Any = inference_copy(model, device, options.torch_dtype)
-        copied.generation_config = _settings(copied, self.decoding, self.pad_id)
-        lengths, as_built = self._lengths, resets(copied)
+        copied.generation_config = self.settings(copied)
+        lengths, as_built = self.lengths, resets(copied)
         budget = max(options.batch_tokens // self.decoding.num_beams, 1)
         texts, done = np.empty(len(self), dtype=object), 0
 
@@ -109,7 +111,7 @@ class EncodedPrompts:
         return texts
 
     @property
-    def _lengths(self) -> Array:
+    def lengths(self) -> Array:
         """How many tokens each example may have in the end: (n,)."""
         return np.array([len(ids) for ids in self.ids], dtype=np.int64) + self.decoding.max_new_tokens
 
@@ -124,12 +126,12 @@ class EncodedPrompts:
             for reset in resets(copies[0]):
                 reset()
             ids, mask = self._padded(copies[0], members, padding)
-            return first_scores(copies[0], ids, mask, _settings(copies[0], self.decoding, self.pad_id))
+            return first_scores(copies[0], ids, mask, self.settings(copies[0]))
 
         # A decoder alone is padded before its prompts, so that what it writes follows them.
         is_pair = bool(getattr(model.config, "is_encoder_decoder", False))
         sides: tuple[Padding, ...] = ("right", "left") if is_pair else ("left",)
-        return choose_padding(model, "generation", self._lengths, run, sides)
+        return choose_padding(model, "generation", self.lengths, run, sides)
 
     def _padded(self, model: Any, members: Array, padding: Padding) -> tuple[Tensor, Tensor]:
         """Return prompts and their mask, (b, l) both."""
@@ -162,12 +164,23 @@ class EncodedPrompts:
             logits_processor=LogitsProcessorList(steps),
             stopping_criteria=StoppingCriteriaList(stops),
         )
-        found = np.empty(len(members), dtype=object)
-        ends = model.generation_config.eos_token_id
-        ends = {ends} if isinstance(ends, int) else set(ends or ())
-        until_end = [[*takewhile(lambda token: token not in ends, row)] for row in written[:, start:].tolist()]
+        return self.decode(written[:, start:].tolist(), self.ends(model))
+
+    def settings(self, model: Any) -> Any:
+        """Return the generation config: tokens are the model's own, all else is the task's."""
+        return _settings(model, self.decoding, self.pad_id)
+
+    def ends(self, model: Any) -> frozenset[int]:
+        """Return the tokens that end a text of a model."""
+        ends = self.settings(model).eos_token_id
+        return frozenset([ends] if isinstance(ends, int) else ends or ())
+
+    def decode(self, rows: Sequence[Sequence[int]], ends: frozenset[int], *, cut: bool = True) -> Array:
+        """Return the texts (m,) of tokens that a model has written, up to its ends; ``cut``: and to the stop texts."""
+        until_end = [[*takewhile(lambda token: token not in ends, row)] for row in rows]
+        found = np.empty(len(rows), dtype=object)
         decoded = self.tokenizer.batch_decode(until_end, skip_special_tokens=True)
-        found[:] = [_cut(text, decoding.stop) for text in decoded]
+        found[:] = [_cut(text, self.decoding.stop) for text in decoded] if cut else decoded
         return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,19 @@ Array = np.ndarray[Any, Any]
 _CPU_BATCH_TOKENS = 512
 
 
+class TextEngine(Protocol):
+    """Something else than transformers that generates texts with a module's weights."""
+
+    @property
+    def name(self) -> str:
+        """The engine with its version."""
+        ...
+
+    def generate(self, prompts: Any, module: nn.Module, options: EvaluationOptions, watch: Any = None) -> Array:
+        """Return what `mergelab.evaluation.generation.EncodedPrompts.run` does."""
+        ...
+
+
 @dataclass(frozen=True)
 class EvaluationOptions:
     """How models are run over examples; the defaults are `mergelab.config.EvalConfig`'s where that has the key.
@@ -37,6 +50,7 @@ class EvaluationOptions:
             a round the longest examples come first, whatever the seed.
         max_memory: bytes of weights that a device may hold (`mergelab.evaluation.spread.placed`).
         progress: called with the fraction done.
+        engine: what generates texts; None: transformers.
     """
 
     device: torch.device | str | None = None
@@ -47,6 +61,7 @@ class EvaluationOptions:
     rounds: Array | None = None
     max_memory: Limits | None = None
     progress: Callable[[float], None] | None = None
+    engine: TextEngine | None = None
 
     def device_for(self, model: nn.Module) -> torch.device:
         """Return the device to run ``model`` on."""

@@ -22,7 +22,8 @@ def announcement(plan: Plan, source: str) -> str:
     ]
     if plan.config.evaluate:
         tasks = ", ".join(names.labelled(task.name, mini=mini) for task in plan.tasks)
-        lines.append(f"evaluate  {tasks}: protocol {evaluation.protocol}, {evaluation.dtype}")
+        engine = "" if evaluation.engine == "transformers" else f", {evaluation.engine}"
+        lines.append(f"evaluate  {tasks}: protocol {evaluation.protocol}, {evaluation.dtype}{engine}")
     if plan.config.output:
         lines.append(f"save      {plan.config.output}")
     return "\n".join(lines)

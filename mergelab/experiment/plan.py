@@ -68,6 +68,7 @@ def plan_experiment(config: DictConfig, *, merges: bool = True) -> Plan:
         HubError: the model is to be pushed to the hub, and there is no token.
     """
     from mergelab.engine.registry import method_from_config, resolve_weights, unsupported_for_generation
+    from mergelab.evaluation.vllm_support import check_vllm
     from mergelab.tasks.loading import tasks_from_config
     from mergelab.tracking import tracking_config
 
@@ -87,6 +88,8 @@ def plan_experiment(config: DictConfig, *, merges: bool = True) -> Plan:
     resolve_weights(method, parameters, tuple(checked.models.experts), weights)
     suite = tasks_from_config(checked.task, measured=checked.evaluate)
     _check_tasks_of_experts(checked, suite.tasks)
+    if checked.evaluate and checked.eval.engine == "vllm":
+        check_vllm(suite.tasks)
     if (reason := unsupported_for_generation(method, parameters)) is not None and _merges_writers(checked, suite.tasks):
         raise ConfigError(reason)
     if merges and not checked.evaluate and checked.output is None:

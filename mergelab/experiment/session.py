@@ -17,6 +17,7 @@ from mergelab.console.progress import warn
 from mergelab.evaluation.options import options_from_config
 from mergelab.evaluation.scoring import Prediction, PredictionCache, prediction_key
 from mergelab.evaluation.spread import division, is_spread, placed
+from mergelab.evaluation.vllm_engine import VllmEngine
 from mergelab.experiment.description import config_owner, describe
 from mergelab.experiment.heads import Heads
 from mergelab.experiment.opening import MergeScope, open_models
@@ -55,6 +56,8 @@ def open_session(
     import torch
 
     options, models = options_from_config(config.eval, config.device), config.models
+    if config.eval.engine == "vllm":
+        options = replace(options, engine=VllmEngine())
     base = located.base
     source = None if base is None else from_folder(base.folder, base.name, label=base.label)
     experts = [from_folder(expert.folder, expert.name, label=expert.label) for expert in located.experts]
@@ -231,6 +234,8 @@ class Session:
         if not data.spec.outputs:
             numbers = hashlib.sha256(np.stack([data.parts, data.idx]).astype("<i8").tobytes()).hexdigest()
             parts["task"] = [repr(data.spec), numbers]  # sampled texts depend on an example's number
+        if self.options.engine is not None:
+            parts["engine"] = self.options.engine.name
         if of.vocabulary is not None:  # what a model lacks is read from the others
             parts["vocabulary"] = [self.opened.content(model.name) for model in self.opened.models]
         return prediction_key(parts)

@@ -147,6 +147,18 @@ class WeightFiles:
         return self._handles[file]
 
 
+def write_zeros(path: Path, layout: Sequence[TensorInfo]) -> None:
+    """Write a safetensors file of tensors that are all zero; it is a hole where the file system has such.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    header = _header(layout, {})
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(map(byte_size, layout)))
+
+
 def _shards(layout: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]]:
     """Divide the tensors, in order, into files of at most ``limit`` bytes; a larger tensor is alone in its file.
 

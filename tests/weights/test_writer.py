@@ -385,3 +385,17 @@ def test_whatever_stands_at_the_target_when_the_process_is_killed_is_whole(bert,
         if Path(out).exists():
             written = open_checkpoint(out)
             assert all(torch.equal(written.get(key), value) for key, value in bert().state_dict().items())
+
+
+def test_a_file_of_zeros_has_the_names_shapes_and_dtypes(tmp_path):
+    layout = [
+        TensorInfo("a", (3, 2), torch.bfloat16),
+        TensorInfo("b", (), torch.int64),
+        TensorInfo("c", (5,), torch.bool),
+    ]
+    shards.write_zeros(tmp_path / "model.safetensors", layout)
+    found = load_file(tmp_path / "model.safetensors")
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()} == {
+        info.name: (info.shape, info.dtype) for info in layout
+    }
+    assert not any(tensor.any() for tensor in found.values())

@@ -1,0 +1,8 @@
+"""As ``vllm.config``."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class WeightTransferConfig:
+    backend: str = "nccl"
