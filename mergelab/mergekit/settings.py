@@ -45,6 +45,11 @@ class Settings:
         """Whether a value differs between tensors."""
         return bool(self.rules) or any(_is_curve(value) for value in self.values.values())
 
+    @property
+    def has_lists(self) -> bool:
+        """Whether a value, or that of a filter, is a list over the layers."""
+        return any(map(_is_curve, [*self.values.values(), *(value for rule in self.rules for value in rule.values())]))
+
     def as_config(self) -> dict[str, Any]:
         """Return them as a group ``method`` has them."""
         found = dict(self.values)
@@ -180,8 +185,12 @@ def _number(setting: Setting, value: Any, where: str) -> float | int:
 
 def pattern(text: str) -> str:
     """Return the shell-style pattern for names that have ``text`` in them."""
-    escaped = re.sub(r"([*?[])", r"[\1]", text)
-    return f"*{escaped}*"
+    return f"*{escaped(text)}*"
+
+
+def escaped(text: str) -> str:
+    """Return the shell-style pattern for ``text`` itself."""
+    return re.sub(r"([*?[])", r"[\1]", text)
 
 
 def filter_of(match: str) -> str | None:
