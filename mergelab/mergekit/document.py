@@ -52,6 +52,10 @@ class Slice:
     base: str | None
     path: str = ""
 
+    def named(self, where: str) -> str:
+        """Return what messages call it in the document ``where``."""
+        return f"{where}: {self.path}" if self.path else where
+
 
 @dataclass(frozen=True)
 class MergeDocument:

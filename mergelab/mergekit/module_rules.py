@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"(.*?)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
-class Place:
+class Region:
     """The tensors that some of a merge's parameters are for: those of a module, or of some of its layers.
 
     Attributes:
@@ -66,15 +66,15 @@ def _within(prefix: str, text: str) -> Iterator[str]:
 
 
 def joined(
-    found: Sequence[Settings], placed: Sequence[Place], method: Method, experts: Sequence[str], where: str
+    found: Sequence[Settings], regions: Sequence[Region], method: Method, experts: Sequence[str], where: str
 ) -> Settings:
     """Return the parameters of all modules as those of one merge: what is the same for all, and rules for the rest.
 
     Args:
-        found: the parameters in each place.
-        placed: the places; where two have a tensor in common, the first counts.
+        found: the parameters in each region.
+        regions: the places; where two have a tensor in common, the first counts.
         method: the method.
-        experts: all of them by name; one that a place has not, has the weight 0 there.
+        experts: all of them by name; one that a region has not, has the weight 0 there.
         where: what messages call the config.
 
     Raises:
@@ -89,12 +89,12 @@ def joined(
         [key for key in found[0].required if key.partition(".")[0] not in differing],
     )
     rules: list[dict[str, Any]] = []
-    for each, place in zip(found, placed, strict=True):
+    for each, region in zip(found, regions, strict=True):
         if needed := [key for key in each.required if key.partition(".")[0] in differing]:
             raise ConfigError(
                 f"{where}: modules: {needed[0]} differs, and needs a value without filter in each of them"
             )
-        if each.has_lists and (odd := place.unordered):
+        if each.has_lists and (odd := region.unordered):
             raise ConfigError(
                 f"{where}: modules: a list of numbers runs over layers, and {listed(odd)} are in none; give their "
                 "module single numbers"
@@ -102,11 +102,11 @@ def joined(
         values = {key: _for_all(key, each.values[key], method, experts) for key in differing}
         for rule in each.rules:
             if rule.keys() & {*differing}:
-                rules += place.rules(rule[_MATCH], {key: value for key, value in rule.items() if key != _MATCH})
-        if not place.prefixes:
+                rules += region.rules(rule[_MATCH], {key: value for key, value in rule.items() if key != _MATCH})
+        if not region.prefixes:
             shared.values |= values
-        if values and place.rules("*", {}) != [{_MATCH: "*"}]:
-            rules += place.rules("*", values)
+        if values and region.rules("*", {}) != [{_MATCH: "*"}]:
+            rules += region.rules("*", values)
     return Settings(shared.values, [*rules, *shared.rules], shared.required)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mergelab.errors import ConfigError, MergelabError, did_you_mean, listed
 from mergelab.mergekit.document import MergeDocument, Slice
-from mergelab.mergekit.module_rules import Place
+from mergelab.mergekit.module_rules import Region
 from mergelab.models import hub
 from mergelab.models.references import parse_reference
 from mergelab.weights.checkpoint import Checkpoint, open_checkpoint
@@ -56,7 +56,7 @@ _LAYER = re.compile(r"\.\d+\.")
 _LAST = re.compile(r"(norm|lm_head)\.(weight|bias)$")
 
 
-def modules_of(document: MergeDocument) -> list[tuple[Slice, Place]]:
+def modules_of(document: MergeDocument) -> list[tuple[Slice, Region]]:
     """Return a document's slices, each with the tensors that it is for; nothing where the model has one module alone.
 
     Raises:
@@ -78,13 +78,13 @@ def modules_of(document: MergeDocument) -> list[tuple[Slice, Place]]:
         )
     if len(modules) == 1:
         return []
-    found: list[tuple[Slice, Place]] = []
+    found: list[tuple[Slice, Region]] = []
     for name, prefixes in modules.items():
         own = tuple(each for each in names if each.startswith(prefixes or ""))
-        names = [each for each in names if each not in {*own}]
+        names = [each for each in names if not each.startswith(prefixes or "")]
         taken = tuple(prefix for prefix in prefixes if any(each.startswith(prefix) for each in own))
-        place = Place(taken or prefixes, own)
-        found += _by_layers(document.modules[name], place, f"{key}.{name}")
+        region = Region(taken or prefixes, own)
+        found += _by_layers(document.modules[name], region, f"{key}.{name}")
     return found
 
 
@@ -124,15 +124,15 @@ def _by_stack(names: Sequence[str]) -> _Modules:
     return found if all(map(_LAYER.search, names)) else {**found, DEFAULT: ()}
 
 
-def _by_layers(slices: Sequence[Slice], place: Place, key: str) -> list[tuple[Slice, Place]]:
+def _by_layers(slices: Sequence[Slice], region: Region, key: str) -> list[tuple[Slice, Region]]:
     """Give each slice of a module the layers that it is for.
 
     Raises:
-        ConfigError: they are not those of the model, each in its place; or what is before the layers cannot be told.
+        ConfigError: they are not those of the model, each in its region; or what is before the layers cannot be told.
     """
     if slices[0].sources[0].layers is None:
-        return [(slices[0], place)]
-    own = places(place.names)
+        return [(slices[0], region)]
+    own = places(region.names)
     count = max((each.count for each in own.values()), default=0)
     stops = list(itertools.accumulate(stop - start for each in slices for start, stop in [_range(each)]))
     starts = [0, *stops[:-1]]
@@ -144,7 +144,7 @@ def _by_layers(slices: Sequence[Slice], place: Place, key: str) -> list[tuple[Sl
     if len(slices) > 1 and (odd := [name for name in own if own[name].layer > count and not _LAST.search(name)]):
         raise ConfigError(f"{key}.slices: it is not known to which slice {listed(odd)} belongs; write models")
     bounds = [(start or None, None if stop == count else stop) for start, stop in zip(starts, stops, strict=True)]
-    return [(each, replace(place, layers=layers)) for each, layers in zip(slices, bounds, strict=True)]
+    return [(each, replace(region, layers=layers)) for each, layers in zip(slices, bounds, strict=True)]
 
 
 def _range(part: Slice) -> tuple[int, int]:

@@ -72,19 +72,19 @@ def settings_of(document: MergeDocument, part: Slice, method: Method, experts: M
     Raises:
         ConfigError: a value is missing, or is none that the method can take.
     """
-    found = Settings()
+    found, where = Settings(), part.named(document.where)
     for setting in method.settings:
         if setting.by_expert and method.most != 1:
-            _by_expert(found, setting, document, part, experts)
+            _by_expert(found, setting, where, part, experts)
             continue
         levels = part.levels
         if setting.by_expert:
             levels = (part.sources[0].parameters, *levels)
-        chain = _chain(setting, levels, document.where)
+        chain = _chain(setting, levels, where)
         _add(found, setting, chain)
     for key, only in ONLY_DEFAULT.get(document.method, {}).items():
         if any(level.get(key, only) != only for level in part.levels):
-            raise ConfigError(f"{document.where}: {key}: {document.method} is merged here with {key}: {only} alone")
+            raise ConfigError(f"{where}: {key}: {document.method} is merged here with {key}: {only} alone")
     return found
 
 
@@ -96,12 +96,10 @@ def _add(found: Settings, setting: Setting, chain: Chain) -> None:
     found.rules += [{"match": pattern(text), setting.ours: value} for text, value in chain.filters]
 
 
-def _by_expert(
-    found: Settings, setting: Setting, document: MergeDocument, part: Slice, experts: Mapping[str, str]
-) -> None:
+def _by_expert(found: Settings, setting: Setting, where: str, part: Slice, experts: Mapping[str, str]) -> None:
     """Add a parameter of which each model has its own."""
     chains = {
-        experts[source.model]: _chain(setting, (source.parameters, *part.levels), f"{document.where}: {source.model}")
+        experts[source.model]: _chain(setting, (source.parameters, *part.levels), f"{where}: {source.model}")
         for source in part.sources
         if source.model in experts
     }

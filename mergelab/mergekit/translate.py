@@ -54,11 +54,11 @@ def translate(content: Mapping[str, Any], where: str, name: str) -> Translation:
     parts = [_Part.of(document, part, method) for part in slices]
     names = _names(dict.fromkeys(model for part in parts for model in part.experts))
     if modules:
-        method = _for_modules(document, method, parts)
+        method = _for_modules(document, method, parts, names)
     found = [settings_of(document, each.part, method, {m: names[m] for m in each.experts}) for each in parts]
     models: dict[str, Any] = {"name": name, "base": parts[0].base, "experts": {names[m]: m for m in names}}
     if modules:
-        settings = joined(found, [place for _, place in modules], method, list(names.values()), where)
+        settings = joined(found, [region for _, region in modules], method, list(names.values()), where)
     elif document.stacked:
         models["slices"], settings = _slices(parts, names, found)
     else:
@@ -89,7 +89,7 @@ class _Part:
     @classmethod
     def of(cls, document: MergeDocument, part: Slice, method: Method) -> _Part:
         """Tell the base from the experts, and check how many there are."""
-        where = f"{document.where}: {part.path}" if part.path else document.where
+        where = part.named(document.where)
         models = [source.model for source in part.sources]
         base = part.base
         if base is None and method.base in ("needed", "first"):
@@ -118,7 +118,7 @@ class _Part:
         return cls(part, base, experts)
 
 
-def _for_modules(document: MergeDocument, method: Method, parts: Sequence[_Part]) -> Method:
+def _for_modules(document: MergeDocument, method: Method, parts: Sequence[_Part], names: Mapping[str, str]) -> Method:
     """Return the method here where modules may be of different models: one with weights, of which some are 0.
 
     Raises:
@@ -136,9 +136,10 @@ def _for_modules(document: MergeDocument, method: Method, parts: Sequence[_Part]
         return BY_WEIGHTS
     if odd is None or (method.most is None and any(setting.ours == "weights" for setting in method.settings)):
         return method
+    here, there = (listed(names[model] for model in each.experts) for each in (odd, first))
     raise ConfigError(
-        f"{document.where}: {odd.part.path}: {document.method} has no weights, and needs the same models in the same "
-        f"order in all modules; here {listed(odd.experts)}, and in {first.part.path} {listed(first.experts)}"
+        f"{odd.part.named(document.where)}: {document.method} has no weights, and needs the same models in the same "
+        f"order in all modules; here {here}, and in {first.part.path} {there}"
     )
 
 

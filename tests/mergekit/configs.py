@@ -203,6 +203,7 @@ def by_module(names: Sequence[str]) -> dict[str, dict[str, Any]]:
             "base",
             weight=1,
             density=0.5,
+            **{"lambda": [0.5, 1]},
         ),
     }
 
