@@ -82,7 +82,9 @@ def joined(
             over what are no layers.
     """
     keys = dict.fromkeys(key for each in found for key in _keys(each))
-    differing = [key for key in keys if any(_of(each, key) != _of(found[0], key) for each in found)]
+    # Lists run over each slice's layers, and so differ between a sliced module and the others.
+    listed_by_slice = any(each.layers != (None, None) for each in regions) and any(each.has_lists for each in found)
+    differing = [key for key in keys if listed_by_slice or any(_of(each, key) != _of(found[0], key) for each in found)]
     shared = Settings(
         {key: value for key, value in found[0].values.items() if key not in differing},
         [rule for rule in found[0].rules if not rule.keys() & {*differing}],

@@ -198,7 +198,7 @@ def by_module(names: Sequence[str]) -> dict[str, dict[str, Any]]:
                         for each, value in zip(based, (0.3, 0.9), strict=True)
                     ]
                 },
-                third: {"models": PAIR, "parameters": {"density": 0.8}},
+                third: {"models": PAIR, "parameters": {"density": 0.8, "lambda": 0.7}},
             },
             "base",
             weight=1,

@@ -112,6 +112,19 @@ def test_slices_of_a_module_are_its_layers_in_their_places(home: Path) -> None:
         assert tensor.equal(given[source][name]), name
 
 
+def test_a_list_of_the_whole_config_runs_over_each_slice_of_a_module(home: Path) -> None:
+    decoder = {"slices": [{"sources": [model("base", [at, at + 1]), model("a", [at, at + 1])]} for at in (0, 1)]}
+    bodies = {"encoder": [model("a")], "decoder": decoder, "shared": [model("a")]}
+    content = modules("task_arithmetic", bodies, "base", weight=1, **{"lambda": [0.5, 1]})
+    found, given = of(content, home / "t5"), stored(home / "t5")
+    query = "block.{}.layer.0.SelfAttention.q.weight"
+    expected = {f"encoder.{query.format(at)}": number for at, number in enumerate((0.5, 0.75, 1))}
+    expected |= {f"decoder.{query.format(at)}": 1 for at in (0, 1)} | {"decoder.final_layer_norm.weight": 0.5}
+    for name, number in expected.items():
+        base = given["base"][name]
+        torch.testing.assert_close(found[name], base + number * (given["a"][name] - base), rtol=0, atol=1e-6)
+
+
 def test_what_all_modules_share_is_written_once(home: Path) -> None:
     parameters = {"encoder": {"weight": 0.5}, "decoder": {}, "shared": {}}
     bodies = {name: {"models": PAIR, "parameters": parameters[name]} for name in T5}
