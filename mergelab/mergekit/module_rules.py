@@ -72,9 +72,9 @@ def joined(
 
     Args:
         found: the parameters in each region.
-        regions: the places; where two have a tensor in common, the first counts.
+        regions: the tensors that each is for; where two have one in common, the first counts.
         method: the method.
-        experts: all of them by name; one that a region has not, has the weight 0 there.
+        experts: all of them by name; one that a region lacks has the weight 0 there.
         where: what messages call the config.
 
     Raises:
@@ -123,7 +123,7 @@ def _of(settings: Settings, key: str) -> tuple[object, ...]:
 
 
 def _for_all(key: str, value: Any, method: Method, experts: Sequence[str]) -> Any:
-    """Return numbers by expert with one for each: where an expert counts not, its others are the defaults."""
+    """Return numbers by expert with one for each: an expert that is not there has the weight 0 and the defaults."""
     if not isinstance(value, Mapping):
         return value
     default = 0.0 if key == _WEIGHTS else next(each.default for each in method.settings if each.ours == key)

@@ -128,7 +128,8 @@ def _by_layers(slices: Sequence[Slice], region: Region, key: str) -> list[tuple[
     """Give each slice of a module the layers that it is for.
 
     Raises:
-        ConfigError: they are not those of the model, each in its region; or what is before the layers cannot be told.
+        ConfigError: they are not those of the model, each in its place; or where a tensor outside them belongs is
+            not known.
     """
     if slices[0].sources[0].layers is None:
         return [(slices[0], region)]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergelab.errors import ConfigError
@@ -181,6 +181,41 @@ def test_default_needs_no_model_and_other_modules_one(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace("default", "encoder"))
     with pytest.raises(ConfigError, match="modules: what they are is read from a model, and none of org/a is there"):
         read(str(file))
+
+
+def test_the_modules_are_read_from_the_hub_where_no_model_is_here(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mergelab.models import hub
+
+    asked = []
+
+    def fetch(repository: str, revision: str | None) -> Path:
+        asked.append((repository, revision))
+        return home / "t5" / "a"
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    file = home / "hub.yml"
+    bodies = {name: [{"model": "mergelab-tests/absent@v1"}] for name in T5}
+    file.write_text(yaml.safe_dump(modules("linear", bodies, weight=1)))
+    assert read(str(file)).method["weights"] == {"absent": 1.0}
+    assert asked == [("mergelab-tests/absent", "v1")]
+
+
+def test_slices_where_a_tensor_outside_the_layers_may_come_first_are_refused(tmp_path: Path) -> None:
+    names = ["vision_tower.patch_conv", "multi_modal_projector.linear_1", "language_model.model.layers.0.mlp"]
+    names += [f"vision_tower.transformer.layers.{at}.ffn_norm" for at in (0, 1)]
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        save_file({f"{name}.weight": torch.ones(2) for name in names}, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text('{"architectures": ["Mistral3ForConditionalGeneration"]}')
+    ends = {"slices": [{"sources": [model(name, [at, at + 1])]} for at, name in enumerate("ab")]}
+    bodies = {"vision_tower": ends, "multi_modal_projector": [model("a")], "text_decoder": [model("a")]}
+    with pytest.raises(
+        ConfigError, match=r"modules\.vision_tower\.slices: it is not known to which slice vision_tower\.pat"
+    ):
+        read(str(written(modules("passthrough", bodies), tmp_path)))
+    one = {"slices": [{"sources": [model("b", [0, 2])]}]}
+    found = read(str(written(modules("passthrough", bodies | {"vision_tower": one}), tmp_path)))
+    assert found.method["rules"][-1] == {"match": "vision_tower.*", "weights": {"a": 0.0, "b": 1.0}}
 
 
 SLICE = {"slices": [{"sources": [model("a", [0, 1])]}]}
