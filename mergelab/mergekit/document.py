@@ -44,11 +44,17 @@ class Slice:
         sources: the models, each once.
         levels: parameters that hold for all sources, the nearest first.
         base: the base model.
+        path: where it is in the config; "" for what ``models`` is.
     """
 
     sources: tuple[Source, ...]
     levels: Levels
     base: str | None
+    path: str = ""
+
+    def named(self, where: str) -> str:
+        """Return what messages call it in the document ``where``."""
+        return f"{where}: {self.path}" if self.path else where
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,10 @@ class MergeDocument:
     Attributes:
         where: what messages call it.
         method: mergekit's name of the method.
-        slices: one for ``models``, or as many as are stacked.
+        slices: one for ``models``, or as many as are stacked; of several modules all.
         stacked: whether layers were chosen.
         base: the base model.
+        modules: the slices of each, where the config is written by modules.
         settings: dtype, out_dtype, tokenizer_source, tokenizer, chat_template, name, where given.
         notes: what has no effect, one line each.
     """
@@ -70,6 +77,7 @@ class MergeDocument:
     slices: tuple[Slice, ...]
     stacked: bool
     base: str | None
+    modules: Mapping[str, tuple[Slice, ...]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -123,15 +131,13 @@ def parse(content: Mapping[str, Any], where: str, known: Mapping[str, Sequence[s
         )
     base = None if content.get("base_model") is None else model_text(content["base_model"], f"{where}: base_model")
     top = reader.parameters(content, "parameters")
-    levels: Levels = (top,)
-    body = content
-    if given == ["modules"]:
-        body, levels = reader.only_module(content["modules"], top)
-    slices, stacked = reader.slices(body, levels, base)
+    modules = reader.modules(content["modules"], top, base) if given == ["modules"] else {}
+    slices = tuple(each for own in modules.values() for each in own) or reader.slices(content, (top,), base)
+    stacked = len(modules) < 2 and slices[0].sources[0].layers is not None
     settings = {key: content[key] for key in TOP[6:] if content.get(key) is not None}
     if "tokenizer" in settings:
         reader.tokenizer(settings)
-    return MergeDocument(where, method, slices, stacked, base, settings, reader.notes)
+    return MergeDocument(where, method, slices, stacked, base, modules, settings, reader.notes)
 
 
 def model_text(value: Any, where: str) -> str:
@@ -206,31 +212,32 @@ class _Reader:
                 "patterns (a part of a name, or * for all)"
             )
 
-    def only_module(self, modules: Any, top: Mapping[str, Any]) -> tuple[Mapping[str, Any], Levels]:
-        """Return the only module of a config and the levels of its parameters."""
-        if not isinstance(modules, Mapping) or len(modules) != 1:
-            raise ConfigError(f"{self.where}: modules: models of one module alone are merged; write models or slices")
-        ((name, module),) = modules.items()
-        self.keys(module, _OF_MODULE, f"modules.{name}")
-        if bool(module.get("slices")) == bool(module.get("models")):
-            raise ConfigError(f"{self.where}: modules.{name}: needs one of models and slices")
-        return module, (self.parameters(module, f"modules.{name}.parameters"), top)
+    def modules(self, modules: Any, top: Mapping[str, Any], base: str | None) -> dict[str, tuple[Slice, ...]]:
+        """Return what each module is made of."""
+        if not isinstance(modules, Mapping):
+            raise ConfigError(f"{self.where}: modules={shortened(repr(modules))}: must be a mapping of modules by name")
+        found = {}
+        for name, module in modules.items():
+            path = f"modules.{name}"
+            self.keys(module, _OF_MODULE, path)
+            if bool(module.get("slices")) == bool(module.get("models")):
+                raise ConfigError(f"{self.where}: {path}: needs one of models and slices")
+            levels = (self.parameters(module, f"{path}.parameters"), top)
+            found[str(name)] = self.slices(module, levels, base, f"{path}.")
+        return found
 
-    def slices(self, body: Mapping[str, Any], levels: Levels, base: str | None) -> tuple[tuple[Slice, ...], bool]:
-        """Return what the result is made of, and whether layers are chosen."""
+    def slices(self, body: Mapping[str, Any], levels: Levels, base: str | None, at: str = "") -> tuple[Slice, ...]:
+        """Return what the result, or a module of it, is made of; ``at`` is where that is in the config."""
         if body.get("models"):
-            entries = self._list(body["models"], "models")
-            found = [self._source(each, f"models[{at}]", chosen=False) for at, each in enumerate(entries)]
+            entries = self._list(body["models"], f"{at}models")
+            found = [self._source(each, f"{at}models[{i}]", chosen=False) for i, each in enumerate(entries)]
             if base is not None and base not in [each.model for each in found]:
                 found.append(Source(base, None, {}))
-            return (Slice(self._distinct(found, "models"), levels, base),), False
-        return tuple(self._slice(each, at, levels, base) for at, each in self._numbered(body["slices"])), True
+            return (Slice(self._distinct(found, f"{at}models"), levels, base, at.rstrip(".")),)
+        entries = self._list(body["slices"], f"{at}slices")
+        return tuple(self._slice(each, f"{at}slices[{i}]", levels, base) for i, each in enumerate(entries))
 
-    def _numbered(self, slices: Any) -> list[tuple[int, Any]]:
-        return list(enumerate(self._list(slices, "slices")))
-
-    def _slice(self, node: Any, at: int, levels: Levels, base: str | None) -> Slice:
-        path = f"slices[{at}]"
+    def _slice(self, node: Any, path: str, levels: Levels, base: str | None) -> Slice:
         self.keys(node, _OF_SLICE, path)
         entries = self._list(node.get("sources"), f"{path}.sources")
         found = [self._source(each, f"{path}.sources[{i}]", chosen=True) for i, each in enumerate(entries)]
@@ -239,7 +246,8 @@ class _Reader:
             raise ConfigError(f"{self.where}: {path}: its sources must have equally many layers, and have {lengths}")
         own = node.get("base_model")
         base = base if own is None else model_text(own, f"{self.where}: {path}.base_model")
-        return Slice(self._distinct(found, path), (self.parameters(node, f"{path}.parameters"), *levels), base)
+        levels = (self.parameters(node, f"{path}.parameters"), *levels)
+        return Slice(self._distinct(found, path), levels, base, path)
 
     def _source(self, node: Any, path: str, *, chosen: bool) -> Source:
         self.keys(node, _OF_SOURCE if chosen else _OF_MODEL, path)

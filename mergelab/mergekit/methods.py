@@ -123,6 +123,9 @@ METHODS: Mapping[str, Method] = {
     "passthrough": Method("passthrough", (Setting("scale", "scale", None, by_expert=True),), "expert", most=1),
 }
 
+# passthrough where modules are of different models: each has the weight 0 in the others' modules.
+BY_WEIGHTS = Method("soup", (Setting("scale", "weights", 1.0, by_expert=True),), "expert", {"normalize": False})
+
 # Parameters that a method of mergekit has and that change nothing at their defaults, which alone can be had here.
 ONLY_DEFAULT: Mapping[str, Mapping[str, Any]] = {
     "ties": {"rescale": False},

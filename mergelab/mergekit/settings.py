@@ -45,6 +45,11 @@ class Settings:
         """Whether a value differs between tensors."""
         return bool(self.rules) or any(_is_curve(value) for value in self.values.values())
 
+    @property
+    def has_lists(self) -> bool:
+        """Whether a value, or that of a filter, is a list over the layers."""
+        return any(map(_is_curve, [*self.values.values(), *(value for rule in self.rules for value in rule.values())]))
+
     def as_config(self) -> dict[str, Any]:
         """Return them as a group ``method`` has them."""
         found = dict(self.values)
@@ -67,19 +72,19 @@ def settings_of(document: MergeDocument, part: Slice, method: Method, experts: M
     Raises:
         ConfigError: a value is missing, or is none that the method can take.
     """
-    found = Settings()
+    found, where = Settings(), part.named(document.where)
     for setting in method.settings:
         if setting.by_expert and method.most != 1:
-            _by_expert(found, setting, document, part, experts)
+            _by_expert(found, setting, where, part, experts)
             continue
         levels = part.levels
         if setting.by_expert:
             levels = (part.sources[0].parameters, *levels)
-        chain = _chain(setting, levels, document.where)
+        chain = _chain(setting, levels, where)
         _add(found, setting, chain)
     for key, only in ONLY_DEFAULT.get(document.method, {}).items():
         if any(level.get(key, only) != only for level in part.levels):
-            raise ConfigError(f"{document.where}: {key}: {document.method} is merged here with {key}: {only} alone")
+            raise ConfigError(f"{where}: {key}: {document.method} is merged here with {key}: {only} alone")
     return found
 
 
@@ -91,12 +96,10 @@ def _add(found: Settings, setting: Setting, chain: Chain) -> None:
     found.rules += [{"match": pattern(text), setting.ours: value} for text, value in chain.filters]
 
 
-def _by_expert(
-    found: Settings, setting: Setting, document: MergeDocument, part: Slice, experts: Mapping[str, str]
-) -> None:
+def _by_expert(found: Settings, setting: Setting, where: str, part: Slice, experts: Mapping[str, str]) -> None:
     """Add a parameter of which each model has its own."""
     chains = {
-        experts[source.model]: _chain(setting, (source.parameters, *part.levels), f"{document.where}: {source.model}")
+        experts[source.model]: _chain(setting, (source.parameters, *part.levels), f"{where}: {source.model}")
         for source in part.sources
         if source.model in experts
     }
@@ -180,8 +183,12 @@ def _number(setting: Setting, value: Any, where: str) -> float | int:
 
 def pattern(text: str) -> str:
     """Return the shell-style pattern for names that have ``text`` in them."""
-    escaped = re.sub(r"([*?[])", r"[\1]", text)
-    return f"*{escaped}*"
+    return f"*{escaped(text)}*"
+
+
+def escaped(text: str) -> str:
+    """Return the shell-style pattern for ``text`` itself."""
+    return re.sub(r"([*?[])", r"[\1]", text)
 
 
 def filter_of(match: str) -> str | None:

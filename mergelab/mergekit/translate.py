@@ -9,7 +9,9 @@ from typing import Any
 
 from mergelab.errors import ConfigError, listed
 from mergelab.mergekit.document import MergeDocument, Slice, parse
-from mergelab.mergekit.methods import METHODS, Method, known_parameters
+from mergelab.mergekit.methods import BY_WEIGHTS, METHODS, Method, known_parameters
+from mergelab.mergekit.module_rules import joined
+from mergelab.mergekit.modules import modules_of
 from mergelab.mergekit.settings import Settings, settings_of
 from mergelab.mergekit.tokens import set_tokens
 
@@ -47,11 +49,17 @@ def translate(content: Mapping[str, Any], where: str, name: str) -> Translation:
     """
     document = parse(content, where, known_parameters())
     method = METHODS[document.method]
-    parts = [_Part.of(document, part, method, at) for at, part in enumerate(document.slices)]
+    modules = modules_of(document)
+    slices = [part for part, _ in modules] or document.slices
+    parts = [_Part.of(document, part, method) for part in slices]
     names = _names(dict.fromkeys(model for part in parts for model in part.experts))
+    if modules:
+        method = _for_modules(document, method, parts, names)
     found = [settings_of(document, each.part, method, {m: names[m] for m in each.experts}) for each in parts]
     models: dict[str, Any] = {"name": name, "base": parts[0].base, "experts": {names[m]: m for m in names}}
-    if document.stacked:
+    if modules:
+        settings = joined(found, [region for _, region in modules], method, list(names.values()), where)
+    elif document.stacked:
         models["slices"], settings = _slices(parts, names, found)
     else:
         settings = found[0]
@@ -79,16 +87,16 @@ class _Part:
     experts: tuple[str, ...]
 
     @classmethod
-    def of(cls, document: MergeDocument, part: Slice, method: Method, at: int) -> _Part:
+    def of(cls, document: MergeDocument, part: Slice, method: Method) -> _Part:
         """Tell the base from the experts, and check how many there are."""
-        where = f"{document.where}: slices[{at}]" if document.stacked else document.where
+        where = part.named(document.where)
         models = [source.model for source in part.sources]
         base = part.base
         if base is None and method.base in ("needed", "first"):
             raise ConfigError(f"{where}: merge_method={document.method}: needs base_model")
         if base is not None and method.base != "expert" and base not in models:
             raise ConfigError(f"{where}: its sources must include the base model ({base})")
-        if document.stacked and method.base in ("needed", "optional") and base != document.base:
+        if part.path and method.base in ("needed", "optional") and base != document.base:
             raise ConfigError(f"{where}.base_model: must be that of the whole config")
         if method.base == "first":
             assert base is not None
@@ -108,6 +116,31 @@ class _Part:
                 f"{listed(experts)}{hint}"
             )
         return cls(part, base, experts)
+
+
+def _for_modules(document: MergeDocument, method: Method, parts: Sequence[_Part], names: Mapping[str, str]) -> Method:
+    """Return the method here where modules may be of different models: one with weights, of which some are 0.
+
+    Raises:
+        ConfigError: the models differ, and it has none.
+    """
+    first = parts[0]
+    odd = next((each for each in parts if {*each.experts} != {*first.experts}), None)
+    if method.base == "first":
+        odd = next((each for each in parts if each.experts != first.experts), None)
+    if odd is not None and document.base is None and document.settings.keys() & {"tokenizer", "tokenizer_source"}:
+        raise ConfigError(
+            f"{document.where}: {odd.part.path}: has other models, whose tokens count only with base_model"
+        )
+    if method.ours == "passthrough":
+        return BY_WEIGHTS
+    if odd is None or (method.most is None and any(setting.ours == "weights" for setting in method.settings)):
+        return method
+    here, there = (listed(names[model] for model in each.experts) for each in (odd, first))
+    raise ConfigError(
+        f"{odd.part.named(document.where)}: {document.method} has no weights, and needs the same models in the same "
+        f"order in all modules; here {here}, and in {first.part.path} {there}"
+    )
 
 
 def _names(models: Mapping[str, None]) -> dict[str, str]:
@@ -165,13 +198,15 @@ def _owner(document: MergeDocument, part: _Part, names: Mapping[str, str]) -> st
 
 def _ends(document: MergeDocument) -> list[str]:
     """Say where what follows the layers is merged of other models than in mergekit."""
-    first, last = (len(document.slices[at].sources) for at in (0, -1))
-    if last <= first:
-        return []
-    return [
-        f"slices[{len(document.slices) - 1}]: has {last} sources, and the first slice {first}: mergekit merges what "
-        f"follows the layers (last norm, head) from the first {first} of them alone, here from all"
-    ]
+    notes = []
+    for slices in document.modules.values() or [document.slices]:
+        first, last = (len(slices[at].sources) for at in (0, -1))
+        if last > first:
+            notes.append(
+                f"{slices[-1].path}: has {last} sources, and the first slice {first}: mergekit merges what follows the "
+                f"layers (last norm, head) from the first {first} of them alone, here from all"
+            )
+    return notes
 
 
 def _dtype(document: MergeDocument, save: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,96 @@ def configs(layers: int) -> dict[str, dict[str, Any]]:
     }
 
 
+def modules(method: str, bodies: dict[str, Any], base: str | None = None, **parameters: Any) -> dict[str, Any]:
+    """A config of modules, each given by its models and further keys."""
+    whole = config(method, [], base, **parameters)
+    given = {name: {"models": body} if isinstance(body, list) else body for name, body in bodies.items()}
+    return {key: value for key, value in whole.items() if key != "models"} | {"modules": given}
+
+
+def by_module(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Configs of three modules, of which the second has two layers and the third has none."""
+    first, second, third = names
+    filters = [{"filter": "attn", "value": [0.1, 0.9]}, {"filter": "coder.", "value": 0.2}, {"value": 0.6}]
+    ends = [[model("a", [at, at + 1], weight=0.3), model(name, [at, at + 1])] for at, name in enumerate("bc")]
+    based = [[model("base", [at, at + 1]), model(name, [at, at + 1])] for at, name in enumerate("ab")]
+    return {
+        "linear, modules": modules(
+            "linear",
+            {
+                first: {"models": [model("a", weight=filters), model("b")]},
+                second: [model("a", weight=[0.2, 0.9]), model("b", weight=0.5)],
+                third: {"models": PAIR, "parameters": {"weight": 3}},
+            },
+            weight=1,
+        ),
+        "linear, modules of other models": modules(
+            "linear", {first: PAIR, second: WEIGHTED, third: [model("c")]}, weight=1
+        ),
+        "passthrough, modules": modules(
+            "passthrough",
+            {first: [model("a")], second: [model("b", scale=[{"filter": "attn", "value": 0.5}])], third: [model("c")]},
+        ),
+        "slerp, modules": modules(
+            "slerp",
+            {
+                first: {"models": PAIR, "parameters": {"t": [0, 1]}},
+                second: {"models": PAIR[::-1], "parameters": {"t": BY_PART}},
+                third: {"models": PAIR[1:], "parameters": {"t": 0.7}},
+            },
+            "a",
+        ),
+        "ties, modules of other models": modules(
+            "ties",
+            {
+                first: {"models": [model("a"), model("b", density=0.3)], "parameters": {"weight": 0.5}},
+                second: {"models": [model("base"), model("c")], "parameters": {"density": [0.2, 0.9]}},
+                third: PLAIN,
+            },
+            "base",
+            density=0.6,
+            weight=1,
+            **{"lambda": [{"filter": "attn", "value": 0.7}, {"value": 1}]},
+        ),
+        "multislerp, modules of other models": modules(
+            "multislerp", {first: WEIGHTED[:2], second: WEIGHTED, third: WEIGHTED[1:]}
+        ),
+        "sce, modules": modules(
+            "sce", {first: {"models": PAIR, "parameters": {"select_topk": 0.3}}, second: PAIR, third: PAIR}, "base"
+        ),
+        "linear, slices of a module": modules(
+            "linear", {first: PAIR, second: {"slices": [{"sources": each} for each in ends]}, third: PAIR}, weight=1
+        ),
+        "ties, slices of a module": modules(
+            "ties",
+            {
+                first: PAIR,
+                second: {
+                    "slices": [
+                        {"sources": each, "parameters": {"density": value}}
+                        for each, value in zip(based, (0.3, 0.9), strict=True)
+                    ]
+                },
+                third: {"models": PAIR, "parameters": {"density": 0.8, "lambda": 0.7}},
+            },
+            "base",
+            weight=1,
+            density=0.5,
+            **{"lambda": [0.5, 1]},
+        ),
+    }
+
+
+class _Plain(yaml.SafeDumper):
+    """Writes no references."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 def placed(content: dict[str, Any], folder: Path) -> str:
     """Return a config's text with the models of a folder."""
-    text: str = yaml.safe_dump(content)
+    text: str = yaml.dump(content, Dumper=_Plain)
     for name in ("base", "a", "b", "c"):
         text = text.replace(f"model: {name}\n", f"model: {folder / name}\n")
     return text

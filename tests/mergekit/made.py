@@ -21,6 +21,12 @@ from mergelab.experiment.session import Session, open_session
 from mergelab.mergekit.commands import expanded
 
 LAYERS = {"llama": 4, "tied": 3, "bert": 3}
+# mergekit's modules of models that have several; the second has two layers.
+MODULES = {
+    "t5": ("encoder", "decoder", "shared"),
+    "bart": ("model.encoder.layers", "model.decoder.layers", "default"),
+    "qwen2_5_vl": ("vision_tower", "text_decoder", "multi_modal_projector"),
+}
 _SIZES: dict[str, Any] = {
     "vocab_size": 40,
     "hidden_size": 16,
@@ -32,15 +38,8 @@ _SIZES: dict[str, Any] = {
 
 def make_models(folder: Path, kind: str, layers: int | None = None) -> None:
     """Write ``base``, ``a``, ``b`` and ``c``, experts around the base."""
-    sizes = {**_SIZES, "num_hidden_layers": layers or LAYERS[kind]}
-    config: Any
-    if kind == "bert":
-        config, made = transformers.BertConfig(**sizes), transformers.BertModel
-    else:
-        config = transformers.LlamaConfig(**sizes, num_key_value_heads=1, tie_word_embeddings=kind == "tied")
-        made = transformers.LlamaForCausalLM
+    base = _of_modules(kind) if kind in MODULES else _of_one_module(kind, layers or LAYERS[kind])
     generator = torch.Generator().manual_seed(0)
-    base = made(config)
     with torch.no_grad():
         for parameter in base.parameters():
             parameter.normal_(0, 0.5, generator=generator)
@@ -51,6 +50,37 @@ def make_models(folder: Path, kind: str, layers: int | None = None) -> None:
             for key, parameter in base.named_parameters():
                 parameter.copy_(start[key] + 0.05 * torch.randn(parameter.shape, generator=generator))
         base.save_pretrained(folder / name)
+
+
+def _of_one_module(kind: str, layers: int) -> Any:
+    sizes = {**_SIZES, "num_hidden_layers": layers}
+    if kind == "bert":
+        return transformers.BertModel(transformers.BertConfig(**sizes))
+    tied = kind == "tied"
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=1, tie_word_embeddings=tied)
+    return transformers.LlamaForCausalLM(config)
+
+
+def _of_modules(kind: str) -> Any:
+    if kind == "t5":
+        sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2}
+        layers = {"num_layers": 3, "num_decoder_layers": 2}
+        return transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**sizes, **layers, feed_forward_proj="gated-gelu")
+        )
+    if kind == "bart":
+        each = {"layers": 2, "ffn_dim": 24, "attention_heads": 2}
+        sizes = {f"{part}_{key}": value for part in ("encoder", "decoder") for key, value in each.items()}
+        sizes |= {"encoder_layers": 3, "d_model": 16, "vocab_size": 40, "max_position_embeddings": 32}
+        return transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes))
+    ids = {"image_token_id": 39, "video_token_id": 38, "vision_start_token_id": 37, "vision_end_token_id": 36}
+    text = {**_SIZES, "num_hidden_layers": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}
+    rotary = {"rope_type": "default", "mrope_section": [2, 1, 1]}
+    vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config={**text, "rope_parameters": rotary}, vision_config={**vision, "patch_size": 4}, **ids
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
 def planned(*arguments: str) -> Plan:

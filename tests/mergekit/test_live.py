@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mergelab.mergekit.methods import METHODS
-from tests.mergekit.configs import configs, placed
-from tests.mergekit.made import LAYERS, exported, make_models, merged
+from tests.mergekit.configs import by_module, configs, placed
+from tests.mergekit.made import LAYERS, MODULES, exported, make_models, merged
 from tests.parity import compared
 
 INTERPRETER = os.environ.get("MERGELAB_MERGEKIT", "")
@@ -31,7 +31,8 @@ FOLLOWING = ("model.norm.weight", "lm_head.weight", "pooler.dense.weight", "pool
 COARSE = ("bert", "nuslerp, nuslerp_row_wise: true")
 UNLIKE = "linear, slices of unlike models"
 EXPORTS = [("llama", title) for title in configs(LAYERS["llama"]) if title != UNLIKE]
-CASES = [(kind, title) for kind, layers in LAYERS.items() for title in configs(layers)]
+ALL = {kind: configs(layers) for kind, layers in LAYERS.items()} | {k: by_module(names) for k, names in MODULES.items()}
+CASES = [(kind, title) for kind, given in ALL.items() for title in given]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +40,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Mapping[tuple
     """mergekit's version, and the configs' files, each merged by it, all by one process."""
     home = tmp_path_factory.mktemp("mergekit")
     files = {}
-    for kind, layers in LAYERS.items():
+    for kind, given in ALL.items():
         make_models(home / kind, kind)
-        for at, (title, content) in enumerate(configs(layers).items()):
+        for at, (title, content) in enumerate(given.items()):
             files[kind, title] = home / f"{kind}_{at}.yml"
             files[kind, title].write_text(placed(content, home / kind))
             if (kind, title) in EXPORTS:
