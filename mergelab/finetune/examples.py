@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mergelab.tasks.data import TaskData
 
 Array = np.ndarray[Any, Any]
+_GROUPED = 16  # batches
 
 
 @dataclass(frozen=True)
@@ -201,10 +202,11 @@ class EpochBatches(torch.utils.data.Sampler[list[int]]):
         count: number of examples.
         size: of a batch; the last may be smaller.
         seed: of the orders.
+        lengths: (count,) tokens of each example, where those of a batch are to have about equally many; None: any.
     """
 
-    def __init__(self, count: int, size: int, seed: int) -> None:
-        self._count, self._size, self._seed, self._epoch = count, size, seed, 0
+    def __init__(self, count: int, size: int, seed: int, lengths: Array | None = None) -> None:
+        self._count, self._size, self._seed, self._lengths, self._epoch = count, size, seed, lengths, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, from 0 on."""
@@ -214,5 +216,15 @@ class EpochBatches(torch.utils.data.Sampler[list[int]]):
         return -(-self._count // self._size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self._seed, self._epoch]).permutation(self._count)
-        yield from (order[start : start + self._size].tolist() for start in range(0, self._count, self._size))
+        random = np.random.default_rng([self._seed, self._epoch])
+        order, size = random.permutation(self._count), self._size
+        starts = np.arange(0, self._count, size)
+        if self._lengths is not None:
+            # Of this many examples in random order those of like length come together, so that batches vary.
+            span = _GROUPED * size
+            order = np.concatenate([
+                part[np.argsort(-self._lengths[part], kind="stable")]
+                for part in np.split(order, np.arange(span, self._count, span))
+            ])  # fmt: skip
+            starts = random.permutation(starts)
+        yield from (order[start : start + size].tolist() for start in starts)

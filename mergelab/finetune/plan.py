@@ -39,6 +39,7 @@ class TrainConfig(Schema):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     max_length: Annotated[int, Field(ge=8)] | None = None
+    group_by_length: bool = False
     examples: Annotated[int, Field(ge=2)] | None = None
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     patience: Annotated[int, Field(ge=1)] | None = 2

@@ -105,6 +105,7 @@ def train(
         with seeded(seed, device), quiet_transformers():
             arguments = _arguments(recipe, len(examples), seed, folder, device)
             trainer = _ExpertTrainer(model, examples, held_out, truth, task, arguments, padding, log)
+            trainer.group(recipe["group_by_length"])
             trainer.remove_callback(PrinterCallback)
             trainer.add_callback(_Keeper(recipe, folder, progress))
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -226,14 +227,23 @@ class _ExpertTrainer(Trainer):  # type: ignore[misc]
         numbers, own = range(len(examples)), range(len(held_out))
         super().__init__(model=model, args=arguments, train_dataset=numbers, eval_dataset=own)
         self._examples, self._held_out, self._truth, self._task = examples, held_out, truth, task
-        self._padding, self._log = padding, log
+        self._padding, self._log, self._grouped = padding, log, False
+
+    def group(self, grouped: bool) -> None:
+        """Choose whether the examples of a batch have about equally many tokens."""
+        self._grouped = grouped
 
     def get_train_dataloader(self) -> _Batches:
         """Return the batches of an epoch."""
         args = self.args
         return _Batches(
             range(len(self._examples)),  # type: ignore[arg-type]
-            batch_sampler=EpochBatches(len(self._examples), args.per_device_train_batch_size, args.seed),
+            batch_sampler=EpochBatches(
+                len(self._examples),
+                args.per_device_train_batch_size,
+                args.seed,
+                self._examples.lengths if self._grouped else None,
+            ),
             collate_fn=lambda members: self._examples.batch(np.array(members)),
             generator=torch.Generator().manual_seed(args.seed),  # global ones are for dropout alone
         )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from mergelab.finetune import training
+from mergelab.finetune.examples import EpochBatches
 from mergelab.tasks.splits import holdout, shards
 from tests.conftest import Outcome
 from tests.finetune.conftest import FEW, ROWS
@@ -120,6 +121,32 @@ def test_the_same_command_makes_the_same_bits_and_other_seeds_and_parts_others(f
     parts = [(place / "z" / f"seed-1-shard-{number}" / WEIGHTS).read_bytes() for number in (1, 2)]
     assert parts[0] != parts[1]
     assert again not in parts
+    for output in ("g", "h"):
+        made(finetune(*recipe, "seeds=[1]", f"output={output}", "train.group_by_length=true"))
+    grouped = [(place / output / "seed-1" / WEIGHTS).read_bytes() for output in ("g", "h")]
+    assert grouped[0] == grouped[1] != again
+
+
+def test_batches_of_like_lengths_have_every_example_once_and_less_padding() -> None:
+    lengths = np.random.default_rng(0).integers(5, 120, 1003)
+    plain, grouped = EpochBatches(1003, 32, 7), EpochBatches(1003, 32, 7, lengths)
+
+    def padded(batches: list[list[int]]) -> int:
+        return sum(int(lengths[batch].max()) * len(batch) for batch in batches)
+
+    seen = []
+    for epoch in (0, 1):
+        for sampler in (plain, grouped):
+            sampler.set_epoch(epoch)
+        found = list(grouped)
+        assert sorted(at for batch in found for at in batch) == list(range(1003))
+        assert len(found) == len(grouped)
+        assert padded(found) < 1.15 * lengths.sum() < 0.75 * padded(list(plain))
+        longest = [int(lengths[batch].max()) for batch in found]
+        assert longest not in (sorted(longest), sorted(longest, reverse=True)), "the batches come in random order"
+        assert list(grouped) == found
+        seen.append({frozenset(batch) for batch in found})
+    assert not seen[0] & seen[1], "other epochs have other batches"
 
 
 def test_the_best_epoch_is_kept_and_its_loss_is_that_of_the_folder(finetune: Finetune, place: Path) -> None:
