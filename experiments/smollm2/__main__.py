@@ -99,6 +99,9 @@ def page(study: Study, every: Sequence[Step], records: Mapping[Step, Record], co
     missing = [f"{step.part} ({step.of}): {step.name}" for step in every if step not in records]
     if missing:
         parts.append("**Not run**, so that nothing is said of it:\n\n" + "\n".join(f"- {one}" for one in missing))
+    experts = [(step, record) for step, record in records.items() if step.part == "experts" and record["error"]]
+    if experts:
+        parts.append("\n".join(f"- the expert of {step.of} failed: {record['error']}" for step, record in experts))
     for task in (*TASKS, SKILL):
         own = {step: record for step, record in records.items() if step.of == task and step.part == "merges"}
         if own:
