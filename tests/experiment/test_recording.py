@@ -155,7 +155,8 @@ def test_a_trial_of_a_suite_is_judged_by_the_sweeps_objective_and_has_the_averag
         pq.write_table(glue_table(task, 80, 1), workplace / "data" / task / "validation.parquet")
     suite = ["task=suite", "task.members=[rte,sst2]", "task.data_dir=data", "models.head=per_task",
              f"models.base={gpt2_checkpoints[GPT2_BASE]}", f"models.experts={{{experts}}}"]  # fmt: skip
-    ok(mergelab_command("-m", "sweep=task_arithmetic", *suite, "sweep.n_trials=2", "sweep.objective=sst2"))
+    whole = ("sweep.n_trials=2", "sweep.objective=sst2", "sweep.pruner=none")
+    ok(mergelab_command("-m", "sweep=task_arithmetic", *suite, *whole))
     runs = recorded(workplace, "suite")
     for trial in runs["trial"]:
         metrics = trial.data.metrics
