@@ -145,9 +145,9 @@ def test_nothing_is_stopped_without_a_rival_or_by_an_equal_one(best: bool) -> No
     assert run(model, rival if best else None) is None
 
 
-@pytest.mark.parametrize("kind", ["futility", "none"])
+@pytest.mark.parametrize("kind", ["futility", "wilcoxon"])
 def test_a_suites_sweep_stops_trials_and_finds_the_same_winner(
-    kind: Literal["futility", "none"],
+    kind: Literal["futility", "wilcoxon"],
     mergelab_command: Any,
     gpt2_checkpoints: Mapping[str, Path],
     workplace: Path,
@@ -170,8 +170,9 @@ def test_a_suites_sweep_stops_trials_and_finds_the_same_winner(
     client = MlflowClient(f"sqlite:///{workplace}/outputs/mlflow.db")
     runs = client.search_runs([client.get_experiment_by_name("suite").experiment_id])
     stopped = [run for run in runs if run.data.tags.get("mergelab.pruned")]
-    if kind == "none":
+    if kind == "wilcoxon":
         assert not stopped
+        assert "trials are not pruned: the pruner wilcoxon takes one task, futility several" in outcome.out
         return
     assert len(stopped) >= 2
     for run_ in stopped:
