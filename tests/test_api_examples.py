@@ -99,7 +99,9 @@ def test_modules_pipelines_and_folders_give_the_same(name: str, folders: list[st
     assert any(not torch.equal(before[key], value) for key, value in merged.items())
     for key, value in merged.items():
         assert torch.equal(of_pipelines.model.state_dict()[key], value), key
-        assert torch.equal(of_folders.model.state_dict()[key], value), key
+        # A file's tensors are aligned otherwise in memory, and some processors sum gradients in another order then.
+        rounding = {"rtol": 1e-6, "atol": 1e-9} if name == "adamerging" else {"rtol": 0.0, "atol": 0.0}
+        torch.testing.assert_close(of_folders.model.state_dict()[key], value, **rounding)
 
 
 def test_the_first_samples_count(modules: list[nn.Module]) -> None:

@@ -26,6 +26,7 @@ ELSEWHERE = {
     ("experiment/compared.py", "config.yaml"),
     ("weights/files.py", "model."),  # of files and tensors
     ("weights/wrappers.py", "model."),
+    ("mergekit/modules.py", "model."),
 }
 
 
