@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ class SelectingEvaluation:
         rounds: Array | None = None,
         metric: str | None = None,
         without: Array | None = None,
-        parts: int = 1,
+        parts: Sequence[float] | None = None,
         after_part: Callable[[], None] = lambda: None,
     ) -> None:
         """Predict task by task.
@@ -57,29 +57,32 @@ class SelectingEvaluation:
             rounds: (n,) the round in which each example is measured, of the only task; None: batches in random order.
             metric: the scores are what this metric is estimated from; None: they are those of `example_scores`.
             without: (k,) positions of the only task's examples that are not measured; None: all are.
-            parts: how many parts the examples of each task are divided into at random: a part of each task is measured,
-                then the next of each.
+            parts: shares of the examples of each task, drawn at random, at which its parts end, the last one at 1: a
+                part of each task is measured, then the next of each, in large batches. None: tasks one after the other,
+                in random batches.
             after_part: called when a part of each task was measured. What it raises ends the evaluation.
         """
         selecting = {name: self.evaluator.examples[name].select for name in self.evaluator.data}
         firsts = dict(zip(selecting, np.cumsum([0, *map(len, selecting.values())]), strict=False))
         last = next(reversed(selecting))
-        for part, name in itertools.product(range(parts), selecting):
+        for part, name in itertools.product(range(len(parts or (1.0,))), selecting):
             data, select, first = self.evaluator.data[name], selecting[name], int(firsts[name])
             wanted = np.setdiff1d(np.arange(len(select)), () if without is None else without)
-            if parts > 1:
-                wanted = np.array_split(np.random.default_rng(self.seed).permutation(wanted), parts)[part]
-            self.evaluator.session.predict(
-                data,
-                partial(self.backbones.__getitem__, name),
-                self.evaluator.session.heads[name],
-                self.label,
-                progress=self.evaluator.progress,
-                members=select[wanted],
-                watch=partial(self._collect, report, name, first, metric, wanted),
-                seed=self.seed,
-                rounds=rounds,
-            )
+            if parts is not None:
+                drawn = np.random.default_rng(self.seed).permutation(wanted)
+                wanted = np.split(drawn, [max(round(share * len(drawn)), 1) for share in parts[:-1]])[part]
+            if len(wanted) or parts is None:
+                self.evaluator.session.predict(
+                    data,
+                    partial(self.backbones.__getitem__, name),
+                    self.evaluator.session.heads[name],
+                    self.label,
+                    progress=self.evaluator.progress,
+                    members=select[wanted],
+                    watch=partial(self._collect, report, name, first, metric, wanted),
+                    seed=self.seed if parts is None else None,
+                    rounds=rounds,
+                )
             if name == last:
                 after_part()
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 Statistics = Callable[[str], tuple[Array, Mapping[str, Array]]]
-PARTS = 8  # that the examples of a task are measured in
+PARTS = (0.125, 0.25, 0.5, 1.0)  # shares of a task's examples after which a trial may be stopped
 _LEAST = 8  # examples of a task before which nothing is said of it
 
 

@@ -241,7 +241,7 @@ def _evaluate(evaluation: SelectingEvaluation, reporter: Reporter) -> int | None
                 evaluation.run(reporter.report, reporter.rounds, reporter.metric)
                 return None
             if isinstance(reporter, SuiteReporter):
-                parts = 1 if reporter.rival is None else PARTS
+                parts = PARTS if reporter.rival is not None else PARTS[-1:]
                 evaluation.run(reporter.report, parts=parts, after_part=reporter.decide)
                 reporter.finish()
                 return None

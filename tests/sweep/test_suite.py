@@ -73,9 +73,9 @@ def run(model: Model, best: Model | None, objective: str = "average") -> int | N
     number = study.ask().number
     reporter = SuiteReporter(Futility(), study, number, wanted, tasks, model.statistics)
     try:
-        for part in range(1, PARTS + 1):
+        for share in PARTS:
             for at in range(len(TASKS)):
-                until = COUNTS[at] * part // PARTS
+                until = int(COUNTS[at] * share)
                 reporter.report(np.arange(until - model.seen[at]), np.zeros(until - model.seen[at]))
                 model.seen[at] = until
             reporter.decide()
@@ -182,3 +182,20 @@ def test_a_suites_sweep_stops_trials_and_finds_the_same_winner(
         assert "select/average" not in metrics
         assert metrics["select/examples"] < 300
         assert " of 300 examples: average " in run_.data.tags["mergelab.pruned"]
+
+
+def test_tasks_of_a_few_examples_are_measured_too(
+    mergelab_command: Any, gpt2_checkpoints: Mapping[str, Path], workplace: Path
+) -> None:
+    experts = ", ".join(f"{task}: {gpt2_checkpoints[f'tanganke/gpt2_{task}']}" for task in ("rte", "sst2"))
+    for task, rows in (("rte", 120), ("sst2", 6)):
+        (workplace / "data" / task).mkdir(parents=True)
+        pq.write_table(glue_table(task, rows, 1), workplace / "data" / task / "validation.parquet")
+    outcome: Outcome = mergelab_command(
+        "-m", "sweep=custom", "method=task_arithmetic", "method.lambda=choice(0.7,0.65,0.6)", "sweep.sampler=grid",
+        "task=suite", "task.members=[rte,sst2]", "task.data_dir=data", f"models.base={gpt2_checkpoints[GPT2_BASE]}",
+        f"models.experts={{{experts}}}", "models.head=per_task", "tracking=none", "sweep.study_name=s",
+        "eval.preflight=false",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert all(trial.state.name == "COMPLETE" for trial in trials(workplace))
