@@ -48,16 +48,19 @@ def placed(
     if limits is None:
         if not gpus or _needed(module, dtype) <= _free(0):
             return module.to(device)
-        limits = _balanced(module, dtype, {number: _free(number) for number in range(gpus)})
+        free: dict[int | str, int] = {number: _free(number) for number in range(gpus)}
+        return _spread(module, dtype, {**free, CPU: _needed(module, dtype)}, evenly=True)
     if odd := [number for number in limits if number != CPU and int(number) >= gpus]:
         there = f"{gpus} GPUs" if gpus else "no GPUs"
-        raise ConfigError(f"eval.max_memory={{{odd[0]}: ...}}: device={device} has {there} (they are numbered from 0)")
+        hint = "; device=cuda has all" if device.index is not None else " (they are numbered from 0)"
+        raise ConfigError(f"eval.max_memory={{{odd[0]}: ...}}: device={device} has {there}{hint}")
     return _spread(module, dtype, limits)
 
 
 def is_spread(module: nn.Module) -> bool:
-    """Return whether accelerate runs a module's layers on several devices, whoever placed them there."""
-    return len(set(getattr(module, "hf_device_map", {}).values())) > 1
+    """Return whether accelerate runs a module's layers on several devices or from disk, whoever placed them there."""
+    places = set(getattr(module, "hf_device_map", {}).values())
+    return len(places) > 1 or DISK in places
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -99,16 +102,10 @@ def _free(number: int) -> int:
     return int(torch.cuda.mem_get_info(number)[0] * _SHARE)
 
 
-def _balanced(module: nn.Module, dtype: torch.dtype | None, free: Mapping[int, int]) -> Limits:
-    """Return limits that divide a module evenly among GPUs, and leave the CPU what they cannot hold."""
-    whole = sum(each.numel() * (dtype or each.dtype).itemsize for each in module.parameters())
-    share = int(1.1 * whole / len(free))
-    return {**{number: min(own, share) for number, own in free.items()}, CPU: whole}
-
-
-def _spread(module: nn.Module, dtype: torch.dtype | None, limits: Limits) -> nn.Module:
+def _spread(module: nn.Module, dtype: torch.dtype | None, limits: Limits, *, evenly: bool = False) -> nn.Module:
     try:
         from accelerate import dispatch_model, infer_auto_device_map
+        from accelerate.utils import get_balanced_memory
     except ModuleNotFoundError:
         raise ConfigError(
             f"{type(module).__name__}: {_needed(module, dtype) / 1e9:.1f} GB are to be divided among devices, which "
@@ -120,13 +117,14 @@ def _spread(module: nn.Module, dtype: torch.dtype | None, limits: Limits) -> nn.
     opened: Any = module
     whole = sorted(getattr(opened, "_no_split_modules", None) or ())
     with _quiet():
-        places = infer_auto_device_map(opened, dict(limits), no_split_module_classes=whole)
+        memory: dict[int | str, int] = dict(limits)
+        if evenly:
+            memory = get_balanced_memory(opened, memory, no_split_module_classes=whole)
+        places = infer_auto_device_map(opened, memory, no_split_module_classes=whole)
         held = _held(module, places)
         if next(iter(module.named_parameters()))[0] in held:
-            raise ConfigError(
-                f"eval.max_memory={dict(limits)!r}: leaves the first layer of {type(module).__name__} no room on "
-                f"{_main(places)}"
-            )
+            given = "the free memory" if evenly else f"eval.max_memory={dict(limits)!r}:"
+            raise ConfigError(f"{given} leaves the first layer of {type(module).__name__} no room on {_main(places)}")
         skipped = getattr(opened, "_skip_keys_device_placement", None)
         dispatch_model(opened, places, state_dict=held, offload_index={}, skip_keys=skipped)
     OFFLOADED[module] = held

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mergelab.errors import ConfigError, ModelError, NonFinite, listed
+from mergelab.evaluation.spread import device_of
 from mergelab.evaluation.vllm_support import KEY, check_module
 from mergelab.evaluation.vllm_weights import EngineClient, in_one_line, stored_layout, weight_source, write_start
 from mergelab.weights.shards import byte_size
@@ -216,7 +217,7 @@ class _Running:
         # The first token has none.
         pairs = zip(longest.tolist()[1:], output.prompt_logprobs[1:], strict=True)
         found = torch.tensor([step[token].logprob for token, step in pairs])
-        ids = torch.from_numpy(longest)[None].to(next(self.module.parameters()).device)
+        ids = torch.from_numpy(longest)[None].to(device_of(self.module))
         logits: Tensor = self.module.eval()(input_ids=ids).logits[0, :-1].float().cpu()
         wanted = logits.log_softmax(-1).gather(1, ids[0, 1:, None].cpu())[:, 0]
         apart = float(((found - wanted).abs() / (1 + wanted.abs())).mean())

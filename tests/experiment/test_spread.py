@@ -179,3 +179,32 @@ def test_models_without_values_are_not_merged() -> None:
     for merge in (lambda: mergelab.soup([nn.Linear(3, 2), empty]), lambda: StateDict.from_model(empty)):
         with pytest.raises(ModelError, match=r"weight has no values \(it is on the meta device: offloaded, or never"):
             merge()
+
+
+@pytest.mark.parametrize(("gpus", "share", "rest"), [(4, 0.4, False), (8, 0.3, False), (1, 0.5, True)])
+def test_without_limits_free_gpus_are_used_evenly_and_the_cpu_for_what_is_left(
+    gpus: int, share: float, rest: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 60}
+    module = LlamaForCausalLM(LlamaConfig(num_hidden_layers=16, **size))
+    whole = sum(each.numel() * 4 for each in module.parameters())
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _number: (int(whole * share), whole))
+    monkeypatch.setattr("accelerate.dispatch_model", lambda _module, places, **_more: found.update(places))
+    placed(module, torch.device("cuda"), None)
+    used: dict[Any, int] = dict.fromkeys(found.values(), 0)
+    for name, parameter in module.named_parameters():
+        at = max((part for part in found if f"{name}.".startswith(f"{part}.")), key=len)
+        used[found[at]] += parameter.numel() * 4
+    assert ("cpu" in used) is rest
+    assert len(used) > gpus / 2
+    assert all(held <= share * whole for number, held in used.items() if number != "cpu")
+    assert rest or max(used.values()) < 2.5 * whole / gpus
+
+
+def test_a_limit_of_a_gpu_beside_the_one_that_was_asked_for_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"max_memory=\{1: ...\}: device=cuda:1 has no GPUs; device=cuda has all"):
+        placed(writer("llama")[0], torch.device("cuda:1"), None, {1: 10**9})

@@ -24,7 +24,7 @@ from mergelab.evaluation.vllm_engine import VllmEngine, engine_memory
 from tests.conftest import Outcome
 from tests.experiment.test_text_experiment import MODELS, Command
 from tests.tasks.tiny import sentences
-from tests.tasks.writers import given, writer
+from tests.tasks.writers import given, save_writers, writer
 
 STANDIN = Path(__file__).parents[1] / "vllm_standin"
 ROWS = 10
@@ -61,17 +61,8 @@ def place(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def save(kind: str, folder: Path, names: tuple[str, ...] = ("base", "a", "b"), **settings: Any) -> None:
-    """Save a tiny model and two near it."""
-    for seed, name in enumerate(names):
-        model, tokenizer = writer(kind)
-        for key, value in settings.items():
-            setattr(model.generation_config, key, value)
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters() if seed else ():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    """Save a tiny model and two that are not very near it."""
+    save_writers(folder, kind, names, 0.1, **settings)
 
 
 def texts(place: Path, task: str = "prompts") -> dict[str, list[str]]:

@@ -118,13 +118,17 @@ def generation_task(**settings: Any) -> TaskSpec:
     )  # fmt: skip
 
 
-def save_writers(folder: Path) -> None:
-    """Save a tiny GPT-2 as ``base``, and two models near it as ``a`` and ``b``."""
-    for seed, name in enumerate(("base", "a", "b")):
-        model, tokenizer = writer("gpt2")
+def save_writers(
+    folder: Path, kind: str = "gpt2", names: Sequence[str] = ("base", "a", "b"), apart: float = 0.05, **settings: Any
+) -> None:
+    """Save a tiny model under the first name, and models near it under the others; ``settings`` are of generation."""
+    for seed, name in enumerate(names):
+        model, tokenizer = writer(kind)
+        for key, value in settings.items():
+            setattr(model.generation_config, key, value)
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters() if seed else ():
-                parameter.add_(0.05 * torch.randn_like(parameter))
+                parameter.add_(apart * torch.randn_like(parameter))
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
