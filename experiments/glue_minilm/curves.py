@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments import figures
 from experiments.resumable import Record, Step
 
 # What each method's paper gives, in the same parametrisation.
@@ -95,15 +96,9 @@ def table(curve: Curve) -> str:
 
 def draw(curves: Sequence[Curve], file: Path) -> None:
     """Draw the scores over λ: a panel for each grid, a line for each half of the split, at each λ's best density."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = list(dict.fromkeys(curve.title for curve in curves))
     methods = list(dict.fromkeys(curve.method for curve in curves))
-    size = (3.2 * len(methods), 2.6 * len(rows))
-    figure, axes = plt.subplots(len(rows), len(methods), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = figures.panels(len(rows), len(methods))
     for curve in curves:
         axis = axes[rows.index(curve.title)][methods.index(curve.method)]
         for name in ("selects", "reports"):
@@ -114,9 +109,5 @@ def draw(curves: Sequence[Curve], file: Path) -> None:
             axis.plot(list(best), list(best.values()), marker="o", markersize=3, label=f"half that {name}")
         if curve.method in PAPERS:
             axis.axvline(PAPERS[curve.method]["lambda"], linestyle=":", color="grey", label="paper's λ")
-        axis.set_title(f"{curve.method}\n{curve.title}", fontsize=8)
-        axis.set_xlabel("λ", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.legend(fontsize=6)
-    figure.savefig(file, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+        figures.describe(axis, f"{curve.method}\n{curve.title}", "λ")
+    figures.save(figure, file)
