@@ -25,7 +25,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from mergelab.sweep.storage import open_storage
-from mergelab.sweep.study import MEASURED, WHOLE
+from mergelab.sweep.study import LATER, MEASURED
 from mergelab.tracking import TrackingConfig, open_tracking
 from tests.standins import BERT_BASE, BERT_RTE_EXPERTS, glue_table
 from tests.tracking.conftest import empty_store
@@ -156,7 +156,7 @@ def results(folder: Path) -> dict[str, Any]:
         found["study"] = [
             (trial.params, trial.state, trial.values, trial.user_attrs.get(MEASURED)) for trial in study.trials
         ]
-        later = {key: value[MEASURED] for key, value in study.user_attrs.items() if key.startswith(WHOLE)}
+        later = {key: value[MEASURED] for key, value in study.user_attrs.items() if key.startswith(LATER)}
         found["finalists"] = later or None
     found["runs"] = sorted(
         {

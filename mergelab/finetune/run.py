@@ -132,6 +132,10 @@ def _prepared(plan: FinetunePlan, source: Source, progress: Progress) -> tuple[_
     return _Ready(plan, source, base, sha256, data, folder, identity), located
 
 
+# Settings that older recipes do not say, and what their experts were trained with.
+_UNSAID = {"train.group_by_length": False}
+
+
 def _check_folder(folder: Path, identity: Mapping[str, Any]) -> None:
     """Check that a folder is new, or has experts of the same recipe.
 
@@ -149,7 +153,7 @@ def _check_folder(folder: Path, identity: Mapping[str, Any]) -> None:
         before = _flat(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, AttributeError):
         raise ConfigError(f"output={folder}: {RECIPE} in it cannot be read; choose another folder") from None
-    now = _flat(identity)
+    before, now = {**_UNSAID, **before}, _flat(identity)
     for key in dict.fromkeys([*now, *before]):
         if before.get(key) != now.get(key):
             was, wanted = (shortened(json.dumps(found.get(key))) for found in (before, now))

@@ -17,7 +17,7 @@ class TrialOutcome:
         run: id of the trial's run; None where runs are not tracked.
         estimate: of the objective of a trial that was stopped early.
         best: the number of the complete trial that it is estimated from; None where there was none.
-        before: of the examples of a finalist, those that were measured before it was stopped.
+        before: of the examples of a finalist, those that were measured before it was stopped at first.
     """
 
     values: tuple[float, ...]
@@ -33,7 +33,7 @@ class TrialOutcome:
     @property
     def measured(self) -> int:
         """The number of examples that were measured."""
-        return self.examples - self.before if self.pruned_at is None else self.pruned_at
+        return (self.examples if self.pruned_at is None else self.pruned_at) - self.before
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> TrialOutcome:

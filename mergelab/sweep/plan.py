@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mergelab.console.progress import warn
 from mergelab.errors import SweepError
 from mergelab.experiment.plan import Plan, plan_experiment, warn_if_mini
+from mergelab.sweep.adaptive.goals import goals_of, not_estimated
 from mergelab.sweep.budget import budget_of
 from mergelab.sweep.config import Evaluation, SweepConfig, check_own_keys, sweep_config
 from mergelab.sweep.objective import Objective, objectives
@@ -18,7 +19,6 @@ from mergelab.sweep.pruners import make_pruner, pruner_name
 from mergelab.sweep.samplers import make_sampler, sampler_name
 from mergelab.sweep.space import Space, described, space_from
 from mergelab.sweep.storage import storage_url
-from mergelab.sweep.targets import unsupported
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -115,12 +115,9 @@ def not_adaptive(settings: SweepConfig, plan: Plan) -> str | None:
     """Say why trials cannot be measured adaptively, where that is wanted; None where they can."""
     if settings.evaluation != "adaptive":
         return None
-    if len(plan.tasks) > 1:
-        return f"is for one task, there are {len(plan.tasks)}"
-    wanted = objectives(settings.objective, settings.direction, plan.tasks)
-    if len(wanted) > 1:
-        return f"is for one objective, there are {len(wanted)}"
-    return unsupported(plan.tasks[0], wanted[0].metric)
+    if any(task.kind == "lm_eval" for task in plan.tasks):
+        return "lm-eval measures all examples at once"
+    return not_estimated(goals_of(objectives(settings.objective, settings.direction, plan.tasks), plan.tasks))
 
 
 def fitted(settings: SweepConfig, plan: Plan) -> SweepConfig:

@@ -289,7 +289,7 @@ def _say_end(sweep: Sweep, study: SweepStudy, best: FrozenTrial, reports: Sequen
     by_first = f" by {sweep.objectives[0].name}" if len(sweep.objectives) > 1 else ""
     say(f"best{by_first}: trial {best.number}, {point(best.params)}: select {values}", result=True)
     if len(sweep.objectives) > 1:
-        for trial in study.study.best_trials:
+        for trial in study.as_measured().best_trials:
             named_values = ", ".join(f"{o.name} {v:.4f}" for o, v in zip(sweep.objectives, trial.values, strict=True))
             say(f"Pareto front: trial {trial.number}, {point(trial.params)}: select {named_values}", result=True)
     for report in reports:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mergelab.console.progress import say, warn
 from mergelab.errors import MergelabError, SweepError
 from mergelab.sweep.adaptive.finalists import next_finalists
+from mergelab.sweep.adaptive.goals import goals_of
 from mergelab.sweep.attempts import DEATHS, FORGIVEN, forgive, has_begun, is_held, measured_by, release, tries
 from mergelab.sweep.budget import budget_of
 from mergelab.sweep.launcher import end_workers, launch
@@ -216,18 +217,18 @@ class Scheduler:
             say(f"trial {number}: {self._point(number)}: failed: {result.error}", failure=True)
             return
         study.tell(number, result.values, estimated_of=None if result.pruned_at is None else result.examples)
-        objectives = [objective.name for objective in self.sweep.objectives]
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in zip(objectives, result.values, strict=True))
-        best = study.best()
-        if result.pruned_at is not None:
-            what = (
-                f"{result.comparison(self.sweep.objectives[0].label, 'the best')}; stopped{_estimate(result.estimate)}"
-            )
-        else:
-            what = f"select {scores}"
-        mark = f" (best {best.values[0]:.4f}, trial {best.number})" if best and len(objectives) == 1 else ""
+        best, alone = study.best(), len(self.sweep.objectives) == 1
+        mark = f" (best {best.values[0]:.4f}, trial {best.number})" if best and alone else ""
         times = f"merge {result.merge_seconds:.2f} s, evaluation {result.eval_seconds:.2f} s"
-        say(f"trial {number}: {self._point(number)}: {what}{mark}, {times}")
+        say(f"trial {number}: {self._point(number)}: {self._scored(result)}{mark}, {times}")
+
+    def _scored(self, result: TrialOutcome) -> str:
+        """Say what a trial scores, or is estimated to."""
+        if result.pruned_at is not None:
+            compared = result.comparison(self.sweep.objectives[0].label, "the best")
+            return f"{compared}; stopped{_estimate(result.estimate)}"
+        named = zip(self.sweep.objectives, result.values, strict=True)
+        return "select " + ", ".join(f"{objective.name} {value:.4f}" for objective, value in named)
 
     def _point(self, number: int) -> str:
         return point(self.study.trials[number].params)
@@ -243,7 +244,7 @@ class Scheduler:
             )
 
     def measure_finalists(self) -> None:
-        """Measure those of the stopped trials whole that may be the best, until hardly any other one may be.
+        """Measure those of the stopped trials further that may be the best, until hardly any other one may be.
 
         Raises:
             SweepError: one could not be measured.
@@ -252,7 +253,7 @@ class Scheduler:
             self.sweeper.check()
             left = self.budget.left(self._outcomes())
             count = min(self.sweep.settings.n_jobs, self.sweep.settings.n_jobs if left is None else left)
-            numbers = next_finalists(self.study, self.sweep.plan.tasks[0], self.sweep.objectives[0].metric, count)
+            numbers = next_finalists(self.study, goals_of(self.sweep.objectives, self.sweep.plan.tasks), count)
             if not numbers:
                 return
             jobs = [
@@ -260,9 +261,9 @@ class Scheduler:
                 for one in numbers
             ]
             for number, found in zip(numbers, self._launched(jobs, numbers, "finalist"), strict=True):
-                self.study.tell_whole(number, asdict(found.outcome), found.measured)
-                scored = f"select {self.sweep.objectives[0].name} {found.outcome.values[0]:.4f}"
-                say(f"trial {number}: {self._point(number)}: measured whole as a finalist: {scored}")
+                self.study.tell_later(number, asdict(found.outcome), found.measured)
+                what = f"measured {'whole' if found.outcome.pruned_at is None else 'further'} as a finalist"
+                say(f"trial {number}: {self._point(number)}: {what}: {self._scored(found.outcome)}")
 
     def _launched(self, jobs: Sequence[Sequence[str]], numbers: Sequence[int], what: str) -> list[Any]:
         """Run jobs that must succeed.

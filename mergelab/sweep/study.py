@@ -28,14 +28,15 @@ SCORES, STATISTICS = "mergelab:scores", "mergelab:statistics"
 _SAMPLER_STATE = "mergelab:sampler"
 # Of a trial measured adaptively: its examples' statistics, and below which number the trials are that it learns from.
 MEASURED, KNOWN = "mergelab:measured", "mergelab:known"
-# Of a study, with the number of a trial that was measured whole after it was stopped: what it has since.
-WHOLE = "mergelab:whole:"
+# Of a study, with the number of a trial that was measured further after it was stopped: what it has since.
+LATER = "mergelab:whole:"
 _OF = "trials"  # in it: how many the study had then
 # Of a study whose trials are measured adaptively: the statistics of the base and the experts.
 MODELS = "mergelab:models"
 # Attributes of a study.
 _DEFINITION, SWEEPER, PARENT = "mergelab:definition", "mergelab:sweeper", "mergelab:parent"
-_UNSAID = {"sweep.evaluation": "pruned"}  # of studies whose definition does not say it
+# Settings that older studies' definitions do not say, and what their trials were measured with.
+_UNSAID = {"sweep.evaluation": "pruned", "eval.engine": "transformers", "eval.max_memory": "null"}
 # Of a study and of a trial: changes as long as the process that sweeps or measures it lives.
 RENEWED = "mergelab:renewed"
 
@@ -131,7 +132,7 @@ class SweepStudy:
         """All trials, by number; those measured whole after they were stopped are complete ones."""
         later = self.study.user_attrs
         return [
-            _with_later(trial, later.get(whole_key(trial.number))) for trial in self.study.get_trials(deepcopy=False)
+            _with_later(trial, later.get(later_key(trial.number))) for trial in self.study.get_trials(deepcopy=False)
         ]
 
     @property
@@ -211,13 +212,13 @@ class SweepStudy:
             self._memory.set_trial_intermediate_value(number, step, value)
         self._memory.set_trial_state_values(number, sampled.state, sampled.values)
 
-    def tell_whole(self, number: int, outcome: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
-        """Store what a trial that was stopped has when it is measured whole: its outcome, and its examples' statistics.
+    def tell_later(self, number: int, outcome: Mapping[str, Any], measured: Mapping[str, Any]) -> None:
+        """Store what a trial that was stopped has when it is measured further: outcome, and its examples' statistics.
 
         Optuna lets no ended trial change, so that the study has it.
         """
         stored = {OUTCOME: outcome, MEASURED: measured, _OF: self.count}
-        self.study.set_user_attr(whole_key(number), stored)
+        self.study.set_user_attr(later_key(number), stored)
 
     def set_attribute(self, number: int, key: str, value: Any) -> None:
         """Store an attribute of a trial."""
@@ -234,18 +235,18 @@ class SweepStudy:
         return max(complete, key=lambda trial: (sign * trial.values[0], -trial.number), default=None)
 
     def outcomes(self) -> list[Mapping[str, Any]]:
-        """Return the outcomes of all measurements; a trial that was measured whole after it was stopped has two."""
+        """Return the outcomes of all measurements; a trial that was measured further after it was stopped has two."""
         first = [trial.user_attrs for trial in self.study.get_trials(deepcopy=False)]
-        later = [value for key, value in self.study.user_attrs.items() if key.startswith(WHOLE)]
+        later = [value for key, value in self.study.user_attrs.items() if key.startswith(LATER)]
         return [stored[OUTCOME] for stored in (*first, *later) if OUTCOME in stored]
 
-    def measured_later(self, of: int | None = None) -> int:
-        """Count the trials measured whole after they were stopped, when the study had ``of`` trials; None: ever."""
-        later = [value for key, value in self.study.user_attrs.items() if key.startswith(WHOLE)]
-        return sum(of is None or value[_OF] == of for value in later)
+    def measured_later(self, of: int | None = None) -> list[int]:
+        """Return the trials measured further after they were stopped, when the study had ``of`` trials; None: ever."""
+        known = {key: value for key, value in self.study.user_attrs.items() if key.startswith(LATER)}
+        return [int(key.removeprefix(LATER)) for key, value in known.items() if of is None or value[_OF] == of]
 
     def as_measured(self) -> Study:
-        """Return the study as it is stored; where trials were measured whole later, a copy that has them complete."""
+        """Return the study as it is stored; where trials were measured further later, a copy that has them so."""
         import optuna
 
         if not self.measured_later():
@@ -266,17 +267,18 @@ class SweepStudy:
 
 
 def _as_sampled(trial: FrozenTrial) -> FrozenTrial:
-    """Return a trial as samplers see it: a pruned one as complete, with its estimate, the last value that it has."""
+    """Return a trial as samplers see it: a pruned one as complete, with its estimates."""
     from optuna.trial import TrialState, create_trial
 
     if trial.state != TrialState.PRUNED or not trial.intermediate_values:
         return trial
-    _, value = max(trial.intermediate_values.items())
-    if not math.isfinite(value):
+    _, first = max(trial.intermediate_values.items())
+    values = trial.user_attrs.get(OUTCOME, {}).get("values", [first])  # of several objectives Optuna stores one
+    if not all(map(math.isfinite, values)):
         return trial
     return create_trial(
         state=TrialState.COMPLETE,
-        value=value,
+        values=values,
         params=trial.params,
         distributions=trial.distributions,
         user_attrs=trial.user_attrs,
@@ -285,19 +287,20 @@ def _as_sampled(trial: FrozenTrial) -> FrozenTrial:
     )
 
 
-def whole_key(number: int) -> str:
-    """Name the study's attribute with what a trial has since it was measured whole."""
-    return f"{WHOLE}{number}"
+def later_key(number: int) -> str:
+    """Name the study's attribute with what a trial has since it was measured further."""
+    return f"{LATER}{number}"
 
 
 def _with_later(trial: FrozenTrial, later: Mapping[str, Any] | None) -> FrozenTrial:
-    """Return a trial as complete with what it has ``later``, when it was measured whole."""
+    """Return a trial with what it has ``later``, when it was measured further; where that is all, as complete."""
     from optuna.trial import TrialState
 
     if later is None:
         return trial
     found = copy(trial)
-    found.state, found.values = TrialState.COMPLETE, list(later[OUTCOME]["values"])
+    if later[OUTCOME]["pruned_at"] is None:
+        found.state, found.values = TrialState.COMPLETE, list(later[OUTCOME]["values"])
     found.user_attrs = {**trial.user_attrs, **later}
     return found
 

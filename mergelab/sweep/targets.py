@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mergelab.evaluation.metrics._perplexity import Perplexity
+from mergelab.evaluation.metrics._sacrebleu import CorpusMetric
+from mergelab.evaluation.metrics.pearson import Pearson
 from mergelab.tasks.metric import LabelMetric, MeanTextMetric, get_metric
 
 if TYPE_CHECKING:
@@ -29,32 +32,68 @@ class Target:
     groups: Array
     value: Callable[[Array], float]
 
+    def gradient(self, sums: Array, steps: Array) -> Array:
+        """Return the metric's slope (G,) in each sum, between ``steps`` (G,) to both sides; 0 where a step is 0."""
+        slopes = np.zeros(len(sums))
+        for group in np.flatnonzero(steps):
+            step = np.where(np.arange(len(sums)) == group, steps, 0.0)
+            slopes[group] = (self.value(sums + step) - self.value(sums - step)) / (2 * steps[group])
+        return slopes
+
     def with_error(self, sums: Array, covariance: Array) -> tuple[float, float]:
         """Return the metric at uncertain ``sums`` (G,), and its standard error by their ``covariance`` (G, G).
 
-        The error is the root of the sum, over the covariance's axes, of the squared half difference of the metric one
-        standard deviation to both sides: exact for a linear metric.
+        The error is that of the metric with its slopes in place of itself: exact for a linear metric.
         """
-        variances, axes = np.linalg.eigh(covariance)
-        steps = np.sqrt(np.maximum(variances, 0.0)) * axes
-        halves = [(self.value(sums + step) - self.value(sums - step)) / 2 for step in steps.T]
-        return self.value(sums), float(np.sqrt(np.sum(np.square(halves))))
+        slopes = self.gradient(sums, np.sqrt(np.maximum(np.diag(covariance), 0.0)))
+        return self.value(sums), math.sqrt(max(float(slopes @ covariance @ slopes), 0.0))
+
+
+def mean_of(targets: Sequence[Target]) -> Target:
+    """Return the mean of the metrics of several tasks, whose examples come one task after the other."""
+    if len(targets) == 1:
+        return targets[0]
+    rows = np.cumsum([0, *(len(one.groups) for one in targets)])
+    columns = np.cumsum([0, *(one.groups.shape[1] for one in targets)])
+    groups = np.zeros((rows[-1], columns[-1]))
+    for index, one in enumerate(targets):
+        groups[rows[index] : rows[index + 1], columns[index] : columns[index + 1]] = one.groups
+
+    def value(sums: Array) -> float:
+        parts = np.split(sums, columns[1:-1])
+        return float(np.mean([one.value(part) for one, part in zip(targets, parts, strict=True)]))
+
+    return Target(groups, value)
 
 
 def unsupported(spec: TaskSpec, metric: str) -> str | None:
     """Say why a metric cannot be estimated from its examples' scores; None where it can."""
     declared = get_metric(metric)
-    if isinstance(declared, LabelMetric):
-        binary = spec.kind == "classification" and spec.outputs == 2
-        return None if metric == "accuracy" or binary else f"{metric} of {spec.outputs or 'written'} labels"
+    if isinstance(declared, LabelMetric | Perplexity | Pearson | CorpusMetric):
+        written = isinstance(declared, LabelMetric) and not spec.outputs and metric != "accuracy"
+        return f"{metric} of written labels" if written else None
     if isinstance(declared, MeanTextMetric):
         own = type(declared).from_statistics is not MeanTextMetric.from_statistics
         return f"{metric} is no mean over examples" if own else None
-    return None if isinstance(declared, Perplexity) else f"{metric} is no function of its examples' scores"
+    return f"{metric} is no function of sums over its examples"
+
+
+def is_linearised(spec: TaskSpec, metric: str) -> bool:
+    """Return whether a metric's examples have several numbers each, whose sums it is no simple function of."""
+    declared = get_metric(metric)
+    if isinstance(declared, LabelMetric):
+        return metric != "accuracy" and spec.outputs != 2
+    return isinstance(declared, Pearson | CorpusMetric)
+
+
+def family(spec: TaskSpec, metric: str) -> str:
+    """Name what the scores of a metric's examples are: metrics of the same name are estimated from the same scores."""
+    labelled = isinstance(get_metric(metric), LabelMetric) and not is_linearised(spec, metric)
+    return "right" if labelled else metric
 
 
 def scores_for(spec: TaskSpec, metric: str, rows: Array) -> Array:
-    """Return the scores (k,) that a metric is estimated from, of its statistics (k, c).
+    """Return the scores (k,) that a metric is estimated from, of its statistics (k, c), unless it is linearised.
 
     Right or wrong for labels, nats for perplexity, the metric of the text alone for others.
     """
@@ -74,6 +113,8 @@ def target_of(spec: TaskSpec, metric: str, rows: Array, members: Array | None = 
         members: (m,) positions of those that the metric is of; None: all.
     """
     declared = get_metric(metric)
+    if is_linearised(spec, metric):
+        return Target(np.ones((len(rows), 1)), lambda sums: float(sums[0]))
     inside = np.ones((len(rows), 1)) if members is None else np.isin(np.arange(len(rows)), members)[:, None] * 1.0
     if isinstance(declared, LabelMetric):
         return _of_labels(declared, rows[:, 1], inside)
@@ -96,3 +137,71 @@ def _of_labels(metric: LabelMetric, truth: Array, inside: Array) -> Target:
         return float(metric.from_counts(pairs, np.concatenate([right, sizes - right])[None])[0])
 
     return Target(groups, value)
+
+
+# --------------------------------------------------------------------------------- metrics of several sums, linearised
+
+
+def linear_scores(spec: TaskSpec, metric: str, rows: Array, seen: Array, best: Array) -> Array:
+    """Return what each example adds to a metric of several sums, where that is linear near the sums of the model.
+
+    The slopes are those over a hundredth of each sum. A model that was measured on all examples has scores whose sum is
+    its metric.
+
+    Args:
+        spec, metric: the task and its metric, one that `is_linearised`.
+        rows: (k, c) statistics of the model on the examples that it was measured on.
+        seen: (k,) positions of these.
+        best: (n, c) statistics of another model on all examples: where the model's sums are not known, they are thought
+            to be like the other's.
+    """
+    count = len(best)
+    sums = summands(spec, metric, rows).sum(axis=0)
+    if len(seen) < count:
+        sums = _sums_like(spec, metric, rows, best, seen)
+    steps = np.abs(sums) / 100
+    if not isinstance(get_metric(metric), Pearson):
+        sums, steps = np.maximum(sums.round(), 0.0), np.maximum(steps.round(), 1.0)  # counts
+    whole = Target(np.empty((0, len(sums))), lambda at: _of_sums(spec, metric, at, count))
+    slopes = whole.gradient(sums, steps)
+    found: Array = summands(spec, metric, rows) @ slopes + (whole.value(sums) - float(sums @ slopes)) / count
+    return found
+
+
+def _sums_like(spec: TaskSpec, metric: str, rows: Array, best: Array, seen: Array) -> Array:
+    """Return about what the sums of a model are on all examples, by how it differs from another on those seen.
+
+    Of a correlation the other's predictions are taken, with the model's mean and deviation: the correlation of scaled
+    predictions is linear. Counts differ by as much per example.
+    """
+    if isinstance(get_metric(metric), Pearson):
+        own, others = rows[:, 0], best[seen, 0]
+        scale = own.std() / others.std() if others.std() > 0 else 1.0
+        scaled = own.mean() + (best[:, 0] - others.mean()) * scale
+        return np.asarray(summands(spec, metric, np.stack([scaled, best[:, 1]], axis=1)).sum(axis=0))
+    of_best = summands(spec, metric, best)
+    return np.asarray(of_best.sum(axis=0) + len(best) * (summands(spec, metric, rows) - of_best[seen]).mean(axis=0))
+
+
+def summands(spec: TaskSpec, metric: str, rows: Array) -> Array:
+    """Return the numbers (k, m) of each example whose sums a linearised metric follows from, of statistics (k, c)."""
+    declared = get_metric(metric)
+    if isinstance(declared, LabelMetric):
+        cells = rows[:, 0].astype(int) * spec.outputs + rows[:, 1].astype(int)
+        return np.asarray(np.eye(spec.outputs**2)[cells])
+    if isinstance(declared, Pearson):
+        x, y = rows.T
+        return np.stack([x, y, x * x, y * y, x * y], axis=1)
+    return rows
+
+
+def _of_sums(spec: TaskSpec, metric: str, sums: Array, count: int) -> float:
+    declared = get_metric(metric)
+    if isinstance(declared, LabelMetric):
+        cells = np.stack(np.divmod(np.arange(len(sums)), spec.outputs), axis=1).astype(np.float64)
+        return float(declared.from_counts(cells, np.maximum(sums, 0.0)[None])[0])
+    if isinstance(declared, Pearson):
+        x, y, xx, yy, xy = sums / count
+        variances = (xx - x * x) * (yy - y * y)
+        return float((xy - x * y) / np.sqrt(variances)) if variances > 0 else 0.0
+    return declared.from_statistics(np.maximum(sums, 0.0)[None])

@@ -21,8 +21,8 @@ from mergelab.experiment import described, recording
 from mergelab.experiment.loaded import LoadedModels, open_loaded
 from mergelab.experiment.logged import Measured, with_logged
 from mergelab.experiment.plan import Plan, plan_experiment
-from mergelab.sweep.adaptive.finalists import MeasuredWhole
-from mergelab.sweep.adaptive.history import MeasuredTrial, measured_of
+from mergelab.sweep.adaptive.finalists import Finalist
+from mergelab.sweep.adaptive.history import MeasuredTrial
 from mergelab.sweep.adaptive.reporter import AdaptiveReporter, adaptive_reporter
 from mergelab.sweep.attempts import Attempt, Superseded, attempting
 from mergelab.sweep.budget import budget_of
@@ -58,7 +58,7 @@ class _Failed(Exception):
     """A trial that could not be merged or evaluated; others may be."""
 
 
-def run_job(config: DictConfig) -> TrialOutcome | TrialFailure | MeasuredWhole | Report | None:
+def run_job(config: DictConfig) -> TrialOutcome | TrialFailure | Finalist | Report | None:
     """Run the job that ``config``'s ``sweep.job`` describes; None where another process has the trial now.
 
     Raises:
@@ -79,7 +79,7 @@ def run_job(config: DictConfig) -> TrialOutcome | TrialFailure | MeasuredWhole |
                 return report_winner(plan, job.source, tracker, run, progress)
         if job.stage == "whole":
             with _open_run(tracker, plan, job, {}, resume=True) as run:
-                return _measure_whole(plan, settings, job, run, progress)
+                return _measure_further(plan, settings, job, run, progress)
         return _run_trial(plan, settings, job, tracker, progress)
 
 
@@ -156,13 +156,10 @@ def measure_trial(
     reporter = _reporter(plan, settings, loaded, study, job, evaluation)
     pruned_at = _evaluate(evaluation, reporter)
     attempt.check()
-    results, evaluated = evaluation.results(), time.perf_counter() - started
-    values, estimated = _values(results, plan, wanted), dict[str, Estimate]()
-    if pruned_at is not None:
-        results, estimated = _stopped(evaluation, reporter)
-        values = tuple(estimated[key].value if (key := _key(one, plan)) in estimated else math.nan for one in wanted)
+    results, evaluated = evaluation.results(whole=pruned_at is None), time.perf_counter() - started
+    values, estimated = _scored(results, evaluation, reporter, pruned_at, plan, wanted)
     if isinstance(reporter, AdaptiveReporter):
-        measured = measured_of(evaluation, job.number, whole=pruned_at is None)
+        measured = MeasuredTrial(job.number, (), reporter.measured(), whole=pruned_at is None)
         attempt.storage.set_trial_user_attr(attempt.trial_id, MEASURED, measured.written())
     own = estimated.get(_key(wanted[0], plan))
     rival = None if reporter.rival is None or pruned_at is None else reporter.rival.number
@@ -216,7 +213,7 @@ def _reporter(
     """Create what takes the trial's scores, and ends it early."""
     wanted = objectives(settings.objective, settings.direction, plan.tasks)
     if settings.evaluation == "adaptive":
-        return adaptive_reporter(study, job.number, wanted[0].metric, loaded.evaluator, loaded.baselines, settings.seed)
+        return adaptive_reporter(study, job.number, wanted, loaded.evaluator, loaded.baselines, settings.seed)
     pruner: Any = make_pruner(settings.pruner) if is_pruned(settings, plan) else None
     if pruner is not None and len(plan.tasks) > 1:
         selecting = {name: len(one.select) for name, one in loaded.evaluator.examples.items()}
@@ -238,7 +235,7 @@ def _evaluate(evaluation: SelectingEvaluation, reporter: Reporter) -> int | None
     try:
         with _failures_of_trial():
             if isinstance(reporter, AdaptiveReporter):
-                evaluation.run(reporter.report, reporter.rounds, reporter.metric)
+                evaluation.run_in_rounds(reporter.report, reporter.rounds)
                 return None
             if isinstance(reporter, SuiteReporter):
                 parts = PARTS if reporter.rival is not None else PARTS[-1:]
@@ -252,51 +249,72 @@ def _evaluate(evaluation: SelectingEvaluation, reporter: Reporter) -> int | None
         return reporter.done
 
 
-def _stopped(evaluation: SelectingEvaluation, reporter: Reporter) -> tuple[dict[str, TaskResult], dict[str, Estimate]]:
-    """Return the results of a trial that was stopped early, without scores, and its estimates by metric."""
+def _estimates(evaluation: SelectingEvaluation, reporter: Reporter) -> dict[str, Estimate]:
+    """Return the estimates of a trial that was stopped early, by metric."""
     if isinstance(reporter, SuiteReporter):
-        return {name: replace(result, select={}) for name, result in evaluation.results().items()}, reporter.estimates()
-    ((name, result),) = evaluation.results().items()
-    data, select = evaluation.evaluator.data[name], evaluation.evaluator.examples[name].select
+        return reporter.estimates()
+    evaluator = evaluation.evaluator
+    parts = {name: data.parts[evaluator.examples[name].select] for name, data in evaluator.data.items()}
     if isinstance(reporter, AdaptiveReporter):
-        found = reporter.estimates(*evaluation.statistics(name), data.parts[select])
-    else:
-        best = None if reporter.rival is None else reporter.rival.statistics
-        found = estimates(data.spec, *evaluation.statistics(name), best, data.parts[select])
-    return {name: replace(result, select={})}, found
+        return reporter.estimates(parts)
+    ((name, data),) = evaluator.data.items()
+    best = None if reporter.rival is None else reporter.rival.statistics
+    return estimates(data.spec, *evaluation.statistics(name), best, parts[name])
 
 
-def _measure_whole(plan: Plan, settings: SweepConfig, job: TrialJob, run: Run, progress: Any) -> MeasuredWhole:
-    """Measure a stopped trial on the selecting examples that it was not measured on, and record its scores on all.
+def _measure_further(plan: Plan, settings: SweepConfig, job: TrialJob, run: Run, progress: Any) -> Finalist:
+    """Measure a stopped trial on more of the selecting examples, as long as it may be the best, and record its scores.
 
     Raises:
         SweepError: it cannot be merged or measured.
     """
     loaded = open_loaded(plan, job.source, progress, keep=True, compiling=settings.compile)
     _, study = open_study(storage_url(settings.storage, job.folder), job)
-    stopped = MeasuredTrial.read(
-        job.number, math.nan, study.get_trials(deepcopy=False)[job.number].user_attrs[MEASURED]
-    )
     wanted = objectives(settings.objective, settings.direction, plan.tasks)
-    ((name, _),) = loaded.evaluator.data.items()
+    evaluator, stored = loaded.evaluator, study.get_trials(deepcopy=False)[job.number].user_attrs[OUTCOME]
+    reporter = adaptive_reporter(study, job.number, wanted, evaluator, loaded.baselines, settings.seed, again=True)
     try:
         evaluation, seconds, _ = _merged(plan, loaded, job, progress)
         started = time.perf_counter()
+        pruned_at = _evaluate(evaluation, reporter)
+        measured = MeasuredTrial(job.number, (), reporter.measured(), whole=pruned_at is None)
         with _failures_of_trial():
-            evaluation.run(lambda positions, scores: None, without=stopped.positions)
-            measured = stopped.completed(*evaluation.statistics(name))
-            results = {name: evaluation.result_from(name, measured.positions, measured.statistics)}
+            results = {
+                name: evaluation.result_from(name, one.positions, one.statistics, whole=measured.whole)
+                for name, one in measured.tasks.items()
+            }
     except _Failed as failure:
-        raise SweepError(f"trial {job.number}, to be measured whole: {failure}") from failure
-    values, evaluated, before = _values(results, plan, wanted), time.perf_counter() - started, len(stopped.positions)
-    outcome = TrialOutcome(values, evaluation.count, None, seconds, evaluated, run.id, before=before)
+        raise SweepError(f"trial {job.number}, to be measured further: {failure}") from failure
+    evaluated = time.perf_counter() - started
+    values, estimated = _scored(results, evaluation, reporter, pruned_at, plan, wanted)
+    own = estimated.get(_key(wanted[0], plan))
+    rival = None if reporter.rival is None or pruned_at is None else reporter.rival.number
+    before = TrialOutcome.read(stored).measured
+    outcome = TrialOutcome(values, evaluation.count, pruned_at, seconds, evaluated, run.id, own, rival, before)
     merged = ModelResult(evaluation.label, "merged", results, eval_seconds=evaluated, merge_seconds=seconds)
     logged = with_logged(Measured(merged, loaded.session, evaluation.backbones)).logged
     scores = {name: value for name, value in logged.items() if name.startswith(names.select_metric(""))}
-    scores |= estimate_metrics(scores, {})
-    run.log_metrics(scores, step=1)  # after the estimates
-    run.set_tags({names.PRUNED: "", names.DESCRIPTION: _description(scores, None)})
-    return MeasuredWhole(outcome, measured.written())
+    scores |= estimate_metrics(scores, estimated)
+    run.log_metrics(scores, step=1)  # after the first estimates
+    pruned = _tags(plan, outcome, wanted[0]).get(names.PRUNED)
+    run.set_tags({names.PRUNED: pruned or "", names.DESCRIPTION: _description(scores, pruned)})
+    return Finalist(outcome, measured.written())
+
+
+def _scored(
+    results: Mapping[str, TaskResult],
+    evaluation: SelectingEvaluation,
+    reporter: Reporter,
+    pruned_at: int | None,
+    plan: Plan,
+    wanted: list[Objective],
+) -> tuple[tuple[float, ...], dict[str, Estimate]]:
+    """Return a trial's objectives, and where it was stopped early the estimates that they are from, by metric."""
+    if pruned_at is None:
+        return _values(results, plan, wanted), {}
+    estimated = _estimates(evaluation, reporter)
+    keys = [_key(one, plan) for one in wanted]
+    return tuple(estimated[key].value if key in estimated else math.nan for key in keys), estimated
 
 
 def _values(results: Mapping[str, TaskResult], plan: Plan, wanted: list[Objective]) -> tuple[float, ...]:

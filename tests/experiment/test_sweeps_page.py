@@ -16,7 +16,7 @@ from mergelab.sweep.config import SweepConfig
 from mergelab.sweep.outcome import TrialOutcome
 from mergelab.sweep.space import space_from
 from mergelab.sweep.storage import open_storage
-from mergelab.sweep.study import OUTCOME, WHOLE, SweepStudy
+from mergelab.sweep.study import LATER, OUTCOME, SweepStudy
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(not (ROOT / "experiments").is_dir(), reason="the experiments are not in this copy")
@@ -34,7 +34,7 @@ def stored(folder: Path) -> tuple[list[int], list[float]]:
     study = optuna.load_study(storage=open_storage(f"journal:{folder}/study.log"), study_name="s")
     examples, scores = [], []
     for trial in study.trials:
-        outcome = study.user_attrs.get(f"{WHOLE}{trial.number}", trial.user_attrs)[OUTCOME]
+        outcome = study.user_attrs.get(f"{LATER}{trial.number}", trial.user_attrs)[OUTCOME]
         examples.append(outcome["pruned_at"] or outcome["examples"])
         scores += outcome["values"] if outcome["pruned_at"] is None else []
     return examples, scores

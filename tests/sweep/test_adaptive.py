@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,22 +16,26 @@ from sklearn.gaussian_process.kernels import Matern
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from mergelab.errors import MergeWarning, NonFinite, SweepError
-from mergelab.evaluation.metrics import example_statistics, score
+from mergelab.evaluation.metrics import example_statistics, score, value_of_rows
 from mergelab.sweep.adaptive import prediction
+from mergelab.sweep.adaptive.estimator import Goal
 from mergelab.sweep.adaptive.finalists import likely_best
-from mergelab.sweep.adaptive.history import MeasuredTrial
+from mergelab.sweep.adaptive.goals import goals_of, not_estimated
+from mergelab.sweep.adaptive.history import Measured, MeasuredTrial
 from mergelab.sweep.adaptive.kernel import Kernel, fit_kernel
 from mergelab.sweep.adaptive.policy import POLICY, Field, draw_rounds, ends_trial, round_ends
 from mergelab.sweep.adaptive.prediction import Prior, Seen, condition, trials_of
 from mergelab.sweep.adaptive.reporter import AdaptiveReporter
 from mergelab.sweep.budget import budget_of
+from mergelab.sweep.objective import Objective
 from mergelab.sweep.outcome import TrialOutcome
 from mergelab.sweep.reporting import Pruned
-from mergelab.sweep.targets import scores_for, target_of, unsupported
+from mergelab.sweep.targets import is_linearised, linear_scores, scores_for, target_of, unsupported
 from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
 MEAN = TaskSpec(name="t", version=1, kind="generation", metrics=("exact_match",), primary="exact_match")
+GOAL = Goal("exact_match", ((MEAN, "exact_match"),))
 
 
 def labels(*metrics: str, count: int = 2) -> TaskSpec:
@@ -57,24 +62,32 @@ def prior_of(whole: Array, models: Array, *partial: Seen) -> Prior:
     return trials_of(seen, models, np.empty((len(seen), 0))).prior(NOWHERE)
 
 
+def known(scores: Array, positions: Array | None = None) -> dict[str, Measured]:
+    """Return what was measured of the one task: all examples, or those at some positions."""
+    seen = np.arange(len(scores)) if positions is None else positions
+    return {"t": Measured(seen, {"exact_match": scores[seen, None]}, len(scores))}
+
+
 def whole(number: int, scores: Array) -> MeasuredTrial:
-    rows = {"exact_match": scores[:, None]}
-    return MeasuredTrial(number, float(scores.mean()), np.arange(len(scores)), rows, len(scores), whole=True)
+    return MeasuredTrial(number, (float(scores.mean()),), known(scores), whole=True)
 
 
-def measured(reporter: AdaptiveReporter, scores: Array) -> MeasuredTrial:
+def reporter_of(
+    history: Sequence[MeasuredTrial], count: int, seed: Sequence[int], again: MeasuredTrial | None = None
+) -> AdaptiveReporter:
+    return AdaptiveReporter([GOAL], history, {}, {"t": count}, seed, NOWHERE, again)
+
+
+def measured(reporter: AdaptiveReporter, scores: Array, number: int = 0) -> MeasuredTrial:
     """Measure a trial round by round, as far as its reporter lets it."""
-    rounds = np.zeros(len(scores), int) if reporter.rounds is None else reporter.rounds
-    seen = np.empty(0, np.int64)
     try:
-        for one in np.unique(rounds):
-            seen = np.sort(np.append(seen, np.flatnonzero(rounds == one)))
-            reporter.report(np.flatnonzero(rounds == one), scores[rounds == one])
+        for one in np.unique(reporter.rounds[reporter.rounds >= 0]):
+            members = np.flatnonzero(reporter.rounds == one)
+            reporter.report(members, {"exact_match": scores[members, None]})
     except Pruned:
-        rows = {"exact_match": scores[seen, None]}
-        (found,) = reporter.estimates(seen, rows, np.zeros(len(scores), int)).values()
-        return MeasuredTrial(0, found.value, seen, rows, len(scores), whole=False)
-    return whole(0, scores)
+        (found,) = reporter.estimates({"t": np.zeros(len(scores), int)}).values()
+        return MeasuredTrial(number, (found.value,), reporter.measured(), whole=False)
+    return whole(number, scores)
 
 
 # ------------------------------------------------------------------------------------------------------- prediction
@@ -116,25 +129,24 @@ def test_what_was_measured_is_known() -> None:
 @pytest.mark.parametrize("stopping", [False, True], ids=["a fixed number", "stopped"])
 def test_intervals_hold_as_often_as_they_say(stopping: bool) -> None:
     inside, errors = [], []
-    for seed in range(8):
+    for seed in range(16):
         matrix = drawn_sweep(np.random.default_rng(seed), 40, 200)
         history = [whole(number, scores) for number, scores in enumerate(matrix[:4])]
         for number, scores in enumerate(matrix[4:], 4):
-            reporter = AdaptiveReporter(MEAN, "exact_match", history, (), 200, (seed, number), NOWHERE)
+            reporter = reporter_of(history, 200, (seed, number))
             if stopping:
-                one = measured(reporter, scores)
-                seen, rows = one.positions, one.statistics
+                measured(reporter, scores)
             else:
-                assert reporter.rounds is not None
-                seen = np.flatnonzero(reporter.rounds <= 3)
-                rows = {"exact_match": scores[seen, None]}
-            (found,) = reporter.estimates(seen, rows, np.zeros(200, int)).values()
+                with contextlib.suppress(Pruned):
+                    seen = np.flatnonzero(reporter.rounds <= 3)
+                    reporter.report(seen, {"exact_match": scores[seen, None]})
+            (found,) = reporter.estimates({"t": np.zeros(200, int)}).values()
             assert found.low is not None
             assert found.high is not None
-            if len(seen) < 200:
+            if reporter.done < 200:
                 inside.append(found.low <= scores.mean() <= found.high)
                 errors.append(found.value - scores.mean())
-    assert 0.93 <= np.mean(inside) <= 0.985  # ± 0.02 of 288
+    assert 0.93 <= np.mean(inside) <= 0.985  # ± 0.02 of 576
     assert abs(np.mean(errors)) < 0.25 * np.std(errors)
 
 
@@ -261,16 +273,180 @@ def test_errors_of_sums_become_the_metrics(metric: str) -> None:
     assert error == pytest.approx(np.std(drawn), rel=0.06)
 
 
+PEARSON = TaskSpec(name="t", version=1, kind="regression", metrics=("pearson",), primary="pearson")
+BLEU = replace(MEAN, metrics=("bleu",), primary="bleu")
+WORDS = ("a", "cat", "sat", "on", "the", "mat", "dog")
+
+
+def outputs_of(spec: TaskSpec, truth: Array, share: float, rng: np.random.Generator) -> Array:
+    """Draw outputs of a model that is wrong, or off, in about a share of the examples."""
+    wrong = rng.uniform(size=len(truth)) < share
+    if spec.kind == "regression":
+        return (truth + share * rng.normal(size=len(truth)))[:, None]
+    if spec.kind == "classification":
+        return np.eye(3)[np.where(wrong, rng.integers(0, 3, len(truth)), truth)]
+    texts = [texts[0] if right else texts[0].rpartition(" ")[0] for texts, right in zip(truth, ~wrong, strict=True)]
+    return np.array(texts, object)
+
+
+def truth_of(spec: TaskSpec, count: int, rng: np.random.Generator) -> Array:
+    if spec.kind == "regression":
+        return rng.uniform(0, 5, count)
+    if spec.kind == "classification":
+        return rng.integers(0, 3, count)
+    found = np.empty(count, object)
+    found[:] = [(" ".join(rng.choice(WORDS, 9)),) for _ in range(count)]
+    return found
+
+
+LINEARISED = [PEARSON, BLEU, labels("matthews_correlation", count=3)]
+
+
+@pytest.mark.parametrize("spec", LINEARISED, ids=lambda spec: spec.primary)
+def test_the_scores_of_a_metric_of_several_sums_add_up_to_it(spec: TaskSpec) -> None:
+    rng = np.random.default_rng(0)
+    truth, everything = truth_of(spec, 400, rng), np.arange(400)
+    best, other = (
+        example_statistics(spec, outputs_of(spec, truth, share, rng), truth)[spec.primary] for share in (0.3, 0.4)
+    )
+    whole = linear_scores(spec, spec.primary, other, everything, best)
+    assert whole.sum() == pytest.approx(value_of_rows(spec, spec.primary, other), abs=1e-6)
+    # Of a part they add up to what that part tells of the whole.
+    seen = np.sort(rng.permutation(400)[:200])
+    part = linear_scores(spec, spec.primary, other[seen], seen, best)
+    assert part.mean() * 400 == pytest.approx(value_of_rows(spec, spec.primary, other[seen]), abs=0.02)
+    assert np.corrcoef(part, whole[seen])[0, 1] > 0.95
+    assert is_linearised(spec, spec.primary)
+
+
+@pytest.mark.parametrize("spec", LINEARISED, ids=lambda spec: spec.primary)
+def test_metrics_of_several_sums_are_estimated_with_intervals_that_hold(spec: TaskSpec) -> None:
+    rng = np.random.default_rng(1)
+    truth, name = truth_of(spec, 200, rng), spec.primary
+    shares = rng.uniform(0.2, 0.6, 24)
+    rows = [example_statistics(spec, outputs_of(spec, truth, share, rng), truth)[name] for share in shares]
+    exact = [value_of_rows(spec, name, one) for one in rows]
+    everything = np.arange(200)
+    known = [
+        MeasuredTrial(number, (exact[number],), {"t": Measured(everything, {name: rows[number]}, 200)}, whole=True)
+        for number in range(6)
+    ]
+    inside, stopped = 0, 0
+    for number in range(6, 24):
+        reporter = AdaptiveReporter([Goal(name, ((spec, name),))], known, {}, {"t": 200}, (0, number), NOWHERE)
+        with contextlib.suppress(Pruned):
+            for one in np.unique(reporter.rounds):
+                members = np.flatnonzero(reporter.rounds == one)
+                reporter.report(members, {name: rows[number][members]})
+        if reporter.done < 200:
+            (found,) = reporter.estimates({"t": np.zeros(200, int)}).values()
+            assert found.low is not None
+            assert found.high is not None
+            stopped += 1
+            inside += found.low <= exact[number] <= found.high
+    assert stopped >= 12
+    assert inside >= 0.9 * stopped - 1
+
+
+def test_a_correlation_is_estimated_of_predictions_on_another_scale() -> None:
+    """λ shrinks predictions; a correlation does not see it, and neither may its estimate."""
+    rng = np.random.default_rng(2)
+    truth = truth_of(PEARSON, 300, rng)
+    rows = [
+        example_statistics(PEARSON, outputs_of(PEARSON, truth, 1.0, rng) * scale, truth)["pearson"]
+        for scale in (1.0, 1.0, 1.0, 0.3)
+    ]
+    goal = Goal("pearson", ((PEARSON, "pearson"),))
+    values = [value_of_rows(PEARSON, "pearson", one) for one in rows]
+    everything, seen = np.arange(300), np.sort(rng.permutation(300)[:60])
+    known = [
+        MeasuredTrial(number, (values[number],), {"t": Measured(everything, {"pearson": rows[number]}, 300)}, True)
+        for number in range(3)
+    ]
+    reporter = AdaptiveReporter([goal], known, {}, {"t": 300}, (0, 3), NOWHERE)
+    with contextlib.suppress(Pruned):
+        reporter.report(seen, {"pearson": rows[3][seen]})
+    (found,) = reporter.estimates({"t": np.zeros(300, int)}).values()
+    assert found.value == pytest.approx(values[3], abs=0.03)
+
+
+def suite_of(rng: np.random.Generator, trials: int) -> tuple[list[TaskSpec], dict[str, list[Array]]]:
+    """Draw the statistics of models on two tasks: right answers on 60 examples, and ROUGE of 100."""
+    right, means = labels("accuracy", "f1"), replace(MEAN, name="u")
+    right = replace(right, name="r")
+    answers, scores = drawn_sweep(rng, trials, 60), drawn_sweep(rng, trials, 100) * rng.uniform(0.5, 1, (trials, 100))
+    truth = np.arange(60) % 2
+    pairs = [np.stack([np.where(row > 0, truth, 1 - truth), truth], axis=1).astype(float) for row in answers]
+    return [right, means], {"r": pairs, "u": [row[:, None] for row in scores]}
+
+
+def test_a_suite_is_estimated_from_examples_of_all_its_tasks() -> None:
+    tasks, rows = suite_of(np.random.default_rng(0), 30)
+    goal = Goal("average", ((tasks[0], "f1"), (tasks[1], "exact_match")))
+    counts = {"r": 60, "u": 100}
+
+    def statistics(number: int, name: str, members: Array) -> dict[str, Array]:
+        own = rows[name][number][members]
+        return {"accuracy": own, "f1": own} if name == "r" else {"exact_match": own}
+
+    def exact(number: int) -> float:
+        scores = [value_of_rows(spec, metric, rows[spec.name][number]) for spec, metric in goal.parts]
+        return float(np.mean(scores))
+
+    known = []
+    for number in range(6):
+        of = {name: Measured(np.arange(n), statistics(number, name, np.arange(n)), n) for name, n in counts.items()}
+        known.append(MeasuredTrial(number, (exact(number),), of, whole=True))
+    errors, inside, shares = [], [], []
+    for number in range(6, 30):
+        reporter = AdaptiveReporter([goal], known, {}, counts, (0, number), NOWHERE)
+        with contextlib.suppress(Pruned):
+            for one in np.unique(reporter.rounds):
+                for name, first in (("r", 0), ("u", 60)):
+                    members = np.flatnonzero(reporter.rounds[first : first + counts[name]] == one)
+                    if len(members):
+                        reporter.report(first + members, statistics(number, name, members))
+        shares.append(reporter.done / 160)
+        if reporter.done < 160:
+            found = reporter.estimates({name: np.zeros(n, int) for name, n in counts.items()})
+            assert set(found) == {"r/accuracy", "r/f1", "u/exact_match", "average"}
+            one = found["average"]
+            mean = (found["r/f1"].value + found["u/exact_match"].value) / 2
+            assert one.value == pytest.approx(mean)
+            assert one.low is not None
+            assert one.high is not None
+            errors.append(one.value - exact(number))
+            inside.append(one.low <= exact(number) <= one.high)
+    assert np.mean(shares) < 0.6
+    assert np.mean(inside) > 0.85
+    assert np.std(errors) < 0.06
+
+
+def test_an_objective_of_one_task_leaves_the_others_for_last() -> None:
+    tasks, rows = suite_of(np.random.default_rng(0), 3)
+    counts, objective = {"r": 60, "u": 100}, Objective("u", "u", "exact_match", "maximize")
+    goals = goals_of([objective], tasks)
+    assert goals[0].name == "u/exact_match"
+    known = [
+        MeasuredTrial(number, (rows["u"][number].mean(),), {
+            "r": Measured(np.arange(60), {"accuracy": rows["r"][number], "f1": rows["r"][number]}, 60),
+            "u": Measured(np.arange(100), {"exact_match": rows["u"][number]}, 100)}, whole=True)
+        for number in range(2)
+    ]  # fmt: skip
+    rounds = AdaptiveReporter(goals, known, {}, counts, (0, 2), NOWHERE).rounds
+    assert rounds[:60].min() > rounds[60:].max()
+
+
 @pytest.mark.parametrize(
     ("spec", "metric", "named"),
     [
-        (labels("matthews_correlation", count=3), "matthews_correlation", "matthews_correlation of 3 labels"),
-        (replace(MEAN, kind="regression", metrics=("pearson",), primary="pearson"), "pearson", "pearson is no"),
-        (replace(MEAN, metrics=("bleu",), primary="bleu"), "bleu", "bleu is no"),
+        (replace(MEAN, kind="regression", metrics=("spearmanr",), primary="spearmanr"), "spearmanr", "spearmanr is no"),
+        (replace(MEAN, metrics=("f1",), primary="f1", labels=("a", "b")), "f1", "f1 of written labels"),
     ],
 )  # fmt: skip
-def test_other_metrics_of_a_corpus_are_not_estimated(spec: TaskSpec, metric: str, named: str) -> None:
+def test_other_metrics_are_not_estimated(spec: TaskSpec, metric: str, named: str) -> None:
     assert named in str(unsupported(spec, metric))
+    assert named in str(not_estimated([Goal("", ((MEAN, "exact_match"), (spec, metric)))]))
     assert unsupported(labels("accuracy", count=3), "accuracy") is None
 
 
@@ -288,17 +464,45 @@ def test_every_example_has_its_round_and_those_that_vary_come_sooner() -> None:
     np.testing.assert_array_equal(draw_rounds(variance, (0, 7)), rounds[7])
 
 
+def field_of_values(best: float, values: Sequence[float], sign: float) -> Field:
+    return Field(np.array([[best]]), np.array(values)[:, None], np.array([0.004]), np.array([sign]))
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_trial_ends_that_is_no_rival_or_is_known_well_enough(sign: float) -> None:
     values = [sign * value for value in (0.5, 0.6, 0.7, 0.8)]
-    field = Field(best=sign * 0.8, values=values, step=0.004, sign=sign)
+    field = field_of_values(sign * 0.8, values, sign)
     loose, tight = 0.9 * POLICY.tolerance * field.spread, 1.1 * POLICY.tolerance * field.spread
-    assert ends_trial(sign * 0.8, loose, field)
-    assert not ends_trial(sign * 0.8, tight, field)
-    assert ends_trial(sign * (0.8 - 4 * tight), tight, field)
-    assert not ends_trial(sign * (0.8 + 4 * tight), tight, field)
-    few = Field(best=sign * 0.8, values=values[:2], step=0.004, sign=sign)
-    assert not ends_trial(sign * 0.8, loose, few)
+
+    def ends(value: Any, error: Array, field: Field = field) -> bool:
+        return ends_trial(np.array([float(sign * np.ravel(value)[0])]), error, field)
+
+    assert ends(0.8, loose)
+    assert not ends(0.8, tight)
+    assert ends(0.8 - 4 * tight, tight)
+    assert not ends(0.8 + 4 * tight, tight)
+    assert not ends(0.8, loose, field_of_values(sign * 0.8, values[:2], sign))
+
+
+def test_of_several_objectives_one_that_is_the_best_in_any_of_them_goes_on() -> None:
+    rivals = np.array([[0.8, 0.2], [0.5, 0.7]])
+    values = np.concatenate([rivals, [[0.4, 0.1], [0.6, 0.3]]])
+    field = Field(rivals, values, np.zeros(2), np.ones(2))
+    errors = np.full(2, 0.01)
+    assert field.chance(np.array([0.4, 0.1]), errors) < 1e-6  # both are better
+    assert field.chance(np.array([0.6, 0.3]), errors) > 0.999  # better than each in one of them
+    assert field.gain(np.array([0.6, 0.3]), errors) == pytest.approx(0.1 / values.std(axis=0)[1], rel=0.01)
+    assert field.gain(np.array([0.4, 0.1]), errors) < 1e-6
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_expected_gain_is_that_of_many_draws(sign: float) -> None:
+    rng = np.random.default_rng(0)
+    field = field_of_values(sign * 0.8, [sign * 0.6, sign * 0.8], sign)
+    drawn = 0.78 + 0.05 * rng.normal(size=200_000)
+    expected = np.maximum(drawn - 0.8, 0).mean() / 0.1
+    assert field.gain(np.array([sign * 0.78]), np.array([0.05])) == pytest.approx(expected, rel=0.02)
+    assert field.gain(np.array([sign * 0.78]), np.zeros(1)) == pytest.approx(0.0, abs=1e-9)
 
 
 def history(matrix: Array) -> list[MeasuredTrial]:
@@ -308,23 +512,21 @@ def history(matrix: Array) -> list[MeasuredTrial]:
 def test_a_bad_trial_ends_early_and_the_first_ones_are_whole() -> None:
     rng = np.random.default_rng(0)
     matrix = drawn_sweep(rng, 6, 200)
-    known = history(matrix[: POLICY.startup])
-    assert AdaptiveReporter(MEAN, "exact_match", known[:-1], (), 200, (0, 1), NOWHERE).rounds is None
-    bad = measured(AdaptiveReporter(MEAN, "exact_match", known, (), 200, (0, 2), NOWHERE), np.zeros(200))
+    first = history(matrix[: POLICY.startup])
+    assert set(reporter_of(first[:-1], 200, (0, 1)).rounds) == {0}
+    bad = measured(reporter_of(first, 200, (0, 2)), np.zeros(200))
     assert not bad.whole
-    assert len(bad.positions) <= 40
-    assert bad.value < min(one.value for one in known)
+    assert len(bad.tasks["t"].positions) <= 40
+    assert bad.values < min(one.values for one in first)
 
 
 def test_a_trial_depends_on_its_seed_its_number_and_the_trials_before_it_alone() -> None:
     matrix = drawn_sweep(np.random.default_rng(0), 6, 200)
-    found = [
-        measured(AdaptiveReporter(MEAN, "exact_match", history(matrix[:4]), (), 200, (seed, 5), NOWHERE), matrix[5])
-        for seed in (0, 0, 1)
-    ]
-    np.testing.assert_array_equal(found[0].positions, found[1].positions)
-    assert found[0].value == found[1].value
-    assert not np.array_equal(found[0].positions, found[2].positions)
+    found = [measured(reporter_of(history(matrix[:4]), 200, (seed, 5)), matrix[5]) for seed in (0, 0, 1)]
+    positions = [one.tasks["t"].positions for one in found]
+    np.testing.assert_array_equal(positions[0], positions[1])
+    assert found[0].values == found[1].values
+    assert not np.array_equal(positions[0], positions[2])
 
 
 @pytest.mark.parametrize(
@@ -335,44 +537,50 @@ def test_a_trial_depends_on_its_seed_its_number_and_the_trials_before_it_alone()
 def test_with_nothing_to_choose_by_trials_are_whole_and_that_is_said_once(matrix: Array, named: str) -> None:
     count = matrix.shape[1]
     with pytest.warns(MergeWarning, match=named):
-        first = AdaptiveReporter(MEAN, "exact_match", history(matrix), (), count, (0, 2), NOWHERE)
+        first = reporter_of(history(matrix), count, (0, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        known = history(np.concatenate([matrix, matrix[:1]]))
-        second = AdaptiveReporter(MEAN, "exact_match", known, (), count, (0, 3), NOWHERE)
-    assert (first.rounds, second.rounds) == (None, None)
+        second = reporter_of(history(np.concatenate([matrix, matrix[:1]])), count, (0, 3))
+    assert set(first.rounds) == set(second.rounds) == {0}
 
 
 def test_a_score_that_is_no_number_ends_the_trial() -> None:
-    reporter = AdaptiveReporter(MEAN, "exact_match", history(np.eye(40)[:2]), (), 40, (0, 2), NOWHERE)
+    reporter = reporter_of(history(np.eye(40)[:2]), 40, (0, 2))
     with pytest.raises(NonFinite, match="1 examples have a score that is NaN"):
-        reporter.report(np.arange(3), np.array([0.0, np.nan, 1.0]))
+        reporter.report(np.arange(3), {"exact_match": np.array([[0.0], [np.nan], [1.0]])})
+
+
+def stopped(number: int, scores: Array, positions: Array) -> MeasuredTrial:
+    return MeasuredTrial(number, (float(scores[positions].mean()),), known(scores, positions), whole=False)
 
 
 def test_the_likeliest_winners_among_the_stopped_are_finalists() -> None:
     rng = np.random.default_rng(3)
     matrix = drawn_sweep(rng, 4, 200)
+    partly = [
+        stopped(number, scores, np.sort(rng.permutation(200)[:40]))
+        for number, scores in ((4, np.zeros(200)), (5, np.ones(200)))
+    ]
+    assert likely_best([GOAL], [*history(matrix), *partly], {}) == [5]
+    assert likely_best([GOAL], history(matrix), {}) == []
+
+
+def test_a_finalist_is_measured_on_the_rest_as_long_as_it_may_be_the_best() -> None:
+    rng = np.random.default_rng(3)
+    matrix = drawn_sweep(rng, 6, 200)
+    positions = np.sort(rng.permutation(200)[:20])
     good, bad = np.ones(200), np.zeros(200)
-    stopped = []
-    for number, scores in ((4, bad), (5, good)):
-        seen = np.sort(rng.permutation(200)[:40])
-        stopped.append(
-            MeasuredTrial(number, float(scores.mean()), seen, {"exact_match": scores[seen, None]}, 200, whole=False)
-        )
-    known: Sequence[MeasuredTrial] = [*history(matrix), *stopped]
-    assert likely_best(MEAN, "exact_match", known, ()) == [5]
-    assert likely_best(MEAN, "exact_match", history(matrix), ()) == []
-
-
-def test_a_finalist_has_what_was_measured_before_and_after_it_was_stopped() -> None:
-    scores, seen = np.arange(20) / 20, np.array([3, 4, 11, 19])
-    rest = np.setdiff1d(np.arange(20), seen)
-    stopped = MeasuredTrial(2, 0.1, seen, {"exact_match": scores[seen, None]}, 20, whole=False)
-    found = stopped.completed(rest, {"exact_match": scores[rest, None]})
-    assert found.whole
-    np.testing.assert_array_equal(found.positions, np.arange(20))
-    np.testing.assert_array_equal(found.statistics["exact_match"][:, 0], scores)
+    bad[positions] = 1.0  # what was seen of it was all right
+    for scores in (good, bad):
+        partly = stopped(6, scores, positions)
+        reporter = reporter_of([*history(matrix), partly], 200, (0, 6, 1), partly)
+        assert reporter.done == 20
+        assert (reporter.rounds[positions] == -1).all()
+        found = measured(reporter, scores)
+        assert found.whole == (scores is good)
+        np.testing.assert_array_equal(np.intersect1d(found.tasks["t"].positions, positions), positions)
     assert TrialOutcome((0.5,), 20, None, 0.0, 0.0, None, before=4).measured == 16
+    assert TrialOutcome((0.5,), 20, 9, 0.0, 0.0, None, before=4).measured == 5
 
 
 # ----------------------------------------------------------------------------------------------------------- budget

@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from mergelab.sweep.adaptive.policy import POLICY
 from mergelab.sweep.outcome import TrialOutcome
 from mergelab.sweep.storage import open_storage
-from mergelab.sweep.study import KNOWN, MEASURED, OUTCOME, WHOLE
+from mergelab.sweep.study import KNOWN, LATER, MEASURED, OUTCOME
 from tests.conftest import Outcome
 
 Command = Callable[..., Outcome]
@@ -43,9 +43,9 @@ def outcomes(found: optuna.Study) -> list[TrialOutcome]:
     return [TrialOutcome.read(trial.user_attrs[OUTCOME]) for trial in found.trials]
 
 
-def later(found: optuna.Study) -> dict[int, Any]:
-    known = {key.removeprefix(WHOLE): value for key, value in found.user_attrs.items() if key.startswith(WHOLE)}
-    return {int(number): value[OUTCOME]["values"] for number, value in known.items()}
+def later(found: optuna.Study) -> dict[int, TrialOutcome]:
+    known = {key.removeprefix(LATER): value for key, value in found.user_attrs.items() if key.startswith(LATER)}
+    return {int(number): TrialOutcome.read(value[OUTCOME]) for number, value in known.items()}
 
 
 def test_trials_are_measured_in_part_and_the_winner_is_a_whole_one(
@@ -54,14 +54,15 @@ def test_trials_are_measured_in_part_and_the_winner_is_a_whole_one(
     outcome = sweep("sweep.n_trials=8", "tracking=mlflow")
     assert "sampler random, adaptive evaluation" in outcome.out
     found = study(workplace)
-    first, whole = outcomes(found), later(found)
+    first, again = outcomes(found), later(found)
     assert all(one.pruned_at is None for one in first[: POLICY.startup])
     stopped = [number for number, one in enumerate(first) if one.pruned_at is not None]
     assert stopped
-    assert set(whole) <= set(stopped)
-    assert len(whole) <= POLICY.finalists
+    assert set(again) <= set(stopped)
+    assert len(again) <= POLICY.finalists
+    assert all(one.before == first[number].pruned_at for number, one in again.items())
     values = {number: one.values[0] for number, one in enumerate(first) if one.pruned_at is None}
-    values |= {number: value for number, (value,) in whole.items()}
+    values |= {number: one.values[0] for number, one in again.items() if one.pruned_at is None}
     best = max(values, key=lambda number: (values[number], -number))
     assert f"best: trial {best}," in outcome.out
     assert f"8 trials: {len(values)} complete" in outcome.out
@@ -77,7 +78,9 @@ def test_trials_are_measured_in_part_and_the_winner_is_a_whole_one(
             assert metrics["select/accuracy"] == metrics["estimate/accuracy"] == pytest.approx(values[number])
             assert not run.data.tags.get("mergelab.pruned")
         else:
-            assert run.data.tags["mergelab.pruned"].startswith(f"after {first[number].pruned_at} of 60 examples")
+            last = again.get(number, first[number])
+            assert run.data.tags["mergelab.pruned"].startswith(f"after {last.pruned_at} of 60 examples")
+            assert metrics["estimate/accuracy"] == pytest.approx(last.values[0])
 
     # Finalists have what a trial has that is measured whole at once.
     sweep("sweep.n_trials=8", "sweep.evaluation=full", "sweep.study_name=full")
@@ -117,7 +120,7 @@ def test_a_budget_is_not_exceeded_and_must_do_for_a_trial(sweep: Callable[..., O
     outcome = sweep("sweep.budget=300", "sweep.n_trials=40")
     assert "sweep.budget=300: no more trials begin, after " in outcome.out
     found = study(workplace)
-    whole = [value[OUTCOME] for key, value in found.user_attrs.items() if key.startswith(WHOLE)]
+    whole = [value[OUTCOME] for key, value in found.user_attrs.items() if key.startswith(LATER)]
     measured = [one.measured for one in (*outcomes(found), *map(TrialOutcome.read, whole))]
     assert 180 < sum(measured) <= 300
     before = [one.pruned_at for number, one in enumerate(outcomes(found)) if number in later(found)]

@@ -1,92 +1,164 @@
-"""Estimates a trial's metric on all selecting examples, from its scores on some and from the models measured before."""
+"""Estimates a trial's objective on all selecting examples, from its scores on some and from the models measured before.
+
+The examples of an objective are columns: those of its first task, then those of the next. Each has one score.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergelab.sweep.adaptive.policy import Field
-from mergelab.sweep.adaptive.prediction import Prior, Seen, Trials, condition, trials_of
-from mergelab.sweep.targets import Target, scores_for, target_of
+from mergelab.sweep.adaptive.prediction import Posterior, Prior, Seen, Trials, condition, trials_of
+from mergelab.sweep.targets import Target, family, is_linearised, linear_scores, mean_of, scores_for, target_of
 from mergelab.tasks.metric import get_metric
 
 if TYPE_CHECKING:
-    from mergelab.sweep.adaptive.history import MeasuredTrial
+    from mergelab.sweep.adaptive.history import Measured, MeasuredTrial, Models
     from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Estimator:
-    """What estimates are made from: one metric of the trials so far, one of them whole at least.
+class Goal:
+    """What is estimated: the mean of one metric of each of some tasks.
 
     Attributes:
-        spec, metric: what is estimated.
-        history: the trials so far.
-        models: (n, c) by metric, the statistics of the base and of each expert that was measured on the task.
-        members: (m,) positions of the examples that the metric is of; None: all.
+        name: among the estimates.
+        parts: each task with its metric.
     """
 
-    spec: TaskSpec
-    metric: str
+    name: str
+    parts: tuple[tuple[TaskSpec, str], ...]
+
+    @property
+    def sign(self) -> int:
+        """-1 where less is better."""
+        return -1 if get_metric(self.parts[0][1]).direction == "minimize" else 1
+
+    @property
+    def families(self) -> tuple[tuple[str, str], ...]:
+        """What scores it is estimated from; goals with the same share them."""
+        return tuple((spec.name, family(spec, metric)) for spec, metric in self.parts)
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """What estimates are made from: the trials so far, one of them whole at least.
+
+    Attributes:
+        goal: what is estimated.
+        history: the trials so far.
+        models: the statistics of the base and of each expert that was measured on a task, by task.
+        best: the best of the whole ones.
+    """
+
+    goal: Goal
     history: Sequence[MeasuredTrial]
-    models: Sequence[Mapping[str, Array]] = ()
-    members: Array | None = None
+    models: Models
+    best: MeasuredTrial
 
     @cached_property
     def trials(self) -> Trials:
         """What the trials so far tell of others."""
-        models = [scores_for(self.spec, self.metric, rows[self.metric]) for rows in self.models]
-        seen = [self.seen(one) for one in self.history]
+        everything = np.arange(len(self._blocks))
+        seen = [Seen(everything, self._whole(one.tasks)) if one.whole else self.seen(one.tasks) for one in self.history]
         points = np.stack([one.point for one in self.history])
-        return trials_of(seen, np.stack(models) if models else np.empty((0, self.history[0].count)), points)
+        return trials_of(seen, self._models, points, self._blocks)
 
     @cached_property
     def target(self) -> Target:
-        """How the metric follows from the examples' scores."""
-        one = next(one for one in self.history if one.whole)
-        return target_of(self.spec, self.metric, one.rows(self.metric), self.members)
+        """How the goal follows from the examples' scores."""
+        return mean_of([self._target(spec, metric) for spec, metric in self.goal.parts])
 
-    def scores_of(self, one: MeasuredTrial) -> Array:
-        """Return a whole trial's scores (n,)."""
-        return scores_for(self.spec, self.metric, one.rows(self.metric))
+    def scores(self, spec: TaskSpec, metric: str, rows: Array, positions: Array) -> Array:
+        """Return the scores (k,) of a model's examples of a task at ``positions`` (k,), of their statistics (k, c)."""
+        if not is_linearised(spec, metric):
+            return scores_for(spec, metric, rows)
+        return linear_scores(spec, metric, rows, positions, self.best.tasks[spec.name].rows(metric))
 
-    def seen(self, one: MeasuredTrial) -> Seen:
-        """Return the examples that a trial was measured on, and its scores on them."""
-        if one.whole:
-            return Seen(np.arange(one.count), self.scores_of(one))
-        return Seen(one.positions, scores_for(self.spec, self.metric, one.statistics[self.metric]))
+    def seen(self, tasks: Mapping[str, Measured]) -> Seen:
+        """Return the columns that a trial was measured on, and its scores on them."""
+        positions, scores, first = [], [], 0
+        for spec, metric in self.goal.parts:
+            if (one := tasks.get(spec.name)) is not None:
+                positions.append(first + one.positions)
+                scores.append(self.scores(spec, metric, one.statistics[metric], one.positions))
+            first += self._counts[spec.name]
+        return Seen(np.concatenate(positions), np.concatenate(scores))
 
-    @property
-    def field(self) -> Field:
-        """The trials that the next one is compared with; a right answer more is the least step of answers."""
-        best = best_of(self.history, self.metric)
-        assert best is not None
-        scores = self.scores_of(best)
-        step = 1 / len(scores) if np.isin(scores, (0, 1)).all() else 0.0
-        return Field(best.value, [one.value for one in self.history], step, sign_of(self.metric))
+    def estimate(self, prior: Prior, tasks: Mapping[str, Measured]) -> tuple[float, float]:
+        """Return the goal of a trial that was measured on some examples, and its standard error."""
+        return self.with_error(self.target, condition(prior, self.seen(tasks)))
 
-    def estimate(self, prior: Prior, seen: Seen) -> tuple[float, float]:
-        """Return the metric of a trial that was measured on some examples, and its standard error."""
-        return self.target.with_error(*condition(prior, seen).sums(self.target.groups))
+    def with_error(self, target: Target, posterior: Posterior) -> tuple[float, float]:
+        """Return a function of the columns' scores of a trial, and its standard error."""
+        return target.with_error(*posterior.sums(target.groups))
 
     def estimate_again(self, one: MeasuredTrial) -> tuple[float, float]:
         """Return the same of a trial of the history, from what all others tell now."""
-        index = next(index for index, other in enumerate(self.history) if other is one)
-        return self.estimate(self.trials.prior_without(index), self.seen(one))
+        return self.estimate(self.trials.prior_without(self.index(one)), one.tasks)
+
+    def index(self, one: MeasuredTrial) -> int:
+        """Return the place of a trial in the history."""
+        return next(index for index, other in enumerate(self.history) if other.number == one.number)
+
+    def weights(self, prior: Prior) -> Array:
+        """Return by how much each column (n,) may change the goal: its deviation times the slope in its score."""
+        sums = self.target.groups.T @ self._whole(self.best.tasks)
+        slopes = self.target.gradient(sums, np.maximum(np.abs(sums) / 100, 1e-9))
+        found: Array = np.sqrt(prior.variance) * np.abs(self.target.groups @ slopes)
+        return found
+
+    def target_in(self, spec: TaskSpec, metric: str, members: Array | None = None) -> Target:
+        """Return a metric of one task, or of ``members`` (m,) of its examples, as a function of all columns."""
+        own = self._target(spec, metric, members)
+        first = sum(self._counts[name] for name in self._before(spec.name))
+        groups = np.zeros((sum(self._counts.values()), own.groups.shape[1]))
+        groups[first : first + len(own.groups)] = own.groups
+        return replace(own, groups=groups)
+
+    def _before(self, name: str) -> list[str]:
+        names = [spec.name for spec, _ in self.goal.parts]
+        return names[: names.index(name)]
+
+    def _target(self, spec: TaskSpec, metric: str, members: Array | None = None) -> Target:
+        return target_of(spec, metric, self.best.tasks[spec.name].rows(metric), members)
+
+    @cached_property
+    def _counts(self) -> dict[str, int]:
+        return {spec.name: self.best.tasks[spec.name].count for spec, _ in self.goal.parts}
+
+    @cached_property
+    def _blocks(self) -> Array:
+        """(n,) the task of each column, by number."""
+        return np.repeat(np.arange(len(self.goal.parts)), [self._counts[spec.name] for spec, _ in self.goal.parts])
+
+    @cached_property
+    def _models(self) -> Array:
+        """(e, n) scores of the base, and of the experts of each task one after the other."""
+        of_each = []
+        for spec, metric in self.goal.parts:
+            everything = np.arange(self._counts[spec.name])
+            rows = [one[metric] for one in self.models.get(spec.name, ()) if len(one[metric]) == len(everything)]
+            of_each.append([self.scores(spec, metric, one, everything) for one in rows])
+        count = min(map(len, of_each))
+        return np.array([np.concatenate([rows[index] for rows in of_each]) for index in range(count)]).reshape(
+            count, len(self._blocks)
+        )
+
+    def _whole(self, tasks: Mapping[str, Measured]) -> Array:
+        """Return a whole trial's scores (n,); 0 where an example has none."""
+        found, seen = np.zeros(len(self._blocks)), self.seen(tasks)
+        found[seen.positions] = seen.scores
+        return found
 
 
-def sign_of(metric: str) -> int:
-    """Return -1 for a metric that is better when it is less, else 1."""
-    return -1 if get_metric(metric).direction == "minimize" else 1
-
-
-def best_of(history: Sequence[MeasuredTrial], metric: str) -> MeasuredTrial | None:
-    """Return the best of the whole trials, the earliest of equals."""
+def best_of(history: Sequence[MeasuredTrial], sign: int) -> MeasuredTrial | None:
+    """Return the best of the whole trials by the first objective, the earliest of equals."""
     whole = [one for one in history if one.whole]
-    return max(whole, key=lambda one: (sign_of(metric) * one.value, -one.number), default=None)
+    return max(whole, key=lambda one: (sign * one.values[0], -one.number), default=None)

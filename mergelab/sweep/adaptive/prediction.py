@@ -128,24 +128,27 @@ class Trials:
         return Prior(self.mean + weights @ self.deviations, variance, factors)
 
 
-def trials_of(trials: Sequence[Seen], models: Array, points: Array) -> Trials:
+def trials_of(trials: Sequence[Seen], models: Array, points: Array, blocks: Array | None = None) -> Trials:
     """Return what trials and models tell.
 
     Args:
         trials: what each was measured on, one at least on all examples.
         models: (e, n) scores of base and experts; e may be 0. In the mean they count as one trial.
         points: (t, d) of the trials, in the unit cube.
+        blocks: (n,) the task of each example, by number; None: there is one.
     """
     count = models.shape[1]
+    blocks = np.zeros(count, np.int64) if blocks is None else blocks
     whole = [one for one in trials if len(one.positions) == count]
     # A row counts the less for its neighbours in the space, the less of it was measured.
     space = points, np.array([1 - len(one.positions) / count for one in trials])
     if len(whole) == len(trials):
-        return _trials(trials, np.stack([one.scores for one in whole]), models, space)
-    found = _trials(whole, np.stack([one.scores for one in whole]), models, None)
-    found = _trials(trials, _filled(trials, [found.prior_without(0)] * len(trials)), models, space)
+        return _trials(trials, np.stack([one.scores for one in whole]), models, blocks, space)
+    found = _trials(whole, np.stack([one.scores for one in whole]), models, blocks, None)
+    rows = _filled(trials, [found.prior_without(0)] * len(trials))
+    found = _trials(trials, rows, models, blocks, space)
     rows = _filled(trials, [found.prior_without(index) for index in range(len(trials))])
-    return _trials(trials, rows, models, None, found.kernel)
+    return _trials(trials, rows, models, blocks, None, found.kernel)
 
 
 def _filled(trials: Sequence[Seen], priors: Sequence[Prior]) -> Array:
@@ -157,6 +160,7 @@ def _trials(
     trials: Sequence[Seen],
     rows: Array,
     models: Array,
+    blocks: Array,
     space: tuple[Array, Array] | None,
     kernel: Kernel | None = None,
 ) -> Trials:
@@ -168,8 +172,8 @@ def _trials(
     mean = (rows.sum(axis=0) + (models.mean(axis=0) if as_one else 0.0)) / (len(rows) + as_one)
     deviations = rows - mean
     whole = [one.scores for one in trials if len(one.positions) == len(mean)]
-    overall = float(np.concatenate([whole, models]).var())
-    if space is not None and len(rows) >= _LEAST_TRIALS and space[0].shape[1] and overall > 0:
+    overall = _overall(np.concatenate([whole, models]), blocks)
+    if space is not None and len(rows) >= _LEAST_TRIALS and space[0].shape[1] and overall.any():
         first = np.sqrt((deviations**2).mean(axis=0) + _PRIOR_TRIALS * overall / (len(rows) + _PRIOR_TRIALS))
         kernel = fit_kernel(*space, deviations / first)
     independent = deviations if kernel is None else kernel.whitened(deviations)
@@ -182,19 +186,29 @@ def _trials(
     variance = (squares + _PRIOR_TRIALS * overall) / (measured.sum(axis=0) + as_one + _PRIOR_TRIALS)
     factors = np.empty((len(mean), 0))
     if variance.all():
-        factors = _factors(independent, _MODELS * (models - mean), variance)
+        factors = _factors(independent, _MODELS * (models - mean), variance, blocks)
     return Trials(mean, variance, factors, deviations, errors, measured, kernel)
 
 
-def _factors(trials: Array, models: Array, variance: Array) -> Array:
+def _overall(scores: Array, blocks: Array) -> Array:
+    """Return the variance (n,) of all scores (m, n) of each example's task.
+
+    A task on which all models agree has a hundredth of the greatest of the others: the next model may not agree.
+    """
+    of_blocks = np.array([scores[:, blocks == one].var() for one in range(blocks[-1] + 1)])
+    return np.asarray(np.maximum(of_blocks, of_blocks.max() / 100)[blocks])
+
+
+def _factors(trials: Array, models: Array, variance: Array, blocks: Array) -> Array:
     """Return the factors (n, r) of the covariance of examples, from deviations (t, n) and (e, n), and of levels."""
     scale = np.sqrt(variance)
     columns = [trials / math.sqrt(max(len(trials) - 1, 1)), models / math.sqrt(max(len(models), 1))]
     scaled = np.concatenate(columns) / scale
     _, axes = np.linalg.eigh(scaled @ scaled.T)  # in ascending order
     factors = scale[:, None] * (axes[:, -_FACTORS:].T @ scaled).T
-    levels = np.stack([scale, variance / math.sqrt(variance.mean())], axis=1)
-    return np.concatenate([factors, _LEVEL / math.sqrt(len(trials)) * levels], axis=1)
+    members = [blocks == one for one in range(blocks[-1] + 1)]
+    levels = [level * inside for inside in members for level in (scale, variance / math.sqrt(variance[inside].mean()))]
+    return np.concatenate([factors, _LEVEL / math.sqrt(len(trials)) * np.stack(levels, axis=1)], axis=1)
 
 
 def condition(prior: Prior, seen: Seen) -> Posterior:
