@@ -1,22 +1,23 @@
 """Compare how much of a sweep's trials is measured, on recorded sweeps: no model is run.
 
 Usage:
-    python experiments/adaptive.py                         # all recorded sweeps of experiments/matrices, 20 orders each
+    python experiments/adaptive.py                     # all recorded sweeps of experiments/matrices, 20 orders each
+    python experiments/adaptive.py --orders 2 --page look.md experiments/matrices/mini_rte_ties.parquet
     python experiments/adaptive.py --record rte.parquet task=rte source=mini sweep=ties sweep.n_trials=150
 
-A recorded sweep is a Parquet file with a row for each model: its ``role`` (``trial``, ``base`` or ``expert``) and its
-``scores``, one for each selecting example. A simulated sweep takes its trials in a random order. It is judged by the
-score of the trial that it chooses, below that of the best of its trials (the regret), and by the share of the examples
-that it measures. `mergelab.sweep.adaptive` itself decides; what is here only looks the scores up.
+A simulated sweep takes the trials of a recorded one (`recorded.py`) in a random order. It is judged by the score of the
+trial that it chooses, below that of the best of its trials (the regret), and by the share of the examples that it
+measures. `simulated.py` has the ways.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -24,295 +25,166 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import irt  # noqa: E402
-from mergelab.sweep.adaptive import finalists as chosen  # noqa: E402
-from mergelab.sweep.adaptive.history import MeasuredTrial  # noqa: E402
-from mergelab.sweep.adaptive.policy import POLICY  # noqa: E402
-from mergelab.sweep.adaptive.reporter import AdaptiveReporter  # noqa: E402
-from mergelab.sweep.futility import Futility  # noqa: E402
-from mergelab.sweep.reporting import Pruned  # noqa: E402
-from mergelab.tasks.spec import TaskSpec  # noqa: E402
+from experiments import figures  # noqa: E402
+from experiments.recorded import Recorded, record  # noqa: E402
+from experiments.simulated import WAYS, Simulated, takes_answers  # noqa: E402
 
 MATRICES = ROOT / "experiments" / "matrices"
 PAGE = ROOT / "experiments" / "SWEEPS.md"
+FIGURE = ROOT / "docs" / "images" / "evaluations.png"
 HEADING = "## Evaluations compared on recorded sweeps"
+TRIALS = (50, 100)
 SECTION = """\
 {heading}
 
-Written by `python experiments/adaptive.py --orders {orders} --trials {trials}`, which runs no model: the sweeps of
-`experiments/matrices` were measured whole once, at random points, and their trials are taken in {orders} random orders.
+Written by `python experiments/adaptive.py{given}`, which runs no model: the sweeps of `experiments/matrices` were
+measured whole once, at random points, and their trials are taken in {orders} random orders.
+
+![Regret over the share of the examples that is measured, for each recorded sweep]({figure})
 
 | sweep | trials × examples | evaluation | measured | regret, points | worst | 95 % intervals that hold |
 | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
+{verdict}
 - "measured" is the share of all examples of all trials, whole trials and finalists included.
 - The regret is the best trial's selection score minus that of the trial chosen, with a 95 % interval over the orders.
-- "random subset": all trials on the same 20 % of the examples, and the best of them whole. Its choice is that one.
+- "random subset": all trials on the same random examples, and the best of them whole. Its choice is that one.
 - "MERGE³'s estimate": the same subset, and the best by an item response model whose ability of a merge is combined from
-  the experts' (Mencattini et al. 2025, arXiv:2502.10436; `irt.py` says what the paper leaves open). Its evolution of
-  merges is no part of this.
-- `mini_rte_ties` is the miniature's RTE: 150 TIES merges of its five experts, their base and experts. It is generated
-  text. `sst2_minilm_ties` is SST-2: 28 TIES merges of three MiniLM experts, each fine-tuned on 1500 other sentences, on
-  all validation sentences; `--record` with `task=sst2 eval.protocol=oracle sweep=ties sweep.sampler=random` and the
-  experts wrote it. Of so few trials the whole ones, two at first and the finalists, are a good part.
-- The settings of adaptive evaluation were chosen on `mini_rte_ties`, those of its intervals on synthetic sweeps too.
-- No generation task has been recorded so far.
-- Trials at random points are an easy case for `pruned`: those of a sampler come near the best one, and stop later (44%
-  above).
+  the experts' (Mencattini et al. 2025, arXiv:2502.10436; `irt.py` says what the paper leaves open). It is of right and
+  wrong answers. Its evolution of merges is no part of this.
+{about}
+- The settings of adaptive evaluation were chosen on `mini_rte_ties`, `sst2_minilm_ties` and `mrpc_minilm_ties`, how
+  correlations are estimated and how wide their intervals are on `stsb_minilm_ties`. Nothing was changed for the others.
+- Trials at random points are an easy case for `pruned`: those of a sampler come near the best one, and stop later.
 """
-METRIC = "exact_match"  # the mean of an example's scores
-SPEC = TaskSpec(name="recorded", version=1, kind="generation", metrics=(METRIC,), primary=METRIC)
-Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A recorded sweep.
-
-    Attributes:
-        name: the file's.
-        trials: (t, n) scores.
-        points: (t, d) of the trials, in the unit cube.
-        models: (e, n) scores of base and experts.
-    """
-
-    name: str
-    trials: Array
-    points: Array
-    models: Array
-
-    @classmethod
-    def read(cls, file: Path) -> Recorded:
-        """Read a Parquet file."""
-        import pyarrow.parquet as pq
-
-        rows = pq.read_table(file).to_pylist()
-        scores = {role: [row["scores"] for row in rows if row["role"] == role] for role in ("trial", "base", "expert")}
-        models = np.array([*scores["base"], *scores["expert"]], np.float64)
-        trials = np.array(scores["trial"], np.float64)
-        points = np.array([row["point"] for row in rows if row["role"] == "trial"], np.float64)
-        return cls(file.stem, trials, points, models.reshape(-1, trials.shape[1]))
-
-    def ordered(self, order: Array) -> Recorded:
-        """Return the sweep with its trials in an order."""
-        return replace(self, trials=self.trials[order], points=self.points[order])
-
-
-@dataclass
-class Simulated:
-    """What a simulated sweep has measured: the number of examples, its whole trials' values, estimates that it made."""
-
-    used: int
-    whole: dict[int, float]
-    estimates: list[tuple[float, float, float]]  # value, half of the interval's width, the score that comes out
-
-
-def full(sweep: Recorded, seed: int) -> Simulated:
-    """Measure every trial whole."""
-    return Simulated(sweep.trials.size, dict(enumerate(sweep.trials.mean(axis=1))), [])
-
-
-def pruned(sweep: Recorded, seed: int) -> Simulated:
-    """Stop a trial for futility, asked after every eight examples in random order."""
-    rng, pruner, found = np.random.default_rng(seed), Futility(), Simulated(0, {}, [])
-    best: Array | None = None
-    for number, scores in enumerate(sweep.trials):
-        order, count = rng.permutation(len(scores)), len(scores)
-        for end in range(8, count, 8) if best is not None else ():
-            if pruner.is_futile((scores - best)[order[:end]], count - end):
-                found.used += end
-                break
-        else:
-            found.used += count
-            found.whole[number] = float(scores.mean())
-            best = scores if best is None or scores.mean() > best.mean() else best
-    return found
-
-
-def adaptive(sweep: Recorded, seed: int) -> Simulated:
-    """Measure the trials as ``sweep.evaluation=adaptive`` does."""
-    history: list[MeasuredTrial] = []
-    found = Simulated(0, {}, [])
-    rows = [{METRIC: model[:, None]} for model in sweep.models]
-    for number in range(len(sweep.trials)):
-        history.append(_trial(sweep, number, history, rows, seed, found))
-    for _ in range(POLICY.finalists):
-        likely = chosen.likely_best(SPEC, METRIC, history, rows)
-        if not likely:
-            break
-        found.used += sweep.trials.shape[1] - len(history[likely[0]].positions)
-        history[likely[0]] = _whole(sweep, likely[0])
-    found.whole = {one.number: one.value for one in history if one.whole}
-    return found
-
-
-def _trial(
-    sweep: Recorded, number: int, history: Sequence[MeasuredTrial], rows: Any, seed: int, found: Simulated
-) -> MeasuredTrial:
-    scores, point = sweep.trials[number], sweep.points[number]
-    reporter = AdaptiveReporter(SPEC, METRIC, list(history), rows, len(scores), (seed, number), point)
-    rounds = np.zeros(len(scores), np.int64) if reporter.rounds is None else reporter.rounds
-    seen = np.empty(0, np.int64)
-    try:
-        for one in np.unique(rounds):
-            members = np.flatnonzero(rounds == one)
-            seen = np.sort(np.concatenate([seen, members]))
-            reporter.report(members, scores[members])
-    except Pruned:
-        statistics = {METRIC: scores[seen, None]}
-        (estimate,) = reporter.estimates(seen, statistics, np.zeros(len(scores), np.int64)).values()
-        found.used += len(seen)
-        assert estimate.low is not None
-        found.estimates.append((estimate.value, estimate.value - estimate.low, float(scores.mean())))
-        return MeasuredTrial(number, estimate.value, seen, statistics, len(scores), whole=False, point=point)
-    found.used += len(scores)
-    return _whole(sweep, number)
-
-
-def _whole(sweep: Recorded, number: int) -> MeasuredTrial:
-    scores = sweep.trials[number]
-    rows, everything = {METRIC: scores[:, None]}, np.arange(len(scores))
-    value, point = float(scores.mean()), sweep.points[number]
-    return MeasuredTrial(number, value, everything, rows, len(scores), whole=True, point=point)
-
-
-def subset(sweep: Recorded, seed: int, share: float = 0.2) -> Simulated:
-    """Measure every trial on the same random examples, and the best of them whole."""
-    trials, count = sweep.trials, sweep.trials.shape[1]
-    members = np.random.default_rng(seed).permutation(count)[: round(share * count)]
-    best = int(trials[:, members].mean(axis=1).argmax())
-    return Simulated(len(trials) * len(members) + count - len(members), {best: float(trials[best].mean())}, [])
-
-
-def merge3(sweep: Recorded, seed: int, share: float = 0.2) -> Simulated:
-    """Measure every trial on the same random examples, and the best by MERGE³'s estimate whole."""
-    trials, count = sweep.trials, sweep.trials.shape[1]
-    members = np.random.default_rng(seed).permutation(count)[: round(share * count)]
-    model, experts = irt.fit(sweep.models), np.arange(1, len(sweep.models))
-    values = [irt.estimate(model, experts, members, scores[members]) for scores in trials]
-    best = int(np.argmax(values))
-    return Simulated(len(trials) * len(members) + count - len(members), {best: float(trials[best].mean())}, [])
-
-
-WAYS: Mapping[str, Callable[[Recorded, int], Simulated]] = {
-    "full": full,
-    "pruned": pruned,
-    "adaptive": adaptive,
-    "random subset of 20 %": subset,
-    "MERGE³'s estimate, 20 %": merge3,
+ABOUT = {
+    "mini_rte_ties": "the miniature's RTE, accuracy: TIES merges of its five experts. It is generated text.",
+    "mini_samsum_ties": "the miniature's summaries, ROUGE-L: TIES merges of three experts. It is generated text.",
+    "sst2_minilm_ties": "SST-2, accuracy: TIES merges of three MiniLM experts of other seeds, on all sentences.",
+    "mrpc_minilm_ties": "MRPC, likewise: the metric is the task's first.",
+    "cola_minilm_ties": "CoLA, likewise, Matthews' correlation.",
+    "stsb_minilm_ties": "STS-B, likewise, Pearson's correlation, of 1,000 pairs.",
+    "suite_minilm_ties": "a suite of six GLUE tasks, an expert and 150 examples of each: the mean of metrics.",
 }
 
 
-def compare(recorded: Recorded, trials: int, orders: int, ways: Sequence[str]) -> list[str]:
-    """Return the rows of a table, a way each."""
-    lines = []
-    for name in ways:
-        shares, regrets, estimates = [], [], []
-        for seed in range(orders):
-            order = np.random.default_rng(seed).permutation(len(recorded.trials))[:trials]
-            own = recorded.ordered(order)
-            found = WAYS[name](own, seed)
-            shares.append(found.used / own.trials.size)
-            regrets.append(float(own.trials.mean(axis=1).max()) - max(found.whole.values()))
-            estimates += found.estimates
-        spread = 1.96 * np.std(regrets) / np.sqrt(orders)
-        inside = [abs(value - truth) <= half for value, half, truth in estimates]
-        held = f"{np.mean(inside):.1%} of {len(inside)}" if inside else ""
-        size = f"{trials} × {recorded.trials.shape[1]}"
-        lines.append(
-            f"| {recorded.name} | {size} | {name} | {np.mean(shares):.1%} | {100 * np.mean(regrets):.2f} ± "
-            f"{100 * spread:.2f} | {100 * max(regrets):.2f} | {held} |"
+@dataclass(frozen=True)
+class Row:
+    """How one way did on one sweep: a value for each order."""
+
+    sweep: str
+    size: tuple[int, int]
+    way: str
+    shares: tuple[float, ...]
+    regrets: tuple[float, ...]
+    held: tuple[bool, ...]
+
+    @property
+    def half(self) -> float:
+        """Half the width of the regret's 95 % interval."""
+        return float(1.96 * np.std(self.regrets) / np.sqrt(len(self.regrets)))
+
+    def written(self) -> str:
+        """Return the table's row."""
+        held = f"{fmean(self.held):.1%} of {len(self.held)}" if self.held else ""
+        trials, examples = self.size
+        return (
+            f"| {self.sweep} | {trials} × {examples} | {self.way} | {fmean(self.shares):.1%} | "
+            f"{100 * fmean(self.regrets):.2f} ± {100 * self.half:.2f} | {100 * max(self.regrets):.2f} | {held} |"
         )
-        print(lines[-1], flush=True)
-    return lines
 
 
-def record(file: Path, overrides: Sequence[str]) -> None:
-    """Run a sweep that measures every trial whole, and write what it and its base and experts score.
-
-    The study is beside the file until that is written: the same command again goes on.
-    """
-    import tempfile
-
-    from mergelab.__main__ import main as mergelab
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    study = file.with_suffix(".study.db").resolve()
-    url = f"sqlite:///{study}"
-    # A pruner that never prunes has the scores stored.
-    own = ["sweep.study_name=s", f"sweep.storage={url}", "sweep.pruner={name:futility,n_startup_steps:1000000000}"]
-    with tempfile.TemporaryDirectory() as folder:
-        sys.argv = ["mergelab", "-m", *overrides, *own, "tracking=none", f"hydra.sweep.dir={folder}"]
-        mergelab()
-    _write(file, url)
-    study.unlink()
+def compare(recorded: Recorded, trials: int, orders: int) -> list[Row]:
+    """Return how all ways do on a sweep of so many of its trials."""
+    rows = []
+    for name, way in WAYS.items():
+        if name.startswith("MERGE³") and not takes_answers(recorded):
+            continue
+        found: list[tuple[Recorded, Simulated]] = []
+        for seed in range(orders):
+            own = recorded.ordered(np.random.default_rng(seed).permutation(len(recorded.points))[:trials])
+            found.append((own, way(own, seed)))
+        shares = tuple(one.used / (trials * own.size) for own, one in found)
+        regrets = tuple(float(own.values.max()) - max(one.whole.values()) for own, one in found)
+        held = tuple(abs(value - truth) <= half for _, one in found for value, half, truth in one.estimates)
+        rows.append(Row(recorded.name, (trials, recorded.size), name, shares, regrets, held))
+        print(rows[-1].written(), flush=True)
+    return rows
 
 
-def _write(file: Path, url: str) -> None:
-    import optuna
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from mergelab.experiment import loaded
-    from mergelab.sweep.reporting import unpacked
-    from mergelab.sweep.selecting import example_scores
-    from mergelab.sweep.space import in_cube
-    from mergelab.sweep.storage import open_storage
-    from mergelab.sweep.study import SCORES
-
-    rows: list[dict[str, Any]] = []
-    for one in optuna.load_study(storage=open_storage(url), study_name="s").trials:
-        if SCORES in one.user_attrs:
-            name = " ".join(f"{key.removeprefix('method.')}={value:.4f}" for key, value in one.params.items())
-            point, scores = in_cube(one.params, one.distributions), unpacked(one.user_attrs[SCORES])
-            rows.append({"role": "trial", "name": name, "point": point.tolist(), "scores": scores.tolist()})
-    trials = len(rows)
-    ((_, models),) = loaded._last
-    ((task, data),) = models.evaluator.data.items()
-    select = models.evaluator.examples[task].select
-    for model in models.baselines:
-        scores = example_scores(data.spec, model.predictions[task].outputs[select], data.truth[select])
-        rows.append({"role": model.role, "name": Path(model.label).name, "point": [], "scores": scores.tolist()})
-    numbers = pa.list_(pa.float32())
-    schema = pa.schema([("role", pa.string()), ("name", pa.string()), ("point", numbers), ("scores", numbers)])
-    pq.write_table(pa.Table.from_pylist(rows, schema), file, compression="zstd")
-    print(f"{file}: {trials} trials, {len(rows) - trials} models, {len(select)} examples")
+def verdict(rows: Sequence[Row]) -> str:
+    """Say what adaptive and pruned evaluation measure and lose on average over the sweeps of each length."""
+    lines = []
+    for trials in sorted({row.size[0] for row in rows}):
+        told = []
+        for way in ("pruned", "adaptive"):
+            own = [row for row in rows if row.way == way and row.size[0] == trials]
+            share, regret = (fmean(fmean(values) for values in each) for each in zip(
+                *((row.shares, row.regrets) for row in own), strict=True))  # fmt: skip
+            told.append(f"{way} measures {share:.1%} of the examples at a mean regret of {100 * regret:.2f} points")
+        lines.append(f"- Over the sweeps of {trials} trials {', '.join(told)}.")
+    return "\n".join(lines)
 
 
-def main() -> None:
+def draw(rows: Sequence[Row], file: Path) -> None:
+    """Draw a panel for each sweep, of its greatest number of trials: regret over the share that is measured."""
+    longest = {row.sweep: max(other.size[0] for other in rows if other.sweep == row.sweep) for row in rows}
+    columns = min(len(longest), 4)
+    figure, axes = figures.panels(-(-len(longest) // columns), columns)
+    for axis in axes.flat[len(longest) :]:
+        axis.axis("off")
+    for axis, (sweep, trials) in zip(axes.flat, longest.items(), strict=False):
+        own = [row for row in rows if row.sweep == sweep and row.size[0] == trials]
+        for prefix, style in (("random subset", "o-"), ("MERGE³'s estimate", "s-")):
+            _draw(axis, prefix, [row for row in own if row.way.startswith(prefix)], style, size=3)
+        for way, style in (("full", "k*"), ("pruned", "D"), ("adaptive", "P")):
+            _draw(axis, way, [row for row in own if row.way == way], style, size=7)
+        axis.set_xscale("log")
+        axis.set_xticks([0.05, 0.1, 0.2, 0.4, 1], ["5 %", "10 %", "20 %", "40 %", "100 %"])
+        axis.minorticks_off()
+        figures.describe(axis, f"{sweep}, {trials} × {own[0].size[1]}", "examples measured", "regret, points")
+    figures.save(figure, file)
+
+
+def _draw(axis: Any, label: str, rows: Sequence[Row], style: str, size: float) -> None:
+    if rows:
+        shares, regrets = ([fmean(getattr(row, name)) for row in rows] for name in ("shares", "regrets"))
+        errors = [100 * row.half for row in rows]
+        points = [100 * regret for regret in regrets]
+        axis.errorbar(shares, points, yerr=errors, fmt=style, label=label, markersize=size, linewidth=1, capsize=2)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--record", type=Path, help="the file to write a recorded sweep to; the rest are its overrides")
-    parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--orders", type=int, default=20)
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument(
-        "--policy", nargs="*", default=[], metavar="KEY=NUMBER", help="other settings than the policy's"
-    )
+    parser.add_argument("--page", type=Path, default=PAGE, help="writes elsewhere, and the figure beside it")
     parser.add_argument("given", nargs="*")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.record:
         record(options.record, options.given)
         return
-    changed = {key: float(value) for key, _, value in (one.partition("=") for one in options.policy)}
-    if changed:
-        from mergelab.sweep.adaptive import policy, reporter
-
-        other = replace(POLICY, **{key: int(v) if float(v).is_integer() else v for key, v in changed.items()})
-        for module in (policy, reporter, chosen, sys.modules[__name__]):
-            module.POLICY = other  # type: ignore[attr-defined]
-        for function in (policy.draw_rounds, policy.round_ends, policy.ends_trial, policy.finalists):
-            function.__defaults__ = (other,)
     files = [Path(one) for one in options.given] or sorted(MATRICES.glob("*.parquet"))
-    rows: list[str] = []
+    rows: list[Row] = []
     for file in files:
         recorded = Recorded.read(file)
-        rows += compare(recorded, min(options.trials, len(recorded.trials)), options.orders, options.ways)
-    if not options.given and not changed:
-        above, _, _ = PAGE.read_text().partition(HEADING)
-        told = SECTION.format(heading=HEADING, orders=options.orders, trials=options.trials, rows="\n".join(rows))
-        PAGE.write_text(f"{above.rstrip()}\n\n{told}")
+        for trials in sorted({min(each, len(recorded.points)) for each in TRIALS}):
+            rows += compare(recorded, trials, options.orders)
+    own = options.page == PAGE
+    picture = FIGURE if own else options.page.with_suffix(".png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(rows, picture)
+    names = list(dict.fromkeys(row.sweep for row in rows))
+    about = "\n".join(f"- `{name}` is {ABOUT[name]}" for name in names if name in ABOUT)
+    told = SECTION.format(
+        heading=HEADING, orders=options.orders, rows="\n".join(row.written() for row in rows), verdict=verdict(rows),
+        about=about, figure="../docs/images/evaluations.png" if own else picture.name,
+        given="" if options.orders == parser.get_default("orders") else f" --orders {options.orders}",
+    )  # fmt: skip
+    above = options.page.read_text().partition(HEADING)[0] if options.page.is_file() else ""
+    options.page.write_text(f"{above.rstrip()}\n\n{told}".lstrip())
 
 
 if __name__ == "__main__":

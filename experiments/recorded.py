@@ -2,7 +2,8 @@
 
 A recorded sweep is a Parquet file with a row for each model: its ``role`` (``trial``, ``base`` or ``expert``), its
 ``point`` in the unit cube of the search space, and its ``statistics``, the numbers that the metric needs of each
-selecting example. The file's metadata say what the metric is: of a suite the mean of the primary metrics of its tasks.
+selecting example, to four decimals. The file's metadata say what the metric is: of a suite the mean of the primary
+metrics of its tasks.
 """
 
 from __future__ import annotations
@@ -151,9 +152,12 @@ def _write(file: Path, url: str) -> None:
     ]  # fmt: skip
     for row in rows:
         parts = row.pop("parts")
-        row |= {"tasks": list(parts), "statistics": np.concatenate([each.ravel() for each in parts.values()]).tolist()}
+        row |= {
+            "tasks": list(parts),
+            "statistics": np.concatenate([each.ravel() for each in parts.values()]).round(4).tolist(),
+        }
     numbers, texts = pa.list_(pa.float32()), pa.list_(pa.string())
     fields = [("role", pa.string()), ("name", pa.string()), ("point", numbers), ("tasks", texts)]
     schema = pa.schema([*fields, ("statistics", numbers)], metadata={_KEY: json.dumps(said)})
-    pq.write_table(pa.Table.from_pylist(rows, schema), file, compression="zstd")
+    pq.write_table(pa.Table.from_pylist(rows, schema), file, compression="zstd", compression_level=15)
     print(f"{file}: {trials} trials, {len(rows) - trials} models, {sum(one['count'] for one in said)} examples")

@@ -18,10 +18,10 @@ from mergelab.sweep.adaptive.history import MeasuredTrial
 from mergelab.sweep.adaptive.policy import POLICY
 from mergelab.sweep.adaptive.reporter import AdaptiveReporter
 from mergelab.sweep.futility import Futility
+from mergelab.sweep.metric_reporter import PARTS, MetricReporter
 from mergelab.sweep.objective import AVERAGE, Objective
 from mergelab.sweep.reporting import Pruned, Rival
-from mergelab.sweep.suite import PARTS, SuiteReporter
-from mergelab.sweep.targets import is_linearised, scores_for
+from mergelab.sweep.targets import is_linearised, is_mean_of_scores, scores_for
 from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
@@ -49,11 +49,12 @@ def full(sweep: Recorded, seed: int) -> Simulated:
 
 
 def pruned(sweep: Recorded, seed: int) -> Simulated:
-    """Stop a trial for futility: one task after every eight examples in random order, of a suite after its parts."""
-    if len(sweep.tasks) > 1:
-        return _pruned_suite(sweep, seed)
+    """Stop a trial for futility, after every eight examples in random order, or by its metric after its parts."""
+    if len(sweep.tasks) > 1 or not is_mean_of_scores(sweep.tasks[0], sweep.tasks[0].primary):
+        return _pruned_by_metric(sweep, seed)
     (task,) = sweep.tasks
-    scores_of = np.stack([_scores(task, rows) for rows in sweep.trials[task.name]])
+    sign = -1.0 if task.direction == "minimize" else 1.0
+    scores_of = np.stack([sign * scores_for(task, task.primary, rows) for rows in sweep.trials[task.name]])
     rng, pruner, found = np.random.default_rng(seed), Futility(), Simulated()
     best: Array | None = None
     for number, scores in enumerate(scores_of):
@@ -69,18 +70,12 @@ def pruned(sweep: Recorded, seed: int) -> Simulated:
     return found
 
 
-def _scores(task: TaskSpec, rows: Array) -> Array:
-    """Return what a pruner compares: single examples, the better the higher."""
-    if task.kind == "regression":
-        return -((rows[:, 0] - rows[:, 1]) ** 2)
-    if is_linearised(task, task.primary):
-        return np.array([value_of_rows(task, task.primary, row[None]) for row in rows])
-    return scores_for(task, task.primary, rows) * (-1.0 if task.direction == "minimize" else 1.0)
-
-
-def _pruned_suite(sweep: Recorded, seed: int) -> Simulated:
+def _pruned_by_metric(sweep: Recorded, seed: int) -> Simulated:
     rng, found, best = np.random.default_rng(seed), Simulated(), 0
-    objective = Objective(AVERAGE, None, "", sweep.tasks[0].direction)
+    first = sweep.tasks[0]
+    objective = Objective(AVERAGE, None, "", first.direction)
+    if len(sweep.tasks) == 1:
+        objective = Objective(first.primary, first.name, first.primary, first.direction)
     tasks = list(zip(sweep.tasks, sweep.counts, strict=True))
     for number in range(len(sweep.points)):
         orders = {task.name: rng.permutation(count) for task, count in tasks}
@@ -91,9 +86,12 @@ def _pruned_suite(sweep: Recorded, seed: int) -> Simulated:
             metric = next(task.primary for task in sweep.tasks if task.name == name)
             return seen, {metric: sweep.trials[name][of][seen]}
 
-        reporter = SuiteReporter(None, None, number, objective, tasks, statistics)  # type: ignore[arg-type]
+        reporter = MetricReporter(None, None, number, objective, tasks, statistics)  # type: ignore[arg-type]
         if number:
-            whole = {f"{task.name}/{task.primary}": sweep.trials[task.name][best] for task in sweep.tasks}
+            keys = {
+                task.name: f"{task.name}/{task.primary}" if len(tasks) > 1 else task.primary for task in sweep.tasks
+            }
+            whole = {keys[task.name]: sweep.trials[task.name][best] for task in sweep.tasks}
             reporter.pruner, reporter.rival = Futility(), Rival(best, whole, None)
         try:
             for share in PARTS:

@@ -43,8 +43,8 @@ class SweepSettings(RunSettings, total=False):
     n_trials: int
     n_jobs: int
     sampler: str | Mapping[str, Any]
-    evaluation: Literal["full", "pruned", "adaptive"]
-    pruner: str | Mapping[str, Any]
+    evaluation: Literal["full", "pruned", "adaptive"] | None
+    pruner: str | Mapping[str, Any] | None
     budget: int | str | None
     objective: str | Sequence[str] | None
     direction: Literal["maximize", "minimize"] | Sequence[Literal["maximize", "minimize"]] | None
@@ -103,8 +103,8 @@ def sweep(*overrides: str, verbose: bool = False, **settings: Unpack[SweepSettin
         verbose: whether to write what the command writes.
         settings: those of `run`; ``sweep``, the search space's name, by default the method's; ``params``, a search
             space of ranges ``(low, high)``, lists of values, or texts in Hydra's syntax; and the sweep's own settings:
-            ``n_trials``, ``n_jobs``, ``sampler``, ``pruner``, ``objective``, ``direction``, ``storage``,
-            ``study_name``, ``enqueue``, ``retries``, ``compile``, ``max_failure_rate``.
+            ``n_trials``, ``n_jobs``, ``sampler``, ``evaluation``, ``pruner``, ``budget``, ``objective``, ``direction``,
+            ``storage``, ``study_name``, ``enqueue``, ``retries``, ``compile``, ``max_failure_rate``.
 
     Raises:
         MergelabError: something in the settings, the models, the data or the study is not usable.

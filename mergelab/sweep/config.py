@@ -32,10 +32,13 @@ class SweepConfig(Schema):
     n_jobs: Annotated[int, Field(ge=1)] = 1
     """Trials that are started together, for launchers that run jobs side by side."""
     sampler: str | dict[str, Any] = "tpe"
-    evaluation: Evaluation = "pruned"
-    """How much of a trial is measured: all selecting examples, as many as its pruner lets it, or chosen ones."""
-    pruner: str | dict[str, Any] = "futility"
-    """Of ``evaluation: pruned``."""
+    evaluation: Evaluation | None = None
+    """How much of a trial is measured: all selecting examples, as many as its pruner lets it, or chosen ones.
+
+    None: chosen ones where that is possible and no pruner is named.
+    """
+    pruner: str | dict[str, Any] | None = None
+    """Of ``evaluation: pruned``; None: futility."""
     budget: int | str | None = None
     """What all trials may take: a number of examples, or seconds (``600s``); None: no bound besides ``n_trials``."""
     objective: str | list[str] | None = None

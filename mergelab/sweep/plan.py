@@ -15,10 +15,12 @@ from mergelab.sweep.adaptive.goals import goals_of, not_estimated
 from mergelab.sweep.budget import budget_of
 from mergelab.sweep.config import Evaluation, SweepConfig, check_own_keys, sweep_config
 from mergelab.sweep.objective import Objective, objectives
-from mergelab.sweep.pruners import make_pruner, pruner_name
+from mergelab.sweep.pruners import DEFAULT, make_pruner, pruner_name
+from mergelab.sweep.reporting import compares_examples
 from mergelab.sweep.samplers import make_sampler, sampler_name
 from mergelab.sweep.space import Space, described, space_from
 from mergelab.sweep.storage import storage_url
+from mergelab.sweep.targets import is_mean_of_scores
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -74,15 +76,9 @@ def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, overrid
         raise SweepError(f"method={plan.method.name}: chooses by the selecting examples itself; it cannot be swept")
     wanted = objectives(settings.objective, settings.direction, plan.tasks)
     make_sampler(settings.sampler, space, seed=0, number=0, objectives=len(wanted), parallel=False)
-    if make_pruner(settings.pruner) is not None and len(wanted) > 1 and settings.pruner != "futility":
-        raise SweepError(f"sweep.pruner={settings.pruner}: trials are pruned by one objective, there are {len(wanted)}")
-    if settings.evaluation != "pruned" and pruner_name(settings.pruner) not in ("futility", "none"):
-        raise SweepError(
-            f"sweep.pruner={pruner_name(settings.pruner)}: only sweep.evaluation=pruned asks a pruner, not "
-            f"sweep.evaluation={settings.evaluation}; remove one of them"
-        )
+    _check_pruner(settings, len(wanted))
     budget_of(settings.budget)
-    if (reason := not_adaptive(settings, plan)) is not None:
+    if settings.evaluation == "adaptive" and (reason := not_adaptive(settings, plan)) is not None:
         warn(f"sweep.evaluation=adaptive: {reason}; trials are measured as with sweep.evaluation={FALLBACK}")
     settings = fitted(settings, plan)
     settings = with_usable_points(settings, space, len(plan.config.models.experts))
@@ -92,6 +88,19 @@ def plan_sweep(node: Mapping[str, Any], config: DictConfig, loader: Any, overrid
     name = settings.study_name or ""
     sweep = Sweep(config, settings, space, plan, tuple(wanted), source, name, url, tuple(overrides))
     return sweep if sweep.name else replace(sweep, name=_default_name(sweep))
+
+
+def _check_pruner(settings: SweepConfig, objectives: int) -> None:
+    if settings.pruner is None:
+        return
+    name, pruner = pruner_name(settings.pruner), make_pruner(settings.pruner)
+    if pruner is not None and objectives > 1 and settings.pruner != "futility":
+        raise SweepError(f"sweep.pruner={settings.pruner}: trials are pruned by one objective, there are {objectives}")
+    if settings.evaluation in ("full", "adaptive") and name not in ("futility", "none"):
+        raise SweepError(
+            f"sweep.pruner={name}: only sweep.evaluation=pruned asks a pruner, not "
+            f"sweep.evaluation={settings.evaluation}; remove one of them"
+        )
 
 
 def is_pruned(settings: SweepConfig, plan: Plan) -> bool:
@@ -104,25 +113,34 @@ def not_pruned(settings: SweepConfig, plan: Plan) -> str | None:
     """Say why a pruner cannot prune trials; None where it can."""
     if any(task.kind == "lm_eval" for task in plan.tasks):
         return "lm-eval measures all examples at once"
-    if isinstance(settings.objective, list) and len(settings.objective) > 1:
+    wanted = objectives(settings.objective, settings.direction, plan.tasks)
+    if len(wanted) > 1:
         return "that takes one objective"
-    if len(plan.tasks) > 1 and pruner_name(settings.pruner) != "futility":
-        return f"the pruner {pruner_name(settings.pruner)} takes one task, futility several"
+    if (name := pruner_name(settings.pruner)) == DEFAULT:
+        return None
+    if len(plan.tasks) > 1:
+        return f"the pruner {name} takes one task, {DEFAULT} several"
+    pruner, metric = make_pruner(settings.pruner), wanted[0].metric
+    if pruner is not None and compares_examples(pruner) and not is_mean_of_scores(plan.tasks[0], metric):
+        return (
+            f"the pruner {name} compares examples, and {metric} is no mean of their scores; {DEFAULT} compares metrics"
+        )
     return None
 
 
 def not_adaptive(settings: SweepConfig, plan: Plan) -> str | None:
-    """Say why trials cannot be measured adaptively, where that is wanted; None where they can."""
-    if settings.evaluation != "adaptive":
-        return None
+    """Say why trials cannot be measured adaptively; None where they can."""
     if any(task.kind == "lm_eval" for task in plan.tasks):
         return "lm-eval measures all examples at once"
     return not_estimated(goals_of(objectives(settings.objective, settings.direction, plan.tasks), plan.tasks))
 
 
 def fitted(settings: SweepConfig, plan: Plan) -> SweepConfig:
-    """Return the settings with the evaluation that is possible: `FALLBACK` in place of adaptive where that is not."""
-    return settings if not_adaptive(settings, plan) is None else settings.model_copy(update={"evaluation": FALLBACK})
+    """Return the settings with evaluation and pruner: adaptive where it is possible, else `FALLBACK`."""
+    evaluation = settings.evaluation or ("adaptive" if settings.pruner is None else "pruned")
+    if evaluation == "adaptive" and not_adaptive(settings, plan) is not None:
+        evaluation = FALLBACK
+    return settings.model_copy(update={"evaluation": evaluation, "pruner": settings.pruner or DEFAULT})
 
 
 def expert_weights(plan: Plan) -> list[float]:
@@ -167,7 +185,8 @@ def definition(sweep: Sweep) -> dict[str, str]:
     space = {f"search space of {key}": described(one) for key, one in sweep.space.distributions.items()}
     named_objectives = ",".join(f"{objective.name}" for objective in sweep.objectives)
     source = "mini" if sweep.source == "mini" else "models"
-    return {**flat, **space, "objective": named_objectives, "source": source, EVALUATION: sweep.settings.evaluation}
+    evaluation = str(sweep.settings.evaluation)
+    return {**flat, **space, "objective": named_objectives, "source": source, EVALUATION: evaluation}
 
 
 def _default_name(sweep: Sweep) -> str:

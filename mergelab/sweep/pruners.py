@@ -19,22 +19,24 @@ PRUNERS: Mapping[str, Known | None] = {
     "halving": Known("optuna.pruners.SuccessiveHalvingPruner", {"min_resource": 2, "reduction_factor": 2}),
     "none": None,
 }
+DEFAULT = "futility"
 
 
-def pruner_name(setting: str | dict[str, Any]) -> str:
-    """Return the pruner's short name, or the dotted path of its class.
+def pruner_name(setting: str | dict[str, Any] | None) -> str:
+    """Return the pruner's short name, or the dotted path of its class; None is `DEFAULT`.
 
     Raises:
         SweepError: there is no such pruner.
     """
-    return named(setting, "pruner", PRUNERS)[0]
+    return named(setting or DEFAULT, "pruner", PRUNERS)[0]
 
 
-def make_pruner(setting: str | dict[str, Any]) -> BasePruner | None:
+def make_pruner(setting: str | dict[str, Any] | None) -> BasePruner | None:
     """Create the pruner that a setting names; None for ``none``.
 
     Args:
-        setting: one of `PRUNERS`, the dotted path of a class, or a mapping with ``name`` and the class's options.
+        setting: one of `PRUNERS`, the dotted path of a class, or a mapping with ``name`` and the class's options. None:
+            `DEFAULT`.
 
     Raises:
         SweepError: there is no such pruner or option.
@@ -42,7 +44,7 @@ def make_pruner(setting: str | dict[str, Any]) -> BasePruner | None:
     import optuna
 
     silence(optuna)
-    name, options = named(setting, "pruner", PRUNERS)
+    name, options = named(setting or DEFAULT, "pruner", PRUNERS)
     known = PRUNERS[name] if name in PRUNERS else Known(name)
     if known is None:
         return None

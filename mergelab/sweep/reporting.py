@@ -69,7 +69,7 @@ class ScoreReporter:
     _checked: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._by_example = self.pruner is not None and _compares_examples(self.pruner)
+        self._by_example = self.pruner is not None and compares_examples(self.pruner)
         if self.pruner is not None:
             self.rival = self._best()
         if self._by_example:
@@ -143,7 +143,8 @@ def best_complete(study: Study, needed: set[str]) -> FrozenTrial | None:
     return max(known, key=lambda trial: (sign * trial.values[0], -trial.number), default=None)
 
 
-def _compares_examples(pruner: BasePruner) -> bool:
+def compares_examples(pruner: BasePruner) -> bool:
+    """Return whether a pruner compares trials example by example."""
     from optuna.pruners import WilcoxonPruner
 
     return bool(getattr(pruner, "by_example", isinstance(pruner, WilcoxonPruner)))

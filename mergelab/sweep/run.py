@@ -162,7 +162,7 @@ def _parent(sweep: Sweep, study: SweepStudy, tracker: Tracker, folder: Path) -> 
     config = {
         **_without(plan.resolved, sweep.space.distributions),
         names.SAMPLER: settings.sampler,
-        names.PRUNER: {"pruned": settings.pruner, "full": "none"}.get(settings.evaluation, settings.evaluation),
+        names.PRUNER: {"pruned": settings.pruner, "full": "none"}.get(str(settings.evaluation), settings.evaluation),
         names.OBJECTIVE: ",".join(objective.name for objective in sweep.objectives),
         names.SPACE: {key: described(one) for key, one in sweep.space.distributions.items()},
     }

@@ -86,6 +86,15 @@ def is_linearised(spec: TaskSpec, metric: str) -> bool:
     return isinstance(declared, Pearson | CorpusMetric)
 
 
+def is_mean_of_scores(spec: TaskSpec, metric: str) -> bool:
+    """Return whether a metric grows with the sum of `mergelab.sweep.selecting.example_scores`."""
+    declared = get_metric(metric)
+    if spec.kind == "classification":
+        return metric == "accuracy"
+    mean = isinstance(declared, Perplexity | MeanTextMetric) and unsupported(spec, metric) is None
+    return metric == spec.primary and (mean or metric == "accuracy")
+
+
 def family(spec: TaskSpec, metric: str) -> str:
     """Name what the scores of a metric's examples are: metrics of the same name are estimated from the same scores."""
     labelled = isinstance(get_metric(metric), LabelMetric) and not is_linearised(spec, metric)
@@ -145,8 +154,7 @@ def _of_labels(metric: LabelMetric, truth: Array, inside: Array) -> Target:
 def linear_scores(spec: TaskSpec, metric: str, rows: Array, seen: Array, best: Array) -> Array:
     """Return what each example adds to a metric of several sums, where that is linear near the sums of the model.
 
-    The slopes are those over a hundredth of each sum. A model that was measured on all examples has scores whose sum is
-    its metric.
+    A model that was measured on all examples has scores whose sum is its metric.
 
     Args:
         spec, metric: the task and its metric, one that `is_linearised`.
@@ -155,32 +163,42 @@ def linear_scores(spec: TaskSpec, metric: str, rows: Array, seen: Array, best: A
         best: (n, c) statistics of another model on all examples: where the model's sums are not known, they are thought
             to be like the other's.
     """
-    count = len(best)
-    sums = summands(spec, metric, rows).sum(axis=0)
-    if len(seen) < count:
-        sums = _sums_like(spec, metric, rows, best, seen)
-    steps = np.abs(sums) / 100
-    if not isinstance(get_metric(metric), Pearson):
-        sums, steps = np.maximum(sums.round(), 0.0), np.maximum(steps.round(), 1.0)  # counts
-    whole = Target(np.empty((0, len(sums))), lambda at: _of_sums(spec, metric, at, count))
-    slopes = whole.gradient(sums, steps)
-    found: Array = summands(spec, metric, rows) @ slopes + (whole.value(sums) - float(sums @ slopes)) / count
+    if isinstance(get_metric(metric), Pearson):
+        return _of_correlation(rows, seen, best)
+    count, summed, of_best = len(best), summands(spec, metric, rows), summands(spec, metric, best)
+    # As the other's, and by as much per example more or less as on those that both were measured on.
+    sums = of_best.sum(axis=0) + count * (summed - of_best[seen]).mean(axis=0)
+    sums = np.maximum(sums.round(), 0.0)
+    whole = Target(np.empty((0, len(sums))), lambda at: _of_sums(spec, metric, at))
+    slopes = whole.gradient(sums, np.maximum((sums / 100).round(), 1.0))  # those over a hundredth of each sum
+    found: Array = summed @ slopes + (whole.value(sums) - float(sums @ slopes)) / count
     return found
 
 
-def _sums_like(spec: TaskSpec, metric: str, rows: Array, best: Array, seen: Array) -> Array:
-    """Return about what the sums of a model are on all examples, by how it differs from another on those seen.
+def _of_correlation(rows: Array, seen: Array, best: Array) -> Array:
+    """Return what each example (k,) adds to a correlation, by its influence function.
 
-    Of a correlation the other's predictions are taken, with the model's mean and deviation: the correlation of scaled
-    predictions is linear. Counts differ by as much per example.
+    With standardised x and y that is r + xy - r(x² + y²)/2 (Devlin, Gnanadesikan & Kettenring 1975, Biometrika 62:531).
+    Mean, deviation and r of predictions that are not all known are the other model's, by how both differ on the same.
     """
-    if isinstance(get_metric(metric), Pearson):
-        own, others = rows[:, 0], best[seen, 0]
-        scale = own.std() / others.std() if others.std() > 0 else 1.0
-        scaled = own.mean() + (best[:, 0] - others.mean()) * scale
-        return np.asarray(summands(spec, metric, np.stack([scaled, best[:, 1]], axis=1)).sum(axis=0))
-    of_best = summands(spec, metric, best)
-    return np.asarray(of_best.sum(axis=0) + len(best) * (summands(spec, metric, rows) - of_best[seen]).mean(axis=0))
+    (x, y), (others, truth) = rows.T, best.T
+    mean, deviation = x.mean(), x.std()
+    r = _correlation(x, y)
+    if len(seen) < len(best):
+        scale = deviation / others[seen].std() if others[seen].std() > 0 else 1.0
+        mean += (others.mean() - others[seen].mean()) * scale
+        deviation = others.std() * scale
+        r = _correlation(others, truth) + r - _correlation(others[seen], y)
+        r = min(max(r, -1.0), 1.0)
+    if deviation == 0 or truth.std() == 0:
+        return np.zeros(len(rows))
+    x, y = (x - mean) / deviation, (y - truth.mean()) / truth.std()
+    return np.asarray((r + x * y - r * (x * x + y * y) / 2) / len(best))
+
+
+def _correlation(x: Array, y: Array) -> float:
+    spread = float(x.std() * y.std())
+    return float(((x - x.mean()) * (y - y.mean())).mean()) / spread if spread > 0 else 0.0
 
 
 def summands(spec: TaskSpec, metric: str, rows: Array) -> Array:
@@ -189,19 +207,12 @@ def summands(spec: TaskSpec, metric: str, rows: Array) -> Array:
     if isinstance(declared, LabelMetric):
         cells = rows[:, 0].astype(int) * spec.outputs + rows[:, 1].astype(int)
         return np.asarray(np.eye(spec.outputs**2)[cells])
-    if isinstance(declared, Pearson):
-        x, y = rows.T
-        return np.stack([x, y, x * x, y * y, x * y], axis=1)
     return rows
 
 
-def _of_sums(spec: TaskSpec, metric: str, sums: Array, count: int) -> float:
+def _of_sums(spec: TaskSpec, metric: str, sums: Array) -> float:
     declared = get_metric(metric)
     if isinstance(declared, LabelMetric):
         cells = np.stack(np.divmod(np.arange(len(sums)), spec.outputs), axis=1).astype(np.float64)
         return float(declared.from_counts(cells, np.maximum(sums, 0.0)[None])[0])
-    if isinstance(declared, Pearson):
-        x, y, xx, yy, xy = sums / count
-        variances = (xx - x * x) * (yy - y * y)
-        return float((xy - x * y) / np.sqrt(variances)) if variances > 0 else 0.0
     return declared.from_statistics(np.maximum(sums, 0.0)[None])

@@ -28,7 +28,9 @@ from mergelab.sweep.attempts import Attempt, Superseded, attempting
 from mergelab.sweep.budget import budget_of
 from mergelab.sweep.config import SweepConfig, TrialJob, sweep_config
 from mergelab.sweep.estimate import Estimate, estimate_metrics, estimates
+from mergelab.sweep.futility import Futility
 from mergelab.sweep.launcher import open_study, open_tracker, worker_context
+from mergelab.sweep.metric_reporter import PARTS, MetricReporter
 from mergelab.sweep.objective import Objective, objectives
 from mergelab.sweep.outcome import TrialFailure, TrialOutcome
 from mergelab.sweep.plan import expert_weights, fitted, is_pruned
@@ -37,7 +39,7 @@ from mergelab.sweep.reporting import Pruned, ScoreReporter
 from mergelab.sweep.selecting import SelectingEvaluation
 from mergelab.sweep.storage import storage_url
 from mergelab.sweep.study import MEASURED, OUTCOME
-from mergelab.sweep.suite import PARTS, SuiteReporter
+from mergelab.sweep.targets import is_mean_of_scores
 from mergelab.sweep.winner import Report, report_winner
 from mergelab.tracking import interrupts, names
 from mergelab.tracking.values import one_line
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
     from mergelab.tracking import Run, Tracker
 
 
-Reporter = ScoreReporter | SuiteReporter | AdaptiveReporter
+Reporter = ScoreReporter | MetricReporter | AdaptiveReporter
 
 
 class _Failed(Exception):
@@ -215,10 +217,12 @@ def _reporter(
     if settings.evaluation == "adaptive":
         return adaptive_reporter(study, job.number, wanted, loaded.evaluator, loaded.baselines, settings.seed)
     pruner: Any = make_pruner(settings.pruner) if is_pruned(settings, plan) else None
-    if pruner is not None and len(plan.tasks) > 1:
+    first = wanted[0]
+    means = len(plan.tasks) == 1 and is_mean_of_scores(plan.tasks[0], first.metric)
+    if isinstance(pruner, Futility) and not means:
         selecting = {name: len(one.select) for name, one in loaded.evaluator.examples.items()}
         tasks = [(task, selecting[task.name]) for task in plan.tasks if selecting[task.name]]
-        return SuiteReporter(pruner, study, job.number, wanted[0], tasks, evaluation.statistics)
+        return MetricReporter(pruner, study, job.number, first, tasks, evaluation.statistics)
     unknown = np.full(evaluation.count, np.nan)
     return ScoreReporter(pruner, study, job.number, unknown, lambda: _values(evaluation.results(), plan, wanted)[0])
 
@@ -237,7 +241,7 @@ def _evaluate(evaluation: SelectingEvaluation, reporter: Reporter) -> int | None
             if isinstance(reporter, AdaptiveReporter):
                 evaluation.run_in_rounds(reporter.report, reporter.rounds)
                 return None
-            if isinstance(reporter, SuiteReporter):
+            if isinstance(reporter, MetricReporter):
                 parts = PARTS if reporter.rival is not None else PARTS[-1:]
                 evaluation.run(reporter.report, parts=parts, after_part=reporter.decide)
                 reporter.finish()
@@ -251,7 +255,7 @@ def _evaluate(evaluation: SelectingEvaluation, reporter: Reporter) -> int | None
 
 def _estimates(evaluation: SelectingEvaluation, reporter: Reporter) -> dict[str, Estimate]:
     """Return the estimates of a trial that was stopped early, by metric."""
-    if isinstance(reporter, SuiteReporter):
+    if isinstance(reporter, MetricReporter) and len(evaluation.evaluator.data) > 1:
         return reporter.estimates()
     evaluator = evaluation.evaluator
     parts = {name: data.parts[evaluator.examples[name].select] for name, data in evaluator.data.items()}

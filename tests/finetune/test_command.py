@@ -268,6 +268,18 @@ def test_another_recipe_in_the_same_folder_is_refused_and_more_seeds_are_not(fin
     assert (place / "x" / "seed-1").is_dir()
 
 
+def test_a_recipe_that_is_older_than_a_setting_was_made_with_its_default(finetune: Finetune, place: Path) -> None:
+    made(finetune(*RTE, "train.epochs=1"))
+    file = place / "x" / "finetuning.json"
+    recipe = json.loads(file.read_text())
+    del recipe["train"]["group_by_length"]
+    file.write_text(json.dumps(recipe))
+    outcome = finetune(*RTE, "train.epochs=1", "train.group_by_length=true")
+    assert outcome.code == 2
+    assert "train.group_by_length was false and is true now" in outcome.err
+    made(finetune(*RTE, "train.epochs=1", "seeds=[0,1]"))
+
+
 def test_a_base_whose_weights_are_not_its_own_is_refused(finetune: Finetune, place: Path) -> None:
     from safetensors.torch import load_file, save_file
 

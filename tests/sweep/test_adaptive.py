@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from scipy.stats import multivariate_normal
 from sklearn.gaussian_process import GaussianProcessRegressor
@@ -21,16 +24,20 @@ from mergelab.sweep.adaptive import prediction
 from mergelab.sweep.adaptive.estimator import Goal
 from mergelab.sweep.adaptive.finalists import likely_best
 from mergelab.sweep.adaptive.goals import goals_of, not_estimated
-from mergelab.sweep.adaptive.history import Measured, MeasuredTrial
+from mergelab.sweep.adaptive.history import Measured, MeasuredTrial, read_models, write_models
 from mergelab.sweep.adaptive.kernel import Kernel, fit_kernel
 from mergelab.sweep.adaptive.policy import POLICY, Field, draw_rounds, ends_trial, round_ends
 from mergelab.sweep.adaptive.prediction import Prior, Seen, condition, trials_of
 from mergelab.sweep.adaptive.reporter import AdaptiveReporter
 from mergelab.sweep.budget import budget_of
+from mergelab.sweep.config import SweepConfig
 from mergelab.sweep.objective import Objective
 from mergelab.sweep.outcome import TrialOutcome
+from mergelab.sweep.plan import fitted, not_adaptive, not_pruned
 from mergelab.sweep.reporting import Pruned
+from mergelab.sweep.study import MODELS
 from mergelab.sweep.targets import is_linearised, linear_scores, scores_for, target_of, unsupported
+from mergelab.tasks.loading import load_task
 from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
@@ -450,6 +457,48 @@ def test_other_metrics_are_not_estimated(spec: TaskSpec, metric: str, named: str
     assert unsupported(labels("accuracy", count=3), "accuracy") is None
 
 
+@pytest.mark.parametrize(
+    ("task", "objective", "reason"),
+    [
+        ("stsb", None, None),
+        ("stsb", "spearmanr", "spearmanr is no function of sums over its examples"),
+        ("stsb", ["pearson", "spearmanr"], "spearmanr is no function of sums over its examples"),
+        ("e2e_nlg", "bleu", None),
+        ("gsm8k", None, None),
+        ("wikitext", None, None),
+        ("lm_eval", None, "lm-eval measures all examples at once"),
+    ],
+)
+def test_where_it_is_not_possible_trials_are_pruned(task: str, objective: Any, reason: str | None) -> None:
+    spec = TaskSpec(name="x", version=1, kind="lm_eval") if task == "lm_eval" else load_task(task)
+    settings = SweepConfig(params={}, objective=objective, evaluation="adaptive")
+    plan: Any = SimpleNamespace(tasks=(spec,))
+    assert not_adaptive(settings, plan) == reason
+    assert fitted(settings, plan).evaluation == ("adaptive" if reason is None else "pruned")
+
+
+@pytest.mark.parametrize(
+    ("task", "objective", "pruner", "reason"),
+    [
+        ("stsb", None, "futility", None),
+        ("stsb", None, "wilcoxon", "compares single examples, which do not add up to pearson"),
+        ("mrpc", "accuracy", "wilcoxon", None),
+        ("mrpc", "f1", "wilcoxon", "which do not add up to f1"),
+        ("mrpc", "f1", "median", None),
+        ("mrpc", ["accuracy", "f1"], "futility", "that takes one objective"),
+        ("dialogsum", "rougeL", "wilcoxon", None),
+        ("dialogsum", "rouge1", "wilcoxon", "which do not add up to rouge1"),
+    ],
+)
+def test_examples_are_compared_only_where_the_objective_is_their_mean(
+    task: str, objective: Any, pruner: str, reason: str | None
+) -> None:
+    settings = SweepConfig(params={}, objective=objective, evaluation="pruned", pruner=pruner)
+    plan: Any = SimpleNamespace(tasks=(load_task(task),))
+    found = not_pruned(settings, plan)
+    assert (found is None) if reason is None else (reason in str(found))
+
+
 # ------------------------------------------------------------------------------------------- choosing and stopping
 
 
@@ -581,6 +630,23 @@ def test_a_finalist_is_measured_on_the_rest_as_long_as_it_may_be_the_best() -> N
         np.testing.assert_array_equal(np.intersect1d(found.tasks["t"].positions, positions), positions)
     assert TrialOutcome((0.5,), 20, None, 0.0, 0.0, None, before=4).measured == 16
     assert TrialOutcome((0.5,), 20, 9, 0.0, 0.0, None, before=4).measured == 5
+
+
+def test_what_a_trial_has_measured_is_read_as_it_was_written_and_as_older_studies_wrote_it() -> None:
+    scores, seen = np.arange(20) / 20, np.array([3, 4, 11, 19])
+    one = stopped(2, scores, seen)
+    newer = one.written()
+    for stored in (newer, {**newer["tasks"]["t"], "whole": False}):
+        found = MeasuredTrial.read(2, one.values, json.loads(json.dumps(stored)), "t")
+        assert (found.whole, found.values, set(found.tasks)) == (False, one.values, {"t"})
+        np.testing.assert_array_equal(found.tasks["t"].positions, seen)
+        np.testing.assert_allclose(found.tasks["t"].statistics["exact_match"][:, 0], scores[seen], rtol=1e-6)
+    study = optuna.create_study()
+    write_models(study, {"t": [one.tasks["t"].statistics]})
+    new = read_models(study, "t")
+    study.set_user_attr(MODELS, study.user_attrs[MODELS]["t"])
+    old = read_models(study, "t")
+    np.testing.assert_array_equal(old["t"][0]["exact_match"], new["t"][0]["exact_match"])
 
 
 # ----------------------------------------------------------------------------------------------------------- budget

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
+import pyarrow.parquet as pq
 import pytest
 from mlflow.tracking import MlflowClient
 
@@ -15,6 +17,7 @@ from mergelab.sweep.outcome import TrialOutcome
 from mergelab.sweep.storage import open_storage
 from mergelab.sweep.study import KNOWN, LATER, MEASURED, OUTCOME
 from tests.conftest import Outcome
+from tests.standins import GPT2_BASE, glue_table
 
 Command = Callable[..., Outcome]
 pytestmark = pytest.mark.slow
@@ -100,7 +103,9 @@ def test_a_sweep_that_ended_early_measures_what_it_would_have(sweep: Callable[..
     for ours, theirs in zip(found.trials, expected.trials, strict=True):
         assert (ours.params, ours.state, ours.value) == (theirs.params, theirs.state, theirs.value)
         assert ours.user_attrs[MEASURED] == theirs.user_attrs[MEASURED]
-    assert later(found) == later(expected)
+    again, wanted = ({number: (one.values, one.pruned_at) for number, one in later(each).items()}
+                     for each in (found, expected))  # fmt: skip
+    assert again == wanted
 
 
 def test_trials_started_together_learn_from_those_that_had_ended(
@@ -120,16 +125,68 @@ def test_a_budget_is_not_exceeded_and_must_do_for_a_trial(sweep: Callable[..., O
     outcome = sweep("sweep.budget=300", "sweep.n_trials=40")
     assert "sweep.budget=300: no more trials begin, after " in outcome.out
     found = study(workplace)
-    whole = [value[OUTCOME] for key, value in found.user_attrs.items() if key.startswith(LATER)]
-    measured = [one.measured for one in (*outcomes(found), *map(TrialOutcome.read, whole))]
+    first, again = outcomes(found), later(found)
+    measured = [one.measured for one in (*first, *again.values())]
     assert 180 < sum(measured) <= 300
-    before = [one.pruned_at for number, one in enumerate(outcomes(found)) if number in later(found)]
-    assert sorted(60 - TrialOutcome.read(one).measured for one in whole) == sorted(before)
+    for number, one in again.items():
+        assert one.before == first[number].pruned_at
+        assert one.measured == (one.pruned_at or 60) - one.before
 
 
-def test_where_it_is_not_possible_trials_are_pruned_and_that_is_said(
-    sweep: Callable[..., Outcome], workplace: Path
+def test_of_several_objectives_the_front_is_of_whole_trials(sweep: Callable[..., Outcome], workplace: Path) -> None:
+    own = ["sweep.n_trials=10", "sweep.objective=[accuracy,f1]", "task.metrics=[accuracy,f1]", "sweep.sampler=nsga2"]
+    outcome = sweep(*own)
+    assert not outcome.err
+    found = study(workplace)
+    first, again = outcomes(found), later(found)
+    assert [len(one.values) for one in first] == [2] * 10
+    stopped = {number for number, one in enumerate(first) if one.pruned_at is not None}
+    assert stopped
+    whole = {number: one.values for number, one in enumerate(first) if one.pruned_at is None}
+    whole |= {number: one.values for number, one in again.items() if one.pruned_at is None}
+    front = {
+        number
+        for number, values in whole.items()
+        if not any(all(np.greater_equal(other, values)) and other != values for other in whole.values())
+    }
+    said = {int(line.split()[3].rstrip(",")) for line in outcome.out.splitlines() if line.startswith("Pareto front")}
+    assert said == front
+
+
+def test_a_suite_is_measured_in_part_and_the_winner_is_a_whole_trial(
+    mergelab_command: Any, gpt2_checkpoints: Mapping[str, Path], workplace: Path
 ) -> None:
-    outcome = sweep("sweep.n_trials=2", "sweep.objective=[accuracy,f1]", "task.metrics=[accuracy,f1]")
-    assert "sweep.evaluation=adaptive: is for one objective, there are 2" in " ".join(outcome.err.split())
-    assert [trial.state.name for trial in study(workplace).trials] == ["COMPLETE"] * 2
+    experts = ", ".join(f"{task}: {gpt2_checkpoints[f'tanganke/gpt2_{task}']}" for task in ("rte", "sst2"))
+    for task in ("rte", "sst2"):
+        (workplace / "data" / task).mkdir(parents=True)
+        pq.write_table(glue_table(task, 120, 1), workplace / "data" / task / "validation.parquet")
+    own = (
+        "-m", "sweep=custom", "method=task_arithmetic", "method.lambda=interval(0,1)", "sweep.sampler=random",
+        "sweep.n_trials=10", "task=suite", "task.members=[rte,sst2]", "task.data_dir=data",
+        f"models.base={gpt2_checkpoints[GPT2_BASE]}", f"models.experts={{{experts}}}", "models.head=per_task",
+    )  # fmt: skip
+    outcome: Outcome = mergelab_command(*own, "sweep.study_name=s", "sweep.evaluation=adaptive")
+    assert outcome.code == 0, outcome.err
+    found = study(workplace)
+    first, again = outcomes(found), later(found)
+    whole = {number: one.values[0] for number, one in enumerate(first) if one.pruned_at is None}
+    whole |= {number: one.values[0] for number, one in again.items() if one.pruned_at is None}
+    assert len(whole) < 10
+    best = max(whole, key=lambda number: (whole[number], -number))
+    assert f"best: trial {best}," in outcome.out
+    client = MlflowClient(f"sqlite:///{workplace}/outputs/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("suite").experiment_id], "tags.`mergelab.kind` = 'trial'")
+    for run in runs:
+        number, metrics = int(run.data.tags["mergelab.trial"]), run.data.metrics
+        assert metrics["estimate/average_low"] <= metrics["estimate/average"] <= metrics["estimate/average_high"]
+        if number in whole:
+            assert metrics["select/average"] == pytest.approx(whole[number])
+            assert metrics["estimate/rte/accuracy"] == metrics["select/rte/accuracy"]
+        else:
+            assert "select/average" not in metrics
+            parts = [metrics[f"estimate/{task}/accuracy"] for task in ("rte", "sst2")]
+            assert metrics["estimate/average"] == pytest.approx(np.mean(parts))
+    full: Outcome = mergelab_command(*own, "sweep.study_name=full", "sweep.evaluation=full", "tracking=none")
+    assert full.code == 0, full.err
+    every = study(workplace, "full").trials
+    assert {number: every[number].value for number in whole} == pytest.approx(whole)

@@ -174,6 +174,14 @@ def test_a_study_that_does_not_say_how_it_was_measured_was_pruned(opened: Open) 
         opened(definition={"sweep.evaluation": "adaptive"})
 
 
+def test_settings_that_are_newer_than_a_study_have_their_defaults_in_it(opened: Open) -> None:
+    opened().ask()
+    later = {"eval.engine": "transformers", "eval.max_memory": "null"}
+    assert len(opened(definition=later).trials) == 1
+    with pytest.raises(SweepError, match=r"another eval\.engine: transformers, not vllm"):
+        opened(definition={**later, "eval.engine": "vllm"})
+
+
 def test_a_study_of_something_else_is_not_gone_on_with(opened: Open) -> None:
     opened().ask()
     with pytest.raises(SweepError, match=r"exists with another task: rte, not cola; .* sweep\.study_name=study-2"):

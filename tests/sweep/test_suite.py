@@ -13,10 +13,10 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from mergelab.sweep.futility import Futility
+from mergelab.sweep.metric_reporter import PARTS, MetricReporter
 from mergelab.sweep.objective import objectives
 from mergelab.sweep.reporting import Pruned, packed_statistics
 from mergelab.sweep.study import STATISTICS
-from mergelab.sweep.suite import PARTS, SuiteReporter
 from mergelab.tasks.loading import load_task
 from tests.conftest import Outcome
 from tests.standins import GPT2_BASE, glue_table
@@ -71,7 +71,7 @@ def run(model: Model, best: Model | None, objective: str = "average") -> int | N
     (wanted,) = objectives(objective, None, specs)
     tasks = list(zip(specs, COUNTS, strict=True))
     number = study.ask().number
-    reporter = SuiteReporter(Futility(), study, number, wanted, tasks, model.statistics)
+    reporter = MetricReporter(Futility(), study, number, wanted, tasks, model.statistics)
     try:
         for share in PARTS:
             for at in range(len(TASKS)):
@@ -114,7 +114,7 @@ def test_the_estimate_of_the_average_has_an_honest_interval() -> None:
         study.add_trial(optuna.trial.create_trial(value=best.value(), user_attrs={STATISTICS: packed_statistics(rows)}))
         specs = [load_task(task) for task in TASKS]
         (wanted,) = objectives("average", None, specs)
-        reporter = SuiteReporter(
+        reporter = MetricReporter(
             Futility(), study, study.ask().number, wanted, list(zip(specs, COUNTS, strict=True)), own.statistics
         )
         own.seen = [count // 4 for count in COUNTS]

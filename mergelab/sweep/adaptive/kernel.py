@@ -22,7 +22,7 @@ _LENGTHS = (0.15, 0.25, 0.4, 0.7, 1.2, 2.0)  # the space is a unit cube
 _OWN_SHARES = (0.02, 0.06, 0.15, 0.4)
 _STEPS = (0.5, 0.7, 1.4, 2.0)  # of single lengths
 _CENTRE, _WIDTH, _STRENGTH = 0.5, 0.8, 0.1  # of the prior of lengths; the width is in logarithms
-_MOST_TRIALS = 60  # that the parameters are fitted to
+_MOST_TRIALS = 40  # that the parameters are fitted to
 _LEAST_SHARE = 1e-3
 
 

@@ -92,7 +92,7 @@ class Trials:
     Attributes:
         mean, variance, factors: as a `Prior` has them, of a trial at no point in particular.
         deviations: (t, n) of the trials' rows from the mean.
-        errors: (t, n) what is left of these beside the other trials, over its standard error; 0 where not measured.
+        squares: (t, n) of what is left of these beside the other trials, over its standard error; 0 where not measured.
         measured: (t, n) whether a trial was measured on an example.
         kernel: of the trials; None where too few tell how alike near ones are.
     """
@@ -101,7 +101,7 @@ class Trials:
     variance: Array
     factors: Array
     deviations: Array
-    errors: Array
+    squares: Array
     measured: Array
     kernel: Kernel | None
 
@@ -121,7 +121,7 @@ class Trials:
 
     def _prior(self, weights: Array, left: float, alike: Array) -> Prior:
         """Return what trials tell with ``weights`` (t,) in the mean; examples vary as they do among those ``alike``."""
-        total, count = alike @ self.errors**2, alike @ self.measured
+        total, count = alike @ self.squares, alike @ self.measured
         ratio = (total / self.variance + _ANYWHERE) / (count + _ANYWHERE) if self.variance.all() else 1.0
         variance = left * ratio * self.variance
         factors = np.sqrt(left * ratio * np.ones(len(self.mean)))[:, None] * self.factors
@@ -180,14 +180,14 @@ def _trials(
     measured = np.zeros(rows.shape)
     for index, one in enumerate(trials):
         measured[index, one.positions] = 1.0
-    errors = independent * measured
-    squares = (errors**2).sum(axis=0) + (((models - mean) ** 2).mean(axis=0) if as_one else 0.0)
+    squares = independent**2 * measured
+    total = squares.sum(axis=0) + (((models - mean) ** 2).mean(axis=0) if as_one else 0.0)
     # Trials that agree on an example may still be followed by one that does not.
-    variance = (squares + _PRIOR_TRIALS * overall) / (measured.sum(axis=0) + as_one + _PRIOR_TRIALS)
+    variance = (total + _PRIOR_TRIALS * overall) / (measured.sum(axis=0) + as_one + _PRIOR_TRIALS)
     factors = np.empty((len(mean), 0))
     if variance.all():
         factors = _factors(independent, _MODELS * (models - mean), variance, blocks)
-    return Trials(mean, variance, factors, deviations, errors, measured, kernel)
+    return Trials(mean, variance, factors, deviations, squares, measured, kernel)
 
 
 def _overall(scores: Array, blocks: Array) -> Array:

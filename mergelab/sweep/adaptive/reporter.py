@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 
-_QUANTILE = 2.7  # of intervals of 95 %: a trial ends where its estimate happens to be low, or its error; calibrated
+# Of intervals of 95 %, calibrated: a trial ends where its estimate happens to be low, or its error.
+_QUANTILE = 2.7
+_OF_LINEARISED = 3.6  # what a metric is linearised by is estimated too
 
 
 @dataclass
@@ -216,7 +218,8 @@ class AdaptiveReporter:
             of_best.append(value_of_rows(spec, metric, best.tasks[spec.name].rows(metric)[at]))
         compared = float(np.mean(of_best)) if len(of_best) == len(goal.parts) else None
         declared = get_metric(goal.parts[0][1])
-        return bounded(declared, value, _QUANTILE * error, float(np.mean(seen)), compared, fraction=value <= 1)
+        half = error * (_OF_LINEARISED if all(is_linearised(*part) for part in goal.parts) else _QUANTILE)
+        return bounded(declared, value, half, float(np.mean(seen)), compared, fraction=value <= 1)
 
 
 def adaptive_reporter(

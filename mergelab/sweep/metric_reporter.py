@@ -1,7 +1,7 @@
-"""A running trial of a suite: its tasks are measured in turns, and it ends when it will hardly be the best one.
+"""A running trial that ends when its metric is hardly better than the best trial's: its tasks are measured in turns.
 
-A suite's score is a mean of the tasks' metrics, which are no means over the examples of all tasks. What is compared is
-thus each task's metric, with its error by what was seen of that task.
+This is for metrics that are no means over examples (a correlation, F1, BLEU), and for suites, whose score is a mean of
+the tasks' metrics. What is compared is each task's metric, with its error by what was seen of that task.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LEAST = 8  # examples of a task before which nothing is said of it
 
 
 @dataclass
-class SuiteReporter:
+class MetricReporter:
     """Ends a trial whose objective is hardly better than the best complete trial's.
 
     Attributes:
@@ -60,9 +60,12 @@ class SuiteReporter:
         best = None if self.pruner is None else best_complete(self.study, {STATISTICS})
         if best is not None:
             stored = unpacked_statistics(best.user_attrs[STATISTICS])
-            expected = {f"{spec.name}/{metric}": count for spec, count in self.tasks for metric in spec.metrics}
+            expected = {self._key(spec, metric): count for spec, count in self.tasks for metric in spec.metrics}
             if {name: len(rows) for name, rows in stored.items()} == expected:
                 self.rival = Rival(best.number, stored, None)
+
+    def _key(self, spec: TaskSpec, metric: str) -> str:
+        return f"{spec.name}/{metric}" if len(self.tasks) > 1 else metric
 
     @property
     def wanted(self) -> list[tuple[TaskSpec, str, int]]:
@@ -98,14 +101,14 @@ class SuiteReporter:
         for spec, metric, count, seen, own in known:
             if len(seen) < max(min(_LEAST, count), get_metric(metric).min_examples, 1):
                 return 0.0, math.inf
-            best = rival.statistics[f"{spec.name}/{metric}"][seen]
+            best = rival.statistics[self._key(spec, metric)][seen]
             scores = (value_of_rows(spec, metric, rows) for rows in (own[metric], best))
             difference += sign * (next(scores) - next(scores)) / len(known)
         if difference > 0:
             return difference, 0.0
         variance = 0.0
         for spec, metric, count, seen, own in known:
-            found = unbounded(spec, metric, own[metric], rival.statistics[f"{spec.name}/{metric}"], seen, count)
+            found = unbounded(spec, metric, own[metric], rival.statistics[self._key(spec, metric)], seen, count)
             if found is None or found.half is None:
                 return 0.0, math.inf
             variance += (found.half / QUANTILE / len(known)) ** 2
@@ -115,14 +118,14 @@ class SuiteReporter:
         """Write what later trials are compared with to the storage."""
         if self.pruner is None:
             return
-        found = {f"{spec.name}/{metric}": rows for spec, _ in self.tasks
+        found = {self._key(spec, metric): rows for spec, _ in self.tasks
                  for metric, rows in self.statistics(spec.name)[1].items()}  # fmt: skip
         storage: Any = self.study._storage
         trial = storage.get_trial_id_from_study_id_trial_number(self.study._study_id, self.number)
         storage.set_trial_user_attr(trial, STATISTICS, packed_statistics(found))
 
     def estimates(self) -> dict[str, Estimate]:
-        """Estimate the metrics of all tasks (``task/metric``), and where it means something their ``average``."""
+        """Estimate the metrics of a suite's tasks (``task/metric``), and where it means something their ``average``."""
         found = {}
         for spec, count in self.tasks:
             seen, own = self.statistics(spec.name)
