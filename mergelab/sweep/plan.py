@@ -20,6 +20,7 @@ from mergelab.sweep.reporting import compares_examples
 from mergelab.sweep.samplers import make_sampler, sampler_name
 from mergelab.sweep.space import Space, described, space_from
 from mergelab.sweep.storage import storage_url
+from mergelab.sweep.study import EVALUATION
 from mergelab.sweep.targets import is_mean_of_scores
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from mergelab.experiment.locate import Source
 
-EVALUATION = "sweep.evaluation"  # in a study's definition
 FALLBACK: Evaluation = "pruned"  # where trials cannot be measured adaptively
 
 

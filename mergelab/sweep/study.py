@@ -35,8 +35,9 @@ _OF = "trials"  # in it: how many the study had then
 MODELS = "mergelab:models"
 # Attributes of a study.
 _DEFINITION, SWEEPER, PARENT = "mergelab:definition", "mergelab:sweeper", "mergelab:parent"
+EVALUATION = "sweep.evaluation"  # in a study's definition
 # Settings that older studies' definitions do not say, and what their trials were measured with.
-_UNSAID = {"sweep.evaluation": "pruned", "eval.engine": "transformers", "eval.max_memory": "null"}
+_UNSAID = {EVALUATION: "pruned", "eval.engine": "transformers", "eval.max_memory": "null"}
 # Of a study and of a trial: changes as long as the process that sweeps or measures it lives.
 RENEWED = "mergelab:renewed"
 
@@ -315,7 +316,8 @@ def load(url: str, name: str) -> tuple[BaseStorage, Study]:
 
 def _other(name: str, what: str, stored: object, wanted: object) -> SweepError:
     wanted = ",".join(wanted) if isinstance(wanted, tuple) else wanted
+    goes_on = f"{EVALUATION}={stored} goes on with it, or " if what == EVALUATION else ""
     return SweepError(
-        f"sweep.study_name={name}: the study exists with another {what}: {stored}, not {wanted}; "
+        f"sweep.study_name={name}: the study exists with another {what}: {stored}, not {wanted}; {goes_on}"
         f"choose a new name, such as sweep.study_name={name}-2"
     )

@@ -104,7 +104,10 @@ def test_a_sweep_without_the_flag_is_told_so(mergelab_command: Command, workplac
         (["sweep.objective=[accuracy,f1]"], ("another direction: maximize, not maximize,maximize",)),
         (["sweep.objective=f1"], ("another objective: accuracy, not f1",)),
         (["models.head=base"], ("another models.head: average, not base",)),
-        (["sweep.evaluation=adaptive"], ("another sweep.evaluation: pruned, not adaptive",)),
+        (
+            ["sweep.evaluation=pruned"],
+            ("another sweep.evaluation: adaptive, not pruned; sweep.evaluation=adaptive",),
+        ),
         (["task.limit=50"], ("another task.limit: null, not 50",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

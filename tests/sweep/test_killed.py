@@ -12,6 +12,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from mergelab.sweep.storage import open_storage
+from mergelab.sweep.study import LATER, OUTCOME
 
 TRIALS, KILLS = 9, 4
 # Starts ``python -m mergelab`` again and again as forks of one process, so that imports are paid once. The first is
@@ -72,6 +73,7 @@ def test_a_sweep_killed_again_and_again_ends_as_an_undisturbed_one(arguments: li
         )
         assert done.returncode == 0, (done.stderr, Path("out.txt").read_text())
     found, expected = trials(workplace, "disturbed"), trials(workplace, "undisturbed")
+    again = later(workplace, "undisturbed")
     assert len(found) == TRIALS
     assert [(t.params, t.state, t.values) for t in found] == [(t.params, t.state, t.values) for t in expected]
     client = MlflowClient(f"sqlite:///{workplace}/outputs/mlflow.db")
@@ -85,10 +87,19 @@ def test_a_sweep_killed_again_and_again_ends_as_an_undisturbed_one(arguments: li
         trial = expected[int(run.data.tags["mergelab.trial"])]
         assert float(run.data.params["method.lambda"]) == pytest.approx(trial.params["method.lambda"])
         history = client.get_metric_history(run.info.run_id, "estimate/accuracy")
-        assert len(history) == 1
+        assert [one.step for one in history] == ([0, 1] if trial.number in again else [0])
     (report,) = (run for run in runs if run.data.tags["mergelab.kind"] == "report")
-    best = max((t for t in expected if t.values), key=lambda t: (t.state.name == "COMPLETE", t.value, -t.number))
-    assert parent.data.tags["mergelab.best_trial"] == report.data.tags["mergelab.trial"] == str(best.number)
+    whole = {t.number: t.value for t in expected if t.state.name == "COMPLETE"}
+    whole |= {number: one["values"][0] for number, one in again.items() if one["pruned_at"] is None}
+    best = max(whole, key=lambda number: (whole[number], -number))
+    assert parent.data.tags["mergelab.best_trial"] == report.data.tags["mergelab.trial"] == str(best)
+
+
+def later(folder: Path, name: str) -> dict[int, Any]:
+    """Return the outcomes of the trials that were measured further after they were stopped."""
+    study = optuna.load_study(storage=f"sqlite:///{folder}/outputs/sweeps.db", study_name=name)
+    known = {key.removeprefix(LATER): value for key, value in study.user_attrs.items() if key.startswith(LATER)}
+    return {int(number): value[OUTCOME] for number, value in known.items()}
 
 
 def trials(folder: Path, name: str) -> list[Any]:

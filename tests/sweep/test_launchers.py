@@ -122,7 +122,7 @@ def start(
     (workplace / "gated.py").write_text(_METHOD)
     fixed = ["sweep=custom", "method=custom", "method.function=gated.between", "method.share=interval(0,1)"]
     fixed += ["models.base=./base", "models.experts=[./a,./b]", "task=rte", "task.data_dir=data"]
-    fixed += ["sweep.n_jobs=2", "sweep.sampler=random"]
+    fixed += ["sweep.n_jobs=2", "sweep.sampler=random", "sweep.evaluation=pruned"]
     fixed += [f"sweep.enqueue=[{','.join(f'{{method.share: {share}}}' for share in _FIRST)}]"]
     started = []
 

@@ -99,10 +99,8 @@ def test_known_good_points_come_first_and_n_trials_is_the_total(sweep: Callable[
     before = [(trial.params, trial.values) for trial in trials(workplace)]
     outcome = sweep("task_arithmetic", "sweep.n_trials=5")
     assert "trials    5 in all, 3 of them there already" in outcome.out
-    assert [line.partition(":")[0] for line in outcome.out.splitlines() if line.startswith("trial ")] == [
-        "trial 3",
-        "trial 4",
-    ]
+    said = [line for line in outcome.out.splitlines() if line.startswith("trial ") and " as a finalist" not in line]
+    assert [line.partition(":")[0] for line in said] == ["trial 3", "trial 4"]
     assert [(trial.params, trial.values) for trial in trials(workplace)][:3] == before
     outcome = sweep("task_arithmetic", "sweep.n_trials=5")
     assert "trial 5" not in outcome.out
@@ -215,7 +213,7 @@ def test_no_trial_is_measured_on_an_example_that_reports(
 
 def test_several_objectives_give_a_pareto_front(sweep: Callable[..., Outcome], workplace: Path) -> None:
     both = ["task.metrics=[accuracy,f1]", "sweep.objective=[accuracy,f1]", "sweep.sampler=nsga2"]
-    outcome = sweep("task_arithmetic", *both, "sweep.n_trials=4", "tracking=mlflow")
+    outcome = sweep("task_arithmetic", *both, "sweep.n_trials=4", "tracking=mlflow", "sweep.evaluation=pruned")
     assert "trials are not pruned: that takes one objective" in outcome.out
     found = trials(workplace)
     assert all(len(trial.values) == 2 for trial in found)

@@ -184,8 +184,9 @@ def test_a_suites_sweep_stops_trials_and_finds_the_same_winner(
         assert " of 300 examples: average " in run_.data.tags["mergelab.pruned"]
 
 
+@pytest.mark.parametrize("evaluation", ["pruned", "adaptive"])
 def test_tasks_of_a_few_examples_are_measured_too(
-    mergelab_command: Any, gpt2_checkpoints: Mapping[str, Path], workplace: Path
+    evaluation: str, mergelab_command: Any, gpt2_checkpoints: Mapping[str, Path], workplace: Path
 ) -> None:
     experts = ", ".join(f"{task}: {gpt2_checkpoints[f'tanganke/gpt2_{task}']}" for task in ("rte", "sst2"))
     for task, rows in (("rte", 120), ("sst2", 6)):
@@ -195,7 +196,7 @@ def test_tasks_of_a_few_examples_are_measured_too(
         "-m", "sweep=custom", "method=task_arithmetic", "method.lambda=choice(0.7,0.65,0.6)", "sweep.sampler=grid",
         "task=suite", "task.members=[rte,sst2]", "task.data_dir=data", f"models.base={gpt2_checkpoints[GPT2_BASE]}",
         f"models.experts={{{experts}}}", "models.head=per_task", "tracking=none", "sweep.study_name=s",
-        "eval.preflight=false",
+        "eval.preflight=false", f"sweep.evaluation={evaluation}",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    assert all(trial.state.name == "COMPLETE" for trial in trials(workplace))
+    assert all(trial.state.name == "COMPLETE" for trial in trials(workplace)[: 3 if evaluation == "pruned" else 2])
