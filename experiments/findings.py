@@ -3,9 +3,9 @@
 Usage:
     python experiments/findings.py        # all recorded sweeps of experiments/matrices
 
-A recorded sweep has the score of every trial on every example (see ``adaptive.py``). Its examples are divided at random
-into halves, many times. On one half the best trial is chosen. Its score there is what an oracle reports; its score on
-the other half is what a hold-out reports.
+A recorded sweep has the score of every trial on every example (see ``recorded.py``); those are read whose metric is the
+mean of these scores. The examples are divided at random into halves, many times. On one half the best trial is chosen.
+Its score there is what an oracle reports; its score on the other half is what a hold-out reports.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments.adaptive import MATRICES, Recorded
+from experiments.adaptive import MATRICES
+from experiments.recorded import Recorded
+from mergelab.sweep.targets import is_mean_of_scores, scores_for
 
 Array = np.ndarray[Any, Any]
 
@@ -52,7 +54,11 @@ def main() -> None:
     print("| sweep | examples that select | trials | oracle above hold-out, points | 95 % of the divisions |")
     print("| --- | --- | --- | --- | --- |")
     for file in sorted(MATRICES.glob("*.parquet")):
-        trials = Recorded.read(file).trials
+        sweep = Recorded.read(file)
+        task = sweep.tasks[0]
+        if len(sweep.tasks) > 1 or not is_mean_of_scores(task, task.primary):
+            continue
+        trials = np.stack([scores_for(task, task.primary, rows) for rows in sweep.trials[task.name]])
         for count in (1, 5, 20, 50, len(trials)):
             gaps = flattery(trials, count, options.halves)
             low, high = np.quantile(gaps, [0.025, 0.975])
