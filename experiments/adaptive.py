@@ -62,7 +62,7 @@ ABOUT = {
     "mini_rte_ties": "the miniature's RTE, accuracy: TIES merges of its five experts. It is generated text.",
     "mini_samsum_ties": "the miniature's summaries, ROUGE-L: TIES merges of three experts. It is generated text.",
     "sst2_minilm_ties": "SST-2, accuracy: TIES merges of three MiniLM experts of other seeds, on all sentences.",
-    "mrpc_minilm_ties": "MRPC, likewise: the metric is the task's first.",
+    "mrpc_minilm_ties": "MRPC, likewise.",
     "cola_minilm_ties": "CoLA, likewise, Matthews' correlation.",
     "stsb_minilm_ties": "STS-B, likewise, Pearson's correlation, of 1,000 pairs.",
     "suite_minilm_ties": "a suite of six GLUE tasks, an expert and 150 examples of each: the mean of metrics.",
@@ -122,8 +122,8 @@ def verdict(rows: Sequence[Row]) -> str:
             own = [row for row in rows if row.way == way and row.size[0] == trials]
             share, regret = (fmean(fmean(values) for values in each) for each in zip(
                 *((row.shares, row.regrets) for row in own), strict=True))  # fmt: skip
-            told.append(f"{way} measures {share:.1%} of the examples at a mean regret of {100 * regret:.2f} points")
-        lines.append(f"- Over the sweeps of {trials} trials {', '.join(told)}.")
+            told.append(f"{way} {share:.1%} of the examples, {100 * regret:.2f} points")
+        lines.append(f"- Mean share and mean regret over the sweeps of {trials} trials: {'; '.join(told)}.")
     return "\n".join(lines)
 
 
@@ -136,9 +136,9 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         axis.axis("off")
     for axis, (sweep, trials) in zip(axes.flat, longest.items(), strict=False):
         own = [row for row in rows if row.sweep == sweep and row.size[0] == trials]
-        for prefix, style in (("random subset", "o-"), ("MERGE³'s estimate", "s-")):
+        for prefix, style in (("random subset", "C0o-"), ("MERGE³'s estimate", "C1s-")):
             _draw(axis, prefix, [row for row in own if row.way.startswith(prefix)], style, size=3)
-        for way, style in (("full", "k*"), ("pruned", "D"), ("adaptive", "P")):
+        for way, style in (("full", "k*"), ("pruned", "C2D"), ("adaptive", "C3P")):
             _draw(axis, way, [row for row in own if row.way == way], style, size=7)
         axis.set_xscale("log")
         axis.set_xticks([0.05, 0.1, 0.2, 0.4, 1], ["5 %", "10 %", "20 %", "40 %", "100 %"])
