@@ -123,7 +123,7 @@ def not_pruned(settings: SweepConfig, plan: Plan) -> str | None:
     pruner, metric = make_pruner(settings.pruner), wanted[0].metric
     if pruner is not None and compares_examples(pruner) and not is_mean_of_scores(plan.tasks[0], metric):
         return (
-            f"the pruner {name} compares examples, and {metric} is no mean of their scores; {DEFAULT} compares metrics"
+            f"the pruner {name} compares single examples, which do not add up to {metric}; {DEFAULT} compares metrics"
         )
     return None
 

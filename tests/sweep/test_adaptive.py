@@ -24,7 +24,7 @@ from mergelab.sweep.adaptive import prediction
 from mergelab.sweep.adaptive.estimator import Goal
 from mergelab.sweep.adaptive.finalists import likely_best
 from mergelab.sweep.adaptive.goals import goals_of, not_estimated
-from mergelab.sweep.adaptive.history import Measured, MeasuredTrial, read_models, write_models
+from mergelab.sweep.adaptive.history import MeasuredTask, MeasuredTrial, read_models, write_models
 from mergelab.sweep.adaptive.kernel import Kernel, fit_kernel
 from mergelab.sweep.adaptive.policy import POLICY, Field, draw_rounds, ends_trial, round_ends
 from mergelab.sweep.adaptive.prediction import Prior, Seen, condition, trials_of
@@ -69,10 +69,10 @@ def prior_of(whole: Array, models: Array, *partial: Seen) -> Prior:
     return trials_of(seen, models, np.empty((len(seen), 0))).prior(NOWHERE)
 
 
-def known(scores: Array, positions: Array | None = None) -> dict[str, Measured]:
+def known(scores: Array, positions: Array | None = None) -> dict[str, MeasuredTask]:
     """Return what was measured of the one task: all examples, or those at some positions."""
     seen = np.arange(len(scores)) if positions is None else positions
-    return {"t": Measured(seen, {"exact_match": scores[seen, None]}, len(scores))}
+    return {"t": MeasuredTask(seen, {"exact_match": scores[seen, None]}, len(scores))}
 
 
 def whole(number: int, scores: Array) -> MeasuredTrial:
@@ -335,7 +335,7 @@ def test_metrics_of_several_sums_are_estimated_with_intervals_that_hold(spec: Ta
     exact = [value_of_rows(spec, name, one) for one in rows]
     everything = np.arange(200)
     known = [
-        MeasuredTrial(number, (exact[number],), {"t": Measured(everything, {name: rows[number]}, 200)}, whole=True)
+        MeasuredTrial(number, (exact[number],), {"t": MeasuredTask(everything, {name: rows[number]}, 200)}, whole=True)
         for number in range(6)
     ]
     inside, stopped = 0, 0
@@ -367,7 +367,7 @@ def test_a_correlation_is_estimated_of_predictions_on_another_scale() -> None:
     values = [value_of_rows(PEARSON, "pearson", one) for one in rows]
     everything, seen = np.arange(300), np.sort(rng.permutation(300)[:60])
     known = [
-        MeasuredTrial(number, (values[number],), {"t": Measured(everything, {"pearson": rows[number]}, 300)}, True)
+        MeasuredTrial(number, (values[number],), {"t": MeasuredTask(everything, {"pearson": rows[number]}, 300)}, True)
         for number in range(3)
     ]
     reporter = AdaptiveReporter([goal], known, {}, {"t": 300}, (0, 3), NOWHERE)
@@ -402,7 +402,7 @@ def test_a_suite_is_estimated_from_examples_of_all_its_tasks() -> None:
 
     known = []
     for number in range(6):
-        of = {name: Measured(np.arange(n), statistics(number, name, np.arange(n)), n) for name, n in counts.items()}
+        of = {name: MeasuredTask(np.arange(n), statistics(number, name, np.arange(n)), n) for name, n in counts.items()}
         known.append(MeasuredTrial(number, (exact(number),), of, whole=True))
     errors, inside, shares = [], [], []
     for number in range(6, 30):
@@ -436,8 +436,8 @@ def test_an_objective_of_one_task_leaves_the_others_for_last() -> None:
     assert goals[0].name == "u/exact_match"
     known = [
         MeasuredTrial(number, (rows["u"][number].mean(),), {
-            "r": Measured(np.arange(60), {"accuracy": rows["r"][number], "f1": rows["r"][number]}, 60),
-            "u": Measured(np.arange(100), {"exact_match": rows["u"][number]}, 100)}, whole=True)
+            "r": MeasuredTask(np.arange(60), {"accuracy": rows["r"][number], "f1": rows["r"][number]}, 60),
+            "u": MeasuredTask(np.arange(100), {"exact_match": rows["u"][number]}, 100)}, whole=True)
         for number in range(2)
     ]  # fmt: skip
     rounds = AdaptiveReporter(goals, known, {}, counts, (0, 2), NOWHERE).rounds

@@ -17,7 +17,7 @@ from mergelab.sweep.targets import Target, family, is_linearised, linear_scores,
 from mergelab.tasks.metric import get_metric
 
 if TYPE_CHECKING:
-    from mergelab.sweep.adaptive.history import Measured, MeasuredTrial, Models
+    from mergelab.sweep.adaptive.history import MeasuredTask, MeasuredTrial, Models
     from mergelab.tasks.spec import TaskSpec
 
 Array = np.ndarray[Any, Any]
@@ -81,7 +81,7 @@ class Estimator:
             return scores_for(spec, metric, rows)
         return linear_scores(spec, metric, rows, positions, self.best.tasks[spec.name].rows(metric))
 
-    def seen(self, tasks: Mapping[str, Measured]) -> Seen:
+    def seen(self, tasks: Mapping[str, MeasuredTask]) -> Seen:
         """Return the columns that a trial was measured on, and its scores on them."""
         positions, scores, first = [], [], 0
         for spec, metric in self.goal.parts:
@@ -91,7 +91,7 @@ class Estimator:
             first += self._counts[spec.name]
         return Seen(np.concatenate(positions), np.concatenate(scores))
 
-    def estimate(self, prior: Prior, tasks: Mapping[str, Measured]) -> tuple[float, float]:
+    def estimate(self, prior: Prior, tasks: Mapping[str, MeasuredTask]) -> tuple[float, float]:
         """Return the goal of a trial that was measured on some examples, and its standard error."""
         return self.with_error(self.target, condition(prior, self.seen(tasks)))
 
@@ -151,7 +151,7 @@ class Estimator:
             count, len(self._blocks)
         )
 
-    def _whole(self, tasks: Mapping[str, Measured]) -> Array:
+    def _whole(self, tasks: Mapping[str, MeasuredTask]) -> Array:
         """Return a whole trial's scores (n,); 0 where an example has none."""
         found, seen = np.zeros(len(self._blocks)), self.seen(tasks)
         found[seen.positions] = seen.scores

@@ -21,7 +21,7 @@ Models = Mapping[str, Sequence[Mapping[str, Array]]]
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredTask:
     """The statistics of those examples of one task that a model was measured on.
 
     Attributes:
@@ -49,7 +49,7 @@ class Measured:
         }
 
     @classmethod
-    def read(cls, stored: Mapping[str, Any]) -> Measured:
+    def read(cls, stored: Mapping[str, Any]) -> MeasuredTask:
         """Read what `written` returned."""
         positions = np.frombuffer(base64.b64decode(stored["positions"]), dtype="<i4").astype(np.int64)
         return cls(positions, unpacked_statistics(stored["statistics"]), stored["count"])
@@ -70,7 +70,7 @@ class MeasuredTrial:
 
     number: int
     values: tuple[float, ...]
-    tasks: Mapping[str, Measured]
+    tasks: Mapping[str, MeasuredTask]
     whole: bool
     point: Array = field(default_factory=lambda: np.empty(0))
 
@@ -82,7 +82,9 @@ class MeasuredTrial:
     def read(cls, number: int, values: Sequence[float], stored: Mapping[str, Any], only: str) -> MeasuredTrial:
         """Read what `written` returned; what older studies have is of the ``only`` task."""
         tasks = stored.get("tasks") or {only: stored}
-        return cls(number, tuple(values), {name: Measured.read(one) for name, one in tasks.items()}, stored["whole"])
+        return cls(
+            number, tuple(values), {name: MeasuredTask.read(one) for name, one in tasks.items()}, stored["whole"]
+        )
 
 
 def read_history(study: Study, before: int, only: str, counts: Mapping[str, int] | None = None) -> list[MeasuredTrial]:

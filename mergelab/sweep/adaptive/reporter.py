@@ -14,7 +14,7 @@ from mergelab.errors import MergeWarning, NonFinite
 from mergelab.evaluation.metrics import example_statistics, part_members, value_of_rows
 from mergelab.sweep.adaptive.estimator import Estimator, Goal, best_of
 from mergelab.sweep.adaptive.goals import estimators_of, field_of, goals_of
-from mergelab.sweep.adaptive.history import Measured, MeasuredTrial, read_history, read_models, write_models
+from mergelab.sweep.adaptive.history import MeasuredTask, MeasuredTrial, read_history, read_models, write_models
 from mergelab.sweep.adaptive.policy import POLICY, draw_rounds, ends_trial, is_finalist
 from mergelab.sweep.adaptive.prediction import Prior, condition
 from mergelab.sweep.estimate import Estimate, bounded
@@ -146,17 +146,17 @@ class AdaptiveReporter:
         self._known[positions] = True
         self.done += len(positions)
 
-    def measured(self) -> dict[str, Measured]:
+    def measured(self) -> dict[str, MeasuredTask]:
         """Return what was measured of each task."""
         found = {}
         for name, count in self.counts.items():
             seen = np.flatnonzero(self._known[self._firsts[name] : self._firsts[name] + count])
             if len(seen):
                 rows = {metric: rows[seen] for metric, rows in self._rows[name].items()}
-                found[name] = Measured(seen, rows, count)
+                found[name] = MeasuredTask(seen, rows, count)
         return found
 
-    def _estimated(self, tasks: Mapping[str, Measured]) -> list[tuple[float, float]]:
+    def _estimated(self, tasks: Mapping[str, MeasuredTask]) -> list[tuple[float, float]]:
         pairs = zip(self._estimators, self._priors, strict=True)
         return [estimator.estimate(prior, tasks) for estimator, prior in pairs]
 
@@ -186,7 +186,9 @@ class AdaptiveReporter:
             text = f"sweep.evaluation=adaptive: {reason}; trials are measured whole"
             warnings.warn(text, MergeWarning, stacklevel=2)
 
-    def _estimate(self, spec: TaskSpec, metric: str, tasks: Mapping[str, Measured], members: Array | None) -> Estimate:
+    def _estimate(
+        self, spec: TaskSpec, metric: str, tasks: Mapping[str, MeasuredTask], members: Array | None
+    ) -> Estimate:
         """Estimate a metric of one task, by a goal's scores where it follows from these."""
         goal = Goal(metric, ((spec, metric),))
         wanted = (spec.name, family(spec, metric))
@@ -203,7 +205,7 @@ class AdaptiveReporter:
         return self._bounded(goal, value, error, tasks, members)
 
     def _bounded(
-        self, goal: Goal, value: float, error: float, tasks: Mapping[str, Measured], members: Array | None
+        self, goal: Goal, value: float, error: float, tasks: Mapping[str, MeasuredTask], members: Array | None
     ) -> Estimate:
         best = self.rival
         seen, of_best = [], []
