@@ -88,7 +88,7 @@ def test_a_finalist_counts_with_the_rest_of_its_examples_and_can_win(sweeps: Any
         study.set_attribute(number, OUTCOME, asdict(outcome))
         study.tell(number, outcome.values, estimated_of=None if pruned_at is None else 100)
     for number, value, before in ((2, 0.4, 20), (1, 0.6, 30)):
-        study.tell_whole(number, asdict(TrialOutcome((value,), 100, None, 0.0, 0.0, None, before=before)), {})
+        study.tell_later(number, asdict(TrialOutcome((value,), 100, None, 0.0, 0.0, None, before=before)), {})
     found = sweeps.measured(study, 3, 0.0, 0.0)
     assert found.curve == [(100, 0.5), (130, 0.5), (150, 0.5), (230, 0.5), (300, 0.6)]
     assert (found.select, found.examples, found.whole) == (0.6, 300, 300)
