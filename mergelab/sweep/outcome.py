@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ class TrialOutcome:
     def comparison(self, metric: str, best: str) -> str:
         """Say how a trial that was stopped early compares with the ``best`` on the same examples."""
         counts = f"{self.pruned_at} of {self.examples} examples"
-        if self.estimate is None:
+        if self.estimate is None or math.isnan(self.estimate.seen):  # of a suite, where a task had no example yet
             return f"{metric} not defined on {counts}"
         if self.estimate.best_seen is None:
             return f"{metric} {self.estimate.seen:.4f} on {counts}, no complete trial to compare with"

@@ -1,4 +1,4 @@
-"""Which examples a trial is measured on and when it ends; which stopped trials are measured whole in the end."""
+"""Which examples a trial is measured on and when it ends; which stopped trials are measured further in the end."""
 
 from __future__ import annotations
 
