@@ -61,9 +61,9 @@ measured whole once, at random points, and their trials are taken in {orders} ra
 ABOUT = {
     "mini_rte_ties": "the miniature's RTE, accuracy: TIES merges of its five experts. It is generated text.",
     "mini_samsum_ties": "the miniature's summaries, ROUGE-L: TIES merges of three experts. It is generated text.",
-    "sst2_minilm_ties": "SST-2, accuracy: TIES merges of three MiniLM experts of other seeds, on all sentences.",
-    "mrpc_minilm_ties": "MRPC, likewise.",
-    "cola_minilm_ties": "CoLA, likewise, Matthews' correlation.",
+    "sst2_minilm_ties": "SST-2, likewise, on all sentences.",
+    "mrpc_minilm_ties": "MRPC, accuracy: TIES merges of three MiniLM experts of other seeds.",
+    "rte_minilm_ties": "RTE, likewise; its experts are hardly above chance.",
     "stsb_minilm_ties": "STS-B, likewise, Pearson's correlation, of 1,000 pairs.",
     "suite_minilm_ties": "a suite of six GLUE tasks, an expert and 150 examples of each: the mean of metrics.",
 }
