@@ -78,7 +78,7 @@ class TrialJob(Schema):
     parent: str | None = None
     attempt: int = 1
     stage: Literal["trial", "whole", "report"] = "trial"
-    """``whole``: a trial that was stopped is measured again, on all selecting examples."""
+    """``whole``: a trial that was stopped is measured further, until it is whole or hardly the best."""
 
 
 def check_own_keys(config: DictConfig) -> None:
